@@ -1,0 +1,55 @@
+"""Gradient clipping and gradient health for JAX and Optax.
+
+Names are imported on first use, so that the command line answers without loading JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from clipjax import rules as rules
+  from clipjax._functional import clip_grad_norm as clip_grad_norm
+  from clipjax._functional import clip_grad_value as clip_grad_value
+  from clipjax._norms import global_norm as global_norm
+  from clipjax._norms import leaf_norms as leaf_norms
+  from clipjax._transforms import ClipState as ClipState
+  from clipjax._transforms import clip_by_global_norm as clip_by_global_norm
+  from clipjax._transforms import clip_by_group_norm as clip_by_group_norm
+  from clipjax._transforms import clip_by_leaf_norm as clip_by_leaf_norm
+  from clipjax._transforms import clip_by_rms as clip_by_rms
+  from clipjax._transforms import clip_by_value as clip_by_value
+  from clipjax._watch import check as check
+  from clipjax._watch import metrics as metrics
+
+__version__ = "0.1.0"
+
+_HOME = {
+  "_functional": ("clip_grad_norm", "clip_grad_value"),
+  "_norms": ("global_norm", "leaf_norms"),
+  "_transforms": (
+    "ClipState",
+    "clip_by_global_norm",
+    "clip_by_group_norm",
+    "clip_by_leaf_norm",
+    "clip_by_rms",
+    "clip_by_value",
+  ),
+  "_watch": ("check", "metrics"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted([*_MODULE_OF, "rules"])  # noqa: PLE0605  (a list, computed)
+
+
+def __getattr__(name: str) -> Any:
+  if name == "rules":
+    return importlib.import_module("clipjax.rules")
+  if name not in _MODULE_OF:
+    raise AttributeError(f"module 'clipjax' has no attribute {name!r}")
+  value = getattr(importlib.import_module(f"clipjax.{_MODULE_OF[name]}"), name)
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return [*__all__, "__version__"]

@@ -1,0 +1,297 @@
+"""Clipping that acts now: functions from gradients to clipped gradients, for eager use and inside jit.
+
+Every Python check runs in the public wrapper, before an inner `jit`, so that an eager call costs one dispatch. The
+scaling is one multiplication of each leaf by a factor that is a scalar: XLA fuses it into whatever reads the clipped
+gradient next.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from clipjax import _leaves, _norms
+
+POLICIES = ("propagate", "zero", "error")
+
+
+class Limits(NamedTuple):
+  """What holds for one block of leaves, each of shape () and of `norm_dtype()`.
+
+  Attributes:
+    norm: the measured norm plus `eps`.
+    limit: the norm above which the block is rescaled.
+    target: the norm that it is rescaled to.
+  """
+
+  norm: jax.Array
+  limit: jax.Array
+  target: jax.Array
+
+
+def clip_grad_norm(
+  grads: Any,
+  max_norm: ArrayLike,
+  ord: float | None = None,
+  *,
+  norm: ArrayLike | None = None,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+) -> tuple[Any, jax.Array]:
+  """Scales gradients down to a global norm: `g * min(1, max_norm / (norm + eps))`.
+
+  With `eps=0` every leaf is bit-identical where `norm <= max_norm`, and 0 stays 0 for every `max_norm`, 0 included,
+  with finite derivatives. `max_norm=inf` only measures. 16-bit leaves are multiplied in float32 and rounded once.
+  Where the norm is inf, NaN or above the largest float32, or `max_norm` is NaN, `on_nonfinite` says what happens. An
+  empty tree has norm 0.
+
+  Args:
+    grads: pytree of floating or complex arrays of any shape; None and float0 leaves are passed on.
+    max_norm: number or scalar array >= 0, in the unit of the gradient; a traced negative one counts as 0.
+    ord: order of the norm, 2 when None; 1, `jnp.inf` or any p > 0.
+    norm: the norm, where you already have it; None computes it.
+    eps: added to the norm; `1e-6` gives the factor of torch.
+    on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit "error" is a
+      check that the caller turns on with two lines, `err, out = jax.jit(checkify.checkify(step))(...)` and
+      `err.throw()`, `checkify` being `jax.experimental.checkify`.
+    axis_name: as in `global_norm`.
+
+  Returns:
+    `(clipped, norm)`: the same structure, shapes and dtypes; the norm before the clip, shape (), float32 (float64
+    when x64 is enabled).
+
+  Raises:
+    ValueError: if `max_norm`, `eps` or `norm` is a negative Python number, `max_norm` or `eps` a NaN, `ord` is not
+      above 0, or `on_nonfinite` is unknown.
+    TypeError: for an integer, bool or other leaf, with its path.
+    FloatingPointError: eagerly, with "error", for a norm that is not finite, with the leaves.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> clipped, norm = clipjax.clip_grad_norm({"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}, max_norm=5.0)
+    >>> print(norm, clipped["w"], clipped["b"])
+    13.0 [1.1538461 1.5384616] [4.6153846]
+    >>> same, norm = clipjax.clip_grad_norm({"w": jnp.array([3.0, 4.0])}, max_norm=5.0)
+    >>> print(norm, same["w"])
+    5.0 [3. 4.]
+
+  References:
+    Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
+    https://arxiv.org/abs/1211.5063; algorithm 1.
+  """
+  p = _norms.check_ord(ord, for_clip=True)
+  check_threshold(max_norm, "max_norm")
+  check_eps(eps)
+  check_policy(on_nonfinite)
+  if norm is not None:
+    check_threshold(norm, "norm", nan_is_an_error=False)
+  flat = _leaves.flatten(grads, "grads")
+  spec = _norms.NormSpec(p, (tuple(range(len(flat.measured))),), _leaves.resolve_axes(grads, axis_name))
+  clipped, norm, bad = _clip_leaves(spec, on_nonfinite, flat.measured, max_norm, norm, eps)
+  if on_nonfinite == "error":
+    raise_nonfinite(bad, norm, grads)
+  return flat.with_measured(clipped), norm
+
+
+def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
+  """Clips every entry to `[-max_value, max_value]`.
+
+  Entries within the interval are bit-identical, inf becomes `max_value`, NaN stays NaN, `max_value=0` gives zeros.
+  The direction of the gradient changes; `clip_grad_norm` keeps it.
+
+  Args:
+    grads: pytree of floating arrays of any shape; None and float0 leaves are passed on.
+    max_value: number or scalar array >= 0; a traced negative one counts as 0. It is rounded to the leaf's dtype.
+
+  Returns:
+    The same structure, shapes and dtypes.
+
+  Raises:
+    ValueError: if `max_value` is a negative or NaN Python number.
+    TypeError: for a complex, integer, bool or other leaf, with its path.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> print(clipjax.clip_grad_value(jnp.array([0.5, -3.0, jnp.inf]), 1.0))
+    [ 0.5 -1.   1. ]
+  """
+  check_threshold(max_value, "max_value")
+  flat = _leaves.flatten(grads, "grads")
+  check_real(grads, flat, "grads")
+  return flat.with_measured(clamp_leaves(flat.measured, max_value))
+
+
+# Checks of Python values, before any tracing ------------------------------------------------------------------------
+
+
+def check_threshold(value: Any, argument: str, *, nan_is_an_error: bool = True) -> None:
+  """Raises unless `value` is a number >= 0 or a scalar array; what is on a device or traced is not read."""
+  rule = f"`{argument}` must be a number >= 0 or a scalar array"
+  if isinstance(value, bool | np.bool_ | str) or not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
+    raise TypeError(f"{rule}, got {_leaves.describe(value)}: pass a float such as 1.0.")
+  if isinstance(value, np.ndarray | jax.Array) and value.shape != ():
+    raise ValueError(f"{rule}, got {_leaves.describe(value)}: pass one number, or use clip_by_group_norm.")
+  dtype = value.dtype if isinstance(value, np.generic | np.ndarray | jax.Array) else np.dtype(type(value))
+  if not (jax.dtypes.issubdtype(dtype, np.floating) or jax.dtypes.issubdtype(dtype, np.integer)):
+    raise TypeError(f"{rule}, got {_leaves.describe(value)}: pass a real number such as 1.0.")
+  if isinstance(value, jax.Array):
+    return
+  number = float(value)
+  if number < 0 or (nan_is_an_error and math.isnan(number)):
+    remedy = "pass 0 to zero the gradient or `float('inf')` only to measure" if nan_is_an_error else "pass a norm"
+    raise ValueError(f"`{argument}` must be >= 0, got {number}: {remedy}.")
+
+
+def check_eps(eps: Any) -> None:
+  """Raises unless `eps` is a finite number >= 0 or a scalar array."""
+  check_threshold(eps, "eps")
+  if not isinstance(eps, jax.Array) and math.isinf(float(eps)):
+    raise ValueError(f"`eps` must be finite, got {float(eps)}: pass 0.0, or 1e-6 for the factor of torch.")
+
+
+def check_policy(on_nonfinite: Any) -> None:
+  """Raises unless `on_nonfinite` names a policy."""
+  if on_nonfinite not in POLICIES:
+    names = ", ".join(f'"{name}"' for name in POLICIES)
+    raise ValueError(
+      f"`on_nonfinite` must be one of {names}, got {on_nonfinite!r}: "
+      'pass "zero" to drop such steps or "propagate" to make them visible.'
+    )
+
+
+def check_real(tree: Any, flat: _leaves.Flat, argument: str) -> None:
+  """Raises for a complex leaf: its entries have no order, so there is no interval to clip them to."""
+  for i, leaf in enumerate(flat.measured):
+    if jnp.iscomplexobj(leaf):
+      raise TypeError(
+        f"`{argument}` must have real leaves to clip by value, got {_leaves.describe(leaf)} at "
+        f"'{_leaves.leaf_names(tree)[i]}': clip complex leaves by norm."
+      )
+
+
+def raise_nonfinite(bad: jax.Array, norm: jax.Array, grads: Any) -> None:
+  """The policy "error": raises where `bad` is known, and is a check for `checkify` where it is traced."""
+  text = "the gradient is not finite (norm {norm})"
+  if isinstance(bad, jax.core.Tracer):
+    checkify.check(~bad, text + ': see `on_nonfinite="error"` in the docstring of clipjax.clip_grad_norm', norm=norm)
+  elif bool(bad):
+    leaves = [np.isfinite(np.asarray(n)).all() for n in jax.tree.leaves(_norms.leaf_norms(grads, jnp.inf))]
+    names = [n for n, finite in zip(_leaves.leaf_names(grads, lambda _: True), leaves, strict=True) if not finite]
+    where = ", ".join(f"'{name}'" for name in names[:10]) + (", ..." if len(names) > 10 else "")
+    raise FloatingPointError(
+      text.format(norm=float(norm)) + (f" in {where}" if names else "")
+      + ': lower the learning rate, or pass on_nonfinite="zero" to drop such steps.'
+    )
+
+
+# The arithmetic of a clip -------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _clip_leaves(
+  spec: _norms.NormSpec, policy: str, leaves: Sequence[Any], max_norm: Any, norm: Any, eps: Any
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+  dtype = _norms.norm_dtype()
+  norm = _norms.block_norms(spec, leaves)[0] if norm is None else jnp.asarray(norm).astype(dtype)
+  limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
+  bad = ~jnp.isfinite(norm) | jnp.isnan(limit)
+  limits = Limits(norm + jnp.asarray(eps).astype(dtype), limit, limit)
+  return rescale_leaves((0,) * len(leaves), policy, leaves, [limits], bad), norm, bad
+
+
+@partial(jax.jit, inline=True)
+def clamp_leaves(leaves: Sequence[Any], max_value: Any) -> list[jax.Array]:
+  """Each leaf with its entries clipped to `[-max_value, max_value]`."""
+  limit = jnp.maximum(jnp.asarray(max_value).astype(_norms.norm_dtype()), 0)
+  return [_clamp(jnp.asarray(x), limit) for x in leaves]
+
+
+def _clamp(x: jax.Array, limit: jax.Array) -> jax.Array:
+  if x.dtype.itemsize == 1:  # float8: no arithmetic of its own.
+    return _clamp(x.astype(jnp.float32), limit).astype(x.dtype)
+  bound = limit.astype(x.dtype)
+  return lax.clamp(-bound, x, bound)
+
+
+def rescale_leaves(
+  block_of: tuple[int, ...], policy: str, leaves: Sequence[Any], limits: Sequence[Limits], bad: jax.Array
+) -> list[jax.Array]:
+  """Each leaf times the factor of its block, or as the policy has it where `bad`.
+
+  Args:
+    block_of: the block of each leaf; static.
+    policy: one of `POLICIES`; static.
+    leaves: the measured leaves.
+    limits: what holds for each block.
+    bad: shape (), bool: the step is not finite.
+  """
+  scaled = _rescale(block_of, [jnp.asarray(x) for x in leaves], list(limits), bad)
+  if policy == "zero":
+    return [jnp.where(bad, jnp.zeros((), y.dtype), y) for y in scaled]
+  return scaled
+
+
+rescale_leaves_jit = jax.jit(rescale_leaves, static_argnums=(0, 1), inline=True)
+
+
+def scale_of(limits: Limits) -> jax.Array:
+  """The factor `min(1, target / norm)` where the norm is above the limit, else 1; element by element."""
+  clipped = limits.norm > limits.limit
+  return jnp.where(clipped, limits.target, 1) / jnp.where(clipped, limits.norm, 1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rescale(
+  block_of: tuple[int, ...], leaves: list[jax.Array], limits: list[Limits], bad: jax.Array
+) -> list[jax.Array]:
+  factors = [_factors(block, bad) for block in limits]
+  return [_multiply(x, *factors[b]) for x, b in zip(leaves, block_of, strict=True)]
+
+
+def _factors(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`(touched, shrink, factor)`: a touched leaf becomes `(x * shrink) * factor`.
+
+  A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first. NaN in
+  every entry is what a factor of NaN gives.
+  """
+  clipped = limits.norm > limits.limit
+  norm, target = jnp.where(clipped, limits.norm, 1), jnp.where(clipped, limits.target, 1)
+  shrink = jnp.where(target / norm < 2.0**-100, 2.0**-100, 1).astype(norm.dtype)
+  return clipped | bad, shrink, jnp.where(bad, jnp.nan, target / (norm * shrink))
+
+
+def _multiply(x: jax.Array, touched: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
+  return jnp.where(touched, _times(_norms.upcast(x), shrink, factor).astype(x.dtype), x)
+
+
+def _times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
+  """The product with real factors, from left to right, in the dtype of the array."""
+  for factor in factors:
+    wide = _norms.by_parts(lambda part, by=factor: part * by.astype(part.dtype), wide)
+  return wide
+
+
+@_rescale.defjvp
+def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
+  # y = x t / n, so dy = (t / n) (dx - (x / n) dn) + (x / n) dt: written so, no product leaves the range of float32,
+  # which differentiating the factor does from n = 1e20 on, and from 1e-20 down.
+  leaves, limits, bad = primals
+  dleaves, dlimits, _ = tangents
+  out = []
+  for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
+    block, dblock = limits[b], dlimits[b]
+    clipped = block.norm > block.limit
+    touched, shrink, factor = _factors(block, bad)
+    wide, dwide = _norms.upcast(x), _norms.upcast(dx)
+    unit = _norms.divide(wide, jnp.where(clipped, block.norm, 1).astype(wide.real.dtype))
+    dy = _times(dwide - _times(unit, dblock.norm), shrink, factor) + _times(unit, dblock.target)
+    out.append(jnp.where(touched, dy.astype(dx.dtype), dx))
+  return _rescale(block_of, leaves, limits, bad), out

@@ -1,0 +1,142 @@
+"""Which leaves of a tree are measured, what they are called, and over which mesh axes they are spread.
+
+Floating and complex leaves are measured. None and `optax.MaskedNode` are no leaves at all; float0 leaves (the
+cotangents of integers) pass through untouched; anything else is a `TypeError` that names its path, except in `init`,
+which passes over it. A name is the path with '/' between its parts.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jax import lax
+
+Axes: TypeAlias = tuple[Hashable, ...]
+
+# What to tell somebody whose number became a tracer inside optax.inject_hyperparams.
+STATIC_ARGS_REMEDY = "under `optax.inject_hyperparams`, name it in `static_args`"
+
+
+class Flat(NamedTuple):
+  """A tree taken apart.
+
+  Attributes:
+    measured: the floating and complex leaves, in tree order.
+    leaves: all leaves, float0 included.
+    treedef: the structure.
+  """
+
+  measured: list[Any]
+  leaves: list[Any]
+  treedef: Any
+
+  def with_measured(self, values: Sequence[Any]) -> Any:
+    """The tree with new values for the measured leaves, float0 leaves as they were."""
+    return self.with_all(values, lambda leaf: leaf)
+
+  def with_all(self, values: Sequence[Any], other: Callable[[Any], Any]) -> Any:
+    """The tree with new values for the measured leaves and `other(leaf)` for the rest."""
+    it = iter(values)
+    return jax.tree.unflatten(self.treedef, [next(it) if is_measured(x) else other(x) for x in self.leaves])
+
+
+def flatten(tree: Any, argument: str) -> Flat:
+  """Takes a tree of gradients apart.
+
+  Raises:
+    TypeError: for a leaf that has no norm, with its path.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  for i, leaf in enumerate(leaves):
+    if not is_measured(leaf) and _dtype(leaf) != jax.dtypes.float0:
+      raise TypeError(
+        f"`{argument}` must have floating or complex leaves, got {describe(leaf)} at "
+        f"'{leaf_names(tree, lambda _: True)[i]}': leave it out of the tree, or mask it with `optax.masked`."
+      )
+  return Flat([x for x in leaves if is_measured(x)], leaves, treedef)
+
+
+def is_measured(leaf: Any) -> bool:
+  """Whether a leaf has a norm: floating and complex arrays whose dtype has zero and NaN, and Python floats."""
+  dtype = _dtype(leaf)
+  if dtype is None or not jax.dtypes.issubdtype(dtype, np.inexact):
+    return False
+  return not np.dtype(dtype).name.startswith(("float8_e8m0", "float6_", "float4_"))
+
+
+def leaf_names(tree: Any, keep: Callable[[Any], bool] = is_measured) -> tuple[str, ...]:
+  """Names the leaves that `keep` wants: '.' for a bare array, '_2' and so on behind a name that is taken."""
+  names: list[str] = []
+  taken: set[str] = set()
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if not keep(leaf):
+      continue
+    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if len(parts) > 1 and parts[-1] == "value":  # Flax NNX keeps an array in the `value` of a Variable.
+      parts.pop()
+    base = name = "/".join(parts) or "."
+    copy = 1
+    while name in taken:
+      copy += 1
+      name = f"{base}_{copy}"
+    taken.add(name)
+    names.append(name)
+  return tuple(names)
+
+
+def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...] | None:
+  """The mesh axes of each measured leaf, from a name, a tuple of names or a prefix tree of them; None stays None."""
+  if axis_name is None:
+    return None
+  rule = "`axis_name` must be a name, a tuple of names or a prefix tree of them"
+  try:
+    per_leaf = jax.tree.leaves(jax.tree.broadcast(axis_name, tree, is_leaf=_is_axes), is_leaf=_is_axes)
+  except ValueError as error:
+    raise ValueError(f"{rule}, got {axis_name!r}: {error}") from None
+  for names in per_leaf:
+    if not _is_axes(names):
+      raise TypeError(f"{rule}, got {names!r}: pass the names as strings.")
+  pairs = zip(per_leaf, jax.tree.leaves(tree), strict=True)
+  return tuple(_as_axes(names) for names, leaf in pairs if is_measured(leaf))
+
+
+def varying_axes(x: jax.Array) -> Axes:
+  """The mesh axes over which the shards of `x` differ inside `shard_map`; empty elsewhere."""
+  aval = jax.typeof(x)
+  # Releases before 0.10 keep the set on the type itself.
+  holder = getattr(aval, "manual_axis_type", aval)
+  varying = getattr(holder, "varying", None)
+  return tuple(sorted(getattr(aval, "vma", ()) if varying is None else varying, key=str))
+
+
+def axes_size(axes: Axes) -> int:
+  """The number of shards over some mesh axes; 1 for none."""
+  size = 1
+  for axis in axes:
+    size *= lax.axis_size(axis)
+  return size
+
+
+def describe(x: Any) -> str:
+  """A short text for error messages: dtype and shape of an array, type and value of a Python scalar."""
+  shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+  if shape is not None and dtype is not None:
+    traced = "traced " if isinstance(x, jax.core.Tracer) else ""
+    return f"a {traced}{dtype}[{','.join(map(str, shape))}] array"
+  return f"{x!r} ({type(x).__name__})" if isinstance(x, int | float | complex | str) else f"a {type(x).__name__}"
+
+
+def _dtype(leaf: Any) -> Any:
+  dtype = getattr(leaf, "dtype", None)
+  if dtype is None and isinstance(leaf, bool | int | float | complex):
+    return np.dtype(type(leaf))
+  return dtype
+
+
+def _is_axes(x: Any) -> bool:
+  return x is None or isinstance(x, str) or (isinstance(x, tuple) and all(isinstance(a, str) for a in x))
+
+
+def _as_axes(names: Any) -> Axes:
+  return () if names is None else (names,) if isinstance(names, str) else names

@@ -1,0 +1,152 @@
+"""Reading what the transformations of this package have measured, out of any optimizer state.
+
+`metrics` gives device scalars and never waits for them, inside jit too; `check` reads them on the host. Both find
+every clipjax state in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams, apply_if_finite,
+`flax.nnx.Optimizer`, a train state that has an `opt_state`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipjax._transforms import ClipState
+
+
+def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
+  """What every clip in an optimizer state has measured, as a flat dict of scalars: `{"grad/norm": ..., ...}`.
+
+  The keys of a clip are `<name>/norm` (before the clip), `norm_clipped`, `max_norm` (the limit in force), `scale`
+  (the factor applied; 1 where nothing was clipped), `clip_fraction` (clipped steps over all), `nonfinite_steps` and
+  `steps`. A clip by group adds `norm/<label>`, `max_norm/<label>` and `scale/<label>`, a clip by leaf the same by leaf
+  name with `per_leaf=True`; their plain `max_norm` and `scale` are the smallest ones. A second clip of one name is
+  `<name>_2`, and one inside `optax.multi_transform` is `<name>_<label>`.
+
+  Before the first step the norms are 0 and the scale is 1. A step that was not finite shows its norm as it was, inf
+  or NaN. A state with `track=False` has nothing to show; a state without any clip gives an empty dict.
+
+  Args:
+    opt_state: the state of an optimizer, or an object that holds it as `opt_state`.
+    per_leaf: whether to add the numbers of every leaf, one device operation each.
+
+  Returns:
+    A dict of arrays of shape () (with leading axes for a state under `vmap`), on the device.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, clipjax
+    >>> tx = optax.chain(clipjax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    >>> params = {"w": jnp.zeros(2)}
+    >>> _, state = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
+    >>> for key, value in clipjax.metrics(state).items():
+    ...   print(key, value)
+    grad/norm 5.0
+    grad/norm_clipped 1.0
+    grad/max_norm 1.0
+    grad/scale 0.2
+    grad/clip_fraction 1.0
+    grad/nonfinite_steps 0
+    grad/steps 1
+  """
+  out: dict[str, jax.Array] = {}
+  for name, state in _clip_states(opt_state):
+    steps = jnp.maximum(state.steps, 1).astype(state.norm.dtype)
+    out[f"{name}/norm"] = state.norm
+    out[f"{name}/norm_clipped"] = state.norm_clipped
+    is_global = state.labels.unit == "global"
+    out[f"{name}/max_norm"] = state.max_norm if is_global else jnp.min(state.max_norm, axis=-1, initial=jnp.inf)
+    out[f"{name}/scale"] = state.scale if is_global else jnp.min(state.scale, axis=-1, initial=1.0)
+    out[f"{name}/clip_fraction"] = state.clipped_steps.astype(steps.dtype) / steps
+    out[f"{name}/nonfinite_steps"] = state.nonfinite_steps
+    out[f"{name}/steps"] = state.steps
+    if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
+      for i, label in enumerate(state.labels.block_names):
+        out[f"{name}/norm/{label}"] = state.norms[..., i]
+        out[f"{name}/max_norm/{label}"] = state.max_norm[..., i]
+        out[f"{name}/scale/{label}"] = state.scale[..., i]
+  return out
+
+
+def check(opt_state: Any) -> None:
+  """Raises where the last step was not finite, and names the leaves: call it on the host, between steps.
+
+  A clip by leaf or by group names every leaf or group whose norm was inf or NaN; a global clip names the first leaf
+  with a NaN, or without any, the first with an inf or an overflow. Waits for the step to end.
+
+  Args:
+    opt_state: as in `metrics`.
+
+  Raises:
+    FloatingPointError: if the last step of any clip was not finite.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> tx = clipjax.clip_by_global_norm(1.0)
+    >>> grads = {"w": jnp.array([1.0]), "b": jnp.array([jnp.nan])}
+    >>> _, state = tx.update(grads, tx.init(grads))
+    >>> clipjax.check(state)
+    Traceback (most recent call last):
+    ...
+    FloatingPointError: step 1 of 'grad' was not finite: norm nan, first in leaf 'b'. 1 of 1 steps were not finite: \
+lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.
+  """
+  problems = [_problem(name, jax.device_get(state)) for name, state in _clip_states(opt_state)]
+  problems = [text for text in problems if text]
+  if problems:
+    raise FloatingPointError(
+      " ".join(problems)[:-1]
+      + ': lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.'
+    )
+
+
+def _problem(name: str, state: ClipState) -> str:
+  """One sentence or two on a state, read to the host, whose last step was not finite; else an empty text."""
+  if np.all(state.finite):
+    return ""
+  labels = state.labels
+  if labels.unit == "global":
+    first = [i for i in np.unique(state.nonfinite_leaf) if i >= 0]
+    where = f"first in leaf {', '.join(repr(labels.leaves[i]) for i in first)}" if first else ""
+  else:
+    bad = ~np.isfinite(state.norms).reshape(-1, state.norms.shape[-1]).all(axis=0)
+    names = [repr(label) for label, is_bad in zip(labels.block_names, bad, strict=True) if is_bad]
+    where = f"in {labels.unit} {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
+  norms = state.norm if np.ndim(state.norm) == 0 else state.norm[~state.finite].flat[0]
+  return (
+    f"step {np.max(state.steps)} of '{name}' was not finite: norm {float(norms):g}, "
+    f"{where or f'threshold {float(np.min(state.max_norm)):g}'}. "
+    f"{np.max(state.nonfinite_steps)} of {np.max(state.steps)} steps were not finite."
+  )
+
+
+def _clip_states(opt_state: Any) -> Iterator[tuple[str, ClipState]]:
+  """Every clip state with the name that its metrics have, in the order of the chain."""
+  taken: set[str] = set()
+  opt_state = getattr(opt_state, "opt_state", opt_state)
+  paths, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=lambda x: isinstance(x, ClipState))
+  for path, state in paths:
+    if not isinstance(state, ClipState):
+      continue
+    base = name = "_".join([state.labels.name, *_transform_labels(path)])
+    copy = 1
+    while name in taken:
+      copy += 1
+      name = f"{base}_{copy}"
+    taken.add(name)
+    yield name, jax.tree.map(_unwrapped, state, is_leaf=_is_wrapper)
+
+
+def _transform_labels(path: tuple[Any, ...]) -> list[str]:
+  """The labels of every `optax.multi_transform` on a path: the keys of its dict `inner_states`."""
+  pairs = zip(path, path[1:], strict=False)
+  return [str(key.key) for field, key in pairs if getattr(field, "name", None) == "inner_states" and hasattr(key, "key")]
+
+
+def _is_wrapper(x: Any) -> bool:
+  """Whether this is an array in a Flax NNX variable, which is told by its method."""
+  return callable(getattr(x, "get_value", None))
+
+
+def _unwrapped(x: Any) -> Any:
+  return x.get_value() if _is_wrapper(x) else x

@@ -1,0 +1,19 @@
+"""Strict promotion, eight CPU devices and no warnings, for every test."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402  (the number of devices is read when JAX starts)
+import pytest  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(params=[False, True], ids=["x32", "x64"])
+def x64(request):
+  """Runs a test without and with x64; the value says which."""
+  with jax.enable_x64(request.param):
+    yield request.param

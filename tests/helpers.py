@@ -1,0 +1,64 @@
+"""The float64 oracle, and the trees that several tests use."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import clipjax
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def oracle_norm(tree, p=2.0):
+  """The p-norm of all entries in float64, rescaled by the largest, so that nothing can overflow."""
+  parts = [np.abs(_wide(x)).ravel() for x in jax.tree.leaves(tree)]
+  entries = np.concatenate([np.zeros(0), *parts])
+  largest = entries.max(initial=0.0)
+  if largest == 0 or not np.isfinite(largest) or p == math.inf:
+    return float(largest)
+  return float(largest * np.sum((entries / largest) ** p) ** (1 / p))
+
+
+def oracle_clip(tree, max_norm, p=2.0, eps=0.0):
+  """Every leaf times `min(1, max_norm / (norm + eps))`, in float64."""
+  norm = oracle_norm(tree, p)
+  factor = min(1.0, max_norm / (norm + eps)) if norm + eps > 0 else 1.0
+  return jax.tree.map(lambda x: _wide(x) * factor, tree)
+
+
+def _wide(x):
+  x = np.asarray(x)
+  return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def random_leaves(count, dtype="float32", magnitude=1.0, seed=0):
+  """`count` leaves of mixed ranks, normal entries times `magnitude`."""
+  rng = np.random.default_rng(seed)
+  shapes = [(7, 5), (64,), (3,), (), (2, 1, 4)]
+  with np.errstate(over="ignore"):  # An entry may be inf in the dtype: a test that wants none says so.
+    return [
+      jnp.asarray((rng.standard_normal(shapes[i % len(shapes)]) * magnitude).astype(jnp.dtype(dtype)))
+      for i in range(count)
+    ]
+
+
+def assert_bits_equal(got, want):
+  """Same structure, shapes, dtypes and bits, NaN payloads and the sign of zero included."""
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert a.tobytes() == b.tobytes()
+
+
+def factories():
+  """Every exported `clip_by_*`, each with a threshold that clips a gradient of ones: name -> transformation."""
+  return {
+    "clip_by_global_norm": clipjax.clip_by_global_norm(0.5),
+    "clip_by_leaf_norm": clipjax.clip_by_leaf_norm(0.5),
+    "clip_by_group_norm": clipjax.clip_by_group_norm(0.5, lambda path, leaf: path[0]),
+    "clip_by_rms": clipjax.clip_by_rms(0.5),
+    "clip_by_value": clipjax.clip_by_value(0.5),
+  }

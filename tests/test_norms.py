@@ -1,0 +1,240 @@
+"""Norms against the float64 oracle, one test for each hazard."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import DTYPES, oracle_norm, random_leaves
+
+import clipjax
+from clipjax import _norms
+
+ORDERS = (0.5, 1.0, 1.5, 2.0, 3.0, 7.3, math.inf)
+
+
+@pytest.mark.parametrize("count", [1, 4, 700])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grid_of_magnitudes_dtypes_and_leaf_counts(dtype, count):
+  norm = jax.jit(clipjax.global_norm)
+  low, high = {"float32": (-34, 34), "bfloat16": (-34, 34), "float16": (-6, 5)}[dtype]
+  for exponent in range(low, high):
+    leaves = random_leaves(count, dtype, 10.0**exponent)
+    assert np.isfinite(oracle_norm(leaves))
+    np.testing.assert_allclose(norm(leaves), oracle_norm(leaves), rtol=1e-6, err_msg=f"1e{exponent}")
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-10, 1.0, 1e10, 1e30, 1e37])
+def test_every_order_at_every_magnitude(p, magnitude):
+  leaves = random_leaves(5, magnitude=magnitude)
+  # 1e-37 brings entries below the smallest normal float32, which XLA on CPU reads as zero.
+  leaves = [jnp.where(jnp.abs(x) < 1.2e-38, 1.2e-38, x) for x in leaves]
+  want = oracle_norm(leaves, p)
+  got = clipjax.global_norm(leaves, p)
+  if want > 3.4e38:
+    assert got == math.inf
+  else:
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_leaf_norms_have_a_scale_of_their_own(p):
+  tree = {"huge": jnp.full((3,), 1e30), "tiny": jnp.full((3,), 1e-25), "one": jnp.ones(3), "zero": jnp.zeros(3)}
+  norms = clipjax.leaf_norms(tree, p)
+  for name, x in tree.items():
+    np.testing.assert_allclose(norms[name], oracle_norm(x, p), rtol=1e-6, err_msg=name)
+    assert norms[name].shape == ()
+
+
+def test_thousand_bfloat16_leaves():
+  rng = np.random.default_rng(0)
+  leaves = [jnp.asarray(rng.standard_normal((64, 64)), jnp.bfloat16) * jnp.bfloat16(0.01) for _ in range(1000)]
+  np.testing.assert_allclose(clipjax.global_norm(leaves), oracle_norm(leaves), rtol=1e-5)
+
+
+def test_three_thousand_scalars_in_bfloat16():
+  np.testing.assert_allclose(clipjax.global_norm([jnp.ones(1, jnp.bfloat16)] * 3000), math.sqrt(3000), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"])
+def test_float8_leaves(dtype):
+  x = jnp.asarray([0.5, -2.0, 0.0, 3.0], dtype)
+  np.testing.assert_allclose(clipjax.global_norm(x), oracle_norm(np.asarray(x, np.float32)), rtol=1e-6)
+  assert np.isnan(clipjax.global_norm(jnp.asarray([1.0, jnp.nan], dtype)))
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_complex_leaves(p, magnitude):
+  rng = np.random.default_rng(0)
+  z = jnp.asarray((rng.standard_normal(20) + 1j * rng.standard_normal(20)) * magnitude, jnp.complex64)
+  np.testing.assert_allclose(clipjax.global_norm({"z": z, "x": z.real}, p), oracle_norm([z, z.real], p), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tree", [{}, [], None, {"a": jnp.zeros((0, 3))}, jnp.zeros(4), (None, optax.MaskedNode())])
+@pytest.mark.parametrize("p", ORDERS)
+def test_nothing_and_zero_have_norm_zero(tree, p):
+  assert clipjax.global_norm(tree, p) == 0
+  assert all(n == 0 for n in jax.tree.leaves(clipjax.leaf_norms(tree, p)))
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_nonfinite_entries(p, bad):
+  tree = {"a": jnp.array([1.0, bad]), "b": jnp.ones(3)}
+  want = math.nan if math.isnan(bad) else math.inf
+  np.testing.assert_equal(float(clipjax.global_norm(tree, p)), want)
+  norms = clipjax.leaf_norms(tree, p)
+  np.testing.assert_equal(float(norms["a"]), want)
+  np.testing.assert_allclose(norms["b"], oracle_norm(tree["b"], p), rtol=1e-6)
+
+
+def test_norm_above_the_largest_float32_is_inf():
+  assert clipjax.global_norm(jnp.full(4, 3e38)) == math.inf
+  np.testing.assert_allclose(clipjax.global_norm(jnp.full(4, 1.6e38)), 3.2e38, rtol=1e-6)
+
+
+def test_order_zero_counts_and_minus_inf_takes_the_smallest():
+  tree = {"a": jnp.array([0.0, 2.0, -3.0]), "b": jnp.array([[1.0, 0.0]])}
+  assert clipjax.global_norm(tree, 0) == 3
+  assert clipjax.global_norm({"a": tree["a"][1:]}, -math.inf) == 2
+  assert clipjax.leaf_norms(tree, 0)["b"] == 1
+
+
+def test_norms_are_float64_exactly_under_x64(x64):
+  tree = {"a": jnp.ones(3, jnp.float32), "b": jnp.ones(3, jnp.bfloat16), "c": jnp.zeros(0, jnp.float32)}
+  want = jnp.float64 if x64 else jnp.float32
+  assert clipjax.global_norm(tree).dtype == want
+  assert {n.dtype for n in jax.tree.leaves(clipjax.leaf_norms(tree))} == {jnp.dtype(want)}
+  assert clipjax.global_norm({}).dtype == want
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_float64_leaves_at_their_own_range(p):
+  with jax.enable_x64(True):
+    for magnitude in (1e-300, 1e-60, 1.0, 1e200):
+      leaves = [jnp.asarray(np.random.default_rng(0).standard_normal(30) * magnitude), jnp.zeros(0)]
+      np.testing.assert_allclose(clipjax.global_norm(leaves, p), oracle_norm(leaves, p), rtol=1e-13)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_float32_beside_float64(p):
+  with jax.enable_x64(True):
+    for small, large in ((1e-30, 1e-30), (1e30, 1e30), (1e-30, 1e-200), (1e30, 1e200), (0.0, 1e-100)):
+      leaves = [jnp.full(5, small, jnp.float32), jnp.full(7, large, jnp.float64)]
+      np.testing.assert_allclose(clipjax.global_norm(leaves, p), oracle_norm(leaves, p), rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25, 3e37])
+def test_derivatives_are_those_of_the_formula(p, magnitude):
+  x = jnp.array([3.0, -4.0, 1.0]) * magnitude
+  if oracle_norm(x, p) > 3.4e38:
+    pytest.skip("the norm itself is not finite")
+  wide = np.asarray(x, np.float64)
+  n = oracle_norm(x, p)
+  want = np.sign(wide) * (np.abs(wide) == n if p == math.inf else (np.abs(wide) / n) ** (p - 1))
+  np.testing.assert_allclose(jax.grad(clipjax.global_norm)(x, p), want, rtol=1e-5)
+  np.testing.assert_allclose(jax.jacfwd(clipjax.global_norm)(x, p), want, rtol=1e-5)
+  np.testing.assert_allclose(jax.grad(lambda x: clipjax.leaf_norms([x, 0.5 * x], p)[1])(x), 0.5 * want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_derivative_at_zero_is_zero(p):
+  for tree in (jnp.zeros(3), {"a": jnp.zeros(3), "b": jnp.zeros(0)}):
+    for g in jax.tree.leaves(jax.grad(clipjax.global_norm)(tree, p)):
+      assert np.isfinite(g).all() and (p <= 1 or not g.any())
+  g = jax.grad(lambda x: clipjax.leaf_norms([x, x + 1], p)[0])(jnp.zeros(3))
+  assert np.isfinite(g).all()
+
+
+def test_derivative_of_tied_extremes_is_shared():
+  np.testing.assert_allclose(jax.grad(clipjax.global_norm)(jnp.array([2.0, -2.0, 1.0]), math.inf), [0.5, -0.5, 0])
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_complex_derivative_agrees_with_jax(p):
+  z = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2)) @ np.array([1, 1j]), jnp.complex64)
+  want = jax.grad(lambda z: jnp.sum(jnp.abs(z) ** p) ** (1 / p))(z)
+  np.testing.assert_allclose(jax.grad(clipjax.global_norm)(z, p), want, rtol=1e-5)
+
+
+def test_second_derivative_is_that_of_the_norm():
+  x = jnp.array([3.0, 4.0])
+  want = (np.eye(2) - np.outer([0.6, 0.8], [0.6, 0.8])) / 5
+  np.testing.assert_allclose(jax.hessian(clipjax.global_norm)(x), want, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e30])
+def test_no_nan_on_the_way_for_finite_input(magnitude):
+  with jax.debug_nans(True):
+    for p in ORDERS:
+      leaves = random_leaves(3, magnitude=magnitude)
+      jax.block_until_ready(jax.jit(jax.value_and_grad(lambda x, p=p: clipjax.global_norm(x, p)))(leaves))
+      norms = jax.block_until_ready(clipjax.leaf_norms(leaves, p))
+      assert all(np.isfinite(n) for n in norms)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_vmap_is_a_loop(p):
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 9)) * np.array([[0], [1e-30], [1], [1e30]]), jnp.float32)
+  np.testing.assert_array_equal(jax.vmap(lambda x: clipjax.global_norm({"x": x}, p))(x), [
+    clipjax.global_norm({"x": row}, p) for row in x
+  ])  # fmt: skip
+
+
+def test_normal_leaves_take_the_first_pass_alone(monkeypatch):
+  monkeypatch.setattr(_norms, "_rescaled_square_norms", lambda blocks, *_: [jnp.full((), -1.0) for _ in blocks])
+  leaves = [jnp.ones(8)] * 100
+
+  def norms(leaves, by_leaf):
+    blocks = tuple((i,) for i in range(100)) if by_leaf else (tuple(range(100)),)
+    return np.asarray(_norms.block_norms(_norms.NormSpec(2.0, blocks, None), leaves))
+
+  assert (norms(leaves, by_leaf=False) > 0).all()
+  assert (norms(leaves, by_leaf=True) > 0).all()
+  with_a_zero = [jnp.zeros(8), *leaves[1:]]
+  assert (norms(with_a_zero, by_leaf=False) > 0).all()
+  assert 1 <= (norms(with_a_zero, by_leaf=True) < 0).sum() <= 100 / _norms._MAX_CHUNKS + 1
+  assert norms([1e25 * x for x in leaves], by_leaf=False) == -1
+
+
+def test_chunks_cover_every_block_once_and_skip_empty_ones():
+  sizes = [5, 0, 100, 1, 1, 1, 0, 1, 300, 2] + [1] * 50
+  chunks = _norms._chunks(sizes)
+  assert [b for chunk in chunks for b in chunk] == [b for b, size in enumerate(sizes) if size]
+  assert len(_norms._chunks([1] * 1000)) <= 2 * _norms._MAX_CHUNKS
+
+
+def test_numpy_python_and_float0_leaves():
+  tree = {"np": np.array([3.0], np.float32), "py": 4.0, "f0": np.zeros(2, jax.dtypes.float0)}
+  assert clipjax.global_norm(tree) == 5
+  assert clipjax.leaf_norms(tree) == {"np": 3.0, "py": 4.0, "f0": 0.0}
+
+
+def test_shards_are_summed_inside_shard_map():
+  mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  p = jax.sharding.PartitionSpec
+  rng = np.random.default_rng(0)
+  tree = {"ab": rng.standard_normal((8, 4)), "a": rng.standard_normal((8,)), "none": rng.standard_normal(3)}
+  tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+  specs = {"ab": p("a", "b"), "a": p("a"), "none": p()}
+  for ord in (1.0, 2.0, 3.0, math.inf):
+    for scale in (1.0, 1e30, 1e-30):
+      scaled = jax.tree.map(lambda x, scale=scale: x * scale, tree)
+      both = jax.shard_map(
+        lambda t, ord=ord: (clipjax.global_norm(t, ord), clipjax.leaf_norms(t, ord)),
+        mesh=mesh, in_specs=(specs,), out_specs=(p(), p()),
+      )  # fmt: skip
+      norm, norms = jax.jit(both)(scaled)
+      np.testing.assert_allclose(norm, oracle_norm(scaled, ord), rtol=2e-6)
+      for name, n in norms.items():
+        np.testing.assert_allclose(n, oracle_norm(scaled[name], ord), rtol=2e-6)
+      by_hand = jax.shard_map(
+        lambda t, ord=ord: clipjax.global_norm(t, ord, axis_name={"ab": ("a", "b"), "a": "a", "none": None}),
+        mesh=mesh, in_specs=(specs,), out_specs=p(), check_vma=False,
+      )  # fmt: skip
+      np.testing.assert_allclose(jax.jit(by_hand)(scaled), oracle_norm(scaled, ord), rtol=2e-6)
