@@ -259,12 +259,12 @@ def _rescale(
 def _factors(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`(touched, shrink, factor)`: a touched leaf becomes `(x * shrink) * factor`.
 
-  A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first. NaN in
-  every entry is what a factor of NaN gives.
+  A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first; with a
+  norm up to 1 the target would be subnormal before the factor is. A factor of NaN makes every entry NaN.
   """
   clipped = limits.norm > limits.limit
   norm, target = jnp.where(clipped, limits.norm, 1), jnp.where(clipped, limits.target, 1)
-  shrink = jnp.where(target / norm < 2.0**-100, 2.0**-100, 1).astype(norm.dtype)
+  shrink = jnp.where((target / norm < 2.0**-100) & (norm > 1), 2.0**-100, 1).astype(norm.dtype)
   return clipped | bad, shrink, jnp.where(bad, jnp.nan, target / (norm * shrink))
 
 

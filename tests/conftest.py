@@ -17,3 +17,10 @@ def x64(request):
   """Runs a test without and with x64; the value says which."""
   with jax.enable_x64(request.param):
     yield request.param
+
+
+@pytest.fixture
+def standard_promotion():
+  """For tests that run code of Optax that strict promotion does not allow: Adam, some schedules, mixed dtypes."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield

@@ -1,0 +1,223 @@
+"""clip_grad_norm and clip_grad_value against the oracle and the stated rules."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import DTYPES, assert_bits_equal, oracle_clip, oracle_norm, random_leaves
+from jax.experimental import checkify
+
+import clipjax
+from clipjax import _functional
+
+EXAMPLE = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+
+
+def test_example_that_everyone_starts_from():
+  clipped, norm = clipjax.clip_grad_norm(EXAMPLE, max_norm=5.0)
+  assert norm == 13
+  np.testing.assert_allclose(clipped["w"], [1.1538, 1.5385], atol=5e-5)
+  np.testing.assert_allclose(clipped["b"], [4.6154], atol=5e-5)
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_oracle(p, dtype, magnitude, eps):
+  magnitude = magnitude ** (0.1 if dtype == "float16" else 1)
+  leaves = random_leaves(5, dtype, magnitude)
+  max_norm = 0.3 * oracle_norm(leaves, p)
+  clipped, norm = clipjax.clip_grad_norm(leaves, max_norm, p, eps=eps)
+  chex.assert_trees_all_equal_shapes_and_dtypes(clipped, leaves)
+  np.testing.assert_allclose(norm, oracle_norm(leaves, p), rtol=1e-6)
+  rounding = float(jnp.finfo(dtype).eps)
+  # Entries that come out subnormal in the dtype are rounded to its smallest step.
+  smallest = float(jnp.finfo(dtype).tiny) * (1 if dtype == "float32" else rounding)
+  for got, want in zip(clipped, oracle_clip(leaves, max_norm, p, eps), strict=True):
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=max(rounding, 1e-6), atol=smallest)
+  limit = max_norm * (1 + (1e-6 if dtype == "float32" else rounding))
+  assert oracle_norm(clipped, p) <= limit
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float8_e4m3fn", "complex64"])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_bit_identical_at_and_under_the_limit(dtype, jitted):
+  leaves = [jnp.asarray([0.0, -0.0, 1.0, -2.0, 2.0], dtype), jnp.zeros((0, 2), dtype), jnp.asarray(4.0, dtype)]
+  clip = jax.jit(clipjax.clip_grad_norm) if jitted else clipjax.clip_grad_norm
+  for max_norm in (5.0, 5.1, 1e30, math.inf):
+    clipped, norm = clip(leaves, max_norm)
+    assert norm == 5
+    assert_bits_equal(clipped, leaves)
+
+
+def test_subnormal_entries_survive_under_the_limit():
+  leaves = [jnp.asarray(np.array([1e-40, -1e-45, 1.0], np.float32)), jnp.asarray([1e-40], jnp.bfloat16)]
+  assert_bits_equal(jax.jit(clipjax.clip_grad_norm)(leaves, 1.0)[0], leaves)
+
+
+@pytest.mark.parametrize("norm", [1e30, 1e38, 3e38])
+@pytest.mark.parametrize("max_norm", [1e-20, 1e-3, 1.0, 1e20])
+def test_subnormal_factor(norm, max_norm):
+  grads = {"a": jnp.array([0.6, 0.8]) * norm, "b": jnp.array([1e-6]) * norm}
+  clipped, _ = clipjax.clip_grad_norm(grads, max_norm)
+  np.testing.assert_allclose(clipped["a"], [0.6 * max_norm, 0.8 * max_norm], rtol=1e-6)
+  np.testing.assert_allclose(clipped["b"], [1e-6 * max_norm], rtol=1e-6)
+
+
+def test_sixteen_bit_leaves_are_rounded_once():
+  x = jnp.asarray(np.random.default_rng(0).standard_normal(1000), jnp.bfloat16)
+  clipped, norm = clipjax.clip_grad_norm(x, 1.0)
+  want = (np.asarray(x, np.float32) * np.float32(1 / norm)).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(np.asarray(clipped, np.float32), np.asarray(want, np.float32))
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf])
+def test_zero_gradient_stays_zero(max_norm):
+  grads = {"a": jnp.zeros(3), "b": jnp.zeros((), jnp.bfloat16), "c": jnp.zeros((0, 4))}
+  clipped, norm = clipjax.clip_grad_norm(grads, max_norm)
+  assert norm == 0
+  assert_bits_equal(clipped, grads)
+  jac = jax.jacrev(lambda g: clipjax.clip_grad_norm(g, max_norm)[0])(grads["a"])
+  np.testing.assert_array_equal(jac, np.eye(3))
+
+
+def test_max_norm_zero_gives_zeros():
+  clipped, _ = clipjax.clip_grad_norm(EXAMPLE, 0.0)
+  assert not any(x.any() for x in jax.tree.leaves(clipped))
+
+
+def test_negative_traced_threshold_counts_as_zero():
+  clipped, norm = jax.jit(clipjax.clip_grad_norm)(EXAMPLE, -1.0)
+  assert norm == 13
+  assert not any(x.any() for x in jax.tree.leaves(clipped))
+  assert not jax.jit(clipjax.clip_grad_value)(EXAMPLE, -1.0)["w"].any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_nonfinite_policies(bad, jitted):
+  grads = {"a": jnp.array([1.0, bad]), "b": jnp.ones(3, jnp.bfloat16), "c": jnp.array(0.0)}
+
+  def clip(policy):
+    fn = lambda g: clipjax.clip_grad_norm(g, 1.0, on_nonfinite=policy)  # noqa: E731
+    return (jax.jit(fn) if jitted else fn)(grads)
+
+  clipped, norm = clip("propagate")
+  assert not np.isfinite(norm)
+  assert all(np.isnan(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(clipped))
+  clipped, norm = clip("zero")
+  assert not np.isfinite(norm)
+  chex.assert_trees_all_equal(clipped, jax.tree.map(jnp.zeros_like, grads))
+
+
+def test_nan_threshold_is_a_nonfinite_step():
+  clipped, norm = jax.jit(clipjax.clip_grad_norm)(EXAMPLE, jnp.nan)
+  assert norm == 13
+  assert np.isnan(clipped["w"]).all()
+  zeros, _ = jax.jit(lambda g, m: clipjax.clip_grad_norm(g, m, on_nonfinite="zero"))(EXAMPLE, jnp.nan)
+  assert not zeros["w"].any()
+
+
+def test_error_policy_eagerly_and_through_checkify():
+  bad = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(3)}
+  with pytest.raises(FloatingPointError, match="norm nan"):
+    clipjax.clip_grad_norm(bad, 1.0, on_nonfinite="error")
+
+  def step(grads):
+    return clipjax.clip_grad_norm(grads, 1.0, on_nonfinite="error")
+
+  err, _ = jax.jit(checkify.checkify(step))(bad)
+  assert "the gradient is not finite (norm nan)" in err.get()
+  err, (clipped, _) = jax.jit(checkify.checkify(step))(EXAMPLE)
+  assert err.get() is None
+  np.testing.assert_allclose(clipped["w"], [3 / 13, 4 / 13], rtol=1e-6)
+
+
+def test_given_norm_is_used_and_returned():
+  clipped, norm = clipjax.clip_grad_norm(EXAMPLE, 5.0, norm=26.0)
+  assert norm == 26
+  np.testing.assert_allclose(clipped["b"], [12 * 5 / 26], rtol=1e-6)
+  clipped, norm = clipjax.clip_grad_norm(EXAMPLE, 5.0, norm=jnp.nan, on_nonfinite="zero")
+  assert np.isnan(norm) and not clipped["b"].any()
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e20])
+def test_derivative_of_the_clip(p, magnitude):
+  x = jnp.array([3.0, -4.0, 1.0]) * magnitude
+  wide = np.asarray(x, np.float64)
+  n = oracle_norm(x, p)
+  for max_norm in (0.5 * n, 2 * n):
+    direction = np.sign(wide) * (np.abs(wide) / n) ** (p - 1)
+    want = np.eye(3) if max_norm > n else max_norm / n * (np.eye(3) - np.outer(wide / n, direction))
+    clip = lambda x, m=max_norm: clipjax.clip_grad_norm(x, m, p)[0]  # noqa: E731
+    np.testing.assert_allclose(jax.jacrev(clip)(x), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jacfwd(clip)(x), want, rtol=1e-5, atol=1e-6)
+  by_limit = jax.jacfwd(lambda m: clipjax.clip_grad_norm(x, m, p)[0])(jnp.float32(0.5 * n))
+  np.testing.assert_allclose(by_limit, wide / n, rtol=1e-5)
+
+
+def test_derivative_of_the_clip_through_a_huge_reduction():
+  # From 1e20 on the square of the norm is no float32 any more.
+  x = jnp.array([3.0, 4.0]) * 1e25
+  jac = jax.jacrev(lambda x: clipjax.clip_grad_norm(x, 1.0)[0])(x)
+  np.testing.assert_allclose(jac * 1e25, [[0.128, -0.096], [-0.096, 0.072]], rtol=1e-5)
+
+
+def test_vmap_and_jit_are_the_eager_clip():
+  rows = jnp.asarray(np.random.default_rng(0).standard_normal((5, 8)) * 10.0 ** np.arange(-4, 6, 2)[:, None], "float32")
+  got, norms = jax.vmap(lambda g: clipjax.clip_grad_norm(g, 1.0))(rows)
+  for row, clipped, norm in zip(rows, got, norms, strict=True):
+    eager = clipjax.clip_grad_norm(row, 1.0)
+    np.testing.assert_allclose(clipped, eager[0], rtol=1e-6)
+    np.testing.assert_allclose(norm, eager[1], rtol=1e-6)
+    chex.assert_trees_all_equal(jax.jit(clipjax.clip_grad_norm)(row, 1.0), eager)
+
+
+def test_trees_pass_through_with_everything_that_is_not_measured(x64):
+  f0 = np.zeros(3, jax.dtypes.float0)
+  grads = {"a": jnp.array([3.0, 4.0], jnp.float32), "none": None, "masked": optax.MaskedNode(), "f0": f0, "py": 12.0}
+  clipped, norm = clipjax.clip_grad_norm(grads, 6.5)
+  np.testing.assert_allclose(clipped["a"], [1.5, 2.0], rtol=1e-6)
+  assert clipped["none"] is None and clipped["f0"] is f0 and isinstance(clipped["masked"], optax.MaskedNode)
+  assert clipped["py"] == 6 and clipped["a"].dtype == jnp.float32
+  assert norm.dtype == (jnp.float64 if x64 else jnp.float32)
+
+
+def test_empty_tree():
+  clipped, norm = clipjax.clip_grad_norm({}, 1.0)
+  assert clipped == {} and norm == 0
+
+
+def test_no_nan_on_the_way_for_finite_input():
+  with jax.debug_nans(True):
+    for magnitude in (0.0, 1e-30, 1.0, 1e30):
+      for max_norm in (0.0, 1.0, math.inf):
+        leaves = random_leaves(4, magnitude=magnitude)
+        jax.block_until_ready(clipjax.clip_grad_norm(leaves, max_norm))
+        loss = jax.jit(jax.grad(lambda x, m=max_norm: sum(y.sum() for y in clipjax.clip_grad_norm(x, m)[0])))
+        jax.block_until_ready(loss(leaves))
+
+
+def test_eager_call_does_not_trace_again():
+  grads = random_leaves(3, seed=5)
+  clipjax.clip_grad_norm(grads, 1.25)
+  before = _functional._clip_leaves._cache_size()
+  clipjax.clip_grad_norm(grads, 2.5)
+  assert _functional._clip_leaves._cache_size() == before
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float8_e5m2"])
+def test_clip_by_value_is_elementwise(dtype):
+  x = jnp.asarray([0.5, -0.5, 1.0, -3.0, jnp.inf, -jnp.inf, 0.0], dtype)
+  got = clipjax.clip_grad_value({"x": x}, 1.0)["x"]
+  assert got.dtype == x.dtype
+  np.testing.assert_array_equal(np.asarray(got, np.float32), [0.5, -0.5, 1, -1, 1, -1, 0])
+  assert np.isnan(np.asarray(clipjax.clip_grad_value(jnp.asarray([jnp.nan], dtype), 1.0), np.float32)).all()
+  assert_bits_equal(clipjax.clip_grad_value(x[:4], 3.0), x[:4])
+  assert not np.asarray(clipjax.clip_grad_value(x, 0.0), np.float32).any()
