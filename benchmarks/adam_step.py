@@ -66,11 +66,11 @@ def measure(shapes: list[tuple[int, ...]], dtype: str, rounds: int) -> dict[str,
     runs[name] = (compiled, *jax.block_until_ready(compiled(params, state, grads)))
   times: dict[str, list[float]] = {name: [] for name in runs}
   for _ in range(rounds):
-    for name, (compiled, params, state) in runs.items():
+    for name, (compiled, *carry) in runs.items():
       start = time.perf_counter()
-      params, state = jax.block_until_ready(compiled(params, state, grads))
+      after = jax.block_until_ready(compiled(*carry, grads))
       times[name].append(time.perf_counter() - start)
-      runs[name] = (compiled, params, state)
+      runs[name] = (compiled, *after)
   for name, values in times.items():
     results[name]["step_ms"] = 1e3 * statistics.median(values)
     # The difference is taken within each round, in which the machine was in one state.

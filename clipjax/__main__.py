@@ -45,7 +45,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     "gradient norm, and writes clipjax_demo.png and clipjax_demo.json. Takes well under two minutes on a CPU.",
   )
   parser.add_argument(
-    "--out", type=Path, default=Path(), metavar="DIR", help="directory of the files (default: this one)"
+    "--out", type=Path, default=Path(), metavar="DIR", help="directory of the files (default: the current one)"
   )
   parser.add_argument(
     "--steps", type=_integer(1, None), default=300, metavar="N", help="steps of each run (default: %(default)s)"

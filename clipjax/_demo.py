@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
@@ -39,6 +40,8 @@ FINAL_STEPS = 10  # The final loss is the mean over so many steps: a single batc
 
 # Okabe and Ito's colours, which are told apart with any colour vision.
 COLOURS = ("#D55E00", "#0072B2", "#009E73")
+# The small dots show a step between two that are not finite, where there is no line.
+LINE: dict[str, Any] = {"linewidth": 1.2, "marker": ".", "markersize": 2.5}
 
 Params = dict[str, jax.Array]
 Series = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
@@ -65,15 +68,16 @@ class Trained(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """What the table shows of a run; the numbers may be inf or NaN, and `largest_norm` and `median_norm` ignore NaN."""
+  """What the table shows of a run. Losses and norms may be inf or NaN; `lowest_` to `median_` leave NaN out."""
 
   label: str
+  steps: int
   first_loss: float
   final_loss: float
   lowest_loss: float
   largest_norm: float
   median_norm: float
-  clip_fraction: float
+  clipped_steps: int
   nonfinite_steps: int
   seconds: float
 
@@ -93,15 +97,14 @@ def run(out: Path, steps: int, seed: int) -> None:
   tempfile.TemporaryFile(dir=out).close()
   console = Console(markup=False, highlight=False, emoji=False)
   console.print(
-    f"A tanh RNN of {HIDDEN} units learns to predict the next character, through {LENGTH} time steps, at a learning "
-    f"rate of {LEARNING_RATE:g}: {steps} steps without clipping, then from the same weights on the same batches with "
-    "clipjax.clip_by_global_norm."
+    f"A tanh RNN of {HIDDEN} units, unrolled {LENGTH} times, learns to predict the next character with SGD at a "
+    f"learning rate of {LEARNING_RATE:g}: first without clipping, then from the same weights on the same batches with "
+    "clipjax.clip_by_global_norm(max_norm).\n"
   )
   with _reporter(console, steps) as report:
     runs = train_all(steps, seed, report)
   summaries = [summarize(trained) for trained in runs]
-  console.print(table(summaries))
-  console.print(conclusion(summaries))
+  console.print("", table(summaries), "", conclusion(summaries), "", sep="\n")
   picture_path, series_path = out / "clipjax_demo.png", out / "clipjax_demo.json"
   picture(runs).savefig(picture_path, dpi=150)
   series_path.write_text(to_json(runs, seed), encoding="utf-8")
@@ -155,13 +158,13 @@ def read_text() -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def init_params(key: jax.Array) -> Params:
-  """Weights whose recurrent matrix is orthogonal: at the start it neither shrinks nor stretches what passes it."""
+  """Weights of a network that starts tame: the recurrent matrix has a spectral radius of about 1/2."""
   keys = jax.random.split(key, 3)
   return {
-    "embed": jax.random.normal(keys[0], (CHARACTERS, HIDDEN), jnp.float32) * 0.1,
-    "recurrent": jax.nn.initializers.orthogonal()(keys[1], (HIDDEN, HIDDEN), jnp.float32),
+    "embed": jax.random.normal(keys[0], (CHARACTERS, HIDDEN), jnp.float32),
+    "recurrent": jax.random.normal(keys[1], (HIDDEN, HIDDEN), jnp.float32) * (0.5 / math.sqrt(HIDDEN)),
     "bias": jnp.zeros(HIDDEN, jnp.float32),
-    "out": jax.random.normal(keys[2], (HIDDEN, CHARACTERS), jnp.float32) / math.sqrt(HIDDEN),
+    "out": jax.random.normal(keys[2], (HIDDEN, CHARACTERS), jnp.float32) * 0.01,
     "out_bias": jnp.zeros(CHARACTERS, jnp.float32),
   }
 
@@ -203,37 +206,42 @@ def loss_fn(params: Params, windows: jax.Array) -> jax.Array:
 @contextmanager
 def _reporter(console: Console, steps: int) -> Iterator[Report]:
   """Gives what shows the progress: live bars in a terminal, else a plain line now and then."""
-  if not console.is_terminal or console.is_dumb_terminal:
+  if console.is_terminal and not console.is_dumb_terminal:
+    with _bars(console) as progress:
+      tasks = {_label(c): progress.add_task(_label(c), total=steps, values="") for c in MAX_NORMS}
+      progress.refresh()
+
+      def move_bar(label: str, step: int, values: dict[str, float]) -> None:
+        progress.update(tasks[label], completed=step, values=_values_text(values), refresh=True)
+
+      yield move_bar
+  else:
 
     def print_line(label: str, step: int, values: dict[str, float]) -> None:
       if step % PRINT_EVERY == 0 or step == steps:
         console.print(f"{label}: step {step} of {steps}, {_values_text(values)}", soft_wrap=True)
 
     yield print_line
-    return
 
-  # "crop": the default, an ellipsis, is a character that an ASCII terminal does not have.
-  narrow = Column(no_wrap=True, overflow="crop")
-  columns = [
-    TextColumn("{task.description}", table_column=narrow.copy()),
-    BarColumn(bar_width=20, table_column=narrow.copy()),
-    TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=narrow.copy()),
-    TextColumn("{task.fields[values]}", table_column=narrow.copy()),
-  ]
-  with Progress(*columns, console=console, auto_refresh=False) as progress:
-    tasks = {_label(c): progress.add_task(_label(c), total=steps, values="") for c in MAX_NORMS}
 
-    def move_bar(label: str, step: int, values: dict[str, float]) -> None:
-      progress.update(tasks[label], completed=step, values=_values_text(values), refresh=True)
+def _bars(console: Console) -> Progress:
+  # "crop": the default of a narrow terminal is an ellipsis, a character that an ASCII terminal does not have.
+  def narrow() -> Column:
+    return Column(no_wrap=True, overflow="crop")
 
-    progress.refresh()
-    yield move_bar
+  return Progress(
+    TextColumn("{task.description}", table_column=narrow()),
+    BarColumn(bar_width=10, table_column=narrow()),
+    TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=narrow()),
+    TextColumn("{task.fields[values]}", table_column=narrow()),
+    console=console,
+    auto_refresh=False,
+  )
 
 
 def _values_text(values: dict[str, float]) -> str:
-  return (
-    f"loss {values['loss']:.4g}, gradient norm {values['grad/norm']:.3g}, clipped {values['grad/clip_fraction']:.0%}"
-  )
+  clipped = values["grad/clip_fraction"]
+  return f"loss {_text(values['loss'])}, norm {_text(values['grad/norm'])}, clipped {clipped:.1%}"
 
 
 def summarize(trained: Trained) -> Summary:
@@ -241,12 +249,13 @@ def summarize(trained: Trained) -> Summary:
   loss, norm = trained.series["loss"], trained.series["grad/norm"]
   return Summary(
     label=trained.label,
+    steps=loss.size,
     first_loss=float(loss[0]),
     final_loss=float(loss[-FINAL_STEPS:].mean()),
     lowest_loss=_of_numbers(np.min, loss),
     largest_norm=_of_numbers(np.max, norm),
     median_norm=_of_numbers(np.median, norm),
-    clip_fraction=float(trained.series["grad/clip_fraction"][-1]),
+    clipped_steps=round(float(trained.series["grad/clip_fraction"][-1]) * loss.size),
     nonfinite_steps=int(trained.series["grad/nonfinite_steps"][-1]),
     seconds=trained.seconds,
   )
@@ -254,19 +263,19 @@ def summarize(trained: Trained) -> Summary:
 
 def table(summaries: Sequence[Summary]) -> Table:
   """The runs side by side; rich draws it in ASCII where stdout is not Unicode."""
-  out = Table()
-  out.add_column("run", overflow="fold")
-  for title in (
-    "final loss", "lowest loss", "largest norm", "median norm", "clipped steps", "nonfinite steps", "seconds"
-  ):  # fmt: skip
-    out.add_column(title.replace(" ", "\n"), justify="right", overflow="fold")
+  # "fold", as an ellipsis may not be printable; without edges 80 columns hold the longest numbers.
+  out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+  out.add_column("run", overflow="fold", vertical="bottom")
+  titles = "final\nloss", "lowest\nloss", "largest\nnorm", "median\nnorm", "steps\nclipped", "not\nfinite", "time"
+  for title in titles:
+    out.add_column(title, justify="right", overflow="fold")
   for row in summaries:
     out.add_row(
       row.label,
-      *(f"{x:.4g}" for x in (row.final_loss, row.lowest_loss, row.largest_norm, row.median_norm)),
-      f"{row.clip_fraction:.0%}",
+      *(_text(x) for x in (row.final_loss, row.lowest_loss, row.largest_norm, row.median_norm)),
+      f"{row.clipped_steps / row.steps:.1%}",
       str(row.nonfinite_steps),
-      f"{row.seconds:.1f}",
+      f"{row.seconds:.1f} s",
     )
   return out
 
@@ -278,27 +287,28 @@ def conclusion(summaries: Sequence[Summary]) -> str:
     summaries: of the runs, at least two.
 
   Returns:
-    Two sentences, true whichever way the runs went.
+    Sentences that are true whichever way the runs went.
   """
   free, *others = summaries
   best = min(others, key=lambda row: _as_worst(row.final_loss))
-  if f"{best.final_loss:.3g}" == f"{free.final_loss:.3g}":
+  if _text(best.final_loss) == _text(free.final_loss):
     verdict = "Clipping made no difference to the final loss"
   elif _as_worst(best.final_loss) < _as_worst(free.final_loss):
     verdict = "Clipping helped"
   else:
     verdict = "Clipping did not help"
   return (
-    f"{verdict}: with {best.label} the loss {_course(best)}, without clipping it {_course(free)}. "
-    f"The norm of the unclipped gradient reached {free.largest_norm:.3g} at a median of {free.median_norm:.3g}; the "
-    f"clip acted on {best.clip_fraction:.0%} of the steps with {best.label}."
+    f"{verdict}: with {best.label} the loss {_course(best)}, without clipping it {_course(free)} (mean of the last "
+    f"{min(FINAL_STEPS, free.steps)} steps). The norm of the unclipped gradient had a median of "
+    f"{_text(free.median_norm)} and reached {_text(free.largest_norm)}; with {best.label}, "
+    f"{best.clipped_steps} of {best.steps} steps were clipped."
   )
 
 
 def _course(row: Summary) -> str:
-  first, final = f"{row.first_loss:.3g}", f"{row.final_loss:.3g}"
-  if not math.isfinite(row.final_loss):
-    return f"went from {first} to {final}, which is not finite"
+  first, final = _text(row.first_loss), _text(row.final_loss)
+  if not (math.isfinite(row.first_loss) and math.isfinite(row.final_loss)):
+    return f"went from {first} to {final}"
   if first == final:
     return f"stayed at {final}"
   return f"{'fell' if row.final_loss < row.first_loss else 'rose'} from {first} to {final}"
@@ -306,6 +316,11 @@ def _course(row: Summary) -> str:
 
 def _label(max_norm: float) -> str:
   return "no clipping" if math.isinf(max_norm) else f"max_norm {max_norm:g}"
+
+
+def _text(x: float) -> str:
+  """Three digits, and no exponent below a million."""
+  return f"{x:,.0f}" if 999.5 <= x < 1e6 else f"{x:.3g}"
 
 
 def _as_worst(loss: float) -> float:
@@ -352,12 +367,13 @@ def picture(runs: Sequence[Trained]) -> Figure:
   figure = Figure(figsize=(9, 8), layout="constrained")
   figure.suptitle(f"A character RNN under SGD at learning rate {LEARNING_RATE:g}, without and with clipping")
   top, bottom = figure.subplots(2, 1, sharex=True)
-  for trained, colour in zip(runs, COLOURS, strict=True):
+  for row, (trained, colour) in enumerate(zip(runs, COLOURS, strict=True)):
     _draw_loss(top, trained, colour)
-    _draw_norm(bottom, trained, colour)
+    _draw_norm(bottom, trained, colour, row)
   top.set_ylabel("Loss (nats per character)")
   bottom.set_ylabel("Gradient norm before the clip")
   bottom.set_xlabel("Step")
+  bottom.margins(x=0.01)
   for axes in (top, bottom):
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
@@ -367,19 +383,21 @@ def picture(runs: Sequence[Trained]) -> Figure:
 
 def _draw_loss(axes: Axes, trained: Trained, colour: str) -> None:
   loss = trained.series["loss"]
-  axes.plot(_steps(loss), _positive(loss), color=colour, label=trained.label)
+  axes.plot(_steps(loss), _positive(loss), color=colour, label=trained.label, **LINE)
 
 
-def _draw_norm(axes: Axes, trained: Trained, colour: str) -> None:
-  norm = _positive(trained.series["grad/norm"])
-  axes.plot(_steps(norm), norm, color=colour, linewidth=1, label=trained.label)
+def _draw_norm(axes: Axes, trained: Trained, colour: str, row: int) -> None:
+  """The norm, its limit, and in the given row above the panel a tick at each clipped step."""
+  norm = trained.series["grad/norm"]
+  axes.plot(_steps(norm), _positive(norm), color=colour, label=trained.label, **LINE)
   if math.isinf(trained.max_norm):
     return
   axes.axhline(trained.max_norm, color=colour, linestyle="--", label=f"limit {trained.max_norm:g}")
-  is_clipped = trained.series["grad/scale"] < 1
+  clipped = _steps(norm)[trained.series["grad/scale"] < 1]
+  # Ticks apart from the curve: where most steps are clipped, marks on it would hide it.
   axes.plot(
-    _steps(norm)[is_clipped], norm[is_clipped], color=colour, linestyle="", marker="o", markersize=3,
-    label="clipped step",
+    clipped, np.full(clipped.shape, 1 + 0.035 * row), color=colour, linestyle="", marker="|", markersize=7,
+    transform=axes.get_xaxis_transform(), clip_on=False, label=f"clipped at {trained.max_norm:g}",
   )  # fmt: skip
 
 

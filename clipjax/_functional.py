@@ -92,13 +92,13 @@ def clip_grad_norm(
   check_eps(eps)
   check_policy(on_nonfinite)
   if norm is not None:
-    check_threshold(norm, "norm", nan_is_an_error=False)
+    check_threshold(norm, "norm", remedy="pass the norm of `grads`, or None to compute it", allow_nan=True)
   flat = _leaves.flatten(grads, "grads")
   spec = _norms.NormSpec(p, (tuple(range(len(flat.measured))),), _leaves.resolve_axes(grads, axis_name))
-  clipped, norm, bad = _clip_leaves(spec, on_nonfinite, flat.measured, max_norm, norm, eps)
+  clipped, total, bad = _clip_leaves(spec, on_nonfinite, flat.measured, max_norm, norm, eps)
   if on_nonfinite == "error":
-    raise_nonfinite(bad, norm, grads)
-  return flat.with_measured(clipped), norm
+    raise_nonfinite(bad, total, grads)
+  return flat.with_measured(clipped), total
 
 
 def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
@@ -132,29 +132,33 @@ def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
 # Checks of Python values, before any tracing ------------------------------------------------------------------------
 
 
-def check_threshold(value: Any, argument: str, *, nan_is_an_error: bool = True) -> None:
+ZERO_OR_INF = "pass 0 to zero the gradient or `float('inf')` only to measure"
+
+
+def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, allow_nan: bool = False) -> None:
   """Raises unless `value` is a number >= 0 or a scalar array; what is on a device or traced is not read."""
   rule = f"`{argument}` must be a number >= 0 or a scalar array"
-  if isinstance(value, bool | np.bool_ | str) or not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
+  numbers = int | float | np.generic | np.ndarray | jax.Array
+  if isinstance(value, bool | np.bool_ | str) or not isinstance(value, numbers):
     raise TypeError(f"{rule}, got {_leaves.describe(value)}: pass a float such as 1.0.")
   if isinstance(value, np.ndarray | jax.Array) and value.shape != ():
     raise ValueError(f"{rule}, got {_leaves.describe(value)}: pass one number, or use clip_by_group_norm.")
   dtype = value.dtype if isinstance(value, np.generic | np.ndarray | jax.Array) else np.dtype(type(value))
-  if not (jax.dtypes.issubdtype(dtype, np.floating) or jax.dtypes.issubdtype(dtype, np.integer)):
+  if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
     raise TypeError(f"{rule}, got {_leaves.describe(value)}: pass a real number such as 1.0.")
   if isinstance(value, jax.Array):
     return
   number = float(value)
-  if number < 0 or (nan_is_an_error and math.isnan(number)):
-    remedy = "pass 0 to zero the gradient or `float('inf')` only to measure" if nan_is_an_error else "pass a norm"
+  if number < 0 or (math.isnan(number) and not allow_nan):
     raise ValueError(f"`{argument}` must be >= 0, got {number}: {remedy}.")
 
 
 def check_eps(eps: Any) -> None:
   """Raises unless `eps` is a finite number >= 0 or a scalar array."""
-  check_threshold(eps, "eps")
+  remedy = "pass 0.0, or 1e-6 for the factor of torch"
+  check_threshold(eps, "eps", remedy=remedy)
   if not isinstance(eps, jax.Array) and math.isinf(float(eps)):
-    raise ValueError(f"`eps` must be finite, got {float(eps)}: pass 0.0, or 1e-6 for the factor of torch.")
+    raise ValueError(f"`eps` must be finite, got {float(eps)}: {remedy}.")
 
 
 def check_policy(on_nonfinite: Any) -> None:
@@ -187,7 +191,8 @@ def raise_nonfinite(bad: jax.Array, norm: jax.Array, grads: Any) -> None:
     names = [n for n, finite in zip(_leaves.leaf_names(grads, lambda _: True), leaves, strict=True) if not finite]
     where = ", ".join(f"'{name}'" for name in names[:10]) + (", ..." if len(names) > 10 else "")
     raise FloatingPointError(
-      text.format(norm=float(norm)) + (f" in {where}" if names else "")
+      text.format(norm=float(norm))
+      + (f" in {where}" if names else "")
       + ': lower the learning rate, or pass on_nonfinite="zero" to drop such steps.'
     )
 
@@ -274,9 +279,13 @@ def _multiply(x: jax.Array, touched: jax.Array, shrink: jax.Array, factor: jax.A
 
 def _times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
   """The product with real factors, from left to right, in the dtype of the array."""
-  for factor in factors:
-    wide = _norms.by_parts(lambda part, by=factor: part * by.astype(part.dtype), wide)
-  return wide
+
+  def product(part: jax.Array) -> jax.Array:
+    for factor in factors:
+      part = part * factor.astype(part.dtype)
+    return part
+
+  return _norms.by_parts(product, wide)
 
 
 @_rescale.defjvp

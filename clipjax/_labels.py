@@ -158,9 +158,14 @@ def _register_with_flax() -> None:
   serialization.register_serialization_state(Labels, lambda labels: {}, lambda labels, state: labels)
 
 
+def _from_json(data: bytes) -> Labels:
+  name, unit, *lists = json.loads(data)
+  return Labels(name, unit, *map(tuple, lists))
+
+
 export.register_pytree_node_serialization(
   Labels,
   serialized_name="clipjax.Labels",
   serialize_auxdata=lambda labels: json.dumps(labels._content()).encode(),
-  deserialize_auxdata=lambda data: Labels(*(tuple(x) if isinstance(x, list) else x for x in json.loads(data))),
+  deserialize_auxdata=_from_json,
 )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -60,7 +61,7 @@ def flatten(tree: Any, argument: str) -> Flat:
 def is_measured(leaf: Any) -> bool:
   """Whether a leaf has a norm: floating and complex arrays whose dtype has zero and NaN, and Python floats."""
   dtype = _dtype(leaf)
-  if dtype is None or not jax.dtypes.issubdtype(dtype, np.inexact):
+  if dtype is None or not jnp.issubdtype(dtype, np.inexact):
     return False
   return not np.dtype(dtype).name.startswith(("float8_e8m0", "float6_", "float4_"))
 
@@ -96,7 +97,7 @@ def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...] | None:
     raise ValueError(f"{rule}, got {axis_name!r}: {error}") from None
   for names in per_leaf:
     if not _is_axes(names):
-      raise TypeError(f"{rule}, got {names!r}: pass the names as strings.")
+      raise TypeError(f"{rule}, got {describe(names)}: pass the names as strings.")
   pairs = zip(per_leaf, jax.tree.leaves(tree), strict=True)
   return tuple(_as_axes(names) for names, leaf in pairs if is_measured(leaf))
 
@@ -123,8 +124,11 @@ def describe(x: Any) -> str:
   shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
   if shape is not None and dtype is not None:
     traced = "traced " if isinstance(x, jax.core.Tracer) else ""
-    return f"a {traced}{dtype}[{','.join(map(str, shape))}] array"
-  return f"{x!r} ({type(x).__name__})" if isinstance(x, int | float | complex | str) else f"a {type(x).__name__}"
+    return f"{traced}{dtype}[{','.join(map(str, shape))}]"
+  kind = type(x).__name__
+  if isinstance(x, int | float | complex | str):
+    return f"{x!r} ({kind})"
+  return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
 
 
 def _dtype(leaf: Any) -> Any:

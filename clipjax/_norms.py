@@ -12,7 +12,6 @@ the global norm, one leaf a block the norm of each leaf, anything between a grou
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -223,7 +222,9 @@ def block_sizes(spec: NormSpec, leaves: Sequence[Any]) -> list[int]:
   return [sum(sizes[i] for i in block) for block in spec.blocks]
 
 
-block_norms_jit = jax.jit(block_norms, static_argnums=0, inline=True)
+block_norms_jit: Callable[[NormSpec, Sequence[Any]], tuple[jax.Array, ...]] = jax.jit(
+  block_norms, static_argnums=0, inline=True
+)
 
 
 def vector_norm(norms: jax.Array, p: float) -> jax.Array:
@@ -256,10 +257,10 @@ def _vector_norm_jvp(p: float, primals: Any, tangents: Any) -> Any:
 
 def upcast(x: Any) -> jax.Array:
   """The leaf in the dtype in which it is summed: float64 and complex128 as they are, the rest in 32-bit parts."""
-  x = jnp.asarray(x)
-  if x.dtype in (jnp.float64, jnp.complex128):
-    return x
-  return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
+  array: jax.Array = jnp.asarray(x)
+  if array.dtype in (jnp.float64, jnp.complex128):
+    return array
+  return array.astype(jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32)
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -292,7 +293,7 @@ def _root(total: jax.Array, p: float) -> jax.Array:
     return total
   usable = (total > 0) & (total < jnp.inf)
   t = jnp.where(usable, total, 1)
-  root = lax.optimization_barrier(t ** (1 / p))  # XLA would simplify `(t^(1/p))^p` to t.
+  root: jax.Array = lax.optimization_barrier(t ** (1 / p))  # XLA would simplify `(t^(1/p))^p` to t.
   finite = root < jnp.inf
   correction = (_power(jnp.where(finite, root, 1), p) / t - 1) / p
   return jnp.where(usable, jnp.where(finite, root - root * correction, root), total)
@@ -316,7 +317,7 @@ def _axes(spec: NormSpec, xs: Sequence[jax.Array]) -> Sequence[Axes]:
 
 def _all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float) -> list[jax.Array]:
   """Reduces per-leaf values over mesh axes, with one collective for each distinct set of axes and dtype."""
-  reduce = lax.pmax if p == math.inf else lax.pmin if p == -math.inf else lax.psum
+  reduce: Callable[..., Any] = lax.pmax if p == math.inf else lax.pmin if p == -math.inf else lax.psum
   out = list(values)
   together: dict[tuple[Axes, Any], list[int]] = {}
   for i, (value, leaf_axes) in enumerate(zip(values, axes, strict=True)):

@@ -8,17 +8,18 @@ on the way goes into a `ClipState` of fixed structure.
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 from jax.typing import ArrayLike
 
 from clipjax import _functional, _leaves, _norms, rules
 from clipjax._labels import Labels
 
-MaxNorm = ArrayLike | optax.Schedule | rules.Rule
+MaxNorm: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike] | rules.Rule
 
 
 class ClipState(NamedTuple):
@@ -54,6 +55,9 @@ class ClipState(NamedTuple):
   nonfinite_leaf: jax.Array
   rule: Any
   labels: Labels
+
+
+export.register_namedtuple_serialization(ClipState, serialized_name="clipjax.ClipState")
 
 
 class _Config(NamedTuple):
@@ -370,6 +374,11 @@ def _clip(
   ) -> tuple[optax.Updates, Any]:
     del params, extra_args
     if track:
+      if not isinstance(state, ClipState):
+        raise TypeError(
+          f"`state` must be the ClipState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
+          "transformation, or `track=False` to go on with a checkpoint of optax.clip_by_global_norm."
+        )
       return _update(config, rule, updates, state, state.labels)
     fresh = init(updates)
     return _update(config, rule, updates, fresh, fresh.labels)[0], state
@@ -377,9 +386,7 @@ def _clip(
   return optax.GradientTransformationExtraArgs(init if track else optax.init_empty_state, update)
 
 
-def _update(
-  config: _Config, rule: rules.Rule, updates: Any, state: ClipState, labels: Labels
-) -> tuple[Any, ClipState]:
+def _update(config: _Config, rule: rules.Rule, updates: Any, state: ClipState, labels: Labels) -> tuple[Any, ClipState]:
   """One step: updates in, norms, rule, factors, updates out."""
   flat = _leaves.flatten(updates, "updates")
   labels.check_count(updates, len(flat.measured))
@@ -479,8 +486,8 @@ def _by_label(thresholds: Mapping[str, Any]) -> rules.Rule:
   return rules.Rule(init, update)
 
 
-def _check_limit(value: Any, norms: jax.Array, what: str) -> jax.Array:
-  value = jnp.asarray(value).astype(norms.dtype)
+def _check_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
+  value: jax.Array = jnp.asarray(answer).astype(norms.dtype)
   if value.shape not in ((), norms.shape):
     raise ValueError(
       f"a rule's `{what}` must have shape () or that of the norms, {norms.shape}, got {value.shape}: "

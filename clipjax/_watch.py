@@ -5,6 +5,7 @@ every clipjax state in any nesting: chain, masked, multi_transform, MultiSteps, 
 `flax.nnx.Optimizer`, a train state that has an `opt_state`.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,8 +101,8 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
     )
 
 
-def _problem(name: str, state: ClipState) -> str:
-  """One sentence or two on a state, read to the host, whose last step was not finite; else an empty text."""
+def _problem(name: str, state: Any) -> str:
+  """One sentence or two on a `ClipState` of numpy arrays whose last step was not finite; else an empty text."""
   if np.all(state.finite):
     return ""
   labels = state.labels
@@ -139,8 +140,11 @@ def _clip_states(opt_state: Any) -> Iterator[tuple[str, ClipState]]:
 
 def _transform_labels(path: tuple[Any, ...]) -> list[str]:
   """The labels of every `optax.multi_transform` on a path: the keys of its dict `inner_states`."""
-  pairs = zip(path, path[1:], strict=False)
-  return [str(key.key) for field, key in pairs if getattr(field, "name", None) == "inner_states" and hasattr(key, "key")]
+  return [
+    str(key.key)
+    for field, key in itertools.pairwise(path)
+    if getattr(field, "name", None) == "inner_states" and hasattr(key, "key")
+  ]
 
 
 def _is_wrapper(x: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 from jax.typing import ArrayLike
 
 from clipjax import _functional, _leaves
@@ -28,9 +29,7 @@ class _Init(Protocol):
 
 
 class _Update(Protocol):
-  def __call__(
-    self, norms: jax.Array, state: Any, *, global_norm: jax.Array
-  ) -> tuple[jax.Array, jax.Array, Any]: ...
+  def __call__(self, norms: jax.Array, state: Any, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]: ...
 
 
 class Rule(NamedTuple):
@@ -66,10 +65,13 @@ class StepCount(NamedTuple):
   """The state of a rule that depends on time alone; unlike any other, it also moves on a step that is not finite.
 
   Attributes:
-    count: int32, shape (): the `update` calls so far.
+    steps: int32, shape (): the `update` calls so far.
   """
 
-  count: jax.Array
+  steps: jax.Array
+
+
+export.register_namedtuple_serialization(StepCount, serialized_name="clipjax.rules.StepCount")
 
 
 def constant(value: ArrayLike) -> Rule:
@@ -145,15 +147,13 @@ def _of_count(fn: Callable[[jax.Array], ArrayLike]) -> Rule:
     del shape, dtype
     return StepCount(jnp.zeros((), jnp.int32))
 
-  def update(
-    norms: jax.Array, state: StepCount, *, global_norm: jax.Array
-  ) -> tuple[jax.Array, jax.Array, StepCount]:
+  def update(norms: jax.Array, state: StepCount, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, StepCount]:
     del global_norm
-    limit = jnp.asarray(fn(state.count)).astype(norms.dtype)
+    limit = jnp.asarray(fn(state.steps)).astype(norms.dtype)
     if limit.shape != ():
       raise ValueError(
         f"a schedule must return a scalar, got {_leaves.describe(limit)}: for a threshold by group pass a dict."
       )
-    return limit, limit, StepCount(optax.safe_increment(state.count))
+    return limit, limit, StepCount(optax.safe_increment(state.steps))
 
   return Rule(init, update)

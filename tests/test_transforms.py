@@ -157,7 +157,7 @@ def test_error_policy(name):
   tx = make(0.5, *args, on_nonfinite="error")
   bad = {**TREE, "head": TREE["head"].at[1].set(jnp.nan)}
   state = tx.init(TREE)
-  with pytest.raises(FloatingPointError, match="norm nan.* in 'head'"):
+  with pytest.raises(FloatingPointError, match=r"norm nan.* in 'head'"):
     tx.update(bad, state)
   err, _ = jax.jit(checkify.checkify(tx.update))(bad, state)
   assert "the gradient is not finite" in err.get()
@@ -342,6 +342,6 @@ def test_another_structure_in_update_than_in_init():
   # Flax NNX and Equinox hand the two of them trees of different structure with the same arrays.
   tx = clipjax.clip_by_leaf_norm(1.0)
   state = tx.init({"w": jnp.ones(2), "b": jnp.ones(2)})
-  (b, w), state = tx.update((jnp.array([3.0, 4.0]), jnp.array([0.0, 0.5])), state)
+  (b, _), state = tx.update((jnp.array([3.0, 4.0]), jnp.array([0.0, 0.5])), state)
   np.testing.assert_allclose(b, [0.6, 0.8], rtol=1e-6)
   assert clipjax.metrics(state, per_leaf=True)["grad/norm/b"] == 5

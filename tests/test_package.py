@@ -1,0 +1,119 @@
+"""The package as a whole: exports, what an import loads, docstrings, the README."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import typed_usage
+
+import clipjax
+from clipjax import rules
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXTRAS = ("matplotlib", "rich", "tensorboardX", "torch", "tensorflow", "flax", "IPython", "pandas")
+PUBLIC = {f"clipjax.{name}": getattr(clipjax, name) for name in clipjax.__all__ if name != "rules"} | {
+  f"clipjax.rules.{name}": getattr(rules, name) for name in ("Rule", "StepCount", "constant", "schedule")
+}
+
+
+def loaded_after(code):
+  """The modules of `EXTRAS` that a fresh interpreter has loaded after running `code`."""
+  report = f"import sys; {code}; print([m for m in {EXTRAS} if m in sys.modules])"
+  out = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True, cwd=ROOT)
+  return ast.literal_eval(out.stdout.strip().splitlines()[-1])
+
+
+def test_import_loads_no_extra():
+  assert loaded_after("import clipjax; clipjax.clip_by_global_norm(1.0); clipjax.metrics; clipjax.rules") == []
+
+
+def test_the_test_of_imports_can_fail():
+  assert loaded_after("import clipjax, rich") == ["rich"]
+
+
+def test_import_alone_does_not_load_jax():
+  code = "import clipjax, sys; assert 'jax' not in sys.modules; clipjax.rules; assert 'jax' in sys.modules"
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_exports_agree_with_what_type_checkers_see():
+  tree = ast.parse(pathlib.Path(clipjax.__file__).read_text(encoding="utf-8"))
+  block = next(node for node in tree.body if isinstance(node, ast.If))
+  seen = {
+    alias.asname: (node.module, alias.name)
+    for node in block.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+  }
+  assert set(seen) == set(clipjax.__all__)
+  for name, (module, original) in seen.items():
+    home = importlib.import_module(module)
+    value = getattr(home, original, None) or importlib.import_module(f"{module}.{original}")
+    assert getattr(clipjax, name) is value
+  assert set(clipjax.__all__) <= set(dir(clipjax))
+  with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+    clipjax.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_docstring_example_runs(name):
+  value = PUBLIC[name]
+  if name in {"clipjax.ClipState", "clipjax.rules.StepCount"}:
+    assert "Attributes:" in value.__doc__  # States that users read, and do not make.
+    return
+  examples = doctest.DocTestFinder(recurse=False).find(value, name, globs={})
+  assert examples[0].examples
+  result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples[0])
+  assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_docstring_names_every_argument(name):
+  value = PUBLIC[name]
+  if inspect.isclass(value):
+    fields = value._fields
+  else:
+    fields = tuple(inspect.signature(value).parameters)
+  for field in fields:
+    assert re.search(rf"^ +{field}: ", value.__doc__, re.MULTILINE), f"{name}: {field} is not documented"
+
+
+def test_typical_user_code_runs():
+  assert typed_usage.main()["grad/steps"] == 3
+
+
+def code_blocks(language):
+  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_has_exactly_two_setup_commands():
+  lines = [line for block in code_blocks("sh") for line in block.splitlines() if "-m venv" in line]
+  assert len(lines) == 2
+  assert all(line.startswith("python3 -m venv .venv") for line in lines)
+  assert "clipjax demo" in lines[0]
+  assert "pytest" in lines[1]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("index", range(len(code_blocks("python"))))
+def test_readme_code_runs(index):
+  code = code_blocks("python")[index]
+  runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+  if ">>>" in code:
+    parsed = doctest.DocTestParser().get_doctest(code, {}, f"README block {index}", "README.md", 0)
+    assert runner.run(parsed).failed == 0
+  else:
+    exec(compile(code, f"README block {index}", "exec"), {"__name__": "readme"})  # noqa: S102
+
+
+def test_readme_has_every_public_name():
+  table = README[README.index("## API") :]
+  missing = [name for name in PUBLIC if f"`{name.removeprefix('clipjax.').split('.')[-1]}" not in table]
+  assert missing == []

@@ -1,0 +1,110 @@
+"""The Rule pair: constant and schedule, and a rule of one's own in every clip."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clipjax
+from clipjax import rules
+
+
+def ema_rule(decay=0.5, ratio=2.0):
+  """A rule as a user writes one: clips what is above `ratio` times the mean of the norms, to the mean."""
+
+  def init(shape, dtype):
+    return {"ema": jnp.zeros(shape, dtype), "seen": jnp.zeros((), jnp.int32)}
+
+  def update(norms, state, *, global_norm):
+    first = state["seen"] == 0
+    limit = jnp.where(first, jnp.inf, ratio * state["ema"])
+    kept = jnp.minimum(norms, limit)
+    ema = jnp.where(first, kept, decay * state["ema"] + (1 - decay) * kept)
+    return limit, jnp.where(first, jnp.inf, state["ema"]), {"ema": ema, "seen": state["seen"] + 1}
+
+  return rules.Rule(init, update)
+
+
+def run(tx, norms):
+  state = tx.init({"a": jnp.zeros(2), "b": jnp.zeros(1)})
+  out = []
+  for n in norms:
+    grads = {"a": jnp.array([0.6, 0.8]) * n, "b": jnp.array([2.0]) * n}
+    updates, state = tx.update(grads, state)
+    out.append((updates, state))
+  return out
+
+
+def test_limit_and_target_may_differ():
+  steps = run(clipjax.clip_by_leaf_norm(ema_rule()), [1.0, 1.0, 10.0, 1.5])
+  _, state = steps[2]
+  np.testing.assert_allclose(state.max_norm, [2, 4], rtol=1e-6)
+  np.testing.assert_allclose(state.scale, [0.1, 0.1], rtol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(steps[2][0]["a"]), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(steps[3][1].max_norm, [3, 6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nonfinite_step_leaves_the_rule_as_it_was(bad):
+  make = lambda: clipjax.clip_by_global_norm(ema_rule())  # noqa: E731
+  clean = run(make(), [1.0, 2.0, 3.0])
+  dirty = run(make(), [bad, 1.0, bad, 2.0, bad, 3.0])
+  assert dirty[-1][1].nonfinite_steps == 3
+  assert jax.tree.map(float, dirty[-1][1].rule) == jax.tree.map(float, clean[-1][1].rule)
+  np.testing.assert_array_equal(dirty[-1][0]["a"], clean[-1][0]["a"])
+
+
+def test_rule_in_every_clip():
+  groups = lambda path, leaf: path  # noqa: E731
+  for tx, shape in (
+    (clipjax.clip_by_global_norm(ema_rule()), ()),
+    (clipjax.clip_by_leaf_norm(ema_rule()), (2,)),
+    (clipjax.clip_by_group_norm(ema_rule(), groups), (2,)),
+    (clipjax.clip_by_rms(ema_rule()), (2,)),
+    (clipjax.clip_by_value(ema_rule()), ()),
+  ):
+    state = run(tx, [1.0, 1.0, 10.0])[-1][1]
+    assert state.rule["ema"].shape == shape and state.clipped_steps == 1
+  tx = clipjax.clip_by_group_norm({"a": ema_rule(), "b": 1.0}, groups)
+  state = run(tx, [1.0, 1.0, 10.0])[-1][1]
+  np.testing.assert_allclose(state.max_norm, [2, 1], rtol=1e-6)
+
+
+def test_rule_sees_the_global_norm():
+  seen = []
+
+  def update(norms, state, *, global_norm):
+    seen.append(global_norm)
+    return jnp.inf, jnp.inf, state
+
+  tx = clipjax.clip_by_leaf_norm(rules.Rule(lambda shape, dtype: (), update))
+  run(tx, [3.0])
+  np.testing.assert_allclose(seen[0], np.sqrt(45), rtol=1e-6)
+
+
+def test_target_is_at_most_the_limit_and_never_negative():
+  def fixed(limit, target):
+    return rules.Rule(lambda shape, dtype: (), lambda norms, state, *, global_norm: (limit, target, state))
+
+  for limit, target, want in ((1.0, 5.0, 1.0), (1.0, -2.0, 0.0), (-1.0, 1.0, 0.0)):
+    tx = clipjax.clip_by_global_norm(fixed(limit, target))
+    updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+    np.testing.assert_allclose(np.linalg.norm(updates), want, rtol=1e-6)
+  tx = clipjax.clip_by_global_norm(fixed(1.0, jnp.nan), on_nonfinite="zero")
+  updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+  assert not updates.any() and state.nonfinite_steps == 1
+
+
+def test_rule_state_keeps_its_dtype_in_a_scan():
+  # A rule that answers with a wider or a weak type must not change the carry of a scan.
+  def update(norms, state, *, global_norm):
+    return jnp.inf, jnp.inf, 1.0
+
+  tx = clipjax.clip_by_global_norm(rules.Rule(lambda shape, dtype: jnp.zeros((), jnp.bfloat16), update))
+  state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init(jnp.zeros(2)), jnp.ones((3, 2)))
+  assert state.rule.dtype == jnp.bfloat16 and state.rule == 1
+
+
+def test_rule_is_no_callable():
+  # inject_hyperparams and the door of the clips take callables for schedules.
+  assert not callable(rules.constant(1.0))
