@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     return int(args.command(args))
   except OSError as error:
-    return _fail(f"cannot write {error.filename}: {error.strerror}")
+    return _fail(f"cannot write {error.filename or 'the output'}: {error.strerror or error}")
   except KeyboardInterrupt:
     return 130  # What a shell reports for a process that an interrupt ended.
 

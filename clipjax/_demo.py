@@ -104,11 +104,15 @@ def run(out: Path, steps: int, seed: int) -> None:
   with _reporter(console, steps) as report:
     runs = train_all(steps, seed, report)
   summaries = [summarize(trained) for trained in runs]
-  console.print("", table(summaries), "", conclusion(summaries), "", sep="\n")
+  comparison = table(summaries)
+  # Its own width, so that in a narrow terminal its lines wrap and not its numbers.
+  comparison.width = console.measure(comparison, options=console.options.update(width=200)).maximum
+  console.print("", comparison, "", sep="\n", crop=False)
+  console.print(conclusion(summaries))
   picture_path, series_path = out / "clipjax_demo.png", out / "clipjax_demo.json"
   picture(runs).savefig(picture_path, dpi=150)
   series_path.write_text(to_json(runs, seed), encoding="utf-8")
-  written = f"Wrote {picture_path} and {series_path}"
+  written = f"\nWrote {picture_path} and {series_path}"
   # A path may hold what stdout cannot encode.
   written = written.encode(console.encoding, "backslashreplace").decode(console.encoding)
   console.print(written, soft_wrap=True)
@@ -197,7 +201,8 @@ def loss_fn(params: Params, windows: jax.Array) -> jax.Array:
   hidden = jnp.zeros((windows.shape[0], HIDDEN), jnp.float32)
   _, hiddens = jax.lax.scan(cell, hidden, params["embed"][inputs])
   logits = hiddens @ params["out"] + params["out_bias"][None, None, :]
-  return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+  losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return losses.mean()
 
 
 # Showing ------------------------------------------------------------------------------------------------------------
@@ -231,7 +236,7 @@ def _bars(console: Console) -> Progress:
 
   return Progress(
     TextColumn("{task.description}", table_column=narrow()),
-    BarColumn(bar_width=10, table_column=narrow()),
+    BarColumn(bar_width=10, complete_style="cyan", finished_style="green", table_column=narrow()),
     TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=narrow()),
     TextColumn("{task.fields[values]}", table_column=narrow()),
     console=console,
@@ -263,12 +268,11 @@ def summarize(trained: Trained) -> Summary:
 
 def table(summaries: Sequence[Summary]) -> Table:
   """The runs side by side; rich draws it in ASCII where stdout is not Unicode."""
-  # "fold", as an ellipsis may not be printable; without edges 80 columns hold the longest numbers.
   out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-  out.add_column("run", overflow="fold", vertical="bottom")
+  out.add_column("run", vertical="bottom")
   titles = "final\nloss", "lowest\nloss", "largest\nnorm", "median\nnorm", "steps\nclipped", "not\nfinite", "time"
   for title in titles:
-    out.add_column(title, justify="right", overflow="fold")
+    out.add_column(title, justify="right")
   for row in summaries:
     out.add_row(
       row.label,
@@ -298,7 +302,7 @@ def conclusion(summaries: Sequence[Summary]) -> str:
   else:
     verdict = "Clipping did not help"
   return (
-    f"{verdict}: with {best.label} the loss {_course(best)}, without clipping it {_course(free)} (mean of the last "
+    f"{verdict}: the loss {_course(best)} with {best.label}, and {_course(free)} without clipping (mean of the last "
     f"{min(FINAL_STEPS, free.steps)} steps). The norm of the unclipped gradient had a median of "
     f"{_text(free.median_norm)} and reached {_text(free.largest_norm)}; with {best.label}, "
     f"{best.clipped_steps} of {best.steps} steps were clipped."
@@ -373,9 +377,9 @@ def picture(runs: Sequence[Trained]) -> Figure:
   top.set_ylabel("Loss (nats per character)")
   bottom.set_ylabel("Gradient norm before the clip")
   bottom.set_xlabel("Step")
-  bottom.margins(x=0.01)
   for axes in (top, bottom):
     axes.set_yscale("log")
+    axes.margins(x=0.01)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
   return figure
