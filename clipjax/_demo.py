@@ -104,10 +104,7 @@ def run(out: Path, steps: int, seed: int) -> None:
   with _reporter(console, steps) as report:
     runs = train_all(steps, seed, report)
   summaries = [summarize(trained) for trained in runs]
-  comparison = table(summaries)
-  # Its own width, so that in a narrow terminal its lines wrap and not its numbers.
-  comparison.width = console.measure(comparison, options=console.options.update(width=200)).maximum
-  console.print("", comparison, "", sep="\n", crop=False)
+  console.print("", table(summaries, console), "", sep="\n", crop=False)
   console.print(conclusion(summaries))
   picture_path, series_path = out / "clipjax_demo.png", out / "clipjax_demo.json"
   picture(runs).savefig(picture_path, dpi=150)
@@ -266,7 +263,7 @@ def summarize(trained: Trained) -> Summary:
   )
 
 
-def table(summaries: Sequence[Summary]) -> Table:
+def table(summaries: Sequence[Summary], console: Console) -> Table:
   """The runs side by side; rich draws it in ASCII where stdout is not Unicode."""
   out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
   out.add_column("run", vertical="bottom")
@@ -281,6 +278,8 @@ def table(summaries: Sequence[Summary]) -> Table:
       str(row.nonfinite_steps),
       f"{row.seconds:.1f} s",
     )
+  # As wide as it needs: in a narrow terminal its lines wrap, and no number is broken or cut.
+  out.width = console.measure(out, options=console.options.update(width=200)).maximum
   return out
 
 
@@ -382,6 +381,8 @@ def picture(runs: Sequence[Trained]) -> Figure:
     axes.margins(x=0.01)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    if not math.isfinite(axes.dataLim.minposy):
+      axes.set_ylim(1, 10)  # Nothing to show: matplotlib raises for a log axis that it has to scale by itself.
   return figure
 
 

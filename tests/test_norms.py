@@ -27,7 +27,7 @@ def test_grid_of_magnitudes_dtypes_and_leaf_counts(dtype, count):
 
 
 @pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-10, 1.0, 1e10, 1e30, 1e37])
+@pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-10, 1.0, 1e10, 1e24, 1e30, 1e37])
 def test_every_order_at_every_magnitude(p, magnitude):
   leaves = random_leaves(5, magnitude=magnitude)
   # 1e-37 brings entries below the smallest normal float32, which XLA on CPU reads as zero.
@@ -198,7 +198,7 @@ def test_normal_leaves_take_the_first_pass_alone(monkeypatch):
   assert (norms(leaves, by_leaf=True) > 0).all()
   with_a_zero = [jnp.zeros(8), *leaves[1:]]
   assert (norms(with_a_zero, by_leaf=False) > 0).all()
-  assert 1 <= (norms(with_a_zero, by_leaf=True) < 0).sum() <= 100 / _norms._MAX_CHUNKS + 1
+  assert 1 <= (norms(with_a_zero, by_leaf=True) < 0).sum() <= 8
   assert norms([1e25 * x for x in leaves], by_leaf=False) == -1
 
 
@@ -206,7 +206,7 @@ def test_chunks_cover_every_block_once_and_skip_empty_ones():
   sizes = [5, 0, 100, 1, 1, 1, 0, 1, 300, 2] + [1] * 50
   chunks = _norms._chunks(sizes)
   assert [b for chunk in chunks for b in chunk] == [b for b, size in enumerate(sizes) if size]
-  assert len(_norms._chunks([1] * 1000)) <= 2 * _norms._MAX_CHUNKS
+  assert 12 <= len(_norms._chunks([1] * 1000)) <= 20
 
 
 def test_numpy_python_and_float0_leaves():
