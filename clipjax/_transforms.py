@@ -287,9 +287,9 @@ def clip_by_rms(
   Example:
     >>> import jax.numpy as jnp, clipjax
     >>> tx = clipjax.clip_by_rms(1.0)
-    >>> updates, _ = tx.update(jnp.array([2.0, -2.0, 2.0]), tx.init(jnp.zeros(3)))
+    >>> updates, _ = tx.update(jnp.array([2.0, -2.0, 2.0, -2.0]), tx.init(jnp.zeros(4)))
     >>> print(updates)
-    [ 1. -1.  1.]
+    [ 1. -1.  1. -1.]
 
   References:
     Shazeer and Stern, Adafactor: adaptive learning rates with sublinear memory cost, 2018,

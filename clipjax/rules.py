@@ -111,14 +111,14 @@ def schedule(fn: optax.Schedule) -> Rule:
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
-    >>> tx = clipjax.clip_by_global_norm(optax.linear_schedule(5.0, 1.0, transition_steps=4))
+    >>> tx = clipjax.clip_by_global_norm(optax.exponential_decay(5.0, transition_steps=1, decay_rate=0.5))
     >>> state = tx.init(jnp.zeros(2))
     >>> for _ in range(3):
     ...   clipped, state = tx.update(jnp.array([3.0, 4.0]), state)
     ...   print(clipped)
     [3. 4.]
-    [2.4 3.2]
-    [1.8 2.4]
+    [1.5 2. ]
+    [0.75 1.  ]
   """
   if not callable(fn):
     raise TypeError(

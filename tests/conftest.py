@@ -21,6 +21,6 @@ def x64(request):
 
 @pytest.fixture
 def standard_promotion():
-  """For tests that run code of Optax that strict promotion does not allow: Adam, some schedules, mixed dtypes."""
-  with jax.numpy_dtype_promotion("standard"):
+  """JAX as users have it, for tests that run their code, or code of Optax that strict promotion does not allow."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield

@@ -18,6 +18,7 @@ from clipjax import rules
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXTRAS = ("matplotlib", "rich", "tensorboardX", "torch", "tensorflow", "flax", "IPython", "pandas")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 PUBLIC = {f"clipjax.{name}": getattr(clipjax, name) for name in clipjax.__all__ if name != "rules"} | {
   f"clipjax.rules.{name}": getattr(rules, name) for name in ("Rule", "StepCount", "constant", "schedule")
 }
@@ -101,7 +102,6 @@ def test_readme_has_exactly_two_setup_commands():
   assert "pytest" in lines[1]
 
 
-@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("index", range(len(code_blocks("python"))))
 def test_readme_code_runs(index):
   code = code_blocks("python")[index]
@@ -115,5 +115,5 @@ def test_readme_code_runs(index):
 
 def test_readme_has_every_public_name():
   table = README[README.index("## API") :]
-  missing = [name for name in PUBLIC if f"`{name.removeprefix('clipjax.').split('.')[-1]}" not in table]
+  missing = [name for name in PUBLIC if f"`{name.removeprefix('clipjax.')}" not in table]
   assert missing == []
