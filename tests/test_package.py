@@ -78,10 +78,7 @@ def test_docstring_example_runs(name):
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_docstring_names_every_argument(name):
   value = PUBLIC[name]
-  if inspect.isclass(value):
-    fields = value._fields
-  else:
-    fields = tuple(inspect.signature(value).parameters)
+  fields = value._fields if inspect.isclass(value) else tuple(inspect.signature(value).parameters)
   for field in fields:
     assert re.search(rf"^ +{field}: ", value.__doc__, re.MULTILINE), f"{name}: {field} is not documented"
 
@@ -110,7 +107,7 @@ def test_readme_code_runs(index):
     parsed = doctest.DocTestParser().get_doctest(code, {}, f"README block {index}", "README.md", 0)
     assert runner.run(parsed).failed == 0
   else:
-    exec(compile(code, f"README block {index}", "exec"), {"__name__": "readme"})  # noqa: S102
+    exec(compile(code, f"README block {index}", "exec"), {"__name__": "readme"})
 
 
 def test_readme_has_every_public_name():
