@@ -12,6 +12,9 @@ if TYPE_CHECKING:
   from clipjax._functional import clip_grad_value as clip_grad_value
   from clipjax._norms import global_norm as global_norm
   from clipjax._norms import leaf_norms as leaf_norms
+  from clipjax._published import adagc as adagc
+  from clipjax._published import autoclip as autoclip
+  from clipjax._published import zclip as zclip
   from clipjax._transforms import ClipState as ClipState
   from clipjax._transforms import clip_by_global_norm as clip_by_global_norm
   from clipjax._transforms import clip_by_group_norm as clip_by_group_norm
@@ -26,6 +29,7 @@ __version__ = "0.1.0"
 _HOME = {
   "_functional": ("clip_grad_norm", "clip_grad_value"),
   "_norms": ("global_norm", "leaf_norms"),
+  "_published": ("adagc", "autoclip", "zclip"),
   "_transforms": (
     "ClipState",
     "clip_by_global_norm",

@@ -16,10 +16,11 @@ import optax
 from jax import export
 from jax.typing import ArrayLike
 
-from clipjax import _functional, _leaves, _norms, rules
+from clipjax import _functional, _leaves, _norms
 from clipjax._labels import Labels
+from clipjax._rule import Rule, StepCount, as_rule
 
-MaxNorm: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike] | rules.Rule
+MaxNorm: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike] | Rule
 
 
 class ClipState(NamedTuple):
@@ -346,7 +347,7 @@ def _clip(
   config = _Config(_norms.check_ord(ord, for_clip=True), label, **options)
   _functional.check_policy(config.on_nonfinite)
   _functional.check_eps(config.eps)
-  rule = rules.as_rule(threshold, argument)
+  rule = as_rule(threshold, argument)
   if not track_checked:
     _check_track(track, [threshold])
 
@@ -386,7 +387,7 @@ def _clip(
   return optax.GradientTransformationExtraArgs(init if track else optax.init_empty_state, update)
 
 
-def _update(config: _Config, rule: rules.Rule, updates: Any, state: ClipState, labels: Labels) -> tuple[Any, ClipState]:
+def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels: Labels) -> tuple[Any, ClipState]:
   """One step: updates in, norms, rule, factors, updates out."""
   flat = _leaves.flatten(updates, "updates")
   labels.check_count(updates, len(flat.measured))
@@ -460,19 +461,17 @@ def _keep_where(bad: jax.Array, old: Any, new: Any) -> Any:
   """The old rule state where `bad`, except for counts of steps, which always move."""
 
   def keep(before: Any, after: Any) -> Any:
-    if isinstance(before, rules.StepCount):
+    if isinstance(before, StepCount):
       return after
     before = jnp.asarray(before)
     return jnp.where(bad, before, jnp.asarray(after).astype(before.dtype))
 
-  return jax.tree.map(keep, old, new, is_leaf=lambda x: isinstance(x, rules.StepCount))
+  return jax.tree.map(keep, old, new, is_leaf=lambda x: isinstance(x, StepCount))
 
 
-def _by_label(thresholds: Mapping[str, Any]) -> rules.Rule:
+def _by_label(thresholds: Mapping[str, Any]) -> Rule:
   """The rule that applies one rule to each group; None never clips."""
-  each = [
-    rules.as_rule(math.inf if value is None else value, f"max_norm['{key}']") for key, value in thresholds.items()
-  ]
+  each = [as_rule(math.inf if value is None else value, f"max_norm['{key}']") for key, value in thresholds.items()]
 
   def init(shape: tuple[int, ...], dtype: Any) -> Any:
     del shape
@@ -483,7 +482,7 @@ def _by_label(thresholds: Mapping[str, Any]) -> rules.Rule:
     limits, targets, states = zip(*outs, strict=True)
     return _stack(limits), _stack(targets), states
 
-  return rules.Rule(init, update)
+  return Rule(init, update)
 
 
 def _check_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
@@ -509,7 +508,7 @@ def _check_label(label: Any, where: str) -> None:
 
 def _check_track(track: Any, thresholds: Sequence[Any]) -> None:
   for value in thresholds:
-    if not track and (isinstance(value, rules.Rule) or callable(value)):
+    if not track and (isinstance(value, Rule) or callable(value)):
       raise ValueError(
         "`track=False` keeps no state, so that `max_norm` must be a number or an array, got a schedule or a rule: "
         "leave `track` at True."

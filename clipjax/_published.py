@@ -1,0 +1,173 @@
+"""Published adaptive methods, each a line over a rule, and adaptive gradient clipping, which looks at parameters.
+
+Defaults are those of the papers. Where a paper and its reference code differ, the docstring says which is followed.
+"""
+
+from typing import Any
+
+import optax
+from jax.typing import ArrayLike
+
+from clipjax import _adaptive, _rule
+from clipjax._transforms import clip_by_global_norm, clip_by_leaf_norm
+
+
+def autoclip(
+  percentile: float = 10.0,
+  *,
+  window: int = 1000,
+  include_current: bool = True,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+  name: str = "grad",
+) -> optax.GradientTransformationExtraArgs:
+  """AutoClip: clips the global norm to a percentile of the norms so far, `clip_by_global_norm(rules.percentile(...))`.
+
+  0, inf and NaN as in `clip_by_global_norm`; a step that is not finite does not enter the history. The paper keeps
+  the norms of all steps, here those of the last `window`; its code divides by `norm + 1e-6`: pass `eps=1e-6` for that.
+
+  Args:
+    percentile: between 0 and 100; the lower, the more steps are clipped.
+    window: norms to look back on, the current one included; 4 bytes each, sorted at every step.
+    include_current: whether the current norm is among those of which the percentile is taken.
+    eps: as in `clip_by_global_norm`.
+    on_nonfinite: as in `clip_by_global_norm`.
+    axis_name: as in `clip_by_global_norm`.
+    name: as in `clip_by_global_norm`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `ClipState`.
+
+  Raises:
+    ValueError: if an argument is out of its range.
+    TypeError: if one is no Python number, `window` under `optax.inject_hyperparams` included.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> tx = clipjax.autoclip(10.0)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for g in (1.0, 2.0, 4.0):
+    ...   clipped, state = tx.update(jnp.array([g]), state)
+    ...   print(clipped)
+    [1.]
+    [1.1]
+    [1.2]
+
+  References:
+    Seetharaman et al., AutoClip: adaptive gradient clipping for source separation networks, 2020,
+    https://arxiv.org/abs/2007.14469; algorithm 1.
+  """
+  rule = _adaptive.percentile(percentile, window=window, include_current=include_current)
+  return clip_by_global_norm(rule, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name, name=name)
+
+
+def zclip(
+  z_thresh: float = 2.5,
+  *,
+  decay: float = 0.97,
+  warmup_steps: int = 25,
+  mode: str = "reciprocal",
+  max_norm: float | None = None,
+  record: str = "clipped",
+  restart_after: int | None = None,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+  name: str = "grad",
+) -> optax.GradientTransformationExtraArgs:
+  """ZClip: clips spikes of the global norm by their z-score, `clip_by_global_norm(rules.zscore(...))`.
+
+  0, inf and NaN as in `clip_by_global_norm`; a step that is not finite does not enter the statistics (in the authors'
+  code one NaN disables the clip for good). Where paper and code differ, this follows the code.
+
+  Args:
+    z_thresh: z-score above which a norm is a spike.
+    decay: weight of the past in mean and variance.
+    warmup_steps: finite steps that start the statistics; only `max_norm` clips in them.
+    mode: what a spike is clipped to: "reciprocal", "mean" or "max", as in `rules.zscore`.
+    max_norm: a cap on every norm, in the warm-up too; None for none. The statistics see norms before the cap.
+    record: what the statistics see of a spike: "clipped", "raw" or "none".
+    restart_after: clipped steps in a row after which the statistics start again; None never does. A lasting rise of
+      the norm can lock the rule in without it.
+    eps: as in `clip_by_global_norm`.
+    on_nonfinite: as in `clip_by_global_norm`.
+    axis_name: as in `clip_by_global_norm`.
+    name: as in `clip_by_global_norm`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `ClipState`.
+
+  Raises:
+    ValueError: if an argument is out of its range.
+    TypeError: if one is no Python number, `warmup_steps` under `optax.inject_hyperparams` included.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> tx = clipjax.zclip(warmup_steps=4)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for g in (0.9, 1.1, 0.9, 1.1, 5.0):
+    ...   clipped, state = tx.update(jnp.array([g]), state)
+    >>> print(f"{clipped[0]:.4f}")
+    1.0156
+
+  References:
+    Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025, https://arxiv.org/abs/2504.02507.
+  """
+  rule = _adaptive.zscore(
+    z_thresh, decay=decay, warmup_steps=warmup_steps, mode=mode, record=record, restart_after=restart_after
+  )
+  if max_norm is not None:
+    rule = _rule.lower(rule, _rule.as_rule(max_norm, "max_norm"))
+  return clip_by_global_norm(rule, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name, name=name)
+
+
+def adagc(
+  ratio: float = 1.04,
+  *,
+  decay: float = 0.99,
+  warmup_steps: int = 100,
+  max_norm: float = 1.0,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+  name: str = "grad",
+) -> optax.GradientTransformationExtraArgs:
+  """AdaGC: clips each leaf to a multiple of its own average norm, `clip_by_leaf_norm(rules.ema_ratio(...))`.
+
+  0, inf and NaN as in `clip_by_leaf_norm`; a step that is not finite does not enter the averages. A leaf whose norms
+  were all 0 follows the global rule until it has an average, which the paper leaves open.
+
+  Args:
+    ratio: how much larger than its average a leaf's norm may be.
+    decay: weight of the past in the averages.
+    warmup_steps: finite steps in which the global norm is clipped to `max_norm`.
+    max_norm: the threshold of the warm-up.
+    eps: as in `clip_by_global_norm`.
+    on_nonfinite: as in `clip_by_global_norm`.
+    axis_name: as in `clip_by_global_norm`.
+    name: as in `clip_by_global_norm`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `ClipState`.
+
+  Raises:
+    ValueError: if an argument is out of its range.
+    TypeError: if one is no Python number, `warmup_steps` under `optax.inject_hyperparams` included.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> tx = clipjax.adagc(1.5, warmup_steps=1, max_norm=10.0)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for g in (1.0, 4.0):
+    ...   clipped, state = tx.update(jnp.array([g]), state)
+    ...   print(clipped)
+    [1.]
+    [1.5]
+
+  References:
+    Wang et al., AdaGC: improving training stability for large language model pretraining, 2025,
+    https://arxiv.org/abs/2502.11034; algorithm 1.
+  """
+  rule = _adaptive.ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, max_norm=max_norm)
+  return clip_by_leaf_norm(rule, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name, name=name)
