@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from clipjax import rules as rules
+  from clipjax._agc import adaptive_grad_clip as adaptive_grad_clip
   from clipjax._functional import clip_grad_norm as clip_grad_norm
+  from clipjax._functional import clip_grad_per_example as clip_grad_per_example
   from clipjax._functional import clip_grad_value as clip_grad_value
   from clipjax._norms import global_norm as global_norm
   from clipjax._norms import leaf_norms as leaf_norms
   from clipjax._published import adagc as adagc
   from clipjax._published import autoclip as autoclip
   from clipjax._published import zclip as zclip
+  from clipjax._skip import SkipState as SkipState
+  from clipjax._skip import skip_steps as skip_steps
   from clipjax._transforms import ClipState as ClipState
   from clipjax._transforms import clip_by_global_norm as clip_by_global_norm
   from clipjax._transforms import clip_by_group_norm as clip_by_group_norm
@@ -27,9 +31,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-  "_functional": ("clip_grad_norm", "clip_grad_value"),
+  "_agc": ("adaptive_grad_clip",),
+  "_functional": ("clip_grad_norm", "clip_grad_per_example", "clip_grad_value"),
   "_norms": ("global_norm", "leaf_norms"),
   "_published": ("adagc", "autoclip", "zclip"),
+  "_skip": ("SkipState", "skip_steps"),
   "_transforms": (
     "ClipState",
     "clip_by_global_norm",

@@ -329,9 +329,9 @@ def rolling_sigma(
     del global_norm
     n = ring.filled.astype(norms.dtype)
     # Distances from the current norm: of constant norms their mean is exactly 0.
-    distance = jnp.where(ring.is_filled, ring.or_else(0) - norms, 0)
+    distance = jnp.where(ring.is_filled, ring.or_else(0) - norms[None], 0)
     mean = jnp.sum(distance, axis=0) / jnp.maximum(n, 1)
-    about = jnp.where(ring.is_filled, distance - mean, 0)
+    about = jnp.where(ring.is_filled, distance - mean[None], 0)
     std = jnp.sqrt(jnp.sum(jnp.square(about), axis=0) / jnp.maximum(n - ddof, 1))
     width = jnp.asarray(sigma, norms.dtype) * jnp.maximum(std, jnp.asarray(std_floor, norms.dtype))
     limit = norms + mean + width

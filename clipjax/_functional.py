@@ -129,6 +129,47 @@ def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
   return flat.with_measured(clamp_leaves(flat.measured, max_value))
 
 
+def clip_grad_per_example(grads: Any, max_norm: ArrayLike) -> tuple[Any, jax.Array]:
+  """The sum of gradients of single examples, each first scaled down to a global norm of its own.
+
+  Example b contributes `g_b * min(1, max_norm / norm_b)`. One whose norm is inf or NaN contributes 0, and shows in the
+  norms; zeros contribute 0; an empty batch sums to 0. Sums are taken in float32 (float64 for float64 leaves).
+
+  This is the clipping of differentially private training, and no more: noise, sampling and the privacy accounting
+  are the work of a library such as jax-privacy, to which sum and norms can be handed on. The sensitivity of the sum to
+  one example is `max_norm` within rounding, about 1e-6 of it.
+
+  Args:
+    grads: pytree of floating or complex arrays of shape (batch, ...), such as `jax.vmap(jax.grad(loss), (None, 0))`
+      gives; None leaves are passed on.
+    max_norm: number or scalar array >= 0; a traced negative one counts as 0, under NaN every example contributes 0.
+
+  Returns:
+    `(clipped_sum, norms)`: the tree without its batch axis, 16-bit and 8-bit leaves as float32, since a sum of
+    thousands need not fit the dtype of one; the norms before the clip, shape (batch,), float32 (float64 when x64 is
+    enabled).
+
+  Raises:
+    ValueError: if `max_norm` is a negative or NaN Python number, for a leaf without a batch axis, or leaves of
+      different batch sizes, with their paths.
+    TypeError: for an integer, bool or other leaf, with its path.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> total, norms = clipjax.clip_grad_per_example(jnp.array([[3.0, 4.0], [0.3, 0.4], [jnp.inf, 0.0]]), 1.0)
+    >>> print(total, norms)
+    [0.90000004 1.2       ] [5.  0.5 inf]
+
+  References:
+    Abadi et al., Deep learning with differential privacy, 2016, https://arxiv.org/abs/1607.00133; algorithm 1.
+  """
+  check_threshold(max_norm, "max_norm")
+  flat = _leaves.flatten(grads, "grads")
+  check_batch(grads, flat)
+  total, norms = _clip_examples(flat.measured, max_norm)
+  return flat.with_measured(total), norms
+
+
 # Checks of Python values, before any tracing ------------------------------------------------------------------------
 
 
@@ -181,6 +222,23 @@ def check_real(tree: Any, flat: _leaves.Flat, argument: str) -> None:
       )
 
 
+def check_batch(tree: Any, flat: _leaves.Flat) -> None:
+  """Raises unless every leaf has the same leading axis."""
+  names = _leaves.leaf_names(tree)
+  for leaf, name in zip(flat.measured, names, strict=True):
+    if jnp.ndim(leaf) == 0:
+      raise ValueError(
+        f"`grads` must have a leading batch axis in every leaf, got {_leaves.describe(leaf)} at '{name}': "
+        "take them with jax.vmap(jax.grad(loss), (None, 0))."
+      )
+    first = flat.measured[0]
+    if leaf.shape[0] != first.shape[0]:
+      raise ValueError(
+        f"`grads` must have one batch size in every leaf, got {first.shape[0]} at '{names[0]}' and {leaf.shape[0]} at "
+        f"'{name}': the batch is the leading axis."
+      )
+
+
 def raise_nonfinite(bad: jax.Array, norm: jax.Array, grads: Any) -> None:
   """The policy "error": raises where `bad` is known, and is a check for `checkify` where it is traced."""
   text = "the gradient is not finite (norm {norm})"
@@ -210,6 +268,27 @@ def _clip_leaves(
   bad = ~jnp.isfinite(norm) | jnp.isnan(limit)
   limits = Limits(norm + jnp.asarray(eps).astype(dtype), limit, limit)
   return rescale_leaves((0,) * len(leaves), policy, leaves, [limits], bad), norm, bad
+
+
+@partial(jax.jit, inline=True)
+def _clip_examples(leaves: Sequence[Any], max_norm: Any) -> tuple[list[jax.Array], jax.Array]:
+  xs = [_norms.upcast(x) for x in leaves]
+  dtype = _norms.norm_dtype()
+  if not xs:
+    return [], jnp.zeros((0,), dtype)
+  spec = _norms.NormSpec(2.0, (tuple(range(len(xs))),), None)
+  norms = jax.vmap(lambda rows: _norms.block_norms(spec, rows)[0])(xs)
+  limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
+  usable = jnp.isfinite(norms) & ~jnp.isnan(limit)
+  # Without a norm an example counts as one of norm 0: its factor is 1, and `where` takes it out before any product.
+  limits = Limits(jnp.where(usable, norms, 0), limit, limit)
+  _, shrink, factor = _factors(limits, jnp.zeros((), jnp.bool_))
+
+  def summed(x: jax.Array) -> jax.Array:
+    keep, *by = (v.reshape(-1, *(1,) * (x.ndim - 1)) for v in (usable, shrink, factor))
+    return jnp.sum(_times(_norms.by_parts(lambda part: jnp.where(keep, part, 0), x), *by), axis=0)
+
+  return [summed(x) for x in xs], norms
 
 
 @partial(jax.jit, inline=True)

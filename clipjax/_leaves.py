@@ -50,7 +50,7 @@ def flatten(tree: Any, argument: str) -> Flat:
   """
   leaves, treedef = jax.tree.flatten(tree)
   for i, leaf in enumerate(leaves):
-    if not is_measured(leaf) and _dtype(leaf) != jax.dtypes.float0:
+    if not is_measured(leaf) and not is_float0(leaf):
       raise TypeError(
         f"`{argument}` must have floating or complex leaves, got {describe(leaf)} at "
         f"'{leaf_names(tree, lambda _: True)[i]}': leave it out of the tree, or mask it with `optax.masked`."
@@ -64,6 +64,11 @@ def is_measured(leaf: Any) -> bool:
   if dtype is None or not jnp.issubdtype(dtype, np.inexact):
     return False
   return not np.dtype(dtype).name.startswith(("float8_e8m0", "float6_", "float4_"))
+
+
+def is_float0(leaf: Any) -> bool:
+  """Whether this is the cotangent of an integer, which holds nothing."""
+  return bool(_dtype(leaf) == jax.dtypes.float0)
 
 
 def leaf_names(tree: Any, keep: Callable[[Any], bool] = is_measured) -> tuple[str, ...]:

@@ -210,7 +210,7 @@ def first_nonfinite(spec: NormSpec, leaves: Sequence[Any]) -> jax.Array:
   if not leaves:
     return jnp.full((), -1, jnp.int32)
   xs = [upcast(x) for x in leaves]
-  sums = _stack(_all_reduce([_power_sum(lax.stop_gradient(x), spec.ord) for x in xs], _axes(spec, xs), spec.ord))
+  sums = stack(_all_reduce([_power_sum(lax.stop_gradient(x), spec.ord) for x in xs], _axes(spec, xs), spec.ord))
   badness = jnp.where(jnp.isnan(sums), 2, jnp.where(jnp.isinf(sums), 1, 0))
   return jnp.where((badness > 0).any(), jnp.argmax(badness), -1).astype(jnp.int32)
 
@@ -303,12 +303,13 @@ def _total(values: Sequence[jax.Array], p: float) -> jax.Array:
   """Brings the reduced values of some leaves together, in `norm_dtype()`."""
   if not values:
     return jnp.full((), math.inf if p == -math.inf else 0.0, norm_dtype())
-  stacked = _stack(values)
+  stacked = stack(values)
   return stacked.max() if p == math.inf else stacked.min() if p == -math.inf else stacked.sum()
 
 
-def _stack(values: Sequence[jax.Array]) -> jax.Array:
-  return jnp.stack([v.astype(norm_dtype()) for v in values])
+def stack(values: Sequence[jax.Array]) -> jax.Array:
+  """Scalars as a vector of `norm_dtype()`, of shape (0,) where there are none."""
+  return jnp.stack([v.astype(norm_dtype()) for v in values]) if values else jnp.zeros((0,), norm_dtype())
 
 
 def _axes(spec: NormSpec, xs: Sequence[jax.Array]) -> Sequence[Axes]:

@@ -137,6 +137,18 @@ def as_rule(value: Any, argument: str) -> Rule:
   return _of_count(lambda _: value)
 
 
+def keep_where(bad: jax.Array, old: Any, new: Any) -> Any:
+  """The old state of a rule where `bad`, except for counts of steps, which always move."""
+
+  def keep(before: Any, after: Any) -> Any:
+    if isinstance(before, StepCount):
+      return after
+    before = jnp.asarray(before)
+    return jnp.where(bad, before, jnp.asarray(after).astype(before.dtype))
+
+  return jax.tree.map(keep, old, new, is_leaf=lambda x: isinstance(x, StepCount))
+
+
 def _of_count(fn: Callable[[jax.Array], ArrayLike]) -> Rule:
   def init(shape: tuple[int, ...], dtype: Any) -> StepCount:
     del shape, dtype

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from clipjax import _functional, _leaves, _norms
 from clipjax._labels import Labels
-from clipjax._rule import Rule, StepCount, as_rule
+from clipjax._rule import Rule, as_rule, keep_where
 
 MaxNorm: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike] | Rule
 
@@ -135,7 +135,7 @@ def clip_by_global_norm(
     Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
     https://arxiv.org/abs/1211.5063; algorithm 1.
   """
-  label = partial(Labels.of, name=_check_name(name), unit="global")
+  label = partial(Labels.of, name=check_name(name), unit="global")
   return _clip(max_norm, "max_norm", ord, label, track, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name)
 
 
@@ -182,7 +182,7 @@ def clip_by_leaf_norm(
   References:
     `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm, does this to one tensor.
   """
-  label = partial(Labels.of, name=_check_name(name), unit="leaf")
+  label = partial(Labels.of, name=check_name(name), unit="leaf")
   return _clip(max_norm, "max_norm", ord, label, track, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name)
 
 
@@ -237,7 +237,7 @@ def clip_by_group_norm(
       f"`groups` must be a function (path, leaf) -> label or a tree of labels, got {_leaves.describe(groups)}: "
       f"{_leaves.STATIC_ARGS_REMEDY}."
     )
-  _check_name(name)
+  check_name(name)
   if isinstance(max_norm, Mapping):
     for key in max_norm:
       _check_label(key, "`max_norm`")
@@ -296,7 +296,7 @@ def clip_by_rms(
     Shazeer and Stern, Adafactor: adaptive learning rates with sublinear memory cost, 2018,
     https://arxiv.org/abs/1804.04235; section 6, update clipping.
   """
-  label = partial(Labels.of, name=_check_name(name), unit="leaf")
+  label = partial(Labels.of, name=check_name(name), unit="leaf")
   return _clip(
     max_rms, "max_rms", None, label, track, rms=True, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name
   )
@@ -326,7 +326,7 @@ def clip_by_value(max_value: MaxNorm, *, name: str = "grad") -> optax.GradientTr
     >>> print(updates, clipjax.metrics(state)["grad/norm"])
     [ 0.5 -1. ] 3.0
   """
-  label = partial(Labels.of, name=_check_name(name), unit="global")
+  label = partial(Labels.of, name=check_name(name), unit="global")
   return _clip(max_value, "max_value", math.inf, label, True, clamp=True)
 
 
@@ -353,33 +353,14 @@ def _clip(
 
   def init(params: optax.Params) -> ClipState:
     labels = label(params)
-    shape, dtype = labels.shape, _norms.norm_dtype()
-    # Every field is an array of its own: a step that donates its state may donate no buffer twice.
-    return ClipState(
-      norm=jnp.zeros((), dtype),
-      norm_clipped=jnp.zeros((), dtype),
-      max_norm=jnp.full(shape, jnp.inf, dtype),
-      scale=jnp.ones(shape, dtype),
-      norms=jnp.zeros(shape or (0,), dtype),
-      steps=jnp.zeros((), jnp.int32),
-      clipped_steps=jnp.zeros((), jnp.int32),
-      nonfinite_steps=jnp.zeros((), jnp.int32),
-      finite=jnp.ones((), jnp.bool_),
-      nonfinite_leaf=jnp.full((), -1, jnp.int32),
-      rule=rule.init(shape, dtype),
-      labels=labels,
-    )
+    return empty_state(labels, rule.init(labels.shape, _norms.norm_dtype()))
 
   def update(
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, Any]:
     del params, extra_args
     if track:
-      if not isinstance(state, ClipState):
-        raise TypeError(
-          f"`state` must be the ClipState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
-          "transformation, or `track=False` to go on with a checkpoint of optax.clip_by_global_norm."
-        )
+      check_state(state)
       return _update(config, rule, updates, state, state.labels)
     fresh = init(updates)
     return _update(config, rule, updates, fresh, fresh.labels)[0], state
@@ -396,8 +377,8 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
   spec = _norms.NormSpec(config.ord, labels.blocks, _leaves.resolve_axes(updates, config.axis_name))
   block_norms, first_bad = _measure(spec, config.rms, flat.measured)
   is_global = labels.unit == "global"
-  norms = block_norms.measured[0] if is_global else _stack(block_norms.measured)
-  global_norm = norms if is_global else _norms.vector_norm(_stack(block_norms.norms), config.ord)
+  norms = block_norms.measured[0] if is_global else _norms.stack(block_norms.measured)
+  global_norm = norms if is_global else _norms.vector_norm(_norms.stack(block_norms.norms), config.ord)
 
   limit, target, rule_state = rule.update(norms, state.rule, global_norm=global_norm)
   limit, target = _check_limit(limit, norms, "limit"), _check_limit(target, norms, "target")
@@ -420,24 +401,65 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
       _functional.raise_nonfinite(bad, global_norm, updates)
     fill = 0.0 if config.on_nonfinite == "zero" else jnp.nan
     scale = jnp.where(bad, fill, scale)
-    after = norms * scale if is_global else _norms.vector_norm(_stack(block_norms.norms) * scale, config.ord)
+    after = norms * scale if is_global else _norms.vector_norm(_norms.stack(block_norms.norms) * scale, config.ord)
     clipped_norm = jnp.where(bad, fill, after)
 
-  clipped = ~bad & (whole.norm > limit).any()
-  return flat.with_measured(new), ClipState(
+  return flat.with_measured(new), next_state(
+    state,
     norm=global_norm,
     norm_clipped=clipped_norm,
     max_norm=whole.limit,
     scale=scale,
     norms=state.norms if is_global else norms,
-    steps=optax.safe_increment(state.steps),
-    clipped_steps=jnp.where(clipped, optax.safe_increment(state.clipped_steps), state.clipped_steps),
-    nonfinite_steps=jnp.where(bad, optax.safe_increment(state.nonfinite_steps), state.nonfinite_steps),
-    finite=~bad,
-    nonfinite_leaf=jnp.where(bad, first_bad, -1).astype(jnp.int32),
-    rule=_keep_where(bad, state.rule, rule_state),
+    clipped=(whole.norm > limit).any(),
+    bad=bad,
+    first_bad=first_bad,
+    rule=keep_where(bad, state.rule, rule_state),
+  )
+
+
+def empty_state(labels: Labels, rule: Any) -> ClipState:
+  """The state before the first step."""
+  shape, dtype = labels.shape, _norms.norm_dtype()
+  # Every field is an array of its own: a step that donates its state may donate no buffer twice.
+  return ClipState(
+    norm=jnp.zeros((), dtype),
+    norm_clipped=jnp.zeros((), dtype),
+    max_norm=jnp.full(shape, jnp.inf, dtype),
+    scale=jnp.ones(shape, dtype),
+    norms=jnp.zeros(shape or (0,), dtype),
+    steps=jnp.zeros((), jnp.int32),
+    clipped_steps=jnp.zeros((), jnp.int32),
+    nonfinite_steps=jnp.zeros((), jnp.int32),
+    finite=jnp.ones((), jnp.bool_),
+    nonfinite_leaf=jnp.full((), -1, jnp.int32),
+    rule=rule,
     labels=labels,
   )
+
+
+def next_state(
+  state: ClipState, *, clipped: jax.Array, bad: jax.Array, first_bad: jax.Array, **fields: Any
+) -> ClipState:
+  """The state after a step that was clipped, or not finite (`bad`), or neither; the counters stop at their largest."""
+  clipped_steps, nonfinite_steps = state.clipped_steps, state.nonfinite_steps
+  return state._replace(
+    steps=optax.safe_increment(state.steps),
+    clipped_steps=jnp.where(clipped & ~bad, optax.safe_increment(clipped_steps), clipped_steps),
+    nonfinite_steps=jnp.where(bad, optax.safe_increment(nonfinite_steps), nonfinite_steps),
+    finite=~bad,
+    nonfinite_leaf=jnp.where(bad, first_bad, -1).astype(jnp.int32),
+    **fields,
+  )
+
+
+def check_state(state: Any) -> None:
+  """Raises where `update` is given the state of something else."""
+  if not isinstance(state, ClipState):
+    raise TypeError(
+      f"`state` must be the ClipState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
+      "transformation, or `track=False` to go on with a checkpoint of optax.clip_by_global_norm."
+    )
 
 
 class _Measured(NamedTuple):
@@ -457,18 +479,6 @@ def _measure(spec: _norms.NormSpec, rms: bool, leaves: Sequence[Any]) -> tuple[_
   return _Measured(norms, tuple(n / math.sqrt(max(size, 1)) for n, size in zip(norms, sizes, strict=True))), first_bad
 
 
-def _keep_where(bad: jax.Array, old: Any, new: Any) -> Any:
-  """The old rule state where `bad`, except for counts of steps, which always move."""
-
-  def keep(before: Any, after: Any) -> Any:
-    if isinstance(before, StepCount):
-      return after
-    before = jnp.asarray(before)
-    return jnp.where(bad, before, jnp.asarray(after).astype(before.dtype))
-
-  return jax.tree.map(keep, old, new, is_leaf=lambda x: isinstance(x, StepCount))
-
-
 def _by_label(thresholds: Mapping[str, Any]) -> Rule:
   """The rule that applies one rule to each group; None never clips."""
   each = [as_rule(math.inf if value is None else value, f"max_norm['{key}']") for key, value in thresholds.items()]
@@ -480,7 +490,7 @@ def _by_label(thresholds: Mapping[str, Any]) -> Rule:
   def update(norms: jax.Array, state: Any, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     outs = [rule.update(norms[i], state[i], global_norm=global_norm) for i, rule in enumerate(each)]
     limits, targets, states = zip(*outs, strict=True)
-    return _stack(limits), _stack(targets), states
+    return _norms.stack(limits), _norms.stack(targets), states
 
   return Rule(init, update)
 
@@ -495,7 +505,8 @@ def _check_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
   return value
 
 
-def _check_name(name: Any) -> str:
+def check_name(name: Any) -> str:
+  """The name, or an error where it is none."""
   if not isinstance(name, str) or not name:
     raise TypeError(f'`name` must be a nonempty string, got {_leaves.describe(name)}: pass a word such as "grad".')
   return name
@@ -521,7 +532,3 @@ def _eps(config: _Config) -> jax.Array:
 
 def _item(value: jax.Array, b: int) -> jax.Array:
   return value if value.ndim == 0 else value[b]
-
-
-def _stack(values: Sequence[jax.Array]) -> jax.Array:
-  return jnp.stack(values) if values else jnp.zeros((0,), _norms.norm_dtype())

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipjax._norms import norm_dtype
+from clipjax._skip import SkipState
 from clipjax._transforms import ClipState
 
 
@@ -51,14 +53,16 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     grad/steps 1
   """
   out: dict[str, jax.Array] = {}
-  for name, state in _clip_states(opt_state):
-    steps = jnp.maximum(state.steps, 1).astype(state.norm.dtype)
+  for name, state in _states(opt_state):
+    if isinstance(state, SkipState):
+      out.update(_skip_metrics(name, state))
+      continue
     out[f"{name}/norm"] = state.norm
     out[f"{name}/norm_clipped"] = state.norm_clipped
     is_global = state.labels.unit == "global"
     out[f"{name}/max_norm"] = state.max_norm if is_global else jnp.min(state.max_norm, axis=-1, initial=jnp.inf)
     out[f"{name}/scale"] = state.scale if is_global else jnp.min(state.scale, axis=-1, initial=1.0)
-    out[f"{name}/clip_fraction"] = state.clipped_steps.astype(steps.dtype) / steps
+    out[f"{name}/clip_fraction"] = _share(state.clipped_steps, state.steps)
     out[f"{name}/nonfinite_steps"] = state.nonfinite_steps
     out[f"{name}/steps"] = state.steps
     if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
@@ -67,6 +71,24 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
         out[f"{name}/max_norm/{label}"] = state.max_norm[..., i]
         out[f"{name}/scale/{label}"] = state.scale[..., i]
   return out
+
+
+def _skip_metrics(name: str, state: SkipState) -> dict[str, jax.Array]:
+  return {
+    f"{name}/norm": state.norm,
+    f"{name}/loss": state.loss,
+    f"{name}/max_norm": state.max_norm,
+    f"{name}/max_loss": state.max_loss,
+    f"{name}/fraction": _share(state.skipped_steps, state.steps),
+    f"{name}/consecutive": state.consecutive,
+    f"{name}/steps": state.steps,
+  }
+
+
+def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
+  """A count over another, 0 where that is 0."""
+  dtype = norm_dtype()
+  return part.astype(dtype) / jnp.maximum(whole, 1).astype(dtype)
 
 
 def check(opt_state: Any) -> None:
@@ -92,7 +114,13 @@ def check(opt_state: Any) -> None:
     FloatingPointError: step 1 of 'grad' was not finite: norm nan, first in leaf 'b'. 1 of 1 steps were not finite: \
 lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.
   """
-  problems = [_problem(name, jax.device_get(state)) for name, state in _clip_states(opt_state)]
+  problems = []
+  for name, state in _states(opt_state):
+    if isinstance(state, SkipState):
+      # Without the wrapped state, which is large and not asked for.
+      problems.append(_skip_problem(name, jax.device_get(state._replace(inner_state=()))))
+    else:
+      problems.append(_problem(name, jax.device_get(state)))
   problems = [text for text in problems if text]
   if problems:
     raise FloatingPointError(
@@ -121,14 +149,22 @@ def _problem(name: str, state: Any) -> str:
   )
 
 
-def _clip_states(opt_state: Any) -> Iterator[tuple[str, ClipState]]:
-  """Every clip state with the name that its metrics have, in the order of the chain."""
+def _skip_problem(name: str, state: Any) -> str:
+  """One sentence on a `SkipState` of numpy arrays that has rejected too many steps in a row; else an empty text."""
+  in_a_row = np.max(state.consecutive)
+  if in_a_row < np.min(state.max_consecutive_skips):
+    return ""
+  return (
+    f"the last {in_a_row} steps were all rejected by '{name}', the limit is {np.min(state.max_consecutive_skips)}: "
+    f"norm {float(np.max(state.norm)):g} against {float(np.min(state.max_norm)):g}, loss "
+    f"{float(np.max(state.loss)):g} against {float(np.min(state.max_loss)):g}."
+  )
+
+
+def _states(opt_state: Any) -> Iterator[tuple[str, Any]]:
+  """Every state of this package with the name that its metrics have, from the outside in, in the order of the chain."""
   taken: set[str] = set()
-  opt_state = getattr(opt_state, "opt_state", opt_state)
-  paths, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=lambda x: isinstance(x, ClipState))
-  for path, state in paths:
-    if not isinstance(state, ClipState):
-      continue
+  for path, state in _found((), getattr(opt_state, "opt_state", opt_state)):
     base = name = "_".join([state.labels.name, *_transform_labels(path)])
     copy = 1
     while name in taken:
@@ -136,6 +172,16 @@ def _clip_states(opt_state: Any) -> Iterator[tuple[str, ClipState]]:
       name = f"{base}_{copy}"
     taken.add(name)
     yield name, jax.tree.map(_unwrapped, state, is_leaf=_is_wrapper)
+
+
+def _found(prefix: tuple[Any, ...], tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+  """Every state of this package in a tree, with its path."""
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, ClipState | SkipState))
+  for path, state in paths:
+    if isinstance(state, ClipState | SkipState):
+      yield (*prefix, *path), state
+    if isinstance(state, SkipState):
+      yield from _found((*prefix, *path), state.inner_state)
 
 
 def _transform_labels(path: tuple[Any, ...]) -> list[str]:

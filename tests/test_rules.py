@@ -98,7 +98,7 @@ def test_target_is_at_most_the_limit_and_never_negative():
 def test_rule_state_keeps_its_dtype_in_a_scan():
   # A rule that answers with a wider or a weak type must not change the carry of a scan.
   def update(norms, state, *, global_norm):
-    return jnp.inf, jnp.inf, 1.0
+    return jnp.inf, jnp.inf, jnp.ones((), jnp.float32)
 
   tx = clipjax.clip_by_global_norm(rules.Rule(lambda shape, dtype: jnp.zeros((), jnp.bfloat16), update))
   state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init(jnp.zeros(2)), jnp.ones((3, 2)))

@@ -146,6 +146,9 @@ def test_nonfinite_step_is_never_half_applied(name, policy, bad):
     assert np.isnan(x).all() if policy == "propagate" else not x.any()
   assert after.nonfinite_steps == 1 and after.steps == 1 and after.clipped_steps == 0 and not after.finite
   assert after.labels.leaves[after.nonfinite_leaf] == "head"
+  filled = math.nan if policy == "propagate" else 0.0
+  np.testing.assert_equal(float(after.norm_clipped), filled)
+  np.testing.assert_equal(np.unique(after.scale), [filled])
   _, good = jax.jit(tx.update)(TREE, after)
   assert good.finite and good.nonfinite_leaf == -1 and good.nonfinite_steps == 1
 

@@ -1,0 +1,182 @@
+"""A wrapper that rejects a whole step, the state of the wrapped optimizer included.
+
+The decision falls on the raw gradient, before anything in the wrapped chain has touched it. Rejecting is a `where`
+over updates and state, which XLA fuses into the passes that the optimizer makes anyway; NaN is never multiplied with 0.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import export
+from jax.typing import ArrayLike
+
+from clipjax import _leaves, _norms
+from clipjax._labels import Labels
+from clipjax._rule import Rule, as_rule, check_whole, keep_where
+
+_NO_LIMIT = 2**31 - 1
+
+
+class SkipState(NamedTuple):
+  """What `skip_steps` has seen; one structure from `init` on. Norms and losses are float32, float64 under x64.
+
+  Attributes:
+    norm: shape (): global norm of the last gradient, of a rejected one too.
+    loss: shape (): the last loss given as `value=`; NaN where none was.
+    max_norm: shape (): the limit of the norm at the last step.
+    max_loss: shape (): the limit of the loss at the last step.
+    steps: int32, shape (): calls of `update` so far.
+    skipped_steps: int32, shape (): those of them that were rejected.
+    consecutive: int32, shape (): rejected calls since the last one that was not.
+    max_consecutive_skips: int32, shape (): how many of these `clipjax.check` lets pass.
+    norm_rule: state of the rule for norms.
+    loss_rule: state of the rule for losses.
+    inner_state: state of the wrapped transformation.
+    labels: names of the leaves; static, no arrays.
+  """
+
+  norm: jax.Array
+  loss: jax.Array
+  max_norm: jax.Array
+  max_loss: jax.Array
+  steps: jax.Array
+  skipped_steps: jax.Array
+  consecutive: jax.Array
+  max_consecutive_skips: jax.Array
+  norm_rule: Any
+  loss_rule: Any
+  inner_state: Any
+  labels: Labels
+
+
+export.register_namedtuple_serialization(SkipState, serialized_name="clipjax.SkipState")
+
+
+def skip_steps(
+  inner: optax.GradientTransformation,
+  *,
+  norm_rule: Rule | ArrayLike | None = None,
+  loss_rule: Rule | ArrayLike | None = None,
+  axis_name: Any = None,
+  max_consecutive_skips: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Rejects steps that are not finite or above a rule: zero updates, and the wrapped state as it was.
+
+  A step is rejected when its global norm is inf or NaN, when the norm is above the limit of `norm_rule`, or when the
+  loss is above that of `loss_rule` or not finite. At a gradient of zeros it is an ordinary step. Rules see what they
+  decide on, also of a rejected step, unless it is not finite.
+
+  Wrap the whole chain, clip included: `skip_steps(chain(clip, adam), norm_rule=...)`. Behind a clip it would see
+  clipped norms, which no rule finds large.
+
+  Args:
+    inner: the transformation to protect.
+    norm_rule: `clipjax.rules.Rule`, number, array or schedule for the global norm; only its limit counts. None rejects
+      by finiteness alone.
+    loss_rule: likewise for the loss, which `update(..., value=loss)` must then be given.
+    axis_name: as in `global_norm`.
+    max_consecutive_skips: rejected steps in a row from which on `clipjax.check` raises; None never does.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `SkipState`. `clipjax.metrics` has `skip/norm`, `skip/steps`,
+    `skip/fraction`, `skip/consecutive` and more.
+
+  Raises:
+    ValueError: for a negative or NaN Python number; in `update`, without `value=` where there is a `loss_rule`, and for
+      another number of leaves than `init` saw.
+    TypeError: for what is no rule or no transformation; in `update`, for an integer or bool leaf, with its path.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, clipjax
+    >>> from clipjax import rules
+    >>> rule = rules.rolling_sigma(6.0, window=128)
+    >>> tx = clipjax.skip_steps(optax.sgd(1.0), norm_rule=rule, loss_rule=rule)
+    >>> params = jnp.zeros(1)
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(jnp.array([jnp.nan]), state, params, value=2.5)
+    >>> print(updates, clipjax.metrics(state)["skip/consecutive"])
+    [0.] 1
+
+  References:
+    OLMo-core's `SkipStepOptimizer`, https://github.com/allenai/OLMo-core: the rule of the example, on norm and loss.
+  """
+  if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+    raise TypeError(
+      f"`inner` must be an Optax transformation, got {_leaves.describe(inner)}: pass one such as optax.adam(1e-3)."
+    )
+  if max_consecutive_skips is not None:
+    check_whole(max_consecutive_skips, "max_consecutive_skips", 1, _NO_LIMIT)
+  protected = optax.with_extra_args_support(inner)
+  norms = as_rule(jnp.inf if norm_rule is None else norm_rule, "norm_rule")
+  losses = as_rule(jnp.inf if loss_rule is None else loss_rule, "loss_rule")
+  label = partial(Labels.of, name="skip", unit="global")
+
+  def init(params: optax.Params) -> SkipState:
+    dtype = _norms.norm_dtype()
+    return SkipState(
+      norm=jnp.zeros((), dtype),
+      loss=jnp.full((), jnp.nan, dtype),
+      max_norm=jnp.full((), jnp.inf, dtype),
+      max_loss=jnp.full((), jnp.inf, dtype),
+      steps=jnp.zeros((), jnp.int32),
+      skipped_steps=jnp.zeros((), jnp.int32),
+      consecutive=jnp.zeros((), jnp.int32),
+      max_consecutive_skips=jnp.full((), max_consecutive_skips or _NO_LIMIT, jnp.int32),
+      norm_rule=norms.init((), dtype),
+      loss_rule=losses.init((), dtype),
+      inner_state=protected.init(params),
+      labels=label(params),
+    )
+
+  def update(
+    updates: optax.Updates, state: SkipState, params: optax.Params | None = None, **extra_args: Any
+  ) -> tuple[optax.Updates, SkipState]:
+    flat = _leaves.flatten(updates, "updates")
+    state.labels.check_count(updates, len(flat.measured))
+    dtype = _norms.norm_dtype()
+    spec = _norms.NormSpec(2.0, state.labels.blocks, _leaves.resolve_axes(updates, axis_name))
+    norm = _norms.block_norms_jit(spec, flat.measured)[0]
+    loss = _loss(extra_args, loss_rule is not None, dtype)
+    max_norm, _, norm_state = norms.update(norm, state.norm_rule, global_norm=norm)
+    max_loss, _, loss_state = losses.update(loss, state.loss_rule, global_norm=norm)
+    bad = ~jnp.isfinite(norm) | jnp.isnan(max_norm) | jnp.isnan(max_loss)
+    if loss_rule is not None:
+      bad = bad | ~jnp.isfinite(loss)
+    skip = bad | (norm > max_norm) | (loss > max_loss)
+
+    new, inner_state = protected.update(updates, state.inner_state, params, **extra_args)
+    new = jax.tree.map(lambda u: u if _leaves.is_float0(u) else jnp.where(skip, jnp.zeros_like(u), u), new)
+    return new, SkipState(
+      norm=norm,
+      loss=loss,
+      max_norm=jnp.asarray(max_norm).astype(dtype),
+      max_loss=jnp.asarray(max_loss).astype(dtype),
+      steps=optax.safe_increment(state.steps),
+      skipped_steps=jnp.where(skip, optax.safe_increment(state.skipped_steps), state.skipped_steps),
+      consecutive=jnp.where(skip, optax.safe_increment(state.consecutive), 0),
+      max_consecutive_skips=state.max_consecutive_skips,
+      norm_rule=keep_where(bad, state.norm_rule, norm_state),
+      loss_rule=keep_where(bad, state.loss_rule, loss_state),
+      inner_state=jax.tree.map(lambda old, now: jnp.where(skip, old, now), state.inner_state, inner_state),
+      labels=state.labels,
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:
+  """The loss among the extra arguments; NaN where there is none and none is needed."""
+  value = extra_args.get("value")
+  if value is None:
+    if needed:
+      raise ValueError(
+        "`value` must be given where there is a `loss_rule`, got None: call update(grads, state, params, value=loss)."
+      )
+    return jnp.full((), jnp.nan, dtype)
+  loss: jax.Array = jnp.asarray(value)
+  if loss.shape != () or jnp.iscomplexobj(loss):
+    raise ValueError(f"`value` must be a scalar loss, got {_leaves.describe(loss)}: pass its mean over the batch.")
+  return loss.astype(dtype)

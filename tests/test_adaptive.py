@@ -1,0 +1,325 @@
+"""The adaptive rules: numpy beside them, the known traps, and their arguments."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+from clipjax import rules
+
+RULES = {
+  "percentile": lambda: rules.percentile(50.0, window=5),
+  "quantile_tracking": lambda: rules.quantile_tracking(0.5),
+  "zscore": lambda: rules.zscore(warmup_steps=3),
+  "rolling_sigma": lambda: rules.rolling_sigma(2.0, window=5),
+  "ema_ratio": lambda: rules.ema_ratio(1.1, decay=0.9, warmup_steps=2, max_norm=2.0),
+  "lower": lambda: rules.lower(rules.zscore(warmup_steps=3), 1.5),
+  "after": lambda: rules.after(2, rules.percentile(50.0, window=5)),
+}
+every_rule = pytest.mark.parametrize("name", sorted(RULES))
+
+
+def run(rule, norms, make=clipjax.clip_by_global_norm, **options):
+  """The states of a clip under a rule after gradients of these norms."""
+  tx = make(rule, **options)
+  state, states = tx.init(jnp.zeros(1)), []
+  update = jax.jit(tx.update)
+  for n in norms:
+    _, state = update(jnp.array([n], jnp.float32), state)
+    states.append(state)
+  return states
+
+
+def limits(rule, norms, **options):
+  return np.array([float(np.min(s.max_norm)) for s in run(rule, norms, **options)])
+
+
+def clipped_steps(rule, norms):
+  """The numbers of the steps that were clipped."""
+  counts = [0, *(int(s.clipped_steps) for s in run(rule, norms))]
+  return [i for i, (before, now) in enumerate(itertools.pairwise(counts)) if now > before]
+
+
+@every_rule
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 1, 6])
+def test_a_norm_that_is_not_finite_changes_nothing_later(name, bad, at):
+  norms = [1.0, 1.2, 0.9, 1.1, 3.0, 1.0, 1.3, 0.7, 1.0]
+  clean = run(RULES[name](), norms)[-1]
+  dirty = run(RULES[name](), [*norms[:at], bad, bad, *norms[at:]])[-1]
+  assert dirty.max_norm == clean.max_norm
+  assert dirty.clipped_steps == clean.clipped_steps
+  assert dirty.nonfinite_steps == 2
+
+
+@every_rule
+@pytest.mark.parametrize("value", [1e-12, 0.1, 1.0, 1e6])
+def test_constant_norms_clip_nothing(name, value):
+  if name in ("quantile_tracking", "lower", "ema_ratio"):
+    pytest.skip("has a threshold in the unit of the gradient, at least at first")
+  assert clipped_steps(RULES[name](), [value] * 40) == []
+
+
+@every_rule
+def test_global_leaf_and_group_agree(name):
+  norms = [1.0, 1.2, 0.9, 1.1, 3.0, 1.0, 1.3]
+  by_global = run(RULES[name](), norms)[-1]
+  by_leaf = run(RULES[name](), norms, clipjax.clip_by_leaf_norm)[-1]
+  by_group = run(RULES[name](), norms, lambda r: clipjax.clip_by_group_norm(r, lambda path, leaf: "all"))[-1]
+  in_dict = run(RULES[name](), norms, lambda r: clipjax.clip_by_group_norm({"all": r}, lambda path, leaf: "all"))[-1]
+  for state in (by_leaf, by_group, in_dict):
+    np.testing.assert_allclose(state.max_norm, [by_global.max_norm], rtol=1e-6)
+    np.testing.assert_allclose(state.scale, [by_global.scale], rtol=1e-6)
+    assert state.clipped_steps == by_global.clipped_steps
+
+
+@every_rule
+def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, x64):
+  rng = np.random.default_rng(0)
+  norms = rng.lognormal(size=(12, 3)).astype(np.float32)
+  rule = RULES[name]()
+  if name == "ema_ratio":  # Its warm-up looks at the norm of all leaves.
+    rule = rules.ema_ratio(1.1, decay=0.9, warmup_steps=2, max_norm=math.inf)
+  tx = clipjax.clip_by_leaf_norm(rule)
+  grads = [jnp.asarray(norms[:, i : i + 1]) for i in range(3)]
+  state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init([g[0] for g in grads]), grads)
+  one = clipjax.clip_by_global_norm(rule)
+  each = jnp.asarray(norms)[..., None]
+  alone, _ = jax.lax.scan(lambda s, g: (jax.vmap(one.update)(g, s)[1], None), jax.vmap(one.init)(each[0]), each)
+  np.testing.assert_allclose(state.max_norm, alone.max_norm, rtol=1e-5)
+  assert {x.dtype for x in jax.tree.leaves(state.rule)} <= {jnp.dtype("int32"), state.norm.dtype}
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+@pytest.mark.parametrize("include_current", [True, False])
+@pytest.mark.parametrize("q", [0.0, 10.0, 50.0, 99.0, 100.0])
+def test_percentile_is_that_of_numpy(window, include_current, q):
+  norms = np.random.default_rng(0).lognormal(size=20).astype(np.float32)
+  got = limits(rules.percentile(q, window=window, include_current=include_current, min_count=1), norms)
+  for i in range(20):
+    seen = norms[max(0, i + 1 - window) : i + 1] if include_current else norms[max(0, i - window) : i]
+    want = np.percentile(seen, q) if seen.size else math.inf
+    np.testing.assert_allclose(got[i], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 50])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_rolling_sigma_is_that_of_numpy(window, ddof):
+  norms = np.random.default_rng(0).lognormal(size=20).astype(np.float32)
+  min_count = min(3, window + 1)
+  got = limits(rules.rolling_sigma(2.0, window=window, ddof=ddof, std_floor=0.01, min_count=min_count), norms)
+  for i in range(20):
+    seen = norms[max(0, i - window) : i].astype(np.float64)
+    enough = seen.size + 1 >= min_count and seen.size > ddof
+    want = seen.mean() + 2 * max(seen.std(ddof=ddof), 0.01) if enough else math.inf
+    np.testing.assert_allclose(got[i], want, rtol=1e-5)
+
+
+def test_min_count_holds_back_the_first_clips():
+  got = limits(rules.percentile(50.0, window=8, min_count=4), [1.0] * 6)
+  np.testing.assert_array_equal(got, [math.inf] * 3 + [1.0] * 3)
+  got = limits(rules.rolling_sigma(window=8), [1.0] * 6)
+  np.testing.assert_array_equal(got, [math.inf] * 3 + [1.0] * 3)
+
+
+def test_quantile_tracking_finds_the_quantile():
+  norms = np.random.default_rng(0).lognormal(size=3000).astype(np.float32)
+  tx = clipjax.clip_by_global_norm(rules.quantile_tracking(0.9, learning_rate=0.02))
+
+  def step(state, grads):
+    _, state = tx.update(grads, state)
+    return state, state.max_norm
+
+  state, seen = jax.lax.scan(step, tx.init(jnp.zeros(1)), jnp.asarray(norms)[:, None])
+  assert 0.05 < state.clipped_steps / 3000 < 0.15
+  np.testing.assert_allclose(np.median(seen[1000:]), np.quantile(norms, 0.9), rtol=0.1)
+
+
+def test_quantile_tracking_worked_steps():
+  state = run(rules.quantile_tracking(0.5), [5.0, 0.5])
+  np.testing.assert_allclose(state[1].max_norm, math.exp(0.1), rtol=1e-6)
+  np.testing.assert_allclose(state[1].rule, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["reciprocal", "mean", "max"])
+def test_zscore_targets(mode):
+  norms = [0.9, 1.1, 0.9, 1.1]
+  mean, std, z = 1.0, 0.1, (3.0 - 1.0) / (0.1 + 1e-6)
+  want = {"reciprocal": mean + 2.5**2 / z * std, "mean": mean, "max": mean + 2.5 * std}[mode]
+  state = run(rules.zscore(warmup_steps=4, mode=mode), [*norms, 3.0])[-1]
+  np.testing.assert_allclose(3.0 * state.scale, want, rtol=1e-5)
+  np.testing.assert_allclose(state.max_norm, mean + 2.5 * std, rtol=1e-5)
+
+
+@pytest.mark.parametrize("record", ["clipped", "raw", "none"])
+def test_zscore_records(record):
+  warm = [0.9, 1.1, 0.9, 1.1]
+  state = run(rules.zscore(warmup_steps=4, record=record, mode="mean"), [*warm, 3.0])[-1].rule
+  seen = {"clipped": 1.0, "raw": 3.0}.get(record)
+  if seen is None:
+    np.testing.assert_allclose([state.mean, state.variance], [1.0, 0.01], rtol=1e-5)
+  else:
+    mean = 0.97 * 1.0 + 0.03 * seen
+    np.testing.assert_allclose(state.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(state.variance, 0.97 * 0.01 + 0.03 * (seen - mean) ** 2, rtol=1e-5)
+
+
+def test_a_spike_does_not_let_the_next_one_pass():
+  norms = [0.9, 1.1, 0.9, 1.1, 1.0, 50.0, 50.0, 50.0]
+  assert clipped_steps(rules.zscore(warmup_steps=4), norms) == [5, 6, 7]
+  assert clipped_steps(rules.ema_ratio(1.2, decay=0.9, warmup_steps=2, max_norm=math.inf), norms)[-3:] == [5, 6, 7]
+  # One that keeps raw norms widens its limit, until the spike has left the window.
+  assert clipped_steps(rules.rolling_sigma(2.0, window=4), norms) == [5]
+
+
+def rise(times):
+  rng = np.random.default_rng(0)
+  norms = 1 + 0.05 * rng.standard_normal(300)
+  norms[100:] *= times
+  return norms.astype(np.float32)
+
+
+@pytest.mark.parametrize("times", [1.5, 2.0, 5.0])
+def test_lasting_rise_of_the_norm(times):
+  """For how long each method clips after the norms have risen for good: the numbers are those of the docs."""
+  after = {name: sum(i >= 100 for i in clipped_steps(rule, rise(times))) for name, rule in {
+    "percentile": rules.percentile(90.0, window=50),
+    "rolling_sigma": rules.rolling_sigma(6.0, window=50),
+    "zscore": rules.zscore(),
+    "zscore, guarded": rules.zscore(restart_after=10),
+    "quantile_tracking": rules.quantile_tracking(0.9),
+  }.items()}  # fmt: skip
+  assert after["zscore"] == 200  # Locked in: every step to the end of the run.
+  assert after["zscore, guarded"] <= 15
+  assert after["rolling_sigma"] <= 10
+  assert after["percentile"] <= 40
+  assert after["quantile_tracking"] <= 100
+
+
+def test_guard_is_off_by_default_and_restarts_one_leaf_alone():
+  rule = rules.zscore(warmup_steps=3, restart_after=2)
+  tx = clipjax.clip_by_leaf_norm(rule)
+  state = tx.init([jnp.zeros(1), jnp.zeros(1)])
+  for a in (0.9, 1.1, 1.0, 9.0, 9.0):
+    _, state = tx.update([jnp.array([a]), jnp.array([1.0])], state)
+  np.testing.assert_array_equal(state.rule.seen, [0, 3])
+  assert state.rule.mean[0] == 0
+  _, state = tx.update([jnp.array([9.0]), jnp.array([1.0])], state)
+  assert state.rule.mean[0] == 9
+
+
+def test_leaf_that_is_zero_in_the_warm_up_of_adagc_learns_later():
+  tx = clipjax.adagc(warmup_steps=3, max_norm=1.0)
+  state = tx.init([jnp.zeros(1), jnp.zeros(1)])
+  for _ in range(5):
+    updates, state = tx.update([jnp.array([0.0]), jnp.array([0.5])], state)
+  assert state.rule.ema[0] == 0
+  updates, state = tx.update([jnp.array([0.4]), jnp.array([0.5])], state)
+  assert updates[0] == np.float32(0.4)  # The global rule, which this gradient is under.
+  np.testing.assert_allclose(state.rule.ema[0], 0.4, rtol=1e-6)
+  updates, _ = tx.update([jnp.array([4.0]), jnp.array([0.5])], state)
+  np.testing.assert_allclose(updates[0], 1.04 * 0.4, rtol=1e-6)
+
+
+def test_leaf_whose_average_has_faded_to_zero_learns_again():
+  tx = clipjax.adagc(warmup_steps=1, decay=0.01)
+  state = tx.init([jnp.zeros(1)])
+  for g in [1.0] + [0.0] * 30:
+    _, state = tx.update([jnp.array([g])], state)
+  assert state.rule.ema[0] < 1e-37
+  updates = None
+  for _ in range(3):
+    updates, state = tx.update([jnp.array([0.5])], state)
+  assert updates[0] == 0.5
+
+
+def test_zclip_cap_holds_in_the_warm_up_and_is_not_recorded():
+  norms = [3.0, 3.2, 2.8, 3.1]
+  state = run(None, norms, lambda _: clipjax.zclip(warmup_steps=4, max_norm=1.0))[-1]
+  assert state.clipped_steps == 4
+  np.testing.assert_allclose(state.norm_clipped, 1.0, rtol=1e-6)
+  np.testing.assert_allclose(state.rule[0].mean, np.mean(norms), rtol=1e-6)
+
+
+def test_lower_takes_the_lower_target():
+  wide = rules.Rule(lambda s, d: (), lambda n, s, *, global_norm: (10.0, 1.0, s))
+  for rule in (rules.lower(wide, 5.0), rules.lower(5.0, wide)):
+    for norm, want in ((4.0, 4.0), (6.0, 5.0), (20.0, 1.0)):
+      np.testing.assert_allclose(run(rule, [norm])[-1].norm_clipped, want, rtol=1e-6)
+
+
+def test_after_counts_finite_steps():
+  states = run(rules.after(2, 1.0), [3.0, math.nan, 3.0, 3.0])
+  assert [int(s.clipped_steps) for s in states] == [0, 0, 0, 1]
+
+
+def test_numbers_may_be_injected(standard_promotion):
+  tx = optax.inject_hyperparams(clipjax.zclip, static_args=("warmup_steps",))(z_thresh=2.0, warmup_steps=2)
+  state = tx.init(jnp.zeros(1))
+  for g in (1.0, 1.1, 9.0):
+    _, state = jax.jit(tx.update)(jnp.array([g]), state, jnp.zeros(1))
+  assert clipjax.metrics(state)["grad/norm_clipped"] < 1.3
+  with pytest.raises(TypeError) as error:
+    optax.inject_hyperparams(clipjax.autoclip)().init(jnp.zeros(1))
+  assert str(error.value) == (
+    "`window` must be an integer >= 1, got int32[]: pass a Python integer; under `optax.inject_hyperparams`, name it "
+    "in `static_args`."
+  )
+
+
+BAD_ARGUMENTS = {
+  "percentile": (lambda: rules.percentile(101.0), "`percentile` must be a number >= 0 and <= 100, got 101.0"),
+  "window 0": (lambda: rules.percentile(10.0, window=0), "`window` must be an integer >= 1, got 0"),
+  "min_count": (
+    lambda: rules.percentile(10.0, window=5, min_count=6),
+    "`min_count` must be an integer >= 1 and <= 5, got 6",
+  ),
+  "min_count sigma": (
+    lambda: rules.rolling_sigma(window=5, min_count=7),
+    "`min_count` must be an integer >= 1 and <= 6, got 7",
+  ),
+  "quantile": (lambda: rules.quantile_tracking(-0.1), "`quantile` must be a number >= 0 and <= 1, got -0.1"),
+  "initial": (lambda: rules.quantile_tracking(0.5, initial=0.0), "`initial` must be a number > 0, got 0.0"),
+  "nan": (lambda: rules.zscore(math.nan), "`z_thresh` must be a number > 0, got nan"),
+  "decay": (lambda: rules.zscore(decay=1.5), "`decay` must be a number >= 0 and <= 1, got 1.5"),
+  "warmup": (lambda: clipjax.zclip(warmup_steps=0), "`warmup_steps` must be an integer >= 1, got 0"),
+  "mode": (lambda: rules.zscore(mode="median"), '`mode` must be one of "reciprocal", "mean", "max", got \'median\''),
+  "record": (lambda: rules.zscore(record="all"), '`record` must be one of "clipped", "raw", "none", got \'all\''),
+  "restart": (lambda: rules.zscore(restart_after=0), "`restart_after` must be an integer >= 1, got 0"),
+  "sigma": (lambda: rules.rolling_sigma(-1.0), "`sigma` must be a number >= 0, got -1.0"),
+  "ddof": (lambda: rules.rolling_sigma(ddof=2), "`ddof` must be an integer >= 0 and <= 1, got 2"),
+  "ratio": (lambda: clipjax.adagc(0.0), "`ratio` must be a number > 0, got 0.0"),
+  "n": (lambda: rules.after(-1, 1.0), "`n` must be an integer >= 0, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD_ARGUMENTS))
+def test_argument_out_of_range(case):
+  call, text = BAD_ARGUMENTS[case]
+  with pytest.raises(ValueError) as error:  # noqa: PT011  (the whole text is compared)
+    call()
+  tail = "choose one of them." if "must be one of" in text else "choose one in that range."
+  assert str(error.value) == f"{text}: {tail}"
+
+
+def test_argument_of_another_type():
+  for call, text in (
+    (lambda: rules.percentile("10"), "`percentile` must be a number >= 0 and <= 100, got '10' (str): pass a float."),
+    (
+      lambda: rules.zscore(warmup_steps=2.5),
+      "`warmup_steps` must be an integer >= 1, got 2.5 (float): pass a Python integer.",
+    ),
+    (
+      lambda: rules.lower(None, 1.0),
+      "`rule_a` must be a number, a scalar array, a schedule or a clipjax.rules.Rule, got a NoneType: pass a float "
+      "such as 1.0; a dict by label is for clip_by_group_norm.",
+    ),
+  ):
+    with pytest.raises(TypeError) as error:
+      call()
+    assert str(error.value) == text

@@ -1,0 +1,133 @@
+"""adaptive_grad_clip against Optax's, and where Optax's goes wrong."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+
+SHAPES = [(), (5,), (1, 5), (4, 3), (3, 4, 2), (2, 3, 4, 5), (2, 2, 3, 4, 2)]
+
+
+def pair(shapes, dtype="float32", scale=1.0, seed=0):
+  rng = np.random.default_rng(seed)
+  params = [jnp.asarray(rng.standard_normal(s) * scale, dtype) for s in shapes]
+  grads = [jnp.asarray(rng.standard_normal(s) * 0.05 * scale, dtype) for s in shapes]
+  return params, grads
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("clipping", [0.01, 0.05, 10.0])
+def test_numbers_of_optax_for_every_rank(shape, clipping):
+  params, grads = pair([shape])
+  ours, theirs = clipjax.adaptive_grad_clip(clipping), optax.adaptive_grad_clip(clipping)
+  got, state = ours.update(grads, ours.init(params), params)
+  want, _ = theirs.update(grads, theirs.init(params), params)
+  chex.assert_trees_all_close(got, want, rtol=1e-6)
+  np.testing.assert_allclose(state.norm, np.linalg.norm(np.ravel(grads[0])), rtol=1e-6)
+  np.testing.assert_allclose(state.norm_clipped, np.linalg.norm(np.ravel(got[0])), rtol=1e-6)
+  assert state.clipped_steps == int((np.asarray(state.scale) < 1).any())
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, (0, 1), (0, 2), [1]])
+def test_axis_is_that_of_optax(axis):
+  params, grads = pair([(3, 4, 2), (2, 3, 4)])
+  ours = clipjax.adaptive_grad_clip(0.02, axis=axis)
+  theirs = optax.adaptive_grad_clip(0.02, axis=tuple(axis) if isinstance(axis, list) else axis)
+  got, _ = jax.jit(ours.update)(grads, ours.init(params), params)
+  chex.assert_trees_all_close(got, theirs.update(grads, theirs.init(params), params)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_and_every_magnitude(dtype):
+  # 4096 entries of 30 have squares of 900, whose sum is no float16.
+  params, grads = jnp.full((4096, 2), 30.0, dtype), jnp.full((4096, 2), 3.0, dtype)
+  tx = clipjax.adaptive_grad_clip(0.05)
+  updates, state = tx.update(grads, tx.init(params), params)
+  assert updates.dtype == grads.dtype
+  np.testing.assert_allclose(np.asarray(updates, np.float32), 1.5, rtol=0.01)
+  np.testing.assert_allclose(state.max_norm, 0.05 * 30 * 64, rtol=1e-6)
+  for scale in (1e-25, 1e25):
+    wide = jnp.full((8, 2), scale), jnp.full((8, 2), scale)
+    updates, _ = clipjax.adaptive_grad_clip(0.5, 0.0).update(wide[1], tx.init(wide[0]), wide[0])
+    np.testing.assert_allclose(updates, 0.5 * scale, rtol=1e-6)
+
+
+def test_units_at_or_under_their_limit_are_bit_identical_and_zeros_stay():
+  params = jnp.array([[3.0, 0.0, 1.0], [4.0, 0.0, 0.0]])
+  grads = jnp.array([[0.3, 0.0, 1.0], [0.4, 0.0, 1e-40]])
+  tx = clipjax.adaptive_grad_clip(0.5)
+  updates, state = tx.update(grads, tx.init(params), params)
+  np.testing.assert_array_equal(updates[:, :2], grads[:, :2])
+  np.testing.assert_allclose(updates[0, 2], 0.5, rtol=1e-6)
+  assert state.scale[0] < 1
+  jac = jax.jacrev(lambda g: tx.update(g, tx.init(params), params)[0])(jnp.zeros((2, 3)))
+  np.testing.assert_array_equal(np.reshape(jac, (6, 6)), np.eye(6))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_step_that_is_not_finite(bad):
+  params, grads = pair([(4, 3), (5,)])
+  broken = [grads[0].at[1, 1].set(bad), grads[1]]
+  for policy, check in (("propagate", np.isnan), ("zero", lambda x: x == 0)):
+    tx = clipjax.adaptive_grad_clip(on_nonfinite=policy)
+    updates, state = jax.jit(tx.update)(broken, tx.init(params), params)
+    assert all(check(np.asarray(x)).all() for x in updates)
+    assert state.nonfinite_steps == 1
+    assert state.nonfinite_leaf == 0
+  tx = clipjax.adaptive_grad_clip(on_nonfinite="error")
+  with pytest.raises(FloatingPointError, match="in '0'"):
+    tx.update(broken, tx.init(params), params)
+  _, state = tx.update(grads, tx.init(params), params)
+  assert state.finite
+
+
+def test_stays_one_structure_under_scan_and_vmap(x64):
+  params, grads = pair([(4, 3), (5,)])
+  tx = clipjax.adaptive_grad_clip()
+  step = lambda s, g: tx.update(g, s, params)[::-1]  # noqa: E731
+  stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), grads)
+  state, scanned = jax.lax.scan(step, tx.init(params), stacked)
+  assert state.steps == 2
+  assert state.norm.dtype == (jnp.float64 if x64 else jnp.float32)
+  mapped = jax.vmap(lambda g: tx.update(g, tx.init(params), params)[0])(stacked)
+  chex.assert_trees_all_close(mapped, scanned, rtol=1e-6)
+  assert clipjax.metrics(state, per_leaf=True)["grad/norm/0"] > 0
+
+
+def message(call, kind=ValueError):
+  with pytest.raises(kind) as error:
+    call()
+  return str(error.value)
+
+
+def test_messages():
+  params, grads = pair([(4, 3), (5,)])
+  tx = clipjax.adaptive_grad_clip()
+  assert message(lambda: tx.update(grads, tx.init(params))) == (
+    "`params` must be given to clip by the norm of parameters, got None: call update(grads, state, params)."
+  )
+  assert message(lambda: tx.update(grads, tx.init(params), params[::-1])) == (
+    "`params` must have the floating leaves of `updates`, got 2 leaves for 2, which differ from '0' on: pass the "
+    "parameters that the updates belong to."
+  )
+  assert message(lambda: clipjax.adaptive_grad_clip(-0.1)) == (
+    "`clipping` must be >= 0, got -0.1: pass a ratio such as 0.01."
+  )
+  assert message(lambda: clipjax.adaptive_grad_clip(axis="0"), TypeError) == (
+    "`axis` must be an integer or a tuple of them, got '0' (str): pass integers."
+  )
+  six = jnp.ones((2,) * 6)
+  assert message(lambda: tx.update(six, tx.init(six), six)) == (
+    "`axis` must be given for leaves of rank above 5, got shape (2, 2, 2, 2, 2, 2) at '.': pass the axes that make up "
+    "a unit."
+  )
+  far = clipjax.adaptive_grad_clip(axis=1)
+  assert message(lambda: far.update(grads, far.init(params), params)) == (
+    "`axis` must be within the rank of every leaf, got 1 for shape (5,) at '1': exempt that leaf with `optax.masked`."
+  )

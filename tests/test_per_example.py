@@ -1,0 +1,118 @@
+"""clip_grad_per_example against the oracle, Optax's, and the worked steps."""
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import oracle_clip, oracle_norm
+
+import clipjax
+
+
+def batch(dtype="float32", scale=1.0, size=6):
+  rng = np.random.default_rng(0)
+  shapes = ((size, 4, 3), (size, 5), (size,))
+  return {str(i): jnp.asarray(rng.standard_normal(s) * scale, dtype) for i, s in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("share", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_oracle(dtype, share, scale):
+  grads = batch(dtype, scale)
+  max_norm = share * scale * 4.0
+  total, norms = clipjax.clip_grad_per_example(grads, max_norm)
+  examples = [jax.tree.map(lambda x, b=b: x[b], grads) for b in range(6)]
+  np.testing.assert_allclose(norms, [oracle_norm(e) for e in examples], rtol=1e-6)
+  want = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *[oracle_clip(e, max_norm) for e in examples])
+  for key, x in total.items():
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(x, want[key], rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_every_magnitude(scale):
+  grads = batch(scale=scale)
+  total, norms = clipjax.clip_grad_per_example(grads, 1e-32)
+  examples = [jax.tree.map(lambda x, b=b: x[b], grads) for b in range(6)]
+  np.testing.assert_allclose(norms, [oracle_norm(e) for e in examples], rtol=1e-6)
+  want = sum(oracle_clip(e, 1e-32)["0"] for e in examples)
+  np.testing.assert_allclose(total["0"], want, rtol=1e-4, atol=1e-37)
+
+
+def test_four_thousand_examples_in_float16():
+  total, norms = clipjax.clip_grad_per_example(jnp.full((4096, 1), 30.0, jnp.float16), 100.0)
+  assert total[0] == 4096 * 30
+  assert (norms == 30).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_example_that_is_not_finite_contributes_zero(bad):
+  grads = batch()
+  broken = {**grads, "1": grads["1"].at[2, 3].set(bad)}
+  total, norms = clipjax.clip_grad_per_example(broken, 1.0)
+  assert not np.isfinite(norms[2])
+  without = jax.tree.map(lambda x: jnp.delete(x, 2, axis=0), grads)
+  want, _ = clipjax.clip_grad_per_example(without, 1.0)
+  for key in total:
+    np.testing.assert_allclose(total[key], want[key], rtol=1e-6, atol=1e-7)
+
+
+def test_numbers_of_optax():
+  leaves = list(batch().values())
+  for max_norm in (0.5, 4.0, 100.0):
+    total, norms = clipjax.clip_grad_per_example(leaves, max_norm)
+    want, clipped = optax.per_example_global_norm_clip(leaves, max_norm)
+    for a, b in zip(total, want, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert (norms > max_norm).sum() == clipped
+
+
+def test_worked_steps():
+  cases = json.loads((pathlib.Path(__file__).parent / "data" / "vectors.json").read_text())["cases"]
+  case = next(case for case in cases if case["name"] == "dp_per_example_and_quantile")
+  with jax.enable_x64(True):
+    limit = case["hyperparams"]["init_clip"]
+    for step in case["steps"]:
+      np.testing.assert_allclose(limit, step["clip_norm"], rtol=1e-12)
+      grads = {key: jnp.array(x) for key, x in step["per_example_grads"].items()}
+      total, norms = clipjax.clip_grad_per_example(grads, limit)
+      np.testing.assert_allclose(norms, step["norms"], rtol=1e-12)
+      for key, want in step["clipped_sum"].items():
+        np.testing.assert_allclose(total[key], want, rtol=1e-12)
+      # The threshold that follows a quantile: the rule of one norm, with the share of a batch for the indicator.
+      under = float((norms <= limit).mean())
+      limit = limit * math.exp(-case["hyperparams"]["quantile_lr"] * (under - case["hyperparams"]["target_quantile"]))
+      np.testing.assert_allclose(limit, step["clip_norm_next"], rtol=1e-12)
+
+
+def test_empty_batch_empty_tree_thresholds_and_jit():
+  total, norms = clipjax.clip_grad_per_example({"a": jnp.zeros((0, 3)), "n": None}, 1.0)
+  assert norms.shape == (0,)
+  np.testing.assert_array_equal(total["a"], np.zeros(3))
+  assert clipjax.clip_grad_per_example({}, 1.0)[0] == {}
+  grads = batch()
+  assert not jax.jit(clipjax.clip_grad_per_example)(grads, jnp.nan)[0]["0"].any()
+  assert not clipjax.clip_grad_per_example(grads, 0.0)[0]["0"].any()
+  np.testing.assert_allclose(clipjax.clip_grad_per_example(grads, math.inf)[0]["2"], grads["2"].sum(), rtol=1e-5)
+
+
+def test_messages():
+  def message(grads, max_norm=1.0):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the whole text is compared)
+      clipjax.clip_grad_per_example(grads, max_norm)
+    return str(error.value)
+
+  assert message({"a": jnp.ones((2, 3)), "b": jnp.ones(())}) == (
+    "`grads` must have a leading batch axis in every leaf, got float32[] at 'b': take them with "
+    "jax.vmap(jax.grad(loss), (None, 0))."
+  )
+  assert message({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}) == (
+    "`grads` must have one batch size in every leaf, got 2 at 'a' and 3 at 'b': the batch is the leading axis."
+  )
+  assert message(jnp.ones((2, 3)), -1.0).startswith("`max_norm` must be >= 0, got -1.0")

@@ -1,0 +1,169 @@
+"""skip_steps: what is rejected, what is left untouched, what is counted."""
+
+import json
+import math
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+from clipjax import rules
+
+PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.zeros(1, jnp.bfloat16)}
+GRADS = {"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(1, jnp.bfloat16)}
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # Adam needs it.
+
+
+def scaled(factor):
+  return jax.tree.map(lambda x: (x.astype(jnp.float32) * factor).astype(x.dtype), GRADS)
+
+
+def adam(**options):
+  return clipjax.skip_steps(optax.chain(clipjax.clip_by_global_norm(1.0), optax.adam(0.1)), **options)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_step_that_is_not_finite_changes_nothing(bad):
+  tx = adam()
+  update = jax.jit(tx.update)
+  _, before = update(GRADS, tx.init(PARAMS), PARAMS)
+  updates, after = update({**GRADS, "w": jnp.array([bad, 1.0])}, before, PARAMS)
+  chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, GRADS))
+  chex.assert_trees_all_equal(after.inner_state, before.inner_state)
+  assert not np.isfinite(after.norm)
+  assert (after.steps, after.skipped_steps, after.consecutive) == (2, 1, 1)
+  # From here on the run is the one that never saw that step.
+  updates, resumed = update(scaled(2.0), after, PARAMS)
+  want, without = update(scaled(2.0), before, PARAMS)
+  chex.assert_trees_all_equal(updates, want)
+  chex.assert_trees_all_equal(resumed.inner_state, without.inner_state)
+  assert resumed.consecutive == 0
+
+
+def test_without_a_spike_it_is_the_wrapped_transformation():
+  plain = optax.chain(clipjax.clip_by_global_norm(1.0), optax.adam(0.1))
+  tx = adam(norm_rule=100.0)
+  state, inner = tx.init(PARAMS), plain.init(PARAMS)
+  for step in range(3):
+    updates, state = tx.update(scaled(step), state, PARAMS)
+    want, inner = plain.update(scaled(step), inner, PARAMS)
+    chex.assert_trees_all_equal(updates, want)
+  chex.assert_trees_all_equal(state.inner_state, inner)
+
+
+def test_norm_above_the_rule_is_seen_raw_though_the_chain_clips():
+  tx = adam(norm_rule=10.0)
+  state = tx.init(PARAMS)
+  for factor, skipped in ((1.0, 0), (3.0, 1), (2.0, 1), (2.001, 2)):
+    _, state = tx.update(scaled(factor), state, PARAMS)
+    assert state.skipped_steps == skipped
+    np.testing.assert_allclose(state.norm, 5 * factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "skipped"), [(1.0, 0), (2.0, 0), (2.1, 1), (math.nan, 1), (math.inf, 1), (-5.0, 0)])
+def test_loss_above_the_rule(loss, skipped):
+  tx = adam(loss_rule=2.0)
+  _, state = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS, value=loss)
+  assert state.skipped_steps == skipped
+  np.testing.assert_equal(float(state.loss), np.float32(loss))
+
+
+def test_rule_of_olmo_against_its_worked_steps():
+  cases = json.loads((pathlib.Path(__file__).parent / "data" / "vectors.json").read_text())["cases"]
+  case = next(case for case in cases if case["name"] == "skip_step_olmo")
+  h = case["hyperparams"]
+  with jax.enable_x64(True):
+    rule = rules.rolling_sigma(h["sigma_factor"], window=h["rolling_interval"], ddof=1)
+    tx = clipjax.skip_steps(optax.identity(), norm_rule=rule, loss_rule=rule)
+    state = tx.init({"w": jnp.zeros(2)})
+    for step in case["steps"]:
+      grads = {"w": jnp.array(step["grads"]["w"])}
+      updates, state = tx.update(grads, state, value=step["loss"])
+      np.testing.assert_allclose(updates["w"], step["updates"]["w"], rtol=1e-12)
+      assert (state.consecutive == 0) == step["apply"]
+      if "loss_mean" in step:
+        np.testing.assert_allclose(state.max_loss, step["loss_mean"] + 6 * step["loss_std"], rtol=1e-12)
+        np.testing.assert_allclose(state.max_norm, step["norm_mean"] + 6 * step["norm_std"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rules_never_see_what_is_not_finite(bad):
+  rule = rules.rolling_sigma(3.0, window=4)
+
+  def limits(norms):
+    tx = clipjax.skip_steps(optax.identity(), norm_rule=rule)
+    state = tx.init(jnp.zeros(1))
+    for n in norms:
+      _, state = tx.update(jnp.array([n]), state)
+    return state.max_norm
+
+  assert limits([1.0, bad, 1.1, bad, bad, 0.9, 1.0]) == limits([1.0, 1.1, 0.9, 1.0]) < 2
+
+
+def test_metrics_check_and_nesting():
+  tx = optax.chain(adam(norm_rule=10.0, max_consecutive_skips=3), optax.scale(1.0))
+  state = tx.init(PARAMS)
+  for _ in range(2):
+    _, state = tx.update(scaled(9.0), state, PARAMS)
+  clipjax.check(state)
+  got = clipjax.metrics(state)
+  assert [got[f"skip/{key}"] for key in ("norm", "max_norm", "fraction", "consecutive", "steps")] == [45, 10, 1, 2, 2]
+  assert got["grad/steps"] == 0  # The clip inside sees no rejected step.
+  _, state = tx.update(scaled(9.0), state, PARAMS)
+  with pytest.raises(FloatingPointError) as error:
+    clipjax.check(state)
+  assert str(error.value) == (
+    "the last 3 steps were all rejected by 'skip', the limit is 3: norm 45 against 10, loss nan against inf: lower the "
+    'learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.'
+  )
+  _, state = tx.update(GRADS, state, PARAMS)
+  clipjax.check(state)
+
+
+def test_one_structure_under_scan_vmap_donation_and_multisteps():
+  tx = adam(norm_rule=rules.zscore(), loss_rule=rules.rolling_sigma())
+  state, _ = jax.lax.scan(
+    lambda s, f: (tx.update(scaled(f), s, PARAMS, value=f)[1], None), tx.init(PARAMS), jnp.array([1.0, jnp.nan, 2.0])
+  )
+  assert (state.steps, state.skipped_steps) == (3, 1)
+  stacked = jax.tree.map(lambda x: jnp.stack([x, x * jnp.nan]), GRADS)
+  _, mapped = jax.vmap(lambda g: tx.update(g, tx.init(PARAMS), PARAMS, value=1.0))(stacked)
+  np.testing.assert_array_equal(mapped.skipped_steps, [0, 1])
+  donated = jax.jit(tx.update, donate_argnums=(1,))
+  state = tx.init(PARAMS)
+  for _ in range(2):
+    _, state = donated(GRADS, state, PARAMS, value=1.0)
+  many = optax.MultiSteps(adam(norm_rule=10.0), 2)
+  state = many.init(PARAMS)
+  for _ in range(4):
+    _, state = many.update(GRADS, state, PARAMS)
+  assert clipjax.metrics(state)["skip/steps"] == 2
+
+
+def message(call, kind):
+  with pytest.raises(kind) as error:
+    call()
+  return str(error.value)
+
+
+def test_messages():
+  tx = adam(loss_rule=rules.rolling_sigma())
+  assert message(lambda: tx.update(GRADS, tx.init(PARAMS), PARAMS), ValueError) == (
+    "`value` must be given where there is a `loss_rule`, got None: call update(grads, state, params, value=loss)."
+  )
+  assert message(lambda: tx.update(GRADS, tx.init(PARAMS), PARAMS, value=jnp.ones(3)), ValueError) == (
+    "`value` must be a scalar loss, got float32[3]: pass its mean over the batch."
+  )
+  assert message(lambda: clipjax.skip_steps(1e-3), TypeError) == (
+    "`inner` must be an Optax transformation, got 0.001 (float): pass one such as optax.adam(1e-3)."
+  )
+  assert message(lambda: adam(norm_rule=-1.0), ValueError).startswith("`norm_rule` must be >= 0, got -1.0: ")
+  assert message(lambda: adam(max_consecutive_skips=0), ValueError) == (
+    "`max_consecutive_skips` must be an integer >= 1 and <= 2147483647, got 0: choose one in that range."
+  )
