@@ -137,10 +137,10 @@ def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: f
     >>> state = tx.init(jnp.zeros(1))
     >>> for _ in range(3):
     ...   clipped, state = tx.update(jnp.array([2.0]), state)
-    ...   print(clipped)
-    [1.]
-    [1.1051708]
-    [1.2214026]
+    ...   print(f"{clipped[0]:.3f}")
+    1.000
+    1.105
+    1.221
 
   References:
     Andrew et al., Differentially private learning with adaptive clipping, 2021, https://arxiv.org/abs/1905.03871;
@@ -307,8 +307,8 @@ def rolling_sigma(
     >>> state = tx.init(jnp.zeros(1))
     >>> for g in (0.9, 1.1, 0.9, 1.1, 5.0):
     ...   clipped, state = tx.update(jnp.array([g]), state)
-    >>> print(clipped)
-    [1.2]
+    >>> print(f"{clipped[0]:.3f}")
+    1.200
 
   References:
     OLMo-core's `SkipStepOptimizer`, https://github.com/allenai/OLMo-core, which skips above 6 sigma over 128 steps;

@@ -54,11 +54,14 @@ def assert_bits_equal(got, want):
 
 
 def factories():
-  """Every exported `clip_by_*`, each with a threshold that clips a gradient of ones: name -> transformation."""
+  """Every exported clip that needs no parameters, each so that it clips a large gradient: name -> transformation."""
   return {
     "clip_by_global_norm": clipjax.clip_by_global_norm(0.5),
     "clip_by_leaf_norm": clipjax.clip_by_leaf_norm(0.5),
     "clip_by_group_norm": clipjax.clip_by_group_norm(0.5, lambda path, leaf: path[0]),
     "clip_by_rms": clipjax.clip_by_rms(0.5),
     "clip_by_value": clipjax.clip_by_value(0.5),
+    "autoclip": clipjax.autoclip(0.0),
+    "zclip": clipjax.zclip(max_norm=0.5),
+    "adagc": clipjax.adagc(max_norm=0.5),
   }

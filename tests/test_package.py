@@ -20,8 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXTRAS = ("matplotlib", "rich", "tensorboardX", "torch", "tensorflow", "flax", "IPython", "pandas")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PUBLIC = {f"clipjax.{name}": getattr(clipjax, name) for name in clipjax.__all__ if name != "rules"} | {
-  f"clipjax.rules.{name}": getattr(rules, name) for name in ("Rule", "StepCount", "constant", "schedule")
+  f"clipjax.rules.{name}": value for name, value in vars(rules).items() if not name.startswith("_")
 }
+STATES = {name for name, value in PUBLIC.items() if inspect.isclass(value)} - {"clipjax.rules.Rule"}
 
 
 def loaded_after(code):
@@ -66,7 +67,7 @@ def test_exports_agree_with_what_type_checkers_see():
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_docstring_example_runs(name):
   value = PUBLIC[name]
-  if name in {"clipjax.ClipState", "clipjax.rules.StepCount"}:
+  if name in STATES:
     assert "Attributes:" in value.__doc__  # States that users read, and do not make.
     return
   examples = doctest.DocTestFinder(recurse=False).find(value, name, globs={})

@@ -1,4 +1,4 @@
-"""One contract for every exported `clip_by_*`, and what is particular to each."""
+"""One contract for every exported clip, and what is particular to each `clip_by_*`."""
 
 import math
 
@@ -15,7 +15,8 @@ import clipjax
 from clipjax import rules
 
 FACTORIES = factories()
-RESCALING = sorted(set(FACTORIES) - {"clip_by_value"})
+BY_THRESHOLD = sorted(name for name in FACTORIES if name.startswith("clip_by_"))
+RESCALING = sorted(set(BY_THRESHOLD) - {"clip_by_value"})
 TREE = {"body": {"w": jnp.full((3, 2), 2.0), "b": jnp.full(2, -1.0)}, "head": jnp.full(4, 3.0, jnp.bfloat16)}
 every_factory = pytest.mark.parametrize("name", sorted(FACTORIES))
 
@@ -26,7 +27,10 @@ def grads_at(step):
 
 
 def test_every_exported_factory_is_in_the_table():
-  assert set(FACTORIES) == {name for name in clipjax.__all__ if name.startswith("clip_by_")}
+  returns = {name: str(getattr(clipjax, name).__annotations__.get("return")) for name in clipjax.__all__}
+  transformations = {name for name, text in returns.items() if "GradientTransformation" in text}
+  # These two need parameters, and another transformation: they have contracts of their own.
+  assert set(FACTORIES) == transformations - {"adaptive_grad_clip", "skip_steps"}
 
 
 @every_factory
@@ -37,7 +41,8 @@ def test_structure_shapes_and_dtypes_are_kept(name):
   chex.assert_trees_all_equal_shapes_and_dtypes(updates, TREE)
   chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
   assert jax.tree.structure(after) == jax.tree.structure(state)
-  assert oracle_norm(updates) < oracle_norm(TREE)
+  if name != "autoclip":  # Whose first norm is its own percentile.
+    assert oracle_norm(updates) < oracle_norm(TREE)
 
 
 @every_factory
@@ -60,8 +65,9 @@ def test_eager_jit_scan_and_vmap_agree(name):
   for step in range(3):
     chex.assert_trees_all_close(jitted[step], eager[step], rtol=1e-6)
     chex.assert_trees_all_close(jax.tree.map(lambda x, i=step: x[i], scanned), eager[step][0], rtol=1e-6)
-    chex.assert_trees_all_close(jax.tree.map(lambda x, i=step: x[i], mapped), eager[step][0], rtol=1e-6)
-    np.testing.assert_allclose(mapped_state.norm[step], eager[step][1].norm, rtol=1e-6)
+    alone, alone_state = tx.update(grads_at(step), tx.init(TREE))
+    chex.assert_trees_all_close(jax.tree.map(lambda x, i=step: x[i], mapped), alone, rtol=1e-6)
+    np.testing.assert_allclose(mapped_state.norm[step], alone_state.norm, rtol=1e-6)
   chex.assert_trees_all_close(last, eager[-1][1], rtol=1e-6)
 
 

@@ -1,0 +1,327 @@
+"""What each way of clipping does to a training run: two small models, learning rates from safe to too high.
+
+Run `python benchmarks/methods.py [--steps 300 150] [--seeds 3] [--models rnn transformer] [--out docs/methods.md]`.
+Both models learn the next character of the standard library's prose, the text of `clipjax demo`. Every method starts
+from the same weights and sees the same batches. A second table feeds synthetic norms with a lasting rise to the rules.
+"""
+
+import argparse
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import clipjax
+from clipjax import _demo, rules
+
+WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 2, 4, 64, 16
+WITHIN = 1.01  # Medians up to 1 % above the lowest of a row are set in bold too: seeds differ by as much.
+
+Optimizer = optax.GradientTransformation
+Params = dict[str, Any]
+
+
+class Model(NamedTuple):
+  """A model and how it is trained; windows of text have shape (batch, length + 1)."""
+
+  title: str
+  init: Callable[[jax.Array], Params]
+  loss: Callable[[Params, jax.Array], jax.Array]
+  batch: int
+  length: int
+  optimizer: Callable[[jax.Array], Optimizer]
+  learning_rates: tuple[float, ...]
+  steps: int
+
+
+class Result(NamedTuple):
+  """One method at one learning rate; one entry for each seed.
+
+  Attributes:
+    final: mean loss of the last tenth of the steps; inf where that is not finite.
+    diverged: whether the final loss is not finite or above the loss of the first step.
+    clipped: share of steps clipped, NaN for a method that does not clip.
+    skipped: share of steps skipped, NaN for a method that does not skip.
+  """
+
+  final: np.ndarray[Any, np.dtype[np.float64]]
+  diverged: np.ndarray[Any, np.dtype[np.bool_]]
+  clipped: np.ndarray[Any, np.dtype[np.float64]]
+  skipped: np.ndarray[Any, np.dtype[np.float64]]
+
+
+# Methods ------------------------------------------------------------------------------------------------------------
+
+
+def _sigma() -> rules.Rule:
+  return rules.rolling_sigma(6.0, window=128)
+
+
+METHODS: dict[str, Callable[[Optimizer], Optimizer]] = {
+  "none": lambda tx: optax.chain(clipjax.clip_by_global_norm(math.inf), tx),
+  "fixed 1.0": lambda tx: optax.chain(clipjax.clip_by_global_norm(1.0), tx),
+  "autoclip": lambda tx: optax.chain(clipjax.autoclip(), tx),
+  "zclip": lambda tx: optax.chain(clipjax.zclip(), tx),
+  "adagc": lambda tx: optax.chain(clipjax.adagc(), tx),
+  "skip": lambda tx: clipjax.skip_steps(tx, norm_rule=_sigma(), loss_rule=_sigma()),
+}
+
+# The Transformer ----------------------------------------------------------------------------------------------------
+
+
+def init_transformer(key: jax.Array) -> Params:
+  """Weights of a decoder; every matrix keeps the scale of its input, and those that end a branch start smaller."""
+  shapes = {"qkv": (WIDTH, 3 * WIDTH), "mixed": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
+  keys = iter(jax.random.split(key, 3 + LAYERS * len(shapes)))
+
+  def normal(shape: tuple[int, ...], std: float) -> jax.Array:
+    return jax.random.normal(next(keys), shape, jnp.float32) * std
+
+  def block() -> Params:
+    # With the residual branches scaled by 1 / sqrt(2 * layers), as in GPT-2.
+    ends = {"mixed": 1 / math.sqrt(2 * LAYERS), "down": 1 / math.sqrt(2 * LAYERS)}
+    matrices = {name: normal(shape, ends.get(name, 1.0) / math.sqrt(shape[0])) for name, shape in shapes.items()}
+    return {**matrices, "attention_gain": jnp.ones(WIDTH), "mlp_gain": jnp.ones(WIDTH)}
+
+  return {
+    "embed": normal((_demo.CHARACTERS, WIDTH), 0.5),
+    "positions": normal((CONTEXT, WIDTH), 0.5),
+    "blocks": [block() for _ in range(LAYERS)],
+    "gain": jnp.ones(WIDTH),
+    "out": normal((WIDTH, _demo.CHARACTERS), 0.01),
+  }
+
+
+def transformer_loss(params: Params, windows: jax.Array) -> jax.Array:
+  """Mean cross-entropy, in nats, of each next character: a pre-norm decoder with learned positions."""
+  inputs, targets = windows[:, :-1], windows[:, 1:]
+  batch, length = inputs.shape
+  x = params["embed"][inputs] + params["positions"][None, :length]
+  for block in params["blocks"]:
+    qkv = (_normed(x, block["attention_gain"]) @ block["qkv"]).reshape(batch, length, 3, HEADS, WIDTH // HEADS)
+    mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True)
+    x = x + mixed.reshape(batch, length, WIDTH) @ block["mixed"]
+    x = x + jax.nn.gelu(_normed(x, block["mlp_gain"]) @ block["up"]) @ block["down"]
+  logits = _normed(x, params["gain"]) @ params["out"]
+  losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return losses.mean()
+
+
+def _normed(x: jax.Array, gain: jax.Array) -> jax.Array:
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6) * gain
+
+
+MODELS = {
+  "rnn": Model(
+    f"Tanh RNN of {_demo.HIDDEN} units, SGD with momentum {_demo.MOMENTUM:g}",
+    _demo.init_params,
+    _demo.loss_fn,
+    _demo.BATCH,
+    _demo.LENGTH,
+    lambda rate: optax.sgd(rate, momentum=_demo.MOMENTUM),
+    (0.1, 0.3, 1.0, 3.0),
+    300,
+  ),
+  "transformer": Model(
+    f"Pre-norm Transformer, {LAYERS} layers of width {WIDTH}, Adam",
+    init_transformer,
+    transformer_loss,
+    BATCH,
+    CONTEXT,
+    optax.adam,
+    (1e-3, 3e-3, 1e-2, 3e-2),
+    150,
+  ),
+  "transformer-sgd": Model(
+    f"Pre-norm Transformer, {LAYERS} layers of width {WIDTH}, SGD with momentum 0.9",
+    init_transformer,
+    transformer_loss,
+    BATCH,
+    CONTEXT,
+    lambda rate: optax.sgd(rate, momentum=0.9),
+    (0.03, 0.1, 0.3, 1.0),
+    150,
+  ),
+}
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def trainer(model: Model, wrap: Callable[[Optimizer], Optimizer], steps: int) -> Callable[..., Any]:
+  """A whole run as one compiled function `(text, learning_rate, seed) -> (losses, metrics at the end)`."""
+
+  @jax.jit
+  def train(text: jax.Array, learning_rate: jax.Array, seed: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    tx = optax.with_extra_args_support(wrap(model.optimizer(learning_rate)))
+    key_params, key_batches = jax.random.split(jax.random.key(seed))
+
+    def step(carry: tuple[Params, Any], i: jax.Array) -> tuple[tuple[Params, Any], jax.Array]:
+      params, state = carry
+      starts = jax.random.randint(jax.random.fold_in(key_batches, i), (model.batch, 1), 0, text.size - model.length)
+      windows = text[starts + jnp.arange(model.length + 1)[None, :]].astype(jnp.int32)
+      loss, grads = jax.value_and_grad(model.loss)(params, windows)
+      updates, state = tx.update(grads, state, params, value=loss)
+      return (optax.apply_updates(params, updates), state), loss
+
+    params = model.init(key_params)
+    (_, state), losses = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))
+    return losses, clipjax.metrics(state)
+
+  return train
+
+
+def compare(model: Model, steps: int, seeds: int) -> dict[tuple[float, str], Result]:
+  """Every method at every learning rate, by (learning rate, method)."""
+  text = jnp.asarray(_demo.read_text())
+  results = {}
+  for name, wrap in METHODS.items():
+    train = trainer(model, wrap, steps)
+    for rate in model.learning_rates:
+      runs = [jax.device_get(train(text, jnp.float32(rate), jnp.uint32(seed))) for seed in range(seeds)]
+      results[rate, name] = summarize(runs)
+      print(f"{name:10} {rate:<6g} {_cells(results[rate, name])}", flush=True)
+  return results
+
+
+def summarize(runs: Sequence[tuple[Any, dict[str, Any]]]) -> Result:
+  """The numbers of the tables, from the losses and the last metrics of each seed."""
+  last = max(1, runs[0][0].size // 10)
+  final = np.array([np.mean(losses[-last:], dtype=np.float64) for losses, _ in runs])
+  first = np.array([float(losses[0]) for losses, _ in runs])
+  final = np.where(np.isfinite(final), final, np.inf)
+  clipped, skipped = (
+    np.array([float(metrics.get(key, math.nan)) for _, metrics in runs])
+    for key in ("grad/clip_fraction", "skip/fraction")
+  )
+  return Result(final, ~(final <= first), clipped, skipped)
+
+
+# A lasting rise -----------------------------------------------------------------------------------------------------
+
+RISES = (1.5, 2.0, 5.0)
+RISE_AT, RISE_STEPS = 100, 300
+RULES: dict[str, rules.Rule] = {
+  "percentile(10.0)": rules.percentile(10.0),
+  "percentile(90.0, window=50)": rules.percentile(90.0, window=50),
+  "rolling_sigma(6.0, window=50)": rules.rolling_sigma(6.0, window=50),
+  "zscore()": rules.zscore(),
+  "zscore(restart_after=10)": rules.zscore(restart_after=10),
+  "quantile_tracking(0.9)": rules.quantile_tracking(0.9),
+  "ema_ratio(1.04, decay=0.99, warmup_steps=50, max_norm=inf)": rules.ema_ratio(
+    1.04, decay=0.99, warmup_steps=50, max_norm=math.inf
+  ),
+}
+
+
+def clipped_around_rise(rule: rules.Rule, rise: float) -> tuple[int, int]:
+  """Steps clipped before and after the norms are multiplied by `rise`; the noise is the same for every rule."""
+  norms = 1 + 0.05 * np.random.default_rng(0).standard_normal(RISE_STEPS)
+  norms[RISE_AT:] *= rise
+  tx = clipjax.clip_by_global_norm(rule)
+
+  @jax.jit
+  def count(norms: jax.Array) -> jax.Array:
+    def step(state: Any, norm: jax.Array) -> tuple[Any, jax.Array]:
+      _, state = tx.update(norm[None], state)
+      return state, state.clipped_steps
+
+    return jax.lax.scan(step, tx.init(norms[:1]), norms)[1]
+
+  counts = np.asarray(count(jnp.asarray(norms, jnp.float32)))
+  return int(counts[RISE_AT - 1]), int(counts[-1] - counts[RISE_AT - 1])
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def _loss(x: float) -> str:
+  return f"{x:.2f}" if x < 100 else f"{x:.0e}" if math.isfinite(x) else "inf"
+
+
+def _cells(result: Result) -> tuple[str, str]:
+  """Losses, and shares of steps."""
+  losses = f"{_loss(float(np.median(result.final)))} ({_loss(float(result.final.max()))})"
+  shares = [f"{share.mean():.0%}" for share in (result.clipped, result.skipped) if not np.isnan(share).any()]
+  diverged = f", {result.diverged.sum()} of {result.diverged.size} diverged" if result.diverged.any() else ""
+  return losses, "".join(shares) + diverged
+
+
+def _row(cells: Sequence[str]) -> str:
+  return f"| {' | '.join(cells)} |"
+
+
+def best_of(results: dict[tuple[float, str], Result], rate: float) -> set[str]:
+  """The methods with the lowest median at a learning rate, and those that come within 1 % of it."""
+  medians = {name: float(np.median(results[rate, name].final)) for name in METHODS}
+  lowest = min(medians.values())
+  return {name for name, median in medians.items() if math.isfinite(median) and median <= WITHIN * lowest}
+
+
+def model_section(model: Model, results: dict[tuple[float, str], Result], steps: int, seeds: int) -> list[str]:
+  """The Markdown of one model: its losses, then its shares."""
+  lines = [f"## {model.title}", ""]
+  lines += [f"{steps} steps, {seeds} seeds, batches of {model.batch} windows of {model.length} characters.", ""]
+  bar = _row(["--:"] * (1 + len(METHODS)))
+  losses, shares = [], []
+  for rate in model.learning_rates:
+    best = best_of(results, rate)
+    cells = {name: _cells(results[rate, name]) for name in METHODS}
+    losses.append(_row([f"{rate:g}", *(f"**{cells[n][0]}**" if n in best else cells[n][0] for n in METHODS)]))
+    shares.append(_row([f"{rate:g}", *(cells[n][1] for n in METHODS)]))
+  lines += ["Final loss, median of the seeds (and the worst seed):", ""]
+  lines += [_row(["learning rate", *METHODS]), bar, *losses, ""]
+  lines += ["Steps clipped (for `skip`: skipped), mean of the seeds, and seeds that diverged:", ""]
+  lines += [_row(["learning rate", *METHODS]), bar, *shares, ""]
+  return lines
+
+
+def rise_section() -> list[str]:
+  """The Markdown of the synthetic norms."""
+  after = RISE_STEPS - RISE_AT
+  lines = ["## After a lasting rise of the norm", ""]
+  lines += [
+    f"Synthetic norms, 1 + 0.05 * randn, multiplied by 1.5, 2 or 5 from step {RISE_AT} on, through "
+    f"`clip_by_global_norm(rule)`: how many of the first {RISE_AT} steps are clipped, and how many of the {after} after "
+    "the rise.",
+    "",
+    _row(["rule of `clipjax.rules`", "before", *(f"after, x {rise:g}" for rise in RISES)]),
+    _row(["---", *["--:"] * (1 + len(RISES))]),
+  ]
+  for name, rule in RULES.items():
+    counts = [clipped_around_rise(rule, rise) for rise in RISES]
+    lines.append(_row([f"`{name}`", str(counts[0][0]), *(str(after) for _, after in counts)]))
+  return lines
+
+
+HOW_TO_READ = ""
+
+
+def main() -> None:
+  """Trains, prints the tables, and writes them as Markdown."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+  parser.add_argument("--steps", type=int, help="of every model; without it, the number that each model has")
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--out", type=Path, default=Path("docs/methods.md"))
+  args = parser.parse_args()
+  sections: list[str] = []
+  for name in args.models:
+    model = MODELS[name]
+    steps = args.steps or model.steps
+    start = time.perf_counter()
+    results = compare(model, steps, args.seeds)
+    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    sections += model_section(model, results, steps, args.seeds)
+  lines = [*sections, *rise_section()]
+  print("\n".join(lines))
+
+
+if __name__ == "__main__":
+  main()
