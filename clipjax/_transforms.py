@@ -136,7 +136,9 @@ def clip_by_global_norm(
     https://arxiv.org/abs/1211.5063; algorithm 1.
   """
   label = partial(Labels.of, name=check_name(name), unit="global")
-  return _clip(max_norm, "max_norm", ord, label, track, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name)
+  _check_track(track, max_norm)
+  options = {"eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  return _clip(as_rule(max_norm, "max_norm"), ord, label, track, **options)
 
 
 def clip_by_leaf_norm(
@@ -183,7 +185,9 @@ def clip_by_leaf_norm(
     `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm, does this to one tensor.
   """
   label = partial(Labels.of, name=check_name(name), unit="leaf")
-  return _clip(max_norm, "max_norm", ord, label, track, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name)
+  _check_track(track, max_norm)
+  options = {"eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  return _clip(as_rule(max_norm, "max_norm"), ord, label, track, **options)
 
 
 def clip_by_group_norm(
@@ -237,22 +241,17 @@ def clip_by_group_norm(
       f"`groups` must be a function (path, leaf) -> label or a tree of labels, got {_leaves.describe(groups)}: "
       f"{_leaves.STATIC_ARGS_REMEDY}."
     )
-  check_name(name)
+  known = None
+  rule = max_norm
   if isinstance(max_norm, Mapping):
     for key in max_norm:
       _check_label(key, "`max_norm`")
-    by_label = {str(key): value for key, value in max_norm.items()}
-    threshold: Any = _by_label(by_label)
-    _check_track(track, list(by_label.values()))
-    label = partial(Labels.by_group, name=name, groups=groups, known=tuple(by_label))
-    track_checked = True
-  else:
-    threshold, track_checked = max_norm, False
-    label = partial(Labels.by_group, name=name, groups=groups, known=None)
-  return _clip(
-    threshold, "max_norm", ord, label, track, track_checked=track_checked,
-    eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name,
-  )  # fmt: skip
+    known = tuple(map(str, max_norm))
+    rule = _by_label({str(key): value for key, value in max_norm.items()})
+  label = partial(Labels.by_group, name=check_name(name), groups=groups, known=known)
+  _check_track(track, *(max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]))
+  options = {"eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  return _clip(as_rule(rule, "max_norm"), ord, label, track, **options)
 
 
 def clip_by_rms(
@@ -297,9 +296,9 @@ def clip_by_rms(
     https://arxiv.org/abs/1804.04235; section 6, update clipping.
   """
   label = partial(Labels.of, name=check_name(name), unit="leaf")
-  return _clip(
-    max_rms, "max_rms", None, label, track, rms=True, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name
-  )
+  _check_track(track, max_rms)
+  options = {"eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  return _clip(as_rule(max_rms, "max_rms"), None, label, track, rms=True, **options)
 
 
 def clip_by_value(max_value: MaxNorm, *, name: str = "grad") -> optax.GradientTransformationExtraArgs:
@@ -327,29 +326,19 @@ def clip_by_value(max_value: MaxNorm, *, name: str = "grad") -> optax.GradientTr
     [ 0.5 -1. ] 3.0
   """
   label = partial(Labels.of, name=check_name(name), unit="global")
-  return _clip(max_value, "max_value", math.inf, label, True, clamp=True)
+  return _clip(as_rule(max_value, "max_value"), math.inf, label, track=True, clamp=True)
 
 
 # The engine ---------------------------------------------------------------------------------------------------------
 
 
 def _clip(
-  threshold: Any,
-  argument: str,
-  ord: float | None,
-  label: Callable[[Any], Labels],
-  track: bool,
-  *,
-  track_checked: bool = False,
-  **options: Any,
+  rule: Rule, ord: float | None, label: Callable[[Any], Labels], track: bool, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-  """Checks every Python value, and builds the transformation."""
+  """Builds the transformation, once what is left to check of the Python values is checked."""
   config = _Config(_norms.check_ord(ord, for_clip=True), label, **options)
   _functional.check_policy(config.on_nonfinite)
   _functional.check_eps(config.eps)
-  rule = as_rule(threshold, argument)
-  if not track_checked:
-    _check_track(track, [threshold])
 
   def init(params: optax.Params) -> ClipState:
     labels = label(params)
@@ -517,13 +506,13 @@ def _check_label(label: Any, where: str) -> None:
     raise TypeError(f"labels of groups must be strings, got {_leaves.describe(label)} in {where}: pass strings.")
 
 
-def _check_track(track: Any, thresholds: Sequence[Any]) -> None:
-  for value in thresholds:
-    if not track and (isinstance(value, Rule) or callable(value)):
-      raise ValueError(
-        "`track=False` keeps no state, so that `max_norm` must be a number or an array, got a schedule or a rule: "
-        "leave `track` at True."
-      )
+def _check_track(track: bool, *thresholds: Any) -> None:
+  """Raises where a threshold that needs a state is to have none."""
+  if not track and any(isinstance(value, Rule) or callable(value) for value in thresholds):
+    raise ValueError(
+      "`track=False` keeps no state, so that `max_norm` must be a number or an array, got a schedule or a rule: "
+      "leave `track` at True."
+    )
 
 
 def _eps(config: _Config) -> jax.Array:
