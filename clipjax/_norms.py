@@ -173,11 +173,11 @@ def _block_sums(
   blocks: Sequence[tuple[int, ...]],
   xs: Sequence[jax.Array],
   axes: Sequence[Axes],
-  rescale: Callable[[jax.Array, int], jax.Array] = lambda x, _: x,
+  rescale: Callable[[jax.Array, int, int], jax.Array] = lambda x, b, i: x,
 ) -> list[jax.Array]:
-  """The power sum of each block, over all shards, of `rescale(leaf, number of its block)`."""
+  """The power sum of each block, over all shards, of `rescale(leaf, number of its block, number of the leaf)`."""
   members = [(b, i) for b, block in enumerate(blocks) for i in block]
-  sums = _all_reduce([_power_sum(rescale(xs[i], b), p) for b, i in members], [axes[i] for _, i in members], p)
+  sums = _all_reduce([_power_sum(rescale(xs[i], b, i), p) for b, i in members], [axes[i] for _, i in members], p)
   by_block: list[list[jax.Array]] = [[] for _ in blocks]
   for (b, _), value in zip(members, sums, strict=True):
     by_block[b].append(value)
@@ -365,7 +365,15 @@ def _rescaled_square_norms(
   for block, (total, floor) in zip(blocks, totals, strict=True):
     up = 2.0**600 if block and xs[block[0]].real.dtype == jnp.float64 else 2.0**90
     scales.append(jnp.where(total == jnp.inf, 1 / up, jnp.where(total < floor, up, 1)))
-  again = _block_sums(2.0, blocks, xs, axes, lambda x, b: x * scales[b].astype(x.dtype))
+
+  def rescale(x: jax.Array, b: int, i: int) -> jax.Array:
+    # The maximum with a number below every scale, another one for each leaf, changes nothing, and keeps XLA from
+    # sharing one scale among leaves of one shape: it would write that out as an array of their size.
+    tiny = float(jnp.finfo(x.real.dtype).tiny)
+    scale = jnp.maximum(scales[b].astype(x.real.dtype), (i + 1) * tiny)
+    return by_parts(lambda part: part * scale, x)
+
+  again = _block_sums(2.0, blocks, xs, axes, rescale)
   return [jnp.sqrt(total) / scale.astype(norm_dtype()) for total, scale in zip(again, scales, strict=True)]
 
 
@@ -381,7 +389,7 @@ def _rescaled_power_norms(
   largest = _block_sums(math.inf, blocks, xs, axes)
   usable = [(m > 0) & (m < jnp.inf) for m in largest]
   units = [jnp.where(ok, m, 1) for ok, m in zip(usable, largest, strict=True)]
-  again = _block_sums(p, blocks, xs, axes, lambda x, b: divide(jnp.abs(x), units[b].astype(x.real.dtype)))
+  again = _block_sums(p, blocks, xs, axes, lambda x, b, _: divide(jnp.abs(x), units[b].astype(x.real.dtype)))
   scaled = [unit * _root(total, p) for unit, total in zip(units, again, strict=True)]
   return [jnp.where(ok, norm, m) for ok, norm, m in zip(usable, scaled, largest, strict=True)]
 

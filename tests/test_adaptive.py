@@ -226,6 +226,11 @@ def test_leaf_that_is_zero_in_the_warm_up_of_adagc_learns_later():
   np.testing.assert_allclose(updates[0], 1.04 * 0.4, rtol=1e-6)
 
 
+def test_adagc_starts_from_the_smallest_norm_of_its_warm_up():
+  state = run(rules.ema_ratio(1.04, decay=0.99, warmup_steps=4, max_norm=1.0), [0.5, 0.2, 0.0, 0.4])[-1]
+  np.testing.assert_allclose(state.rule.ema, 0.2, rtol=1e-6)
+
+
 def test_leaf_whose_average_has_faded_to_zero_learns_again():
   tx = clipjax.adagc(warmup_steps=1, decay=0.01)
   state = tx.init([jnp.zeros(1)])

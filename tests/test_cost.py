@@ -1,0 +1,68 @@
+"""What a clip adds to the compiled step: no copy of the gradient, no second read of it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+
+TREES = {
+  "one leaf": [(1 << 20,)],
+  "matrices": [(256, 768), (256, 256), (256,)] * 4,
+  "many": [(64, 64)] * 200,
+}
+
+
+def compiled(clip, shapes):
+  tx = optax.chain(clip, optax.adam(1e-3))
+  grads = [jnp.ones(shape) for shape in shapes]
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  step = jax.jit(step, donate_argnums=(0, 1))
+  return step.lower(grads, tx.init(grads), grads).compile(), sum(x.nbytes for x in grads)
+
+
+def temporaries(clip, shapes):
+  """Bytes of temporaries of a step with Adam, as a share of the gradient."""
+  program, nbytes = compiled(clip, shapes)
+  return program.memory_analysis().temp_size_in_bytes / nbytes
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("tree", sorted(TREES))
+def test_no_copy_of_the_gradient(tree):
+  shapes = TREES[tree]
+  assert temporaries(clipjax.clip_by_global_norm(1.0), shapes) < 0.02
+  assert temporaries(clipjax.clip_by_leaf_norm(1.0), shapes) < 0.05
+  # The measure can fail: Optax's clip writes the whole clipped gradient.
+  assert temporaries(optax.clip_by_global_norm(1.0), shapes) > 0.9
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_each_leaf_is_reduced_once_outside_of_the_second_pass():
+  shapes = [(512, 100 + i) for i in range(10)]
+  program, _ = compiled(clipjax.clip_by_global_norm(1.0), shapes)
+  text = program.as_text()
+  sizes = [100 + i for i in range(10)]
+  # One reduction of a leaf's shape in the step itself, one more in the branch.
+  counts = [len(re.findall(rf"\n[^\n]*f32\[512,{n}\][^\n]*\n(?:[^\n]*\n)?[^\n]*reduce\(", text)) for n in sizes]
+  assert max(counts) <= 2
+  assert text.count(" conditional(") == 1
+
+
+def test_eager_transformation_compiles_nothing_new():
+  tx = clipjax.clip_by_leaf_norm(1.0)
+  grads = [jnp.asarray(x, jnp.float32) for x in np.eye(5)]
+  state = tx.init(grads)
+  _, state = tx.update(grads, state)
+  sizes = [f._cache_size() for f in (clipjax._transforms._measure, clipjax._functional.rescale_leaves_jit)]
+  again = clipjax.clip_by_leaf_norm(2.0)
+  again.update(grads, again.init(grads))
+  assert [f._cache_size() for f in (clipjax._transforms._measure, clipjax._functional.rescale_leaves_jit)] == sizes
