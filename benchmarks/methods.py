@@ -1,13 +1,16 @@
 """What each way of clipping does to a training run: two small models, learning rates from safe to too high.
 
-Run `python benchmarks/methods.py [--steps 300 150] [--seeds 3] [--models rnn transformer] [--out docs/methods.md]`.
-Both models learn the next character of the standard library's prose, the text of `clipjax demo`. Every method starts
-from the same weights and sees the same batches. A second table feeds synthetic norms with a lasting rise to the rules.
+Run `python benchmarks/methods.py [--models rnn transformer] [--steps 150] [--seeds 3] [--out docs/methods.md]`. The
+models learn the next character of the standard library's prose, the text of `clipjax demo`. Every method starts from
+the same weights and sees the same batches. Last, the rules see synthetic norms with a lasting rise. The sentences
+that are written beside the tables are derived from the numbers, but for `FINDINGS`.
 """
 
 import argparse
 import math
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +24,11 @@ import optax
 import clipjax
 from clipjax import _demo, rules
 
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 128, 2, 4, 64, 16
-WITHIN = 1.01  # Medians up to 1 % above the lowest of a row are set in bold too: seeds differ by as much.
+WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 96, 2, 4, 64, 8
+WITHIN = 1.01  # Medians up to 1 % above the lowest of a row are set in bold too: three seeds tell no less apart.
+LEARNED = 0.9  # A run whose final loss is above this share of its first one has learned nothing, or unlearned it.
 
+SIGMA_WINDOW = 128
 Optimizer = optax.GradientTransformation
 Params = dict[str, Any]
 
@@ -46,7 +51,7 @@ class Result(NamedTuple):
 
   Attributes:
     final: mean loss of the last tenth of the steps; inf where that is not finite.
-    diverged: whether the final loss is not finite or above the loss of the first step.
+    diverged: whether the final loss is not finite or above 90 % of the loss of the first step.
     clipped: share of steps clipped, NaN for a method that does not clip.
     skipped: share of steps skipped, NaN for a method that does not skip.
   """
@@ -61,12 +66,13 @@ class Result(NamedTuple):
 
 
 def _sigma() -> rules.Rule:
-  return rules.rolling_sigma(6.0, window=128)
+  return rules.rolling_sigma(6.0, window=SIGMA_WINDOW)
 
 
 METHODS: dict[str, Callable[[Optimizer], Optimizer]] = {
   "none": lambda tx: optax.chain(clipjax.clip_by_global_norm(math.inf), tx),
   "fixed 1.0": lambda tx: optax.chain(clipjax.clip_by_global_norm(1.0), tx),
+  "fixed 0.25": lambda tx: optax.chain(clipjax.clip_by_global_norm(0.25), tx),
   "autoclip": lambda tx: optax.chain(clipjax.autoclip(), tx),
   "zclip": lambda tx: optax.chain(clipjax.zclip(), tx),
   "adagc": lambda tx: optax.chain(clipjax.adagc(), tx),
@@ -126,8 +132,8 @@ MODELS = {
     _demo.BATCH,
     _demo.LENGTH,
     lambda rate: optax.sgd(rate, momentum=_demo.MOMENTUM),
-    (0.1, 0.3, 1.0, 3.0),
-    300,
+    (0.5, 1.0, 1.5, 2.0),
+    250,
   ),
   "transformer": Model(
     f"Pre-norm Transformer, {LAYERS} layers of width {WIDTH}, Adam",
@@ -136,7 +142,7 @@ MODELS = {
     BATCH,
     CONTEXT,
     optax.adam,
-    (1e-3, 3e-3, 1e-2, 3e-2),
+    (3e-3, 1e-2, 3e-2, 1e-1),
     150,
   ),
   "transformer-sgd": Model(
@@ -146,7 +152,7 @@ MODELS = {
     BATCH,
     CONTEXT,
     lambda rate: optax.sgd(rate, momentum=0.9),
-    (0.03, 0.1, 0.3, 1.0),
+    (0.1, 0.2, 0.5, 1.0),
     150,
   ),
 }
@@ -200,7 +206,7 @@ def summarize(runs: Sequence[tuple[Any, dict[str, Any]]]) -> Result:
     np.array([float(metrics.get(key, math.nan)) for _, metrics in runs])
     for key in ("grad/clip_fraction", "skip/fraction")
   )
-  return Result(final, ~(final <= first), clipped, skipped)
+  return Result(final, ~(final <= LEARNED * first), clipped, skipped)
 
 
 # A lasting rise -----------------------------------------------------------------------------------------------------
@@ -242,7 +248,7 @@ def clipped_around_rise(rule: rules.Rule, rise: float) -> tuple[int, int]:
 
 
 def _loss(x: float) -> str:
-  return f"{x:.2f}" if x < 100 else f"{x:.0e}" if math.isfinite(x) else "inf"
+  return f"{x:.2f}" if x < 100 else f"{x:,.0f}" if x < 1e4 else f"{x:.0e}"
 
 
 def _cells(result: Result) -> tuple[str, str]:
@@ -258,8 +264,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def best_of(results: dict[tuple[float, str], Result], rate: float) -> set[str]:
-  """The methods with the lowest median at a learning rate, and those that come within 1 % of it."""
-  medians = {name: float(np.median(results[rate, name].final)) for name in METHODS}
+  """The methods with the lowest median at a learning rate, and those that come within 1 % of it, as they are shown."""
+  medians = {name: round(float(np.median(results[rate, name].final)), 2) for name in METHODS}
   lowest = min(medians.values())
   return {name for name, median in medians.items() if math.isfinite(median) and median <= WITHIN * lowest}
 
@@ -267,7 +273,7 @@ def best_of(results: dict[tuple[float, str], Result], rate: float) -> set[str]:
 def model_section(model: Model, results: dict[tuple[float, str], Result], steps: int, seeds: int) -> list[str]:
   """The Markdown of one model: its losses, then its shares."""
   lines = [f"## {model.title}", ""]
-  lines += [f"{steps} steps, {seeds} seeds, batches of {model.batch} windows of {model.length} characters.", ""]
+  lines += [f"Steps: {steps}. Seeds: {seeds}. Batches: {model.batch} windows of {model.length} characters.", ""]
   bar = _row(["--:"] * (1 + len(METHODS)))
   losses, shares = [], []
   for rate in model.learning_rates:
@@ -275,6 +281,7 @@ def model_section(model: Model, results: dict[tuple[float, str], Result], steps:
     cells = {name: _cells(results[rate, name]) for name in METHODS}
     losses.append(_row([f"{rate:g}", *(f"**{cells[n][0]}**" if n in best else cells[n][0] for n in METHODS)]))
     shares.append(_row([f"{rate:g}", *(cells[n][1] for n in METHODS)]))
+  lines += [model_sentences(model, results), ""]
   lines += ["Final loss, median of the seeds (and the worst seed):", ""]
   lines += [_row(["learning rate", *METHODS]), bar, *losses, ""]
   lines += ["Steps clipped (for `skip`: skipped), mean of the seeds, and seeds that diverged:", ""]
@@ -288,19 +295,95 @@ def rise_section() -> list[str]:
   lines = ["## After a lasting rise of the norm", ""]
   lines += [
     f"Synthetic norms, 1 + 0.05 * randn, multiplied by 1.5, 2 or 5 from step {RISE_AT} on, through "
-    f"`clip_by_global_norm(rule)`: how many of the first {RISE_AT} steps are clipped, and how many of the {after} after "
-    "the rise.",
+    f"`clip_by_global_norm(rule)`: how many of the first {RISE_AT} steps are clipped, and how many of the {after} "
+    "after the rise.",
     "",
     _row(["rule of `clipjax.rules`", "before", *(f"after, x {rise:g}" for rise in RISES)]),
     _row(["---", *["--:"] * (1 + len(RISES))]),
   ]
-  for name, rule in RULES.items():
-    counts = [clipped_around_rise(rule, rise) for rise in RISES]
-    lines.append(_row([f"`{name}`", str(counts[0][0]), *(str(after) for _, after in counts)]))
+  counts = {name: [clipped_around_rise(rule, rise) for rise in RISES] for name, rule in RULES.items()}
+  for name, pairs in counts.items():
+    lines.append(_row([f"`{name}`", str(pairs[0][0]), *(str(after) for _, after in pairs)]))
+  lines += ["", rise_sentence(counts)]
   return lines
 
 
-HOW_TO_READ = ""
+def model_sentences(model: Model, results: dict[tuple[float, str], Result]) -> str:
+  """What the numbers of one model say: where clipping is needed, the best median, and how the fixed thresholds fare."""
+  medians = {key: float(np.median(result.final)) for key, result in results.items()}
+  low = model.learning_rates[0]
+  at_low = [medians[low, name] for name in METHODS]
+  rate, name = min(medians, key=lambda key: medians[key])
+  failed = {n: sum(int(results[r, n].diverged.sum()) for r in model.learning_rates) for n in METHODS}
+  runs = sum(results[r, "none"].diverged.size for r in model.learning_rates)
+  fixed = [n for n in METHODS if n.startswith("fixed")]
+  alone = [f"{r:g}" for r in model.learning_rates if best_of(results, r) <= set(fixed)]
+  bold = {n: sum(n in best_of(results, r) for r in model.learning_rates) for n in METHODS}
+  return (
+    f"At the lowest learning rate the medians lie between {_loss(min(at_low))} and {_loss(max(at_low))}. The lowest "
+    f"median of all, {_loss(medians[rate, name])}, is that of `{name}` at {rate:g}. "
+    f"Rows with nothing but a fixed threshold in bold: {', '.join(alone) or 'none'}. "
+    f"Rows in bold, of {len(model.learning_rates)}: {_listed(bold)}. Runs that diverged, of {runs}: {_listed(failed)}."
+  )
+
+
+def _listed(counts: dict[str, int]) -> str:
+  return ", ".join(f"`{name}` {count}" for name, count in counts.items())
+
+
+def rise_sentence(counts: dict[str, list[tuple[int, int]]]) -> str:
+  """Which rules never let go after the rise, and which hardly take notice."""
+  after = RISE_STEPS - RISE_AT
+  held = [f"`{name}`" for name, pairs in counts.items() if all(n == after for _, n in pairs)]
+  brief = [f"`{name}`" for name, pairs in counts.items() if all(n <= after // 4 for _, n in pairs)]
+  return (
+    f"Rules that clip all {after} steps after each of the rises: {', '.join(held) or 'none'}. "
+    f"Rules that clip at most a quarter of them, after each: {', '.join(brief) or 'none'}."
+  )
+
+
+# Written after a run without arguments, and shown with such a run only: look at them again where the tables change.
+FINDINGS = (
+  "- At the safe learning rates clipping hardly matters: all methods end within a few percent of each other, and the "
+  "low threshold 0.25 is the slowest under SGD.",
+  "- Under SGD at rates that are too high, the low fixed threshold wins: 0.25 is the only method with which both models "
+  "train at every rate. The value has to fit, though: 1.0 saves the Transformer and not the RNN, for which 0.25 is "
+  "the demo's choice.",
+  "- `adagc` and `autoclip` widen the range of usable rates without a value to choose: fewer of their runs diverge than "
+  "without a clip, but at the highest rate of the RNN both fail.",
+  "- `zclip` and `skip` save next to nothing here. Nearly all of these runs break within the first 15 steps, when "
+  "neither has a limit yet (25 and 63 steps), and after that the rules take the broken state for the normal one. They "
+  "are made for spikes in a run that is otherwise sound, which this comparison does not have; a cap for the start, "
+  "`zclip(max_norm=...)`, was not tried.",
+  "- Under Adam no run diverges. Rates that are too high end at a worse loss with every method: Adam divides the scale "
+  "of the gradient out again.",
+)
+
+
+def introduction(seeds: int) -> list[str]:
+  """The Markdown above the tables."""
+  command = shlex.join(["python", "benchmarks/methods.py", *sys.argv[1:]])
+  minimum = SIGMA_WINDOW // 2 - 1
+  return [
+    "# Methods compared",
+    "",
+    f"Made by `{command}` on two {platform.machine()} cores, jax {jax.__version__}, optax {optax.__version__}. The "
+    "sentences below the headings are derived from the numbers, too.",
+    "",
+    f"Small models learn the next character of the prose in Python's standard library, with {seeds} seeds, for a few "
+    "hundred steps, without a schedule of the learning rate. `none` only measures; `fixed` is `clip_by_global_norm`; "
+    "`autoclip`, `zclip` and `adagc` have their defaults, which come from papers with much longer runs; `skip` is "
+    f"`skip_steps` with `rules.rolling_sigma(6.0, window={SIGMA_WINDOW})` for norm and loss and no clip inside. That "
+    f"rule has no limit for the first {minimum} steps, of which only those that are not finite are skipped.",
+    "",
+    "The final loss is the mean of the last tenth of the steps, in nats. In bold: the lowest median of a row, and what "
+    "comes within 1 % of it. A run counts as diverged when its final loss is not finite or above 90 % of the loss of "
+    "its first step. A step whose norm is not finite is not counted as clipped. The seed sets weights and batches, and "
+    "is the same for every method: most of the distance from the median to the worst seed is the batches. Differences "
+    "of one or two percent say little, and what holds for models this small need not hold for a large one.",
+    "",
+    *([] if sys.argv[1:] else ["## What came out", "", *FINDINGS, ""]),
+  ]
 
 
 def main() -> None:
@@ -311,16 +394,18 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--out", type=Path, default=Path("docs/methods.md"))
   args = parser.parse_args()
-  sections: list[str] = []
+  lines = introduction(args.seeds)
   for name in args.models:
     model = MODELS[name]
     steps = args.steps or model.steps
     start = time.perf_counter()
     results = compare(model, steps, args.seeds)
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    sections += model_section(model, results, steps, args.seeds)
-  lines = [*sections, *rise_section()]
-  print("\n".join(lines))
+    lines += model_section(model, results, steps, args.seeds)
+  text = "\n".join([*lines, *rise_section()]) + "\n"
+  print(text)
+  args.out.parent.mkdir(parents=True, exist_ok=True)
+  args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
