@@ -8,6 +8,7 @@ that are written beside the tables are derived from the numbers, but for `FINDIN
 
 import argparse
 import math
+import os
 import platform
 import shlex
 import sys
@@ -346,13 +347,13 @@ def rise_sentence(counts: dict[str, list[tuple[int, int]]]) -> str:
 FINDINGS = (
   "- At the safe learning rates clipping hardly matters: all methods end within a few percent of each other, and the "
   "low threshold 0.25 is the slowest under SGD.",
-  "- Under SGD at rates that are too high, the low fixed threshold wins: 0.25 is the only method with which both models "
-  "train at every rate. The value has to fit, though: 1.0 saves the Transformer and not the RNN, for which 0.25 is "
-  "the demo's choice.",
-  "- `adagc` and `autoclip` widen the range of usable rates without a value to choose: fewer of their runs diverge than "
+  "- Under SGD at rates that are too high, the low fixed threshold wins: 0.25 is the only method with which both "
+  "models train at every rate. The value has to fit, though: 1.0 saves the Transformer and not the RNN, for which 0.25 "
+  "is the demo's choice.",
+  "- `adagc` and `autoclip` widen the range of usable rates with their defaults: fewer of their runs diverge than "
   "without a clip, but at the highest rate of the RNN both fail.",
   "- `zclip` and `skip` save next to nothing here. Nearly all of these runs break within the first 15 steps, when "
-  "neither has a limit yet (25 and 63 steps), and after that the rules take the broken state for the normal one. They "
+  "neither has a limit yet (25 and 63 steps), and their statistics then begin with the broken run. They "
   "are made for spikes in a run that is otherwise sound, which this comparison does not have; a cap for the start, "
   "`zclip(max_norm=...)`, was not tried.",
   "- Under Adam no run diverges. Rates that are too high end at a worse loss with every method: Adam divides the scale "
@@ -367,8 +368,8 @@ def introduction(seeds: int) -> list[str]:
   return [
     "# Methods compared",
     "",
-    f"Made by `{command}` on two {platform.machine()} cores, jax {jax.__version__}, optax {optax.__version__}. The "
-    "sentences below the headings are derived from the numbers, too.",
+    f"Made by `{command}` on {os.cpu_count()} {platform.machine()} cores, jax {jax.__version__}, "
+    f"optax {optax.__version__}. The sentences beside the tables are derived from the numbers.",
     "",
     f"Small models learn the next character of the prose in Python's standard library, with {seeds} seeds, for a few "
     "hundred steps, without a schedule of the learning rate. `none` only measures; `fixed` is `clip_by_global_norm`; "
@@ -378,9 +379,9 @@ def introduction(seeds: int) -> list[str]:
     "",
     "The final loss is the mean of the last tenth of the steps, in nats. In bold: the lowest median of a row, and what "
     "comes within 1 % of it. A run counts as diverged when its final loss is not finite or above 90 % of the loss of "
-    "its first step. A step whose norm is not finite is not counted as clipped. The seed sets weights and batches, and "
-    "is the same for every method: most of the distance from the median to the worst seed is the batches. Differences "
-    "of one or two percent say little, and what holds for models this small need not hold for a large one.",
+    "its first step. A step whose norm is not finite is not counted as clipped. The seed sets weights and batches, the "
+    "same for every method. Differences of one or two percent say little, and what holds for models this small need "
+    "not hold for a large one.",
     "",
     *([] if sys.argv[1:] else ["## What came out", "", *FINDINGS, ""]),
   ]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from clipjax import _norms
 from clipjax._rule import Rule, check_choice, check_number, check_whole
 
 
@@ -174,7 +175,7 @@ class ZScoreState(NamedTuple):
     mean: mean of the norms so far, exponentially weighted after the warm-up.
     variance: their variance, likewise.
     seen: int32: norms so far, up to `warmup_steps`.
-    in_a_row: int32: clipped steps since the last one that was not.
+    in_a_row: int32: clipped steps since the last one that was not; counted with `restart_after` only.
   """
 
   mean: jax.Array
@@ -198,7 +199,8 @@ def zscore(
   """The rule of ZClip: clips norms whose z-score, `(norm - mean) / (std + 1e-6)`, is above `z_thresh`.
 
   The limit is `mean + z_thresh * std`; the target is `mean + z_thresh^2 / z * std` ("reciprocal": the larger the
-  spike, the nearer to the mean), `mean` ("mean") or the limit itself ("max"). During the warm-up nothing is clipped:
+  spike, the nearer to the mean), `mean` ("mean") or `mean + z_thresh * std` ("max"). The 1e-6 has the unit of the norm:
+  much smaller norms are never clipped. During the warm-up nothing is clipped:
   add a cap with `lower(zscore(...), constant(1.0))`. Of constant norms nothing is clipped.
 
   With "clipped" statistics a lasting rise of the norm beyond the limit locks the rule in: each step is clipped to about
@@ -261,6 +263,8 @@ def zscore(
       target = state.mean if mode == "mean" else state.mean + z_limit * std
     target = jnp.where(clipped, jnp.minimum(target, limit), limit)
     x = norms if record == "raw" else jnp.where(clipped, target, norms)
+    # One whose square is no number any more would leave a variance of inf, and a limit of NaN, for good.
+    x = jnp.minimum(x, float(jnp.finfo(x.dtype).max) ** 0.5 / 2)
     seen = jnp.minimum(state.seen + 1, warmup_steps)
     # Written as steps from the old mean, so that constant norms leave it as it is. In the warm-up the weight 1 / count
     # gives the plain mean and the population variance (Welford).
@@ -319,8 +323,8 @@ def rolling_sigma(
     Levanter's update clipping, https://github.com/marin-community/levanter, which rescales.
   """
   check_number(sigma, "sigma", 0, math.inf)
-  check_whole(window, "window", 1)
   check_whole(ddof, "ddof", 0, 1)
+  check_whole(window, "window", 1 + ddof)
   check_number(std_floor, "std_floor", 0, math.inf)
   if min_count is None:
     min_count = max(2, window // 2)
@@ -332,13 +336,18 @@ def rolling_sigma(
   def update(norms: jax.Array, ring: Ring, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Ring]:
     del global_norm
     n = ring.filled.astype(norms.dtype)
-    # Distances from the current norm: of constant norms their mean is exactly 0.
-    distance = jnp.where(ring.is_filled, ring.or_else(0) - norms[None], 0)
+    # Distances from a norm in the ring: of constant norms their mean is exactly 0. In units of the largest distance
+    # no square leaves its range.
+    anchor = ring.values[0]
+    distance = jnp.where(ring.is_filled, ring.values - anchor[None], 0)
+    largest = jnp.max(jnp.abs(distance), axis=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    distance = distance / unit[None]
     mean = jnp.sum(distance, axis=0) / jnp.maximum(n, 1)
     about = jnp.where(ring.is_filled, distance - mean[None], 0)
-    std = jnp.sqrt(jnp.sum(jnp.square(about), axis=0) / jnp.maximum(n - ddof, 1))
+    std = unit * jnp.sqrt(jnp.sum(jnp.square(about), axis=0) / jnp.maximum(n - ddof, 1))
     width = jnp.asarray(sigma, norms.dtype) * jnp.maximum(std, jnp.asarray(std_floor, norms.dtype))
-    limit = norms + mean + width
+    limit = anchor + unit * mean + width
     enough = (ring.filled + 1 >= min_count) & (ring.filled > ddof)
     limit = jnp.where(enough, limit, jnp.inf)
     return limit, limit, ring.push(norms)
@@ -411,9 +420,8 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
     most, past = jnp.asarray(max_norm, norms.dtype), jnp.asarray(decay, norms.dtype)
     warm = state.seen < warmup_steps
     over = global_norm > most
-    share = jnp.where(over, most, 1) / jnp.where(over, global_norm, 1)
     # A zero norm is under every limit, so 0 for its limit clips nothing.
-    global_limit = jnp.where(over, norms * share, jnp.inf)
+    global_limit = jnp.where(over, _norms.divide(norms, jnp.where(over, global_norm, 1)) * most, jnp.inf)
     has_ema = state.ema > 0
     limit = jnp.where(warm | ~has_ema, global_limit, jnp.asarray(ratio, norms.dtype) * state.ema)
     kept = jnp.minimum(norms, limit)

@@ -37,7 +37,8 @@ def adaptive_grad_clip(
   inf or NaN, or a norm of parameters is, `on_nonfinite` says what happens to every leaf.
 
   Layers that are stacked for `lax.scan` have one axis more, which these rules take for something else: give `axis`,
-  the axes over which the norm of a unit is taken, or exempt them with `optax.masked`.
+  the axes over which the norm of a unit is taken, or exempt them with `optax.masked`. Under plain jit on sharded arrays
+  all is right as it stands; inside `shard_map` a leaf that varies over a mesh axis is an error.
 
   Args:
     clipping: number or scalar array >= 0: the largest ratio of the norm of an update to that of its parameters.
@@ -70,8 +71,8 @@ def adaptive_grad_clip(
     https://arxiv.org/abs/2102.06171; section 4, equation 3.
   """
   remedy = "pass a ratio such as 0.01"
-  _functional.check_threshold(clipping, "clipping", remedy=remedy)
-  _functional.check_eps(eps)
+  clipping = _functional.check_threshold(clipping, "clipping", remedy=remedy)
+  eps = _functional.check_eps(eps)
   _functional.check_policy(on_nonfinite)
   axis = _checked_axis(axis)
   label = partial(Labels.of, name=check_name(name), unit="leaf")
@@ -85,6 +86,12 @@ def adaptive_grad_clip(
     del extra_args
     check_state(state)
     flat = _leaves.flatten(updates, "updates")
+    for leaf_name, x in zip(_leaves.leaf_names(updates), flat.measured, strict=True):
+      if axes_of_mesh := _leaves.varying_axes(x):
+        raise ValueError(
+          f"`updates` must not vary over mesh axes inside shard_map, got '{leaf_name}' varying over "
+          f"{list(axes_of_mesh)}: its type does not say which of its axes are sharded. Clip outside, under plain jit."
+        )
     state.labels.check_count(updates, len(flat.measured))
     weights = _matching_params(flat, updates, params)
     axes = [_unit_axes(x, axis, name) for x, name in zip(flat.measured, state.labels.leaves, strict=True)]
@@ -117,18 +124,16 @@ def _clip_units(
     least = jnp.maximum(jnp.asarray(eps).astype(real), 0)
     norms = unit_norms(wide, unit)
     limit = share.astype(real) * jnp.maximum(unit_norms(_norms.upcast(w), unit).astype(real), least)
-    clipped = norms > limit
-    factor = jnp.where(clipped, _norms.divide(limit, jnp.where(clipped, norms, 1)), 1)
-    scaled = _norms.by_parts(partial(jnp.multiply, factor), wide)
-    out.append(jnp.where(clipped, scaled.astype(jnp.asarray(x).dtype), x))
+    units = _functional.Limits(norms, limit, limit)
+    out.append(_functional.multiply(jnp.asarray(x), *_functional.factors_of(units, jnp.zeros((), jnp.bool_))))
     # Norms of a leaf from those of its units, each of which counts once.
     before.append(_norms.vector_norm(norms.ravel().astype(dtype), 2.0))
-    after.append(_norms.vector_norm((norms * factor).ravel().astype(dtype), 2.0))
+    after.append(_norms.vector_norm(_functional.norm_after(norms, units).ravel().astype(dtype), 2.0))
     limits.append(jnp.min(limit, initial=jnp.inf).astype(dtype))
-    scales.append(jnp.min(factor, initial=1.0).astype(dtype))
+    scales.append(jnp.min(_functional.scale_of(units), initial=1.0).astype(dtype))
   by_leaf, limit, scale = _norms.stack(before), _norms.stack(limits), _norms.stack(scales)
   norm = _norms.vector_norm(by_leaf, 2.0)
-  bad = ~jnp.isfinite(by_leaf).all() | jnp.isnan(limit).any()
+  bad = ~jnp.isfinite(by_leaf).all() | ~jnp.isfinite(norm) | jnp.isnan(limit).any()
   fill = jnp.zeros((), dtype) if policy == "zero" else jnp.full((), jnp.nan, dtype)
   out = [jnp.where(bad, fill.astype(y.dtype), y) for y in out]
   return out, {

@@ -88,11 +88,11 @@ def clip_grad_norm(
     https://arxiv.org/abs/1211.5063; algorithm 1.
   """
   p = _norms.check_ord(ord, for_clip=True)
-  check_threshold(max_norm, "max_norm")
-  check_eps(eps)
+  max_norm = check_threshold(max_norm, "max_norm")
+  eps = check_eps(eps)
   check_policy(on_nonfinite)
   if norm is not None:
-    check_threshold(norm, "norm", remedy="pass the norm of `grads`, or None to compute it", allow_nan=True)
+    norm = check_threshold(norm, "norm", remedy="pass the norm of `grads`, or None to compute it", allow_nan=True)
   flat = _leaves.flatten(grads, "grads")
   spec = _norms.NormSpec(p, (tuple(range(len(flat.measured))),), _leaves.resolve_axes(grads, axis_name))
   clipped, total, bad = _clip_leaves(spec, on_nonfinite, flat.measured, max_norm, norm, eps)
@@ -123,7 +123,7 @@ def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
     >>> print(clipjax.clip_grad_value(jnp.array([0.5, -3.0, jnp.inf]), 1.0))
     [ 0.5 -1.   1. ]
   """
-  check_threshold(max_value, "max_value")
+  max_value = check_threshold(max_value, "max_value")
   flat = _leaves.flatten(grads, "grads")
   check_real(grads, flat, "grads")
   return flat.with_measured(clamp_leaves(flat.measured, max_value))
@@ -163,7 +163,7 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike) -> tuple[Any, jax.Arr
   References:
     Abadi et al., Deep learning with differential privacy, 2016, https://arxiv.org/abs/1607.00133; algorithm 1.
   """
-  check_threshold(max_norm, "max_norm")
+  max_norm = check_threshold(max_norm, "max_norm")
   flat = _leaves.flatten(grads, "grads")
   check_batch(grads, flat)
   total, norms = _clip_examples(flat.measured, max_norm)
@@ -176,8 +176,8 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike) -> tuple[Any, jax.Arr
 ZERO_OR_INF = "pass 0 to zero the gradient or `float('inf')` only to measure"
 
 
-def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, allow_nan: bool = False) -> None:
-  """Raises unless `value` is a number >= 0 or a scalar array; what is on a device or traced is not read."""
+def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, allow_nan: bool = False) -> Any:
+  """The threshold, a host number as a float; raises unless it is >= 0 or a scalar array, whose value is not read."""
   rule = f"`{argument}` must be a number >= 0 or a scalar array"
   numbers = int | float | np.generic | np.ndarray | jax.Array
   if isinstance(value, bool | np.bool_ | str) or not isinstance(value, numbers):
@@ -188,18 +188,20 @@ def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, all
   if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
     raise TypeError(f"{rule}, got {_leaves.describe(value)}: pass a real number such as 1.0.")
   if isinstance(value, jax.Array):
-    return
+    return value
   number = float(value)
   if number < 0 or (math.isnan(number) and not allow_nan):
     raise ValueError(f"`{argument}` must be >= 0, got {number}: {remedy}.")
+  return number
 
 
-def check_eps(eps: Any) -> None:
-  """Raises unless `eps` is a finite number >= 0 or a scalar array."""
+def check_eps(eps: Any) -> Any:
+  """`eps`, a host number as a float; raises unless it is finite and >= 0, or a scalar array."""
   remedy = "pass 0.0, or 1e-6 for the factor of torch"
-  check_threshold(eps, "eps", remedy=remedy)
-  if not isinstance(eps, jax.Array) and math.isinf(float(eps)):
-    raise ValueError(f"`eps` must be finite, got {float(eps)}: {remedy}.")
+  eps = check_threshold(eps, "eps", remedy=remedy)
+  if isinstance(eps, float) and math.isinf(eps):
+    raise ValueError(f"`eps` must be finite, got {eps}: {remedy}.")
+  return eps
 
 
 def check_policy(on_nonfinite: Any) -> None:
@@ -282,13 +284,12 @@ def _clip_examples(leaves: Sequence[Any], max_norm: Any) -> tuple[list[jax.Array
   usable = jnp.isfinite(norms) & ~jnp.isnan(limit)
   # Without a norm an example counts as one of norm 0: its factor is 1, and `where` takes it out before any product.
   limits = Limits(jnp.where(usable, norms, 0), limit, limit)
-  _, shrink, factor = _factors(limits, jnp.zeros((), jnp.bool_))
+  _, shrink, factor = factors_of(limits, jnp.zeros((), jnp.bool_))
 
-  def summed(x: jax.Array) -> jax.Array:
-    keep, *by = (v.reshape(-1, *(1,) * (x.ndim - 1)) for v in (usable, shrink, factor))
-    return jnp.sum(_times(_norms.by_parts(lambda part: jnp.where(keep, part, 0), x), *by), axis=0)
+  def contribution(x: jax.Array, keep: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
+    return _times(_norms.by_parts(lambda part: jnp.where(keep, part, 0), x), shrink, factor)
 
-  return [summed(x) for x in xs], norms
+  return [jnp.sum(jax.vmap(contribution)(x, usable, shrink, factor), axis=0) for x in xs], norms
 
 
 @partial(jax.jit, inline=True)
@@ -318,9 +319,7 @@ def rescale_leaves(
     bad: shape (), bool: the step is not finite.
   """
   scaled = _rescale(block_of, [jnp.asarray(x) for x in leaves], list(limits), bad)
-  if policy == "zero":
-    return [jnp.where(bad, jnp.zeros((), y.dtype), y) for y in scaled]
-  return scaled
+  return [jnp.where(bad, jnp.zeros((), y.dtype), y) for y in scaled] if policy == "zero" else scaled
 
 
 rescale_leaves_jit = jax.jit(rescale_leaves, static_argnums=(0, 1), inline=True)
@@ -332,15 +331,22 @@ def scale_of(limits: Limits) -> jax.Array:
   return jnp.where(clipped, limits.target, 1) / jnp.where(clipped, limits.norm, 1)
 
 
+def norm_after(norms: jax.Array, limits: Limits) -> jax.Array:
+  """The norm that is left: not `norm * scale`, which is 0 where the scale is subnormal. Element by element."""
+  clipped = limits.norm > limits.limit
+  share = jnp.where(clipped, norms, 1) / jnp.where(clipped, limits.norm, 1)  # Below 1 by `eps`.
+  return jnp.where(clipped, jnp.where(clipped, limits.target, 0) * share, norms)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rescale(
   block_of: tuple[int, ...], leaves: list[jax.Array], limits: list[Limits], bad: jax.Array
 ) -> list[jax.Array]:
-  factors = [_factors(block, bad) for block in limits]
-  return [_multiply(x, *factors[b]) for x, b in zip(leaves, block_of, strict=True)]
+  factors = [factors_of(block, bad) for block in limits]
+  return [multiply(x, *factors[b]) for x, b in zip(leaves, block_of, strict=True)]
 
 
-def _factors(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`(touched, shrink, factor)`: a touched leaf becomes `(x * shrink) * factor`.
 
   A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first; with a
@@ -352,7 +358,8 @@ def _factors(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.
   return clipped | bad, shrink, jnp.where(bad, jnp.nan, target / (norm * shrink))
 
 
-def _multiply(x: jax.Array, touched: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
+def multiply(x: jax.Array, touched: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
+  """`(x * shrink) * factor` where touched, with one rounding at the end; else the same bits."""
   return jnp.where(touched, _times(_norms.upcast(x), shrink, factor).astype(x.dtype), x)
 
 
@@ -377,7 +384,7 @@ def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
   for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
     block, dblock = limits[b], dlimits[b]
     clipped = block.norm > block.limit
-    touched, shrink, factor = _factors(block, bad)
+    touched, shrink, factor = factors_of(block, bad)
     wide, dwide = _norms.upcast(x), _norms.upcast(dx)
     unit = _norms.divide(wide, jnp.where(clipped, block.norm, 1).astype(wide.real.dtype))
     dy = _times(dwide - _times(unit, dblock.norm), shrink, factor) + _times(unit, dblock.target)

@@ -19,8 +19,8 @@ from clipjax import _leaves
 class Labels:
   """Names of the leaves, and the block that each belongs to.
 
-  Two of them are equal when their content is, and where either has no leaves: `optax.tree.map_params` compares the
-  state of a placeholder without leaves with a real one.
+  Two of them are equal when their content is, and under one name where either has no leaves:
+  `optax.tree.map_params` compares the state of a placeholder without leaves with a real one.
 
   Attributes:
     name: first part of the keys of metrics.
@@ -110,6 +110,8 @@ class Labels:
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, Labels):
       return NotImplemented
+    if (self.name, self.unit) != (other.name, other.unit):
+      return False
     return not self.leaves or not other.leaves or self._content() == other._content()
 
   def __hash__(self) -> int:

@@ -109,11 +109,27 @@ def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...] | None:
 
 def varying_axes(x: jax.Array) -> Axes:
   """The mesh axes over which the shards of `x` differ inside `shard_map`; empty elsewhere."""
+  if not isinstance(x, jax.Array):
+    return ()
   aval = jax.typeof(x)
   # Releases before 0.10 keep the set on the type itself.
   holder = getattr(aval, "manual_axis_type", aval)
   varying = getattr(holder, "varying", None)
   return tuple(sorted(getattr(aval, "vma", ()) if varying is None else varying, key=str))
+
+
+def check_reduced(updates: Any, params: Any) -> None:
+  """Raises where an update varies over a mesh axis over which its parameter does not: it is a sum not yet taken."""
+  ours, theirs = ([x for x in jax.tree.leaves(tree) if is_measured(x)] for tree in (updates, params))
+  if len(ours) != len(theirs):
+    return
+  for i, (x, w) in enumerate(zip(ours, theirs, strict=True)):
+    extra = [axis for axis in varying_axes(x) if axis not in varying_axes(w)]
+    if extra:
+      raise ValueError(
+        f"`updates` must be reduced over the mesh axes that their parameters do not vary over, got "
+        f"'{leaf_names(updates)[i]}' varying over {extra}: reduce it with jax.lax.pmean or psum first."
+      )
 
 
 def axes_size(axes: Axes) -> int:

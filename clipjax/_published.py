@@ -1,4 +1,4 @@
-"""Published adaptive methods, each a line over a rule, and adaptive gradient clipping, which looks at parameters.
+"""Published adaptive methods, each a line over a rule.
 
 Defaults are those of the papers. Where a paper and its reference code differ, the docstring says which is followed.
 """

@@ -133,8 +133,19 @@ def as_rule(value: Any, argument: str) -> Rule:
       f"`{argument}` must be a number, a scalar array, a schedule or a clipjax.rules.Rule, got "
       f"{_leaves.describe(value)}: pass a float such as 1.0; a dict by label is for clip_by_group_norm."
     )
-  _functional.check_threshold(value, argument)
-  return _of_count(lambda _: value)
+  number = _functional.check_threshold(value, argument)
+  return _of_count(lambda _: number)
+
+
+def check_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
+  """What a rule answered, in the dtype of the norms; raises where its shape is neither () nor theirs."""
+  value: jax.Array = jnp.asarray(answer).astype(norms.dtype)
+  if value.shape not in ((), norms.shape):
+    raise ValueError(
+      f"a rule's `{what}` must have shape () or that of the norms, {norms.shape}, got {value.shape}: "
+      "compute it from `norms` element by element."
+    )
+  return value
 
 
 def keep_where(bad: jax.Array, old: Any, new: Any) -> Any:
@@ -156,7 +167,14 @@ def _of_count(fn: Callable[[jax.Array], ArrayLike]) -> Rule:
 
   def update(norms: jax.Array, state: StepCount, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, StepCount]:
     del global_norm
-    limit = jnp.asarray(fn(state.steps)).astype(norms.dtype)
+    value = fn(state.steps)
+    number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(value, bool)
+    if not number or jnp.iscomplexobj(value):
+      raise TypeError(
+        f"a schedule must return a real number, got {_leaves.describe(value)}: call a rule of clipjax.rules "
+        "first, as in rules.zscore()."
+      )
+    limit = jnp.asarray(value, norms.dtype)
     if limit.shape != ():
       raise ValueError(
         f"a schedule must return a scalar, got {_leaves.describe(limit)}: for a threshold by group pass a dict."
@@ -273,7 +291,7 @@ def check_whole(value: Any, argument: str, low: int, high: int | None = None) ->
     raise TypeError(f"{rule}, got {_leaves.describe(value)}: pass a Python integer; {_leaves.STATIC_ARGS_REMEDY}.")
   if isinstance(value, bool) or not isinstance(value, int | np.integer):
     raise TypeError(f"{rule}, got {_leaves.describe(value)}: pass a Python integer.")
-  if value < low or (high is not None and value > high):
+  if value < low or value > (2**31 - 1 if high is None else high):
     raise ValueError(f"{rule}, got {value}: choose one in that range.")
 
 

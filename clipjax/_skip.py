@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from clipjax import _leaves, _norms
 from clipjax._labels import Labels
-from clipjax._rule import Rule, as_rule, check_whole, keep_where
+from clipjax._rule import Rule, as_rule, check_limit, check_whole, keep_where
 
 _NO_LIMIT = 2**31 - 1
 
@@ -25,7 +25,7 @@ class SkipState(NamedTuple):
 
   Attributes:
     norm: shape (): global norm of the last gradient, of a rejected one too.
-    loss: shape (): the last loss given as `value=`; NaN where none was.
+    loss: shape (): the last loss given as `value=`; 0 where none was.
     max_norm: shape (): the limit of the norm at the last step.
     max_loss: shape (): the limit of the loss at the last step.
     steps: int32, shape (): calls of `update` so far.
@@ -65,9 +65,9 @@ def skip_steps(
 ) -> optax.GradientTransformationExtraArgs:
   """Rejects steps that are not finite or above a rule: zero updates, and the wrapped state as it was.
 
-  A step is rejected when its global norm is inf or NaN, when the norm is above the limit of `norm_rule`, or when the
-  loss is above that of `loss_rule` or not finite. At a gradient of zeros it is an ordinary step. Rules see what they
-  decide on, also of a rejected step, unless it is not finite.
+  A step is rejected when its global norm is inf or NaN, when the norm is above the limit of `norm_rule`, or, with a
+  `loss_rule`, when the loss is above its limit or not finite. At a gradient of zeros it is an ordinary step. Both rules
+  see what they decide on, also of a rejected step, unless norm or loss is not finite.
 
   Wrap the whole chain, clip included: `skip_steps(chain(clip, adam), norm_rule=...)`. Behind a clip it would see
   clipped norms, which no rule finds large.
@@ -118,7 +118,7 @@ def skip_steps(
     dtype = _norms.norm_dtype()
     return SkipState(
       norm=jnp.zeros((), dtype),
-      loss=jnp.full((), jnp.nan, dtype),
+      loss=jnp.zeros((), dtype),
       max_norm=jnp.full((), jnp.inf, dtype),
       max_loss=jnp.full((), jnp.inf, dtype),
       steps=jnp.zeros((), jnp.int32),
@@ -134,6 +134,11 @@ def skip_steps(
   def update(
     updates: optax.Updates, state: SkipState, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, SkipState]:
+    if not isinstance(state, SkipState):
+      raise TypeError(
+        f"`state` must be the SkipState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
+        "transformation."
+      )
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
     dtype = _norms.norm_dtype()
@@ -142,6 +147,7 @@ def skip_steps(
     loss = _loss(extra_args, loss_rule is not None, dtype)
     max_norm, _, norm_state = norms.update(norm, state.norm_rule, global_norm=norm)
     max_loss, _, loss_state = losses.update(loss, state.loss_rule, global_norm=norm)
+    max_norm, max_loss = check_limit(max_norm, norm, "limit"), check_limit(max_loss, loss, "limit")
     bad = ~jnp.isfinite(norm) | jnp.isnan(max_norm) | jnp.isnan(max_loss)
     if loss_rule is not None:
       bad = bad | ~jnp.isfinite(loss)
@@ -152,8 +158,8 @@ def skip_steps(
     return new, SkipState(
       norm=norm,
       loss=loss,
-      max_norm=jnp.asarray(max_norm).astype(dtype),
-      max_loss=jnp.asarray(max_loss).astype(dtype),
+      max_norm=max_norm,
+      max_loss=max_loss,
       steps=optax.safe_increment(state.steps),
       skipped_steps=jnp.where(skip, optax.safe_increment(state.skipped_steps), state.skipped_steps),
       consecutive=jnp.where(skip, optax.safe_increment(state.consecutive), 0),
@@ -168,15 +174,17 @@ def skip_steps(
 
 
 def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:
-  """The loss among the extra arguments; NaN where there is none and none is needed."""
+  """The loss among the extra arguments; 0 where there is none and none is needed."""
   value = extra_args.get("value")
   if value is None:
     if needed:
       raise ValueError(
         "`value` must be given where there is a `loss_rule`, got None: call update(grads, state, params, value=loss)."
       )
-    return jnp.full((), jnp.nan, dtype)
+    return jnp.zeros((), dtype)
   loss: jax.Array = jnp.asarray(value)
   if loss.shape != () or jnp.iscomplexobj(loss):
+    if not needed:  # It may be meant for the wrapped transformation.
+      return jnp.zeros((), dtype)
     raise ValueError(f"`value` must be a scalar loss, got {_leaves.describe(loss)}: pass its mean over the batch.")
   return loss.astype(dtype)

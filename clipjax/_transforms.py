@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import export
 from jax.typing import ArrayLike
 
 from clipjax import _functional, _leaves, _norms
 from clipjax._labels import Labels
-from clipjax._rule import Rule, as_rule, keep_where
+from clipjax._rule import Rule, as_rule, check_limit, keep_where
 
 MaxNorm: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike] | Rule
 
@@ -33,7 +34,7 @@ class ClipState(NamedTuple):
     norm_clipped: shape (): global norm after the clip.
     max_norm: shape () for a global clip, else (n,): the limit in force at the last step.
     scale: shape of `max_norm`: the factor that the gradient was multiplied with.
-    norms: shape (n,): norm of each group or leaf (rms for `clip_by_rms`), before the clip.
+    norms: shape (n,): norm of each group or leaf (rms for `clip_by_rms`), before the clip; () for a global clip.
     steps: int32, shape (): updates so far.
     clipped_steps: int32, shape (): those of them in which anything was clipped.
     nonfinite_steps: int32, shape (): those of them whose norm, or threshold, was not finite.
@@ -48,7 +49,7 @@ class ClipState(NamedTuple):
   norm_clipped: jax.Array
   max_norm: jax.Array
   scale: jax.Array
-  norms: jax.Array
+  norms: jax.Array | tuple[()]
   steps: jax.Array
   clipped_steps: jax.Array
   nonfinite_steps: jax.Array
@@ -236,10 +237,10 @@ def clip_by_group_norm(
     >>> print(clipjax.metrics(state)["grad/norm/body"])
     5.0
   """
-  if isinstance(groups, jax.Array):
+  if isinstance(groups, jax.Array | np.generic | int | float):
     raise TypeError(
       f"`groups` must be a function (path, leaf) -> label or a tree of labels, got {_leaves.describe(groups)}: "
-      f"{_leaves.STATIC_ARGS_REMEDY}."
+      f"pass it as the second argument; {_leaves.STATIC_ARGS_REMEDY}."
     )
   known = None
   rule = max_norm
@@ -247,6 +248,8 @@ def clip_by_group_norm(
     for key in max_norm:
       _check_label(key, "`max_norm`")
     known = tuple(map(str, max_norm))
+    if len(set(known)) < len(known):
+      raise ValueError(f"labels of groups must differ as strings, got {list(max_norm)} in `max_norm`: rename one.")
     rule = _by_label({str(key): value for key, value in max_norm.items()})
   label = partial(Labels.by_group, name=check_name(name), groups=groups, known=known)
   _check_track(track, *(max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]))
@@ -338,7 +341,7 @@ def _clip(
   """Builds the transformation, once what is left to check of the Python values is checked."""
   config = _Config(_norms.check_ord(ord, for_clip=True), label, **options)
   _functional.check_policy(config.on_nonfinite)
-  _functional.check_eps(config.eps)
+  config = config._replace(eps=_functional.check_eps(config.eps))
 
   def init(params: optax.Params) -> ClipState:
     labels = label(params)
@@ -347,7 +350,9 @@ def _clip(
   def update(
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, Any]:
-    del params, extra_args
+    del extra_args
+    if params is not None and config.axis_name is None:
+      _leaves.check_reduced(updates, params)
     if track:
       check_state(state)
       return _update(config, rule, updates, state, state.labels)
@@ -370,15 +375,16 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
   global_norm = norms if is_global else _norms.vector_norm(_norms.stack(block_norms.norms), config.ord)
 
   limit, target, rule_state = rule.update(norms, state.rule, global_norm=global_norm)
-  limit, target = _check_limit(limit, norms, "limit"), _check_limit(target, norms, "target")
+  limit, target = check_limit(limit, norms, "limit"), check_limit(target, norms, "target")
   limit = jnp.maximum(limit, 0)
-  target = jnp.clip(target, 0, limit)
-  bad = ~jnp.isfinite(norms).all() | jnp.isnan(limit).any() | jnp.isnan(target).any()
+  # Where the norm is not above the limit the target has no meaning, and `eps` can still ask for it.
+  target = jnp.where(norms > limit, jnp.clip(target, 0, limit), limit)
+  bad = ~jnp.isfinite(norms).all() | ~jnp.isfinite(global_norm) | jnp.isnan(limit).any() | jnp.isnan(target).any()
   whole = _functional.Limits(norms + _eps(config), jnp.broadcast_to(limit, norms.shape), target)
-  scale = _functional.scale_of(whole._replace(target=jnp.broadcast_to(target, norms.shape)))
 
   if config.clamp:
     new = _functional.clamp_leaves(flat.measured, limit)
+    scale = _functional.scale_of(whole)
     clipped_norm = jnp.minimum(norms, limit)
   else:
     parts = [
@@ -389,9 +395,11 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
     if config.on_nonfinite == "error":
       _functional.raise_nonfinite(bad, global_norm, updates)
     fill = 0.0 if config.on_nonfinite == "zero" else jnp.nan
-    scale = jnp.where(bad, fill, scale)
-    after = norms * scale if is_global else _norms.vector_norm(_norms.stack(block_norms.norms) * scale, config.ord)
-    clipped_norm = jnp.where(bad, fill, after)
+    scale = jnp.where(bad, fill, _functional.scale_of(whole))
+    after = _functional.norm_after(norms, whole)
+    if config.rms:
+      after = after * jnp.asarray(_root_sizes(spec, flat.measured), after.dtype)
+    clipped_norm = jnp.where(bad, fill, after if is_global else _norms.vector_norm(after, config.ord))
 
   return flat.with_measured(new), next_state(
     state,
@@ -416,7 +424,7 @@ def empty_state(labels: Labels, rule: Any) -> ClipState:
     norm_clipped=jnp.zeros((), dtype),
     max_norm=jnp.full(shape, jnp.inf, dtype),
     scale=jnp.ones(shape, dtype),
-    norms=jnp.zeros(shape or (0,), dtype),
+    norms=jnp.zeros(shape, dtype) if shape else (),  # Orbax saves no arrays of size 0.
     steps=jnp.zeros((), jnp.int32),
     clipped_steps=jnp.zeros((), jnp.int32),
     nonfinite_steps=jnp.zeros((), jnp.int32),
@@ -464,8 +472,12 @@ def _measure(spec: _norms.NormSpec, rms: bool, leaves: Sequence[Any]) -> tuple[_
   first_bad = _norms.first_nonfinite(spec, leaves)
   if not rms:
     return _Measured(norms, norms), first_bad
-  sizes = _norms.block_sizes(spec, leaves)
-  return _Measured(norms, tuple(n / math.sqrt(max(size, 1)) for n, size in zip(norms, sizes, strict=True))), first_bad
+  return _Measured(norms, tuple(n / r for n, r in zip(norms, _root_sizes(spec, leaves), strict=True))), first_bad
+
+
+def _root_sizes(spec: _norms.NormSpec, leaves: Sequence[Any]) -> list[float]:
+  """What turns the rms of each block into its norm."""
+  return [math.sqrt(max(size, 1)) for size in _norms.block_sizes(spec, leaves)]
 
 
 def _by_label(thresholds: Mapping[str, Any]) -> Rule:
@@ -482,16 +494,6 @@ def _by_label(thresholds: Mapping[str, Any]) -> Rule:
     return _norms.stack(limits), _norms.stack(targets), states
 
   return Rule(init, update)
-
-
-def _check_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
-  value: jax.Array = jnp.asarray(answer).astype(norms.dtype)
-  if value.shape not in ((), norms.shape):
-    raise ValueError(
-      f"a rule's `{what}` must have shape () or that of the norms, {norms.shape}, got {value.shape}: "
-      "compute it from `norms` element by element."
-    )
-  return value
 
 
 def check_name(name: Any) -> str:

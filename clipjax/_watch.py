@@ -123,10 +123,7 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
       problems.append(_problem(name, jax.device_get(state)))
   problems = [text for text in problems if text]
   if problems:
-    raise FloatingPointError(
-      " ".join(problems)[:-1]
-      + ': lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.'
-    )
+    raise FloatingPointError(" ".join(problems))
 
 
 def _problem(name: str, state: Any) -> str:
@@ -145,7 +142,8 @@ def _problem(name: str, state: Any) -> str:
   return (
     f"step {np.max(state.steps)} of '{name}' was not finite: norm {float(norms):g}, "
     f"{where or f'threshold {float(np.min(state.max_norm)):g}'}. "
-    f"{np.max(state.nonfinite_steps)} of {np.max(state.steps)} steps were not finite."
+    f"{np.max(state.nonfinite_steps)} of {np.max(state.steps)} steps were not finite: lower the learning rate, look at "
+    'the batch, or pass on_nonfinite="zero" to drop such steps.'
   )
 
 
@@ -157,7 +155,8 @@ def _skip_problem(name: str, state: Any) -> str:
   return (
     f"the last {in_a_row} steps were all rejected by '{name}', the limit is {np.min(state.max_consecutive_skips)}: "
     f"norm {float(np.max(state.norm)):g} against {float(np.min(state.max_norm)):g}, loss "
-    f"{float(np.max(state.loss)):g} against {float(np.min(state.max_loss)):g}."
+    f"{float(np.max(state.loss)):g} against {float(np.min(state.max_loss)):g}: look at the data and at the loss, and "
+    "resume from before."
   )
 
 

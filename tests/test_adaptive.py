@@ -110,6 +110,7 @@ def test_percentile_is_that_of_numpy(window, include_current, q):
 @pytest.mark.parametrize("window", [1, 2, 5, 50])
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_rolling_sigma_is_that_of_numpy(window, ddof):
+  window = max(window, 1 + ddof)
   norms = np.random.default_rng(0).lognormal(size=20).astype(np.float32)
   min_count = min(3, window + 1)
   got = limits(rules.rolling_sigma(2.0, window=window, ddof=ddof, std_floor=0.01, min_count=min_count), norms)
@@ -256,6 +257,47 @@ def test_lower_takes_the_lower_target():
   for rule in (rules.lower(wide, 5.0), rules.lower(5.0, wide)):
     for norm, want in ((4.0, 4.0), (6.0, 5.0), (20.0, 1.0)):
       np.testing.assert_allclose(run(rule, [norm])[-1].norm_clipped, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spike", [1e6, 1e10, 1e20, 1e30, 3e38])
+def test_a_huge_finite_spike_is_clipped_and_poisons_nothing(spike):
+  norms = [0.9, 1.1] * 4
+  # The limit does not depend on the norm that it is for.
+  state = run(rules.rolling_sigma(6.0, window=8), [*norms, spike])[-1]
+  want = np.mean(norms) + 6 * np.std(norms, ddof=1)
+  np.testing.assert_allclose([state.max_norm, state.norm_clipped], want, rtol=1e-5)
+  for rule in (rules.zscore(warmup_steps=8), rules.zscore(warmup_steps=8, record="raw"), rules.percentile(50.0)):
+    states = run(rule, [*norms, spike, 1.0, 1.0])
+    assert states[-1].nonfinite_steps == 0
+    assert states[8].norm_clipped < 2
+    assert np.isfinite(states[-1].max_norm)
+  warm = run(rules.zscore(warmup_steps=4), [1.0, spike, 1.0, 1.0, 1.0, 1.0])[-1]
+  assert warm.nonfinite_steps == 0
+  state = run(rules.ema_ratio(1.04, decay=0.99, warmup_steps=9, max_norm=1.0), [spike], clipjax.clip_by_leaf_norm)[-1]
+  np.testing.assert_allclose(state.norm_clipped, 1.0, rtol=1e-6)
+
+
+def test_a_huge_finite_spike_is_rejected():
+  tx = clipjax.skip_steps(optax.identity(), norm_rule=rules.rolling_sigma(6.0))
+  state = tx.init(jnp.zeros(1))
+  rng = np.random.default_rng(0)
+  for n in [*(1 + 0.1 * rng.standard_normal(70)), 1e28]:
+    updates, state = tx.update(jnp.array([n], jnp.float32), state)
+  assert updates == 0
+  assert state.consecutive == 1
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_rolling_sigma_at_every_magnitude(scale):
+  norms = np.random.default_rng(0).lognormal(size=12) * scale
+  got = limits(rules.rolling_sigma(2.0, window=6, min_count=3), norms)
+  want = [np.mean(norms[max(0, i - 6) : i]) + 2 * np.std(norms[max(0, i - 6) : i], ddof=1) for i in range(2, 12)]
+  np.testing.assert_allclose(got[2:], want, rtol=1e-5)
+
+
+def test_target_has_no_meaning_under_the_limit_whatever_eps():
+  rule = rules.Rule(lambda s, d: (), lambda n, s, *, global_norm: (1.0, jnp.where(n > 1, 0.5, -7.0), s))
+  np.testing.assert_allclose(run(rule, [0.95], eps=0.1)[-1].norm_clipped, 0.95 / 1.05, rtol=1e-6)
 
 
 def test_after_counts_finite_steps():

@@ -58,6 +58,23 @@ def test_sixteen_bits_and_every_magnitude(dtype):
     np.testing.assert_allclose(updates, 0.5 * scale, rtol=1e-6)
 
 
+def test_a_factor_that_is_subnormal():
+  params, grads = jnp.zeros((2, 1)), jnp.array([[3e35], [4e35]])
+  tx = clipjax.adaptive_grad_clip(0.01)
+  updates, state = tx.update(grads, tx.init(params), params)
+  np.testing.assert_allclose(updates, [[6e-6], [8e-6]], rtol=1e-6)
+  np.testing.assert_allclose(state.norm_clipped, 1e-5, rtol=1e-6)
+
+
+def test_inside_shard_map_it_says_that_it_cannot():
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec("x")
+  tx = clipjax.adaptive_grad_clip()
+  step = jax.shard_map(lambda g: tx.update(g, tx.init(g), g)[0], mesh=mesh, in_specs=spec, out_specs=spec)
+  with pytest.raises(ValueError, match=r"must not vary over mesh axes inside shard_map, got '\.' varying over"):
+    step(jnp.ones((8, 2)))
+
+
 def test_units_at_or_under_their_limit_are_bit_identical_and_zeros_stay():
   params = jnp.array([[3.0, 0.0, 1.0], [4.0, 0.0, 0.0]])
   grads = jnp.array([[0.3, 0.0, 1.0], [0.4, 0.0, 1e-40]])

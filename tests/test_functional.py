@@ -169,6 +169,12 @@ def test_derivative_of_the_clip_through_a_huge_reduction():
   np.testing.assert_allclose(jac * 1e25, [[0.128, -0.096], [-0.096, 0.072]], rtol=1e-5)
 
 
+def test_numbers_beyond_int32():
+  clipped, norm = clipjax.clip_grad_norm(EXAMPLE, 2**40, eps=10**3)
+  assert norm == 13
+  assert_bits_equal(clipped, EXAMPLE)
+
+
 def test_vmap_and_jit_are_the_eager_clip():
   rows = jnp.asarray(np.random.default_rng(0).standard_normal((5, 8)) * 10.0 ** np.arange(-4, 6, 2)[:, None], "float32")
   got, norms = jax.vmap(lambda g: clipjax.clip_grad_norm(g, 1.0))(rows)

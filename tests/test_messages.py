@@ -90,6 +90,34 @@ CASES = {
     lambda: update(clipjax.clip_by_leaf_norm(lambda count: jnp.ones(2)), TREE),
     ValueError, "a schedule must return a scalar, got float32[2]: for a threshold by group pass a dict.",
   ),
+  "rule not called": (
+    lambda: update(clipjax.clip_by_global_norm(rules.zscore), TREE),
+    TypeError,
+    "a schedule must return a real number, got a Rule: call a rule of clipjax.rules first, as in rules.zscore().",
+  ),
+  "schedule of None": (
+    lambda: update(clipjax.clip_by_global_norm(lambda count: None), TREE),
+    TypeError,
+    "a schedule must return a real number, got a NoneType: call a rule of clipjax.rules first, as in rules.zscore().",
+  ),
+  "labels that differ in type alone": (
+    lambda: clipjax.clip_by_group_norm({1: 1.0, "1": 2.0}, BY_PATH),
+    ValueError, "labels of groups must differ as strings, got [1, '1'] in `max_norm`: rename one.",
+  ),
+  "arguments swapped": (
+    lambda: clipjax.clip_by_group_norm(BY_PATH, 1.0),
+    TypeError,
+    "`groups` must be a function (path, leaf) -> label or a tree of labels, got 1.0 (float): pass it as the second "
+    f"argument; {STATIC}.",
+  ),
+  "window without a deviation": (
+    lambda: rules.rolling_sigma(window=1),
+    ValueError, "`window` must be an integer >= 2, got 1: choose one in that range.",
+  ),
+  "count beyond int32": (
+    lambda: rules.after(2**31, 1.0),
+    ValueError, "`n` must be an integer >= 0, got 2147483648: choose one in that range.",
+  ),
   "no schedule": (
     lambda: rules.schedule(1.0),
     TypeError, "`fn` must be a schedule, count -> number, got 1.0 (float): for a number use rules.constant.",
@@ -153,7 +181,8 @@ CASES = {
   "array groups": (
     lambda: clipjax.clip_by_group_norm(1.0, jnp.ones(2)),
     TypeError,
-    f"`groups` must be a function (path, leaf) -> label or a tree of labels, got float32[2]: {STATIC}.",
+    f"`groups` must be a function (path, leaf) -> label or a tree of labels, got float32[2]: pass it as the second "
+    f"argument; {STATIC}.",
   ),
   "int leaf": (
     lambda: clipjax.clip_grad_norm({"a": jnp.ones(2), "n": [jnp.ones(2, jnp.int32)]}, 1.0),

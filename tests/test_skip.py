@@ -74,6 +74,18 @@ def test_loss_above_the_rule(loss, skipped):
   np.testing.assert_equal(float(state.loss), np.float32(loss))
 
 
+def test_no_nan_on_the_way_for_finite_input():
+  tx = adam(norm_rule=rules.rolling_sigma(window=4))
+  with jax.debug_nans(True):
+    _, state = jax.block_until_ready(jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS))
+  assert state.loss == 0
+
+
+def test_value_may_be_meant_for_the_wrapped_transformation():
+  _, state = adam().update(GRADS, adam().init(PARAMS), PARAMS, value=jnp.ones(3))
+  assert state.skipped_steps == 0
+
+
 def test_rule_of_olmo_against_its_worked_steps():
   cases = json.loads((pathlib.Path(__file__).parent / "data" / "vectors.json").read_text())["cases"]
   case = next(case for case in cases if case["name"] == "skip_step_olmo")
@@ -119,8 +131,8 @@ def test_metrics_check_and_nesting():
   with pytest.raises(FloatingPointError) as error:
     clipjax.check(state)
   assert str(error.value) == (
-    "the last 3 steps were all rejected by 'skip', the limit is 3: norm 45 against 10, loss nan against inf: lower the "
-    'learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.'
+    "the last 3 steps were all rejected by 'skip', the limit is 3: norm 45 against 10, loss 0 against inf: look at "
+    "the data and at the loss, and resume from before."
   )
   _, state = tx.update(GRADS, state, PARAMS)
   clipjax.check(state)
@@ -159,6 +171,9 @@ def test_messages():
   )
   assert message(lambda: tx.update(GRADS, tx.init(PARAMS), PARAMS, value=jnp.ones(3)), ValueError) == (
     "`value` must be a scalar loss, got float32[3]: pass its mean over the batch."
+  )
+  assert message(lambda: adam().update(GRADS, (), PARAMS), TypeError) == (
+    "`state` must be the SkipState that `init` gave, got a tuple: pass the state of this transformation."
   )
   assert message(lambda: clipjax.skip_steps(1e-3), TypeError) == (
     "`inner` must be an Optax transformation, got 0.001 (float): pass one such as optax.adam(1e-3)."

@@ -79,7 +79,8 @@ def test_state_is_that_of_the_norm_dtype(name, x64):
   state = tx.init(tree)
   _, after = tx.update(tree, state)
   for s in (state, after):
-    assert {s.norm.dtype, s.norm_clipped.dtype, s.max_norm.dtype, s.scale.dtype, s.norms.dtype} == {jnp.dtype(want)}
+    floats = jax.tree.leaves((s.norm, s.norm_clipped, s.max_norm, s.scale, s.norms))
+    assert {x.dtype for x in floats} == {jnp.dtype(want)}
     assert {s.steps.dtype, s.clipped_steps.dtype, s.nonfinite_steps.dtype} == {jnp.dtype("int32")}
 
 
@@ -294,6 +295,27 @@ def test_other_orders(p):
     want = [x for block in blocks for x in oracle_clip(block, 0.1, p)]
     for got, expected in zip(updates, want, strict=True):
       np.testing.assert_allclose(got, expected, rtol=2e-6)
+
+
+def test_norm_after_is_right_where_the_factor_is_subnormal():
+  for tx in (clipjax.clip_by_global_norm(1.0), clipjax.clip_by_leaf_norm(1.0), clipjax.clip_by_rms(1.0)):
+    updates, state = tx.update(jnp.array([1e38]), tx.init(jnp.zeros(1)))
+    np.testing.assert_allclose([updates[0], state.norm_clipped], 1.0, rtol=1e-6)
+
+
+def test_gradient_that_is_not_reduced_is_an_error():
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec
+  tx = clipjax.clip_by_global_norm(1.0)
+
+  def step(w, x):
+    local = jax.lax.pcast(w, "x", to="varying")
+    grads = {"w": jax.grad(lambda w: jnp.sum(w * x[0]))(local)}
+    return tx.update(grads, tx.init({"w": w}), {"w": w})[0]
+
+  run = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("x")), out_specs={"w": spec()})
+  with pytest.raises(ValueError, match=r"got 'w' varying over \['x'\]: reduce it with jax.lax.pmean or psum first"):
+    run(jnp.ones(3), jnp.ones((8, 3)))
 
 
 def test_eps_is_that_of_torch():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training import train_state
@@ -181,6 +182,27 @@ def test_flax_serialization_brings_the_names_back():
   restored = flax.serialization.from_bytes(tx.init(PARAMS), flax.serialization.to_bytes(state))
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   assert values(restored, per_leaf=True) == values(state, per_leaf=True)
+
+
+def test_orbax_saves_and_restores_every_state(tmp_path):
+  by_group = clipjax.clip_by_group_norm({"x": None, "y": 1.0}, {"w": "x", "b": "y"})
+  clips = [clipjax.clip_by_global_norm(1.0), clipjax.clip_by_leaf_norm(1.0), clipjax.clip_by_value(1.0), by_group]
+  for i, clip in enumerate([*clips, clipjax.zclip(), clipjax.autoclip(window=5), clipjax.adagc()]):
+    tx = clipjax.skip_steps(optax.chain(clip, optax.adam(1e-3)), norm_rule=clipjax.rules.rolling_sigma(window=4))
+    state = run(tx)
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / str(i), state)
+      checkpointer.wait_until_finished()
+      restored = checkpointer.restore(tmp_path / str(i), jax.eval_shape(tx.init, PARAMS))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert values(restored, per_leaf=True) == values(state, per_leaf=True)
+    jax.jit(tx.update)(PARAMS, restored, PARAMS)
+
+
+def test_two_names_share_no_compilation():
+  read = jax.jit(clipjax.metrics)
+  read(clipjax.clip_by_global_norm(1.0, name="a").init({}))
+  assert "b/norm" in read(clipjax.clip_by_global_norm(1.0, name="b").init(PARAMS))
 
 
 def test_optax_tree_tools():
