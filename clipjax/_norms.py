@@ -10,6 +10,7 @@ the global norm, one leaf a block the norm of each leaf, anything between a grou
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ from clipjax._leaves import Axes
 # One suspicious leaf sends at most about 1 / _MAX_CHUNKS of the gradient through the second pass: what a leaf that is
 # zero throughout costs in every step. More chunks cost compile time, one `lax.cond` each.
 _MAX_CHUNKS = 16
+# So many leaves of one shape may each have a scale of their own in the second pass: of more, one array of their size is
+# a small share, and the scalars would cost compile time.
+_FEW = 64
 
 
 class NormSpec(NamedTuple):
@@ -366,11 +370,14 @@ def _rescaled_square_norms(
     up = 2.0**600 if block and xs[block[0]].real.dtype == jnp.float64 else 2.0**90
     scales.append(jnp.where(total == jnp.inf, 1 / up, jnp.where(total < floor, up, 1)))
 
+  alike = Counter((b, xs[i].shape) for b, block in enumerate(blocks) for i in block)
+
   def rescale(x: jax.Array, b: int, i: int) -> jax.Array:
-    # The maximum with a number below every scale, another one for each leaf, changes nothing, and keeps XLA from
-    # sharing one scale among leaves of one shape: it would write that out as an array of their size.
-    tiny = float(jnp.finfo(x.real.dtype).tiny)
-    scale = jnp.maximum(scales[b].astype(x.real.dtype), (i + 1) * tiny)
+    scale = scales[b].astype(x.real.dtype)
+    if 1 < alike[b, x.shape] <= _FEW:
+      # XLA would share the scale among leaves of one shape, and write it out as an array of their size. The maximum
+      # with a number below every scale, another one for each leaf, changes nothing else.
+      scale = jnp.maximum(scale, (i + 1) * float(jnp.finfo(x.real.dtype).tiny))
     return by_parts(lambda part: part * scale, x)
 
   again = _block_sums(2.0, blocks, xs, axes, rescale)

@@ -377,20 +377,15 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
   limit, target, rule_state = rule.update(norms, state.rule, global_norm=global_norm)
   limit, target = check_limit(limit, norms, "limit"), check_limit(target, norms, "target")
   limit = jnp.maximum(limit, 0)
-  # Where the norm is not above the limit the target has no meaning, and `eps` can still ask for it.
-  target = jnp.where(norms > limit, jnp.clip(target, 0, limit), limit)
   bad = ~jnp.isfinite(norms).all() | ~jnp.isfinite(global_norm) | jnp.isnan(limit).any() | jnp.isnan(target).any()
-  whole = _functional.Limits(norms + _eps(config), jnp.broadcast_to(limit, norms.shape), target)
+  whole = _limits(config, norms, jnp.broadcast_to(limit, norms.shape), target)
 
   if config.clamp:
     new = _functional.clamp_leaves(flat.measured, limit)
     scale = _functional.scale_of(whole)
     clipped_norm = jnp.minimum(norms, limit)
   else:
-    parts = [
-      _functional.Limits(norm + _eps(config), _item(limit, b), _item(target, b))
-      for b, norm in enumerate(block_norms.measured)
-    ]
+    parts = [_limits(config, norm, _item(limit, b), _item(target, b)) for b, norm in enumerate(block_norms.measured)]
     new = _functional.rescale_leaves_jit(labels.block_of, config.on_nonfinite, flat.measured, parts, bad)
     if config.on_nonfinite == "error":
       _functional.raise_nonfinite(bad, global_norm, updates)
@@ -517,9 +512,13 @@ def _check_track(track: bool, *thresholds: Any) -> None:
     )
 
 
-def _eps(config: _Config) -> jax.Array:
-  return jnp.asarray(config.eps).astype(_norms.norm_dtype())
+def _limits(config: _Config, norm: jax.Array, limit: jax.Array, target: jax.Array) -> _functional.Limits:
+  """What holds for a block, or for all of them as vectors."""
+  # Where the norm is not above the limit the target has no meaning, and `eps` can still ask for it.
+  target = jnp.where(norm > limit, jnp.clip(target, 0, limit), limit)
+  return _functional.Limits(norm + jnp.asarray(config.eps).astype(norm.dtype), limit, target)
 
 
 def _item(value: jax.Array, b: int) -> jax.Array:
+  """The value for a block. One value for all stays a scalar: a slice for each leaf takes XLA long to compile."""
   return value if value.ndim == 0 else value[b]
