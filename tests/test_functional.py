@@ -205,9 +205,11 @@ def test_no_nan_on_the_way_for_finite_input():
     for magnitude in (0.0, 1e-30, 1.0, 1e30):
       for max_norm in (0.0, 1.0, math.inf):
         leaves = random_leaves(4, magnitude=magnitude)
-        jax.block_until_ready(clipjax.clip_grad_norm(leaves, max_norm))
-        loss = jax.jit(jax.grad(lambda x, m=max_norm: sum(y.sum() for y in clipjax.clip_grad_norm(x, m)[0])))
-        jax.block_until_ready(loss(leaves))
+        clipped, norm = jax.block_until_ready(clipjax.clip_grad_norm(leaves, max_norm))
+        assert np.isfinite(norm)
+        grad = jax.jit(jax.grad(lambda x, m=max_norm: sum(y.sum() for y in clipjax.clip_grad_norm(x, m)[0])))
+        for x in jax.tree.leaves((clipped, jax.block_until_ready(grad(leaves)))):
+          assert np.isfinite(x).all()
 
 
 def test_eager_call_does_not_trace_again():

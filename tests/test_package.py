@@ -42,7 +42,7 @@ def test_the_test_of_imports_can_fail():
 
 def test_import_alone_does_not_load_jax():
   code = "import clipjax, sys; assert 'jax' not in sys.modules; clipjax.rules; assert 'jax' in sys.modules"
-  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+  assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
 def test_exports_agree_with_what_type_checkers_see():
