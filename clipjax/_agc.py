@@ -86,13 +86,13 @@ def adaptive_grad_clip(
     del extra_args
     check_state(state)
     flat = _leaves.flatten(updates, "updates")
-    for leaf_name, x in zip(_leaves.leaf_names(updates), flat.measured, strict=True):
+    state.labels.check_count(updates, len(flat.measured))
+    for leaf_name, x in zip(state.labels.leaves, flat.measured, strict=True):
       if axes_of_mesh := _leaves.varying_axes(x):
         raise ValueError(
           f"`updates` must not vary over mesh axes inside shard_map, got '{leaf_name}' varying over "
           f"{list(axes_of_mesh)}: its type does not say which of its axes are sharded. Clip outside, under plain jit."
         )
-    state.labels.check_count(updates, len(flat.measured))
     weights = _matching_params(flat, updates, params)
     axes = [_unit_axes(x, axis, name) for x, name in zip(flat.measured, state.labels.leaves, strict=True)]
     new, measured = _clip_units(tuple(axes), on_nonfinite, flat.measured, weights, clipping, eps)

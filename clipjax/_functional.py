@@ -226,18 +226,19 @@ def check_real(tree: Any, flat: _leaves.Flat, argument: str) -> None:
 
 def check_batch(tree: Any, flat: _leaves.Flat) -> None:
   """Raises unless every leaf has the same leading axis."""
-  names = _leaves.leaf_names(tree)
-  for leaf, name in zip(flat.measured, names, strict=True):
+  for i, leaf in enumerate(flat.measured):
     if jnp.ndim(leaf) == 0:
       raise ValueError(
-        f"`grads` must have a leading batch axis in every leaf, got {_leaves.describe(leaf)} at '{name}': "
+        f"`grads` must have a leading batch axis in every leaf, got {_leaves.describe(leaf)} at "
+        f"'{_leaves.leaf_names(tree)[i]}': "
         "take them with jax.vmap(jax.grad(loss), (None, 0))."
       )
     first = flat.measured[0]
     if leaf.shape[0] != first.shape[0]:
+      names = _leaves.leaf_names(tree)
       raise ValueError(
         f"`grads` must have one batch size in every leaf, got {first.shape[0]} at '{names[0]}' and {leaf.shape[0]} at "
-        f"'{name}': the batch is the leading axis."
+        f"'{names[i]}': the batch is the leading axis."
       )
 
 
