@@ -12,6 +12,8 @@ if TYPE_CHECKING:
   from clipjax._functional import clip_grad_norm as clip_grad_norm
   from clipjax._functional import clip_grad_per_example as clip_grad_per_example
   from clipjax._functional import clip_grad_value as clip_grad_value
+  from clipjax._metrics import check as check
+  from clipjax._metrics import metrics as metrics
   from clipjax._norms import global_norm as global_norm
   from clipjax._norms import leaf_norms as leaf_norms
   from clipjax._published import adagc as adagc
@@ -25,14 +27,15 @@ if TYPE_CHECKING:
   from clipjax._transforms import clip_by_leaf_norm as clip_by_leaf_norm
   from clipjax._transforms import clip_by_rms as clip_by_rms
   from clipjax._transforms import clip_by_value as clip_by_value
-  from clipjax._watch import check as check
-  from clipjax._watch import metrics as metrics
+  from clipjax._watch import WatchState as WatchState
+  from clipjax._watch import watch as watch
 
 __version__ = "0.1.0"
 
 _HOME = {
   "_agc": ("adaptive_grad_clip",),
   "_functional": ("clip_grad_norm", "clip_grad_per_example", "clip_grad_value"),
+  "_metrics": ("check", "metrics"),
   "_norms": ("global_norm", "leaf_norms"),
   "_published": ("adagc", "autoclip", "zclip"),
   "_skip": ("SkipState", "skip_steps"),
@@ -44,7 +47,7 @@ _HOME = {
     "clip_by_rms",
     "clip_by_value",
   ),
-  "_watch": ("check", "metrics"),
+  "_watch": ("WatchState", "watch"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -115,7 +115,7 @@ def _clip_units(
   """The clipped leaves, and the fields of the next state."""
   dtype = _norms.norm_dtype()
   share = jnp.maximum(jnp.asarray(clipping).astype(dtype), 0)
-  spec = _norms.NormSpec(2.0, tuple((i,) for i in range(len(leaves))), None)
+  spec = _norms.NormSpec(2.0, tuple((i,) for i in range(len(leaves))), ((),) * len(leaves))
   first_bad = _norms.first_nonfinite(spec, leaves)
   out, limits, scales, before, after = [], [], [], [], []
   for x, w, unit in zip(leaves, weights, axes, strict=True):

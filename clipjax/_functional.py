@@ -94,7 +94,8 @@ def clip_grad_norm(
   if norm is not None:
     norm = check_threshold(norm, "norm", remedy="pass the norm of `grads`, or None to compute it", allow_nan=True)
   flat = _leaves.flatten(grads, "grads")
-  spec = _norms.NormSpec(p, (tuple(range(len(flat.measured))),), _leaves.resolve_axes(grads, axis_name))
+  axes = _leaves.resolve_axes(grads, axis_name) if norm is None else ((),) * len(flat.measured)
+  spec = _norms.NormSpec(p, (tuple(range(len(flat.measured))),), axes)
   clipped, total, bad = _clip_leaves(spec, on_nonfinite, flat.measured, max_norm, norm, eps)
   if on_nonfinite == "error":
     raise_nonfinite(bad, total, grads)
@@ -129,7 +130,7 @@ def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
   return flat.with_measured(clamp_leaves(flat.measured, max_value))
 
 
-def clip_grad_per_example(grads: Any, max_norm: ArrayLike) -> tuple[Any, jax.Array]:
+def clip_grad_per_example(grads: Any, max_norm: ArrayLike, *, axis_name: Any = None) -> tuple[Any, jax.Array]:
   """The sum of gradients of single examples, each first scaled down to a global norm of its own.
 
   Example b contributes `g_b * min(1, max_norm / norm_b)`. One whose norm is inf or NaN contributes 0, and shows in the
@@ -139,10 +140,14 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike) -> tuple[Any, jax.Arr
   are the work of a library such as jax-privacy, to which sum and norms can be handed on. The sensitivity of the sum to
   one example is `max_norm` within rounding, about 1e-6 of it.
 
+  Inside `shard_map` each device sums the examples that it has; `jax.lax.psum` of the sums is the sum of all.
+
   Args:
     grads: pytree of floating or complex arrays of shape (batch, ...), such as `jax.vmap(jax.grad(loss), (None, 0))`
       gives; None leaves are passed on.
     max_norm: number or scalar array >= 0; a traced negative one counts as 0, under NaN every example contributes 0.
+    axis_name: mesh axes over which the gradient of one example is sharded: a name, a tuple of names, or a prefix tree
+      of them. Those that the batch is sharded over are none of them.
 
   Returns:
     `(clipped_sum, norms)`: the tree without its batch axis, 16-bit and 8-bit leaves as float32, since a sum of
@@ -151,7 +156,7 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike) -> tuple[Any, jax.Arr
 
   Raises:
     ValueError: if `max_norm` is a negative or NaN Python number, for a leaf without a batch axis, or leaves of
-      different batch sizes, with their paths.
+      different batch sizes, with their paths; without `axis_name`, for leaves that vary over different mesh axes.
     TypeError: for an integer, bool or other leaf, with its path.
 
   Example:
@@ -166,7 +171,8 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike) -> tuple[Any, jax.Arr
   max_norm = check_threshold(max_norm, "max_norm")
   flat = _leaves.flatten(grads, "grads")
   check_batch(grads, flat)
-  total, norms = _clip_examples(flat.measured, max_norm)
+  axes = _example_axes(grads, flat) if axis_name is None else _leaves.resolve_axes(grads, axis_name)
+  total, norms = _clip_examples(axes, flat.measured, max_norm)
   return flat.with_measured(total), norms
 
 
@@ -273,13 +279,29 @@ def _clip_leaves(
   return rescale_leaves((0,) * len(leaves), policy, leaves, [limits], bad), norm, bad
 
 
-@partial(jax.jit, inline=True)
-def _clip_examples(leaves: Sequence[Any], max_norm: Any) -> tuple[list[jax.Array], jax.Array]:
+def _example_axes(grads: Any, flat: _leaves.Flat) -> tuple[_leaves.Axes, ...]:
+  """No axes: each example is whole where it is. Raises where the types of the leaves say otherwise."""
+  varying = list(map(_leaves.varying_axes, flat.measured))
+  for i, axes in enumerate(varying):
+    if axes != varying[0]:
+      names = _leaves.leaf_names(grads)
+      raise ValueError(
+        "`axis_name` must be given where leaves vary over different mesh axes, got "
+        f"'{names[0]}' over {list(varying[0])} and '{names[i]}' over {list(axes)}: pass the axes over which the "
+        "gradient of one example is sharded."
+      )
+  return ((),) * len(varying)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _clip_examples(
+  axes: tuple[_leaves.Axes, ...], leaves: Sequence[Any], max_norm: Any
+) -> tuple[list[jax.Array], jax.Array]:
   xs = [_norms.upcast(x) for x in leaves]
   dtype = _norms.norm_dtype()
   if not xs:
     return [], jnp.zeros((0,), dtype)
-  spec = _norms.NormSpec(2.0, (tuple(range(len(xs))),), None)
+  spec = _norms.NormSpec(2.0, (tuple(range(len(xs))),), axes)
   norms = jax.vmap(lambda rows: _norms.block_norms(spec, rows)[0])(xs)
   limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
   usable = jnp.isfinite(norms) & ~jnp.isnan(limit)

@@ -5,6 +5,7 @@ cotangents of integers) pass through untouched; anything else is a `TypeError` t
 which passes over it. A name is the path with '/' between its parts.
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -91,10 +92,24 @@ def leaf_names(tree: Any, keep: Callable[[Any], bool] = is_measured) -> tuple[st
   return tuple(names)
 
 
-def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...] | None:
-  """The mesh axes of each measured leaf, from a name, a tuple of names or a prefix tree of them; None stays None."""
+def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...]:
+  """The mesh axes to reduce each measured leaf over.
+
+  None asks the types, which know inside `shard_map` with its checks on. A name, a tuple of names or a prefix tree of
+  them says it by hand; where the types know better, a leaf is not summed over an axis that it does not vary over.
+  """
+  measured = [x for x in jax.tree.leaves(tree) if is_measured(x)]
   if axis_name is None:
-    return None
+    if not _manual_axes():
+      return ((),) * len(measured)
+    if _types_are_silent():
+      warnings.warn(
+        "inside pmap and shard_map(check_vma=False) the types do not say which leaves are sharded, so that every "
+        "device takes a norm of its own: pass `axis_name=` the mesh axes that leaves are sharded over, or "
+        "`axis_name=()` where every device holds them whole.",
+        stacklevel=3,
+      )
+    return tuple(map(varying_axes, measured))
   rule = "`axis_name` must be a name, a tuple of names or a prefix tree of them"
   try:
     per_leaf = jax.tree.leaves(jax.tree.broadcast(axis_name, tree, is_leaf=_is_axes), is_leaf=_is_axes)
@@ -103,11 +118,17 @@ def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...] | None:
   for names in per_leaf:
     if not _is_axes(names):
       raise TypeError(f"{rule}, got {describe(names)}: pass the names as strings.")
-  pairs = zip(per_leaf, jax.tree.leaves(tree), strict=True)
-  return tuple(_as_axes(names) for names, leaf in pairs if is_measured(leaf))
+  given = [_as_axes(n) for n, leaf in zip(per_leaf, jax.tree.leaves(tree), strict=True) if is_measured(leaf)]
+  if not _manual_axes() or _types_are_silent():
+    return tuple(given)
+  known = set(_manual_axes())
+  return tuple(
+    tuple(axis for axis in axes if axis not in known or axis in varying_axes(x))
+    for axes, x in zip(given, measured, strict=True)
+  )
 
 
-def varying_axes(x: jax.Array) -> Axes:
+def varying_axes(x: Any) -> Axes:
   """The mesh axes over which the shards of `x` differ inside `shard_map`; empty elsewhere."""
   if not isinstance(x, jax.Array):
     return ()
@@ -118,8 +139,24 @@ def varying_axes(x: jax.Array) -> Axes:
   return tuple(sorted(getattr(aval, "vma", ()) if varying is None else varying, key=str))
 
 
+def _manual_axes() -> Axes:
+  """The mesh axes of the `shard_map` or `pmap` around; empty elsewhere."""
+  return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _types_are_silent() -> bool:
+  """Whether we are inside `pmap` or `shard_map(check_vma=False)`: there not even an axis' own index varies over it."""
+  axes = _manual_axes()
+  return bool(axes) and not varying_axes(lax.axis_index(axes[0]))
+
+
 def check_reduced(updates: Any, params: Any) -> None:
-  """Raises where an update varies over a mesh axis over which its parameter does not: it is a sum not yet taken."""
+  """Raises where an update varies over a mesh axis over which its parameter does not: it is a sum not yet taken.
+
+  Without parameters nothing is known, and nothing raised.
+  """
+  if params is None or not _manual_axes():
+    return
   ours, theirs = ([x for x in jax.tree.leaves(tree) if is_measured(x)] for tree in (updates, params))
   if len(ours) != len(theirs):
     return

@@ -37,12 +37,12 @@ class NormSpec(NamedTuple):
   Attributes:
     ord: the order p of the norm.
     blocks: for each norm, the indices of the leaves that it measures.
-    axes: the mesh axes to reduce each leaf over; None reads them from the leaves' types.
+    axes: the mesh axes to reduce each leaf over, as `_leaves.resolve_axes` gives them.
   """
 
   ord: float
   blocks: tuple[tuple[int, ...], ...]
-  axes: tuple[Axes, ...] | None
+  axes: tuple[Axes, ...]
 
 
 def global_norm(tree: Any, ord: float | None = None, *, axis_name: Any = None) -> jax.Array:
@@ -141,7 +141,7 @@ def check_ord(ord: Any, *, for_clip: bool) -> float:
 def block_norms(spec: NormSpec, leaves: Sequence[Any]) -> tuple[jax.Array, ...]:
   """The norm of each block of `spec`, each of shape () and of `norm_dtype()`."""
   xs = [upcast(x) for x in leaves]
-  axes = _axes(spec, xs)
+  axes = spec.axes
   wide = {i for i, x in enumerate(xs) if x.real.dtype == jnp.float64}
   if not wide or len(wide) == len(xs):
     return tuple(_uniform_block_norms(spec.ord, spec.blocks, xs, axes))
@@ -181,7 +181,7 @@ def _block_sums(
 ) -> list[jax.Array]:
   """The power sum of each block, over all shards, of `rescale(leaf, number of its block, number of the leaf)`."""
   members = [(b, i) for b, block in enumerate(blocks) for i in block]
-  sums = _all_reduce([_power_sum(rescale(xs[i], b, i), p) for b, i in members], [axes[i] for _, i in members], p)
+  sums = all_reduce([_power_sum(rescale(xs[i], b, i), p) for b, i in members], [axes[i] for _, i in members], p)
   by_block: list[list[jax.Array]] = [[] for _ in blocks]
   for (b, _), value in zip(members, sums, strict=True):
     by_block[b].append(value)
@@ -193,14 +193,14 @@ def _block_norms_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
   (leaves,), (dleaves,) = primals, tangents
   norms = block_norms(spec, leaves)
   xs = [upcast(x) for x in leaves]
-  axes = _axes(spec, xs)
+  axes = spec.axes
   block_of = {i: b for b, block in enumerate(spec.blocks) for i in block}
   directions = [_direction(x, norms[block_of[i]], spec.ord) for i, x in enumerate(xs)]
   inner = [_real_inner(g, dx) for g, dx in zip(directions, dleaves, strict=True)]
-  inner = _all_reduce(inner, axes, 1.0)
+  inner = all_reduce(inner, axes, 1.0)
   dnorms = [_total([inner[i] for i in block], 1.0) for block in spec.blocks]
   if math.isinf(spec.ord):  # Entries that tie for the extreme share its derivative.
-    ties = _all_reduce([jnp.sum(jnp.abs(g)) for g in directions], axes, 1.0)
+    ties = all_reduce([jnp.sum(jnp.abs(g)) for g in directions], axes, 1.0)
     counts = [jnp.maximum(_total([ties[i] for i in block], 1.0), 1) for block in spec.blocks]
     dnorms = [dn / lax.stop_gradient(count) for dn, count in zip(dnorms, counts, strict=True)]
   return norms, tuple(dnorms)
@@ -214,7 +214,7 @@ def first_nonfinite(spec: NormSpec, leaves: Sequence[Any]) -> jax.Array:
   if not leaves:
     return jnp.full((), -1, jnp.int32)
   xs = [upcast(x) for x in leaves]
-  sums = stack(_all_reduce([_power_sum(lax.stop_gradient(x), spec.ord) for x in xs], _axes(spec, xs), spec.ord))
+  sums = stack(all_reduce([_power_sum(lax.stop_gradient(x), spec.ord) for x in xs], spec.axes, spec.ord))
   badness = jnp.where(jnp.isnan(sums), 2, jnp.where(jnp.isinf(sums), 1, 0))
   return jnp.where((badness > 0).any(), jnp.argmax(badness), -1).astype(jnp.int32)
 
@@ -222,7 +222,7 @@ def first_nonfinite(spec: NormSpec, leaves: Sequence[Any]) -> jax.Array:
 def block_sizes(spec: NormSpec, leaves: Sequence[Any]) -> list[int]:
   """The number of entries of each block, over all shards."""
   xs = [jnp.asarray(x) for x in leaves]
-  sizes = [x.size * _leaves.axes_size(a) for x, a in zip(xs, _axes(spec, xs), strict=True)]
+  sizes = [x.size * _leaves.axes_size(a) for x, a in zip(xs, spec.axes, strict=True)]
   return [sum(sizes[i] for i in block) for block in spec.blocks]
 
 
@@ -316,11 +316,7 @@ def stack(values: Sequence[jax.Array]) -> jax.Array:
   return jnp.stack([v.astype(norm_dtype()) for v in values]) if values else jnp.zeros((0,), norm_dtype())
 
 
-def _axes(spec: NormSpec, xs: Sequence[jax.Array]) -> Sequence[Axes]:
-  return spec.axes if spec.axes is not None else [_leaves.varying_axes(x) for x in xs]
-
-
-def _all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float) -> list[jax.Array]:
+def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float) -> list[jax.Array]:
   """Reduces per-leaf values over mesh axes, with one collective for each distinct set of axes and dtype."""
   reduce: Callable[..., Any] = lax.pmax if p == math.inf else lax.pmin if p == -math.inf else lax.psum
   out = list(values)

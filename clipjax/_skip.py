@@ -139,6 +139,8 @@ def skip_steps(
         f"`state` must be the SkipState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
         "transformation."
       )
+    if axis_name is None:
+      _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
     dtype = _norms.norm_dtype()
@@ -187,4 +189,11 @@ def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:
     if not needed:  # It may be meant for the wrapped transformation.
       return jnp.zeros((), dtype)
     raise ValueError(f"`value` must be a scalar loss, got {_leaves.describe(loss)}: pass its mean over the batch.")
+  if axes := _leaves.varying_axes(loss):
+    if not needed:
+      return jnp.zeros((), dtype)
+    raise ValueError(
+      f"`value` must be the loss of the whole batch, got one that varies over the mesh axes {list(axes)}: reduce it "
+      "with jax.lax.pmean first."
+    )
   return loss.astype(dtype)

@@ -304,7 +304,9 @@ def clip_by_rms(
   return _clip(as_rule(max_rms, "max_rms"), None, label, track, rms=True, **options)
 
 
-def clip_by_value(max_value: MaxNorm, *, name: str = "grad") -> optax.GradientTransformationExtraArgs:
+def clip_by_value(
+  max_value: MaxNorm, *, axis_name: Any = None, name: str = "grad"
+) -> optax.GradientTransformationExtraArgs:
   """Clips every entry to `[-max_value, max_value]`, as `optax.clip` does.
 
   Entries within the interval are bit-identical, inf becomes `max_value`, NaN stays NaN. The norm that is measured is
@@ -312,6 +314,7 @@ def clip_by_value(max_value: MaxNorm, *, name: str = "grad") -> optax.GradientTr
 
   Args:
     max_value: number or scalar array >= 0, schedule, or rule; it is rounded to each leaf's dtype.
+    axis_name: as in `clip_by_global_norm`; for what is measured, and a rule.
     name: as in `clip_by_global_norm`.
 
   Returns:
@@ -329,7 +332,7 @@ def clip_by_value(max_value: MaxNorm, *, name: str = "grad") -> optax.GradientTr
     [ 0.5 -1. ] 3.0
   """
   label = partial(Labels.of, name=check_name(name), unit="global")
-  return _clip(as_rule(max_value, "max_value"), math.inf, label, track=True, clamp=True)
+  return _clip(as_rule(max_value, "max_value"), math.inf, label, track=True, clamp=True, axis_name=axis_name)
 
 
 # The engine ---------------------------------------------------------------------------------------------------------
@@ -351,7 +354,7 @@ def _clip(
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, Any]:
     del extra_args
-    if params is not None and config.axis_name is None:
+    if config.axis_name is None:
       _leaves.check_reduced(updates, params)
     if track:
       check_state(state)

@@ -1,201 +1,254 @@
-"""Reading what the transformations of this package have measured, out of any optimizer state.
+"""Watching a gradient, or any update, without touching it.
 
-`metrics` gives device scalars and never waits for them, inside jit too; `check` reads them on the host. Both find
-every clipjax state in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams, apply_if_finite,
-`flax.nnx.Optimizer`, a train state that has an `opt_state`.
+What a step costs is the norms, one reduction for each leaf, which XLA shares with a clip beside it. Everything that
+needs another read, the parameter norms, the share of zeros and the entries that are not finite, is taken at a look,
+behind a `lax.cond`: at every 16th step, and at one that is not finite. So a watch beside a clip reads the updates once.
 """
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax import export, lax
 
-from clipjax._norms import norm_dtype
-from clipjax._skip import SkipState
-from clipjax._transforms import ClipState
+from clipjax import _leaves, _norms
+from clipjax._labels import Labels
+from clipjax._leaves import Axes
+from clipjax._rule import check_whole
+from clipjax._transforms import check_name
+
+# Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
+LOOK_EVERY = 16
+_LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
 
-def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
-  """What every clip in an optimizer state has measured, as a flat dict of scalars: `{"grad/norm": ..., ...}`.
+class WatchState(NamedTuple):
+  """What a watch has seen; one structure from `init` on. n is the number of leaves.
 
-  The keys of a clip are `<name>/norm` (before the clip), `norm_clipped`, `max_norm` (the limit in force), `scale`
-  (the factor applied; 1 where nothing was clipped), `clip_fraction` (clipped steps over all), `nonfinite_steps` and
-  `steps`. A clip by group adds `norm/<label>`, `max_norm/<label>` and `scale/<label>`, a clip by leaf the same by leaf
-  name with `per_leaf=True`; their plain `max_norm` and `scale` are the smallest ones. A second clip of one name is
-  `<name>_2`, and one inside `optax.multi_transform` is `<name>_<label>`.
+  Norms are float32, or float64 when x64 is enabled. Fields of shape (n,) are () with `per_leaf=False`, `history` is ()
+  with `history=0`.
 
-  Before the first step the norms are 0 and the scale is 1. A step that was not finite shows its norm as it was, inf
-  or NaN. A state with `track=False` has nothing to show; a state without any clip gives an empty dict.
+  Attributes:
+    norm: shape (): global norm of the last updates.
+    norms: shape (n,): norm of each leaf.
+    steps: int32, shape (): updates so far.
+    nonfinite_steps: int32, shape (): those of them whose norm was not finite.
+    finite: bool, shape (): whether the last step was finite.
+    nonfinite: int32, shape (n,): entries of the last updates that were inf or NaN.
+    zero_fraction: shape (): share of zeros among the entries; this and the next two as of the last look, which is at
+      every 16th step from the first on, and at one that is not finite.
+    param_norm: shape (): global norm of the parameters; 0 where they were never given.
+    param_norms: shape (n,): norm of each parameter.
+    worst_norm: shape (): the norm of the worst step: the first that was not finite, else the one of the largest norm.
+    worst_step: int32, shape (): its number, counted from 1; 0 before the first step.
+    worst_norms: shape (n,): its norms by leaf.
+    history: shape (history,): the last norms, that of step i at `(i - 1) % history`.
+    labels: names of the leaves; static, no arrays.
+  """
+
+  norm: jax.Array
+  norms: jax.Array | tuple[()]
+  steps: jax.Array
+  nonfinite_steps: jax.Array
+  finite: jax.Array
+  nonfinite: jax.Array | tuple[()]
+  zero_fraction: jax.Array
+  param_norm: jax.Array
+  param_norms: jax.Array | tuple[()]
+  worst_norm: jax.Array
+  worst_step: jax.Array
+  worst_norms: jax.Array | tuple[()]
+  history: jax.Array | tuple[()]
+  labels: Labels
+
+  def last_norms(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """`(steps, norms)` of the steps in the history, oldest first, as numpy arrays; waits for the device."""
+    if isinstance(self.history, tuple):
+      return np.zeros(0, np.int64), np.zeros(0)
+    ring, steps = np.asarray(self.history), int(self.steps)
+    numbers = np.arange(max(steps - ring.shape[-1], 0) + 1, steps + 1)
+    return numbers, ring[..., (numbers - 1) % ring.shape[-1]]
+
+
+export.register_namedtuple_serialization(WatchState, serialized_name="clipjax.WatchState")
+
+
+def watch(
+  *, history: int = 0, per_leaf: bool = True, axis_name: Any = None, name: str = "grad"
+) -> optax.GradientTransformationExtraArgs:
+  """Measures updates and hands them on as they are: norms, zeros, nonfinite entries, the worst step, the last steps.
+
+  First in a chain it sees the raw gradient, and shares the norms with a clip behind it; last in a chain, with another
+  `name`, the updates that the optimizer makes of it, whose ratio to the parameters is what the learning rate does.
+  inf and NaN are counted, by leaf, and passed on. Parameter norms and the share of zeros are taken at every 16th
+  step, from the first on, so that a watch costs no second read of the updates.
 
   Args:
-    opt_state: the state of an optimizer, or an object that holds it as `opt_state`.
-    per_leaf: whether to add the numbers of every leaf, one device operation each.
+    history: the norms of so many last steps stay on the device, 4 bytes each, so that a loop that reads once in so
+      many steps, or a `jax.lax.scan` over them, misses none.
+    per_leaf: whether to keep numbers by leaf, 20 bytes for each; the global ones are always kept.
+    axis_name: as in `global_norm`.
+    name: first part of the keys of `clipjax.metrics`; a clip of the same name is taken to be of the same updates.
 
   Returns:
-    A dict of arrays of shape () (with leading axes for a state under `vmap`), on the device.
+    An `optax.GradientTransformationExtraArgs` with a `WatchState`. `clipjax.metrics` has `<name>/norm`,
+    `<name>/zero_fraction`, `<name>/param_norm`, `<name>/ratio`, `<name>/worst_norm`, `<name>/worst_step`, and by leaf
+    `<name>/norm/<leaf>`, `<name>/ratio/<leaf>`, `<name>/nonfinite/<leaf>` and `<name>/worst_norm/<leaf>`.
+
+  Raises:
+    ValueError: for a negative `history`; in `update`, for another number of leaves than `init` saw.
+    TypeError: for a `history` that is no Python integer; in `update`, for an integer or bool leaf, with its path.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
-    >>> tx = optax.chain(clipjax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    >>> params = {"w": jnp.zeros(2)}
-    >>> _, state = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
-    >>> for key, value in clipjax.metrics(state).items():
-    ...   print(key, value)
+    >>> clip = clipjax.clip_by_global_norm(1.0)
+    >>> tx = optax.chain(clipjax.watch(), clip, optax.sgd(0.1), clipjax.watch(name="update"))
+    >>> params = {"w": jnp.array([6.0, 8.0]), "b": jnp.array([0.0])}
+    >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.0])}
+    >>> _, state = tx.update(grads, tx.init(params), params)
+    >>> for key in ("grad/norm", "grad/zero_fraction", "grad/param_norm", "update/ratio/w"):
+    ...   print(key, clipjax.metrics(state, per_leaf=True)[key])
     grad/norm 5.0
-    grad/norm_clipped 1.0
-    grad/max_norm 1.0
-    grad/scale 0.2
-    grad/clip_fraction 1.0
-    grad/nonfinite_steps 0
-    grad/steps 1
+    grad/zero_fraction 0.33333334
+    grad/param_norm 10.0
+    update/ratio/w 0.01
   """
-  out: dict[str, jax.Array] = {}
-  for name, state in _states(opt_state):
-    if isinstance(state, SkipState):
-      out.update(_skip_metrics(name, state))
-      continue
-    out[f"{name}/norm"] = state.norm
-    out[f"{name}/norm_clipped"] = state.norm_clipped
-    is_global = state.labels.unit == "global"
-    out[f"{name}/max_norm"] = state.max_norm if is_global else jnp.min(state.max_norm, axis=-1, initial=jnp.inf)
-    out[f"{name}/scale"] = state.scale if is_global else jnp.min(state.scale, axis=-1, initial=1.0)
-    out[f"{name}/clip_fraction"] = _share(state.clipped_steps, state.steps)
-    out[f"{name}/nonfinite_steps"] = state.nonfinite_steps
-    out[f"{name}/steps"] = state.steps
-    if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
-      for i, label in enumerate(state.labels.block_names):
-        out[f"{name}/norm/{label}"] = state.norms[..., i]
-        out[f"{name}/max_norm/{label}"] = state.max_norm[..., i]
-        out[f"{name}/scale/{label}"] = state.scale[..., i]
-  return out
+  check_whole(history, "history", 0)
+  if not isinstance(per_leaf, bool):
+    raise TypeError(f"`per_leaf` must be True or False, got {_leaves.describe(per_leaf)}: pass one of them.")
+  label = partial(Labels.of, name=check_name(name), unit="leaf" if per_leaf else "global")
+
+  def init(params: optax.Params) -> WatchState:
+    return _empty_state(label(params), history)
+
+  def update(
+    updates: optax.Updates, state: WatchState, params: optax.Params | None = None, **extra_args: Any
+  ) -> tuple[optax.Updates, WatchState]:
+    del extra_args
+    if not isinstance(state, WatchState):
+      raise TypeError(
+        f"`state` must be the WatchState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
+        "transformation."
+      )
+    if axis_name is None:
+      _leaves.check_reduced(updates, params)
+    flat = _leaves.flatten(updates, "updates")
+    state.labels.check_count(updates, len(flat.measured))
+    axes = _leaves.resolve_axes(updates, axis_name)
+    weights = [] if params is None else [w for w in jax.tree.leaves(params) if _leaves.is_measured(w)]
+    if weights and len(weights) != len(flat.measured):
+      raise ValueError(
+        f"`params` must have the floating leaves of `updates`, got {len(weights)} for {len(flat.measured)}: pass the "
+        "parameters that the updates belong to."
+      )
+    of_params = tuple(map(_leaves.varying_axes, weights)) if axis_name is None else axes
+    return updates, _watched(_Spread(axes, of_params), flat.measured, weights, state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _skip_metrics(name: str, state: SkipState) -> dict[str, jax.Array]:
-  return {
-    f"{name}/norm": state.norm,
-    f"{name}/loss": state.loss,
-    f"{name}/max_norm": state.max_norm,
-    f"{name}/max_loss": state.max_loss,
-    f"{name}/fraction": _share(state.skipped_steps, state.steps),
-    f"{name}/consecutive": state.consecutive,
-    f"{name}/steps": state.steps,
-  }
+def _empty_state(labels: Labels, history: int) -> WatchState:
+  shape, dtype = labels.shape, _norms.norm_dtype()
 
+  def by_leaf(dtype: Any) -> Any:
+    return jnp.zeros(shape, dtype) if shape and shape[0] else ()  # Orbax saves no arrays of size 0.
 
-def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
-  """A count over another, 0 where that is 0."""
-  dtype = norm_dtype()
-  return part.astype(dtype) / jnp.maximum(whole, 1).astype(dtype)
-
-
-def check(opt_state: Any) -> None:
-  """Raises where the last step was not finite, and names the leaves: call it on the host, between steps.
-
-  A clip by leaf or by group names every leaf or group whose norm was inf or NaN; a global clip names the first leaf
-  with a NaN, or without any, the first with an inf or an overflow. Waits for the step to end.
-
-  Args:
-    opt_state: as in `metrics`.
-
-  Raises:
-    FloatingPointError: if the last step of any clip was not finite.
-
-  Example:
-    >>> import jax.numpy as jnp, clipjax
-    >>> tx = clipjax.clip_by_global_norm(1.0)
-    >>> grads = {"w": jnp.array([1.0]), "b": jnp.array([jnp.nan])}
-    >>> _, state = tx.update(grads, tx.init(grads))
-    >>> clipjax.check(state)
-    Traceback (most recent call last):
-    ...
-    FloatingPointError: step 1 of 'grad' was not finite: norm nan, first in leaf 'b'. 1 of 1 steps were not finite: \
-lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.
-  """
-  problems = []
-  for name, state in _states(opt_state):
-    if isinstance(state, SkipState):
-      # Without the wrapped state, which is large and not asked for.
-      problems.append(_skip_problem(name, jax.device_get(state._replace(inner_state=()))))
-    else:
-      problems.append(_problem(name, jax.device_get(state)))
-  problems = [text for text in problems if text]
-  if problems:
-    raise FloatingPointError(" ".join(problems))
-
-
-def _problem(name: str, state: Any) -> str:
-  """One sentence or two on a `ClipState` of numpy arrays whose last step was not finite; else an empty text."""
-  if np.all(state.finite):
-    return ""
-  labels = state.labels
-  if labels.unit == "global":
-    first = [i for i in np.unique(state.nonfinite_leaf) if i >= 0]
-    where = f"first in leaf {', '.join(repr(labels.leaves[i]) for i in first)}" if first else ""
-  else:
-    bad = ~np.isfinite(state.norms).reshape(-1, state.norms.shape[-1]).all(axis=0)
-    names = [repr(label) for label, is_bad in zip(labels.block_names, bad, strict=True) if is_bad]
-    where = f"in {labels.unit} {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
-  norms = state.norm if np.ndim(state.norm) == 0 else state.norm[~state.finite].flat[0]
-  return (
-    f"step {np.max(state.steps)} of '{name}' was not finite: norm {float(norms):g}, "
-    f"{where or f'threshold {float(np.min(state.max_norm)):g}'}. "
-    f"{np.max(state.nonfinite_steps)} of {np.max(state.steps)} steps were not finite: lower the learning rate, look at "
-    'the batch, or pass on_nonfinite="zero" to drop such steps.'
+  return WatchState(
+    norm=jnp.zeros((), dtype),
+    norms=by_leaf(dtype),
+    steps=jnp.zeros((), jnp.int32),
+    nonfinite_steps=jnp.zeros((), jnp.int32),
+    finite=jnp.ones((), jnp.bool_),
+    nonfinite=by_leaf(jnp.int32),
+    zero_fraction=jnp.zeros((), dtype),
+    param_norm=jnp.zeros((), dtype),
+    param_norms=by_leaf(dtype),
+    worst_norm=jnp.zeros((), dtype),
+    worst_step=jnp.zeros((), jnp.int32),
+    worst_norms=by_leaf(dtype),
+    history=jnp.zeros((history,), dtype) if history else (),
+    labels=labels,
   )
 
 
-def _skip_problem(name: str, state: Any) -> str:
-  """One sentence on a `SkipState` of numpy arrays that has rejected too many steps in a row; else an empty text."""
-  in_a_row = np.max(state.consecutive)
-  if in_a_row < np.min(state.max_consecutive_skips):
-    return ""
-  return (
-    f"the last {in_a_row} steps were all rejected by '{name}', the limit is {np.min(state.max_consecutive_skips)}: "
-    f"norm {float(np.max(state.norm)):g} against {float(np.min(state.max_norm)):g}, loss "
-    f"{float(np.max(state.loss)):g} against {float(np.min(state.max_loss)):g}: look at the data and at the loss, and "
-    "resume from before."
+class _Look(NamedTuple):
+  """What is seen at a look alone; fields as in `WatchState`."""
+
+  nonfinite: jax.Array | tuple[()]
+  zero_fraction: jax.Array
+  param_norm: jax.Array
+  param_norms: jax.Array | tuple[()]
+
+
+class _Spread(NamedTuple):
+  """The mesh axes of the updates and of the parameters, leaf by leaf; static."""
+
+  updates: tuple[Axes, ...]
+  params: tuple[Axes, ...]
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState) -> WatchState:
+  """The state after a step."""
+  per_leaf = state.labels.unit == "leaf"
+  norm, norms = _measure(per_leaf, axes.updates, leaves)
+  bad = ~jnp.isfinite(norm)
+  last = _Look(state.nonfinite, state.zero_fraction, state.param_norm, state.param_norms)
+  unseen = last._replace(nonfinite=jax.tree.map(jnp.zeros_like, last.nonfinite))
+  due = bad | (state.steps % LOOK_EVERY == 0)
+  seen = lax.cond(due, lambda: _look(per_leaf, axes, leaves, weights, last), lambda: unseen)
+  worse = (state.worst_step == 0) | (jnp.isfinite(state.worst_norm) & (bad | (norm > state.worst_norm)))
+  steps = optax.safe_increment(state.steps)
+  history = state.history
+  if not isinstance(history, tuple):
+    history = history.at[state.steps % history.shape[0]].set(norm)
+  return WatchState(
+    norm=norm,
+    norms=norms,
+    steps=steps,
+    nonfinite_steps=jnp.where(bad, optax.safe_increment(state.nonfinite_steps), state.nonfinite_steps),
+    finite=~bad,
+    worst_norm=jnp.where(worse, norm, state.worst_norm),
+    worst_step=jnp.where(worse, steps, state.worst_step),
+    worst_norms=jax.tree.map(lambda now, old: jnp.where(worse, now, old), norms, state.worst_norms),
+    history=history,
+    labels=state.labels,
+    **seen._asdict(),
   )
 
 
-def _states(opt_state: Any) -> Iterator[tuple[str, Any]]:
-  """Every state of this package with the name that its metrics have, from the outside in, in the order of the chain."""
-  taken: set[str] = set()
-  for path, state in _found((), getattr(opt_state, "opt_state", opt_state)):
-    base = name = "_".join([state.labels.name, *_transform_labels(path)])
-    copy = 1
-    while name in taken:
-      copy += 1
-      name = f"{base}_{copy}"
-    taken.add(name)
-    yield name, jax.tree.map(_unwrapped, state, is_leaf=_is_wrapper)
+def _measure(per_leaf: bool, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> tuple[jax.Array, Any]:
+  """The global norm, and those of the leaves where they are kept."""
+  everything = tuple(range(len(leaves)))
+  if not per_leaf or not leaves:
+    return _norms.block_norms(_norms.NormSpec(2.0, (everything,), axes), leaves)[0], ()
+  norms = _norms.stack(_norms.block_norms(_norms.NormSpec(2.0, tuple((i,) for i in everything), axes), leaves))
+  return _norms.vector_norm(norms, 2.0), norms
 
 
-def _found(prefix: tuple[Any, ...], tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-  """Every state of this package in a tree, with its path."""
-  paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, ClipState | SkipState))
-  for path, state in paths:
-    if isinstance(state, ClipState | SkipState):
-      yield (*prefix, *path), state
-    if isinstance(state, SkipState):
-      yield from _found((*prefix, *path), state.inner_state)
+def _look(per_leaf: bool, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], last: _Look) -> _Look:
+  """One read of the updates for the counts, one of the parameters for their norms."""
+  dtype = _norms.norm_dtype()
+  counts = [count.astype(dtype) for leaf in leaves for count in _zeros_and_nonfinite(_norms.upcast(leaf))]
+  counts = _norms.all_reduce(counts, [a for a in axes.updates for _ in range(2)], 1.0)
+  size = sum(jnp.size(x) * _leaves.axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
+  seen = last._replace(zero_fraction=_norms.stack(counts[::2]).sum() / max(size, 1))
+  if per_leaf and leaves:
+    seen = seen._replace(nonfinite=jnp.minimum(_norms.stack(counts[1::2]), _LARGEST_COUNT).astype(jnp.int32))
+  if weights:
+    param_norm, param_norms = _measure(per_leaf, axes.params, weights)
+    seen = seen._replace(param_norm=param_norm, param_norms=param_norms)
+  return seen
 
 
-def _transform_labels(path: tuple[Any, ...]) -> list[str]:
-  """The labels of every `optax.multi_transform` on a path: the keys of its dict `inner_states`."""
-  return [
-    str(key.key)
-    for field, key in itertools.pairwise(path)
-    if getattr(field, "name", None) == "inner_states" and hasattr(key, "key")
-  ]
-
-
-def _is_wrapper(x: Any) -> bool:
-  """Whether this is an array in a Flax NNX variable, which is told by its method."""
-  return callable(getattr(x, "get_value", None))
-
-
-def _unwrapped(x: Any) -> Any:
-  return x.get_value() if _is_wrapper(x) else x
+def _zeros_and_nonfinite(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The number of zeros, and of entries that are inf or NaN. Shape (), int32, each."""
+  # One reduction with two results: XLA on CPU would write out a copy of the leaf for either count by itself.
+  flags = (x == 0).astype(jnp.int32), (~jnp.isfinite(x)).astype(jnp.int32)
+  zero = jnp.zeros((), jnp.int32)
+  zeros, nonfinite = lax.reduce(flags, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(x.ndim)))
+  return zeros, nonfinite

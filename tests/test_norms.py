@@ -192,7 +192,7 @@ def test_normal_leaves_take_the_first_pass_alone(monkeypatch):
 
   def norms(leaves, by_leaf):
     blocks = tuple((i,) for i in range(100)) if by_leaf else (tuple(range(100)),)
-    return np.asarray(_norms.block_norms(_norms.NormSpec(2.0, blocks, None), leaves))
+    return np.asarray(_norms.block_norms(_norms.NormSpec(2.0, blocks, ((),) * len(leaves)), leaves))
 
   assert (norms(leaves, by_leaf=False) > 0).all()
   assert (norms(leaves, by_leaf=True) > 0).all()

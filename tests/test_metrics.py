@@ -16,7 +16,7 @@ from flax.training import train_state
 import clipjax
 
 PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
-KEYS = ("norm", "norm_clipped", "max_norm", "scale", "clip_fraction", "nonfinite_steps", "steps")
+KEYS = ("norm", "norm_clipped", "max_norm", "scale", "clip_fraction", "clipped_steps", "nonfinite_steps", "steps")
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # Adam and the wrappers of Optax need it.
 
