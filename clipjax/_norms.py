@@ -2,7 +2,7 @@
 
 Each leaf is reduced once, in float32 (float64 for float64 leaves), to the sum of the p-th powers of its entries. Only
 where a sum has overflowed or underflowed does a second pass behind `lax.cond` reduce those leaves again, rescaled, so
-that the normal case costs one read of the gradient. Under `vmap` that branch becomes a select and both passes run.
+that the normal case costs one read of the gradient, under `vmap` too.
 Derivatives never go through it: they are `custom_jvp` rules, `dn = <x / n, dx>` for the 2-norm.
 
 `block_norms` serves every caller. A block is a tuple of leaf indices that share one norm: all leaves in one block is
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from clipjax import _leaves
 from clipjax._leaves import Axes
@@ -165,8 +166,8 @@ def _uniform_block_norms(
   second_pass = _rescaled_square_norms if p == 2 else partial(_rescaled_power_norms, p)
   for chunk in _chunks([sum(xs[i].size for i in block) for block in blocks]):
     doubtful = jnp.stack([(totals[b] == jnp.inf) | (totals[b] < floors[b]) for b in chunk]).any()
-    again = partial(second_pass, [blocks[b] for b in chunk], xs, axes, [(totals[b], floors[b]) for b in chunk])
-    chosen = lax.cond(doubtful, again, lambda chunk=chunk: [norms[b] for b in chunk])
+    again = partial(second_pass, [blocks[b] for b in chunk], axes, [floors[b] for b in chunk])
+    chosen = _again_where(doubtful, again, [norms[b] for b in chunk], [totals[b] for b in chunk], xs)
     for b, norm in zip(chunk, chosen, strict=True):
       norms[b] = norm
   return norms
@@ -334,6 +335,33 @@ def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float) -> l
 # The second pass ----------------------------------------------------------------------------------------------------
 
 
+def _again_where(
+  doubtful: jax.Array, again: Callable[..., Any], norms: list[jax.Array], totals: list[jax.Array], xs: Sequence[Any]
+) -> list[jax.Array]:
+  """`again(totals, xs)` where doubtful, else `norms`; what is not asked for does not run, under `vmap` neither.
+
+  JAX makes a select, which runs both, of a `lax.cond` whose predicate is batched. Here the batch asks whether any of
+  it is doubtful, and each of its members keeps its own answer.
+  """
+
+  @custom_vmap
+  def choose(doubtful: jax.Array, norms: Any, totals: Any, xs: Any) -> Any:
+    return lax.cond(doubtful, lambda: again(totals, xs), lambda: norms)
+
+  @choose.def_vmap
+  def _(size: int, batched: Any, doubtful: jax.Array, norms: Any, totals: Any, xs: Any) -> Any:
+    of_doubtful, of_norms, *of_rest = jax.tree.map(lambda is_batched: 0 if is_batched else None, list(batched))
+    again_by_lane = jax.vmap(again, in_axes=tuple(of_rest), axis_size=size)
+    norms = jax.vmap(lambda norms: norms, in_axes=(of_norms,), axis_size=size)(norms)
+    chosen = _again_where(doubtful.any(), again_by_lane, norms, totals, xs)
+    keep = jax.vmap(
+      lambda ask, new, old: [jnp.where(ask, a, b) for a, b in zip(new, old, strict=True)], (of_doubtful, 0, 0)
+    )
+    return keep(doubtful, chosen, norms), [True] * len(norms)
+
+  return choose(doubtful, norms, totals, list(xs))
+
+
 def _floor(x: jax.Array, axes: Axes) -> float:
   """The power sum below which terms lost to underflow may matter: at most `size * tiny` is lost, 2^-25 of this."""
   return x.size * _leaves.axes_size(axes) * float(jnp.finfo(x.real.dtype).tiny) * 2.0**25
@@ -356,13 +384,14 @@ def _chunks(sizes: Sequence[int]) -> list[list[int]]:
 
 def _rescaled_square_norms(
   blocks: Sequence[tuple[int, ...]],
-  xs: Sequence[jax.Array],
   axes: Sequence[Axes],
-  totals: Sequence[tuple[jax.Array, float]],
+  floors: Sequence[float],
+  totals: Sequence[jax.Array],
+  xs: Sequence[jax.Array],
 ) -> list[jax.Array]:
   """2-norms at the power of two that the first sum of a block, held against its floor, asks for: one reduction."""
   scales = []
-  for block, (total, floor) in zip(blocks, totals, strict=True):
+  for block, total, floor in zip(blocks, totals, floors, strict=True):
     up = 2.0**600 if block and xs[block[0]].real.dtype == jnp.float64 else 2.0**90
     scales.append(jnp.where(total == jnp.inf, 1 / up, jnp.where(total < floor, up, 1)))
 
@@ -383,12 +412,13 @@ def _rescaled_square_norms(
 def _rescaled_power_norms(
   p: float,
   blocks: Sequence[tuple[int, ...]],
-  xs: Sequence[jax.Array],
   axes: Sequence[Axes],
-  totals: Sequence[tuple[jax.Array, float]],
+  floors: Sequence[float],
+  totals: Sequence[jax.Array],
+  xs: Sequence[jax.Array],
 ) -> list[jax.Array]:
   """p-norms with each block divided by its largest entry: two reductions."""
-  del totals
+  del floors, totals
   largest = _block_sums(math.inf, blocks, xs, axes)
   usable = [(m > 0) & (m < jnp.inf) for m in largest]
   units = [jnp.where(ok, m, 1) for ok, m in zip(usable, largest, strict=True)]

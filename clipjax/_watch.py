@@ -155,7 +155,7 @@ def _empty_state(labels: Labels, history: int) -> WatchState:
   shape, dtype = labels.shape, _norms.norm_dtype()
 
   def by_leaf(dtype: Any) -> Any:
-    return jnp.zeros(shape, dtype) if shape and shape[0] else ()  # Orbax saves no arrays of size 0.
+    return jnp.zeros(shape, dtype) if shape else ()
 
   return WatchState(
     norm=jnp.zeros((), dtype),
@@ -224,7 +224,7 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
 def _measure(per_leaf: bool, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> tuple[jax.Array, Any]:
   """The global norm, and those of the leaves where they are kept."""
   everything = tuple(range(len(leaves)))
-  if not per_leaf or not leaves:
+  if not per_leaf:
     return _norms.block_norms(_norms.NormSpec(2.0, (everything,), axes), leaves)[0], ()
   norms = _norms.stack(_norms.block_norms(_norms.NormSpec(2.0, tuple((i,) for i in everything), axes), leaves))
   return _norms.vector_norm(norms, 2.0), norms
@@ -237,7 +237,7 @@ def _look(per_leaf: bool, axes: _Spread, leaves: Sequence[Any], weights: Sequenc
   counts = _norms.all_reduce(counts, [a for a in axes.updates for _ in range(2)], 1.0)
   size = sum(jnp.size(x) * _leaves.axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
   seen = last._replace(zero_fraction=_norms.stack(counts[::2]).sum() / max(size, 1))
-  if per_leaf and leaves:
+  if per_leaf:
     seen = seen._replace(nonfinite=jnp.minimum(_norms.stack(counts[1::2]), _LARGEST_COUNT).astype(jnp.int32))
   if weights:
     param_norm, param_norms = _measure(per_leaf, axes.params, weights)

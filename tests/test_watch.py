@@ -1,0 +1,223 @@
+"""watch: what it measures against numpy, what it keeps, and what it costs beside a clip."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_bits_equal, oracle_norm, random_leaves
+
+import clipjax
+from clipjax._watch import LOOK_EVERY
+
+GRADS = {"w": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "b": jnp.array([12.0]), "h": jnp.array([0.0, 84.0], jnp.bfloat16)}
+PARAMS = {"w": jnp.full((2, 2), 2.0), "b": jnp.array([0.0]), "h": jnp.array([3.0, 4.0], jnp.bfloat16)}
+
+
+def run(tx, grads, params=None, steps=1):
+  state = tx.init(grads)
+  for _ in range(steps):
+    _, state = tx.update(grads, state, params)
+  return state
+
+
+def values(state):
+  return {key: np.asarray(value).item() for key, value in clipjax.metrics(state, per_leaf=True).items()}
+
+
+def test_it_measures_what_numpy_measures_and_changes_nothing(x64):
+  tx = clipjax.watch()
+  updates, state = jax.jit(tx.update)(GRADS, tx.init(GRADS), PARAMS)
+  assert_bits_equal(updates, GRADS)
+  got = values(state)
+  dtype = jnp.float64 if x64 else jnp.float32
+  assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype(dtype), jnp.dtype("int32"), jnp.dtype("bool")}
+  want = {
+    "norm": 85.0, "norm/w": 5.0, "norm/b": 12.0, "norm/h": 84.0,
+    "zero_fraction": 3 / 7, "param_norm": oracle_norm(PARAMS), "ratio": 85 / oracle_norm(PARAMS),
+    "ratio/w": 5 / 4, "ratio/b": 0.0, "ratio/h": 84 / 5,
+    "nonfinite/w": 0, "nonfinite/b": 0, "nonfinite/h": 0, "nonfinite_steps": 0, "steps": 1,
+    "worst_norm": 85.0, "worst_step": 1, "worst_norm/w": 5.0, "worst_norm/b": 12.0, "worst_norm/h": 84.0,
+  }  # fmt: skip
+  assert got.keys() == {f"grad/{key}" for key in want}
+  for key, value in want.items():
+    np.testing.assert_allclose(got[f"grad/{key}"], value, rtol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("per_leaf", [True, False])
+def test_norms_are_right_at_every_magnitude(magnitude, per_leaf):
+  leaves = random_leaves(7, magnitude=magnitude)
+  state = run(clipjax.watch(per_leaf=per_leaf), leaves)
+  np.testing.assert_allclose(state.norm, oracle_norm(leaves), rtol=1e-6)
+  if per_leaf:
+    np.testing.assert_allclose(state.norms, [oracle_norm(x) for x in leaves], rtol=1e-6)
+  else:
+    assert (state.norms, state.nonfinite, state.param_norms, state.worst_norms) == ((),) * 4
+
+
+def test_entries_that_are_not_finite_are_counted_by_leaf_and_named():
+  bad = {"w": jnp.array([jnp.inf, 1.0, -jnp.inf]), "b": jnp.array([0.0, jnp.nan]), "c": jnp.array([1.0])}
+  tx = clipjax.watch()
+  state = run(tx, jax.tree.map(jnp.ones_like, bad), steps=2)
+  _, state = jax.jit(tx.update)(bad, state)
+  assert state.labels.leaves == ("b", "c", "w")
+  np.testing.assert_array_equal(state.nonfinite, [1, 0, 2])
+  assert state.nonfinite_steps == 1 and not state.finite
+  np.testing.assert_allclose(state.zero_fraction, 1 / 6, rtol=1e-6)  # It looks at a step that is not finite.
+  with pytest.raises(FloatingPointError, match=r"step 3 of 'grad' was not finite: norm nan, in leaf 'b', 'w'\. 1 of 3"):
+    clipjax.check(state)
+  _, state = tx.update(jax.tree.map(jnp.ones_like, bad), state)
+  np.testing.assert_array_equal(state.nonfinite, [0, 0, 0])
+  clipjax.check(state)
+
+
+def test_without_leaves_check_says_that_much():
+  with pytest.raises(FloatingPointError, match=r"step 1 of 'grad' was not finite: norm inf, somewhere\. 1 of 1 steps"):
+    clipjax.check(run(clipjax.watch(per_leaf=False), jnp.array([jnp.inf])))
+
+
+def test_parameters_and_zeros_are_looked_at_every_so_many_steps():
+  tx = clipjax.watch()
+  state = tx.init(jnp.zeros(2))
+  for i in range(1, LOOK_EVERY + 2):
+    grad = jnp.array([float(i), 0.0 if i % 2 else 1.0])
+    _, state = tx.update(grad, state, jnp.array([0.0, float(i)]))
+    seen = 1 if i <= LOOK_EVERY else LOOK_EVERY + 1
+    assert state.param_norm == seen and state.zero_fraction == 0.5
+    np.testing.assert_allclose(values(state)["grad/ratio/."], state.norm / seen, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norms", [[1, 5, 3], [5, 1, 2], [1, np.inf, 9, np.nan], [np.nan, np.inf, 3], [0, 0]])
+def test_the_worst_step_is_the_first_that_is_not_finite_else_the_largest(norms):
+  tx = clipjax.watch()
+  state = tx.init({"a": jnp.zeros(1), "b": jnp.zeros(1)})
+  for norm in norms:
+    _, state = tx.update({"a": jnp.array([norm], jnp.float32), "b": jnp.array([0.25])}, state)
+  bad = [i for i, norm in enumerate(norms) if not np.isfinite(norm)]
+  worst = bad[0] if bad else int(np.argmax(norms))
+  assert state.worst_step == worst + 1
+  np.testing.assert_array_equal(state.worst_norms, np.float32([norms[worst], 0.25]))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5, 11])
+@pytest.mark.parametrize("how", ["loop", "scan"])
+def test_the_history_holds_the_last_norms_in_order(steps, how):
+  tx = clipjax.watch(history=4)
+  grads = jnp.arange(1.0, steps + 1)[:, None]
+  state = tx.init(jnp.zeros(1))
+  if how == "scan" and steps:
+    state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), state, grads)
+  else:
+    for g in grads:
+      _, state = jax.jit(tx.update)(g, state)
+  numbers, norms = state.last_norms()
+  want = np.arange(max(steps - 4, 0) + 1, steps + 1)
+  np.testing.assert_array_equal(numbers, want)
+  np.testing.assert_array_equal(norms, want)
+
+
+def test_without_history_there_are_no_last_norms():
+  numbers, norms = run(clipjax.watch(), jnp.ones(2)).last_norms()
+  assert numbers.shape == norms.shape == (0,)
+
+
+def test_it_goes_together_with_a_clip_of_its_name_and_the_first_speaks():
+  grads = {"w": jnp.array([3.0, 4.0])}
+  for order in (0, 1):
+    pair = [clipjax.watch(), clipjax.clip_by_global_norm(1.0)][:: 1 - 2 * order]
+    state = run(optax.chain(*pair), grads)
+    got = values(state)
+    assert got["grad/norm"] == 5 and got["grad/max_norm"] == 1 and got["grad/zero_fraction"] == 0
+    np.testing.assert_allclose(got["grad/norm/w"], [5.0, 1.0][order], rtol=1e-6)
+  twice = values(run(optax.chain(clipjax.watch(), clipjax.watch(), clipjax.watch(name="update")), grads))
+  assert {"grad/norm", "grad_2/norm", "update/norm"} <= twice.keys()
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_it_passes_through_the_wrappers_of_optax_and_under_vmap():
+  tx = optax.chain(clipjax.watch(history=3), clipjax.clip_by_global_norm(1.0), optax.adam(1e-3))
+  grads = jax.tree.map(lambda x: x.astype(jnp.float32), GRADS)
+  wrapped = {
+    "skip": clipjax.skip_steps(tx),
+    "finite": optax.apply_if_finite(tx, 5),
+    "steps": optax.MultiSteps(tx, 2).gradient_transformation(),
+    "masked": optax.masked(tx, dict.fromkeys(grads, True)),
+  }
+  for name, wrapper in wrapped.items():
+    state = run(wrapper, grads, PARAMS, steps=2)
+    np.testing.assert_allclose(values(state)["grad/norm"], 85.0, rtol=1e-6, err_msg=name)
+  batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), grads)
+  states = jax.vmap(tx.init)(batch)
+  _, states = jax.vmap(tx.update)(batch, states, batch)
+  np.testing.assert_allclose(clipjax.metrics(states, per_leaf=True)["grad/norm/w"], [5.0, 10.0])
+  mapped = optax.tree.map_params(tx, lambda x: x + 1, tx.init(grads))
+  assert mapped[0].labels == tx.init(grads)[0].labels
+
+
+def test_odd_trees():
+  for tree in ({}, {"a": None}, {"a": jnp.zeros((0, 3))}, {"a": jnp.zeros(2, jnp.int32)}):
+    tx = clipjax.watch(history=2)
+    state = tx.init(tree)
+    if not any(x.dtype == jnp.int32 for x in jax.tree.leaves(tree)):
+      _, state = tx.update(tree, state)
+      assert state.norm == 0 and state.zero_fraction == 0
+  complex_ = {"z": jnp.array([3 + 4j, 0j]), "f8": jnp.array([1.0, 0.0], jnp.float8_e4m3fn)}
+  state = run(clipjax.watch(), complex_)
+  np.testing.assert_allclose(state.norms, [1.0, 5.0])
+  np.testing.assert_allclose(state.zero_fraction, 0.5)
+
+
+def test_no_nan_for_finite_input_under_debug_nans():
+  with jax.debug_nans(True):
+    run(clipjax.watch(history=2), jax.tree.map(jnp.zeros_like, GRADS), jax.tree.map(jnp.zeros_like, PARAMS), steps=2)
+
+
+def test_beside_a_clip_it_reads_the_gradient_no_second_time():
+  grads = [jnp.ones((64, 64)) for _ in range(4)]
+  both = optax.chain(clipjax.watch(history=8), clipjax.clip_by_global_norm(1.0))
+  alone = clipjax.clip_by_global_norm(1.0)
+
+  def reductions_of_leaves(tx):
+    text = jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    reducing = set(re.findall(r"^%(\S+) [^{]*\{(?:(?!^\}).)*ROOT [^\n]* reduce\(", text, re.M | re.S))
+    calls = re.findall(r"calls=%(\S+?)[,\s]", entry)
+    return sum(call in reducing for call in calls) + len(re.findall(r"= f32\[\] reduce\(", entry))
+
+  assert reductions_of_leaves(alone) >= len(grads)  # Else the test would see nothing.
+  small = 3  # Vectors of one norm for each leaf.
+  assert reductions_of_leaves(both) <= reductions_of_leaves(alone) + small
+
+
+@pytest.mark.parametrize(
+  ("options", "error", "message"),
+  [
+    ({"history": -1}, ValueError, "`history` must be an integer >= 0, got -1: choose one in that range."),
+    ({"history": 2.0}, TypeError, "`history` must be an integer >= 0, got 2.0 (float): pass a Python integer."),
+    ({"per_leaf": 1}, TypeError, "`per_leaf` must be True or False, got 1 (int): pass one of them."),
+    ({"name": ""}, TypeError, "`name` must be a nonempty string, got '' (str): pass a word such as \"grad\"."),
+  ],
+)
+def test_bad_arguments(options, error, message):
+  with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    clipjax.watch(**options)
+
+
+def test_bad_states_and_trees():
+  tx = clipjax.watch()
+  state = tx.init(GRADS)
+  message = "`state` must be the WatchState that `init` gave, got an EmptyState: pass the state of this transformation."
+  with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+    tx.update(GRADS, optax.EmptyState())
+  message = (
+    "`params` must have the floating leaves of `updates`, got 1 for 3: pass the parameters that the updates belong to."
+  )
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    tx.update(GRADS, state, {"w": jnp.ones(2)})
+  with pytest.raises(ValueError, match="as many floating leaves as `init` saw, 3, got 1"):
+    tx.update({"w": GRADS["w"]}, state)
+  chex.assert_trees_all_equal(state, tx.init(GRADS))
