@@ -1,6 +1,11 @@
 """The same numbers wherever the leaves live: every transformation under jit, shard_map and pmap against one device."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -93,19 +98,26 @@ def mesh_of(mode):
 
 
 def on_mesh(mesh, tree, specs=SPECS):
-  return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+  def place(x, spec):
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: np.asarray(x)[index])
+
+  return jax.tree.map(place, tree, specs)
+
+
+def run_on_one_device():
+  """What every transformation gives on one device: a list of `(updates, states)` by step."""
+  step, init = all_steps()
+  step, states, out = jax.jit(step), init(some_tree()), []
+  for i, magnitude in enumerate(MAGNITUDES):
+    updates, states = step(states, some_tree(magnitude, seed=i), some_tree(10.0))
+    out.append((updates, states))
+  return out
 
 
 @pytest.fixture(scope="module")
 def on_one_device():
-  """What every transformation gives on one device: a list of `(updates, states)` by step."""
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    step, init = all_steps()
-    step, states, out = jax.jit(step), init(some_tree()), []
-    for i, magnitude in enumerate(MAGNITUDES):
-      updates, states = step(states, some_tree(magnitude, seed=i), some_tree(10.0))
-      out.append((updates, states))
-  return out
+    return run_on_one_device()
 
 
 def assert_close(got, want, rtol=1e-5):
@@ -118,6 +130,49 @@ def assert_close(got, want, rtol=1e-5):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_transformation_gives_the_numbers_of_one_device(mode, on_one_device):
+  run_and_compare(mode, on_one_device)
+
+
+# Each of two processes, with four devices of its own.
+PROGRAM = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
+import test_sharding
+want = test_sharding.run_on_one_device()
+for mode in ("auto", "shard_map"):
+  test_sharding.run_and_compare(mode, want)
+print("the same")
+"""
+
+
+def test_two_processes_give_the_numbers_of_one_device():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  env["PYTHONPATH"] = str(Path(clipjax.__file__).parents[1])
+  command = [sys.executable, "-c", PROGRAM, address]
+  here = Path(__file__).parent
+  both = [
+    subprocess.Popen([*command, rank], cwd=here, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for rank in "01"
+  ]
+  try:
+    for process in both:
+      out, err = process.communicate(timeout=300)
+      assert out.splitlines()[-1:] == ["the same"], err[-3000:]  # Gloo prints, too.
+  finally:
+    for process in both:
+      process.kill()
+
+
+def run_and_compare(mode, on_one_device):
+  """Runs every transformation on a mesh of eight devices and holds it to `on_one_device`."""
   mesh = mesh_of(mode)
   step, init = all_steps(AXES if mode == "unchecked" else None)
   params = on_mesh(mesh, some_tree(10.0))
@@ -136,10 +191,11 @@ def test_every_transformation_gives_the_numbers_of_one_device(mode, on_one_devic
         )
       )
     states = init(params)
+    whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))  # Every process can read it.
     for i, magnitude in enumerate(MAGNITUDES):
       updates, states = run(states, on_mesh(mesh, some_tree(magnitude, seed=i)), params)
-      assert_close(updates, on_one_device[i][0])
-      assert_close(states, on_one_device[i][1])
+      assert_close(*jax.device_get((whole(updates), on_one_device[i][0])))
+      assert_close(*jax.device_get((whole(states), on_one_device[i][1])))
   for name in transformations():  # Gradients stay where they were, states are everywhere.
     for leaf in SPECS.keys() - {"empty_shards"}:  # XLA makes a constant of an array without entries.
       spec = SPECS[leaf]
