@@ -19,6 +19,9 @@ if TYPE_CHECKING:
   from clipjax._published import adagc as adagc
   from clipjax._published import autoclip as autoclip
   from clipjax._published import zclip as zclip
+  from clipjax._record import Recorder as Recorder
+  from clipjax._run import Run as Run
+  from clipjax._run import read_run as read_run
   from clipjax._skip import SkipState as SkipState
   from clipjax._skip import skip_steps as skip_steps
   from clipjax._transforms import ClipState as ClipState
@@ -38,6 +41,8 @@ _HOME = {
   "_metrics": ("check", "metrics"),
   "_norms": ("global_norm", "leaf_norms"),
   "_published": ("adagc", "autoclip", "zclip"),
+  "_record": ("Recorder",),
+  "_run": ("Run", "read_run"),
   "_skip": ("SkipState", "skip_steps"),
   "_transforms": (
     "ClipState",
