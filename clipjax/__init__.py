@@ -20,6 +20,8 @@ if TYPE_CHECKING:
   from clipjax._published import autoclip as autoclip
   from clipjax._published import zclip as zclip
   from clipjax._record import Recorder as Recorder
+  from clipjax._report import plot_norms as plot_norms
+  from clipjax._report import write_report as write_report
   from clipjax._run import Run as Run
   from clipjax._run import read_run as read_run
   from clipjax._skip import SkipState as SkipState
@@ -42,6 +44,7 @@ _HOME = {
   "_norms": ("global_norm", "leaf_norms"),
   "_published": ("adagc", "autoclip", "zclip"),
   "_record": ("Recorder",),
+  "_report": ("plot_norms", "write_report"),
   "_run": ("Run", "read_run"),
   "_skip": ("SkipState", "skip_steps"),
   "_transforms": (
