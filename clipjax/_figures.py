@@ -17,7 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from clipjax import _series
-from clipjax._series import Floats, Ints, NormSeries, Vectors, number, short
+from clipjax._run import Floats, Ints
+from clipjax._series import NormSeries, Vectors, short
+from clipjax._words import number
 
 # Okabe and Ito's colours, which are told apart with any colour vision.
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
@@ -77,7 +79,7 @@ def layers(found: Vectors, width: float = WIDE) -> Figure:
   image, handles = _draw_grid(axes, grid)
   bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.02, aspect=40, shrink=0.8, label="norm")
   bar.set_ticks(_ticks(image.norm.vmin, image.norm.vmax, 4 if width < WIDE else 8))
-  bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(10.0**x)))
+  bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(10.0**x)))
   each = math.ceil(count / max(1, int((height - 1.2) / 0.16)))
   at = np.arange(0, count, each)
   names = [short(name, 18 if width < WIDE else 36) for name in _series.without_common(found.names)[::each]]
@@ -143,7 +145,7 @@ def weights(steps: Ints, edges: Floats, counts: Floats, width: float = WIDE) -> 
     axes.set_xlim(edges[max(used[0] - 1, 0)], edges[min(used[-1] + 2, edges.size - 1)])
   axes.set_ylim(bottom=0)
   axes.xaxis.set_major_locator(MaxNLocator(4 if width < WIDE else 8, integer=True))
-  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(10.0**x)))
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(10.0**x)))
   axes.set_xlabel("size of the weight")
   axes.set_ylabel("% of the weights")
   return _with_legend(figure, axes, width)
@@ -252,10 +254,10 @@ def _log_axis(axes: Axes, values: Floats, which: str = "y") -> None:
   room = max(2.0, (high / low) ** 0.06) if math.isfinite(high / low) else 1e3
   low, high = max(low / room, 1e-307), min(high * room, 1e307)
   axis = getattr(axes, f"{which}axis")
+  getattr(axes, f"set_{which}lim")(low, high)  # First: autoscaling of norms near the largest float overflows.
   getattr(axes, f"set_{which}scale")("log")
-  getattr(axes, f"set_{which}lim")(low, high)
-  axis.set_major_locator(FixedLocator([10**place for place in _ticks(math.log10(low), math.log10(high), 7)]))
-  axis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
+  axis.set_major_locator(FixedLocator([10.0**place for place in _ticks(math.log10(low), math.log10(high), 7)]))
+  axis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
   axis.set_minor_locator(NullLocator())
   if not known.size:
     axis.set_ticks([])
@@ -269,6 +271,14 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
   if len(places) > most:
     places = [i for i in decades.tolist() if low <= i <= high]
   return places[:: math.ceil(len(places) / most)]
+
+
+def _tick(x: float) -> str:
+  """A number in as few characters as it has digits: 0.001, 2,000, 1e-5."""
+  if 1e3 <= x < 1e6:
+    return f"{x:,.0f}"
+  mantissa, _, exponent = f"{x:.3g}".partition("e")
+  return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def _step_axis(axes: Axes, steps: Any, width: float) -> None:

@@ -40,12 +40,11 @@ _VARIABLES = {
 _COLOUR = re.compile("|".join(_VARIABLES))
 # Nothing may be fetched, whatever the page holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_SOURCES = {
-  "github.com/google-research/tuning_playbook": "https://github.com/google-research/tuning_playbook",
-  "CS231n": "https://cs231n.github.io/neural-networks-3/",
-  "OLMo-core": "https://github.com/allenai/OLMo-core",
-}
-_SOURCE = re.compile(f"({'|'.join(map(re.escape, _SOURCES))})")
+# The addresses that the rules of a finding come from; any other stays text, for names of leaves may look like one.
+_SOURCE = re.compile(
+  r"(github\.com/google-research/tuning_playbook|github\.com/allenai/OLMo-core|"
+  r"cs231n\.github\.io/neural-networks-\d/?(?:#\w+)?|arXiv \d{4}\.\d{4,5})"
+)
 _CSS = """
 :root{color-scheme:light dark;--page:#fff;--text:#1f2328;--soft:#59636e;--edge:#d1d9e0;--card:#f6f8fa;--link:#0550ae;
 --blue:#0072b2;--vermilion:#d55e00;--green:#009e73;--orange:#e69f00;--purple:#b8578f;--sky:#56b4e9;--grey:#8c8c8c;
@@ -74,6 +73,7 @@ border-radius:4px;padding:0 .35rem}
 .FAIL{color:var(--fail)}.WARN{color:var(--warn)}.INFO{color:var(--info)}
 .answer{font-size:1.3rem;font-weight:600}summary{cursor:pointer;padding:.4rem 0}
 .findings td:nth-child(2){white-space:nowrap}.findings td:nth-child(3){min-width:16rem}
+.findings td:nth-child(4){min-width:13rem}
 @media(max-width:44rem){.wide{display:none}.narrow{display:block}
 :is(.findings,.cards) thead{position:absolute;clip-path:inset(50%)}
 :is(.findings,.cards) tr{display:block;padding:.6rem 0;border-bottom:1px solid var(--edge)}
@@ -98,8 +98,12 @@ def code(value: object) -> str:
 def prose(value: str) -> str:
   """Text as HTML, the sources of the rules as links. No other address becomes one."""
   parts = _SOURCE.split(value)
-  marked = (f'<a href="{_SOURCES[p]}">{text(p)}</a>' if i % 2 else text(p) for i, p in enumerate(parts))
-  return "".join(marked)
+  return "".join(f'<a href="{_address(p)}">{text(p)}</a>' if i % 2 else text(p) for i, p in enumerate(parts))
+
+
+def _address(source: str) -> str:
+  number = source.removeprefix("arXiv ")
+  return f"https://{source}" if number == source else f"https://arxiv.org/abs/{number}"
 
 
 def figure(draw: Callable[[float], Figure], alt: str, caption: str) -> str:

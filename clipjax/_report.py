@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipjax import _health, _series
+from clipjax import _health, _suggest
+from clipjax._raw_norms import main_name
 from clipjax._run import Run
-from clipjax._series import number
+from clipjax._series import norm_series
+from clipjax._words import described, number, percent
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -35,7 +37,7 @@ def plot_norms(run: Run) -> "Figure":
     run: from `clipjax.read_run`.
 
   Returns:
-    A `matplotlib.figure.Figure` that is not known to pyplot: show it in a notebook as it is, or call `savefig`.
+    A `matplotlib.figure.Figure` that pyplot does not know: call its `savefig`, or show it under `%matplotlib inline`.
 
   Raises:
     TypeError: if `run` is no `Run`.
@@ -51,7 +53,7 @@ def plot_norms(run: Run) -> "Figure":
     'grad/norm'
   """
   _check(run)
-  series = _series.norm_series(run)
+  series = norm_series(run)
   if series is None:
     raise ValueError(f"`run` must have a norm, got {sorted(run.columns)}: chain clipjax.watch() or a clip, and push.")
   figure: Figure = _module("_figures").norms(series)
@@ -93,7 +95,7 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
   return target
 
 
-def to_json(run: Run, largest: int = _LARGEST_DATA) -> tuple[str, list[str]]:
+def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
   """`(text, omitted)`: the series as ASCII JSON, numbers to 7 digits, null for what is absent or not finite.
 
   Keys: `steps`, `columns`, `nonfinite` (key to steps), `leaves`, `vectors` (key to steps and rows), `weights`,
@@ -124,7 +126,7 @@ def to_json(run: Run, largest: int = _LARGEST_DATA) -> tuple[str, list[str]]:
 def _page(run: Run) -> str:
   """The HTML of a run."""
   page, sections = _module("_page"), _module("_sections")
-  data, omitted = to_json(run)
+  data, omitted = to_json(run, _LARGEST_DATA)
   title = f"Training run {os.path.basename(run.path)}"
   body = [f"<h1>{page.text(title)}</h1>", f'<p class="soft">{_subtitle(run)}</p>', sections.summary(run)]
   body += [_verdict(run, page), _suggestion(run, page)]
@@ -155,14 +157,14 @@ def _verdict(run: Run, page: Any) -> str:
 
 def _suggestion(run: Run, page: Any) -> str:
   try:
-    found = _health.suggest_max_norm(run)
+    found = _suggest.suggest_max_norm(run)
   except ValueError as error:
     body = f"<p>None: {page.prose(str(error))}</p>"
   else:
     body = f'<p class="answer">max_norm = {number(found.max_norm)}</p><p>{page.prose(found.reason)}</p>'
     body += f"<ul>{''.join(f'<li>{page.prose(note)}</li>' for note in found.notes)}</ul>"
-    pairs = [(found.max_norm, found.clip_fraction), *found.alternatives]
-    rows = [(f"{number(value)}{'' if i else ' (suggested)'}", f"{share:.1%}") for i, (value, share) in enumerate(pairs)]
+    pairs = sorted({(found.max_norm, found.clip_fraction), *found.alternatives})
+    rows = [(number(value) + " (suggested)" * (value == found.max_norm), percent(share)) for value, share in pairs]
     body += page.table(("max_norm", "would have clipped"), rows, "layers")
   return f"<section><h2>Suggested threshold</h2>{body}</section>"
 
@@ -214,7 +216,7 @@ def _keep(into: dict[str, str], omitted: list[str], key: str, source: str, room:
 
 def _rank(run: Run, key: str) -> tuple[int, int]:
   """Main series first: norm and threshold, what the caller pushed, then the rest in their order."""
-  main = [f"{_series.main_name(run)}/{quantity}" for quantity in ("norm", "max_norm", "scale", "norm_clipped")]
+  main = [f"{main_name(run)}/{quantity}" for quantity in ("norm", "max_norm", "scale", "norm_clipped")]
   rank = 0 if key in main else 1 if "/" not in key else 2
   return rank, list(run.columns).index(key)
 
@@ -224,7 +226,7 @@ def _rank(run: Run, key: str) -> tuple[int, int]:
 
 def _check(run: object) -> None:
   if not isinstance(run, Run):
-    raise TypeError(f"`run` must be a Run, got {type(run).__name__}: read the file with clipjax.read_run(path).")
+    raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.read_run(path).")
 
 
 def _module(name: str) -> Any:

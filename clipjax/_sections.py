@@ -11,8 +11,9 @@ import numpy as np
 
 from clipjax import _figures, _page, _series
 from clipjax._page import code, text
-from clipjax._run import Run
-from clipjax._series import Floats, NormSeries, Vectors, column, flag, number, share, short
+from clipjax._run import Bools, Floats, Ints, Run
+from clipjax._series import NormSeries, Vectors, column, flag, short
+from clipjax._words import counted, duration, number, percent
 
 _MOST_LAYERS = 5  # Named of the worst step.
 
@@ -57,7 +58,7 @@ def summary(run: Run) -> str:
     pairs += [("last finite loss", number(float(known[-1])) if known.size else "none finite")]
   _, seconds = _series.seconds_per_step(run)
   if seconds.size:
-    pairs.append(("median time of a step", _duration(float(np.median(seconds)))))
+    pairs.append(("median time of a step", duration(float(np.median(seconds)))))
   return _page.numbers(pairs)
 
 
@@ -82,12 +83,12 @@ def norm_words(series: NormSeries) -> str:
   else:
     least, last, most = (number(float(x)) for x in (limits.min(), limits[-1], limits.max()))
     said.append(f"Threshold between {least} and {most}, {last} in the end.")
-  said.append(f"{share(int(series.clipped.sum()), series.steps.size)} steps clipped.")
+  said.append(f"{_share(series.clipped)} steps clipped.")
   bad = series.steps[series.nonfinite]
   first = f", the first is step {bad[0]:,}" if bad.size else ""
-  said.append(f"{share(bad.size, series.steps.size)} steps not finite{first}.")
+  said.append(f"{_share(series.nonfinite)} steps not finite{first}.")
   if series.rejected.any():
-    said.append(f"{share(int(series.rejected.sum()), series.steps.size)} steps rejected by skip_steps.")
+    said.append(f"{_share(series.rejected)} steps rejected by skip_steps.")
   return " ".join(said)
 
 
@@ -98,7 +99,8 @@ def _histogram(series: NormSeries) -> Section:
   values = _percentiles(norm)
   said = ", ".join(f"p{p} {number(x)}" for p, x in zip(_figures.PERCENTILES, values, strict=True))
   alt = f"Histogram of log10 of {series.name}/norm over {np.isfinite(norm).sum():,} finite steps: {said}."
-  caption = "How often each size of the norm occurred; the lines are percentiles over all finite steps."
+  caption = "How often each size of the norm occurred. The lines are percentiles over all finite steps; those of the "
+  caption += "verdict leave the warm-up out."
   if (norm == 0).any():
     caption += f" {int((norm == 0).sum()):,} steps with norm 0 have no place on a log axis."
   return _section("Distribution of the norm", partial(_figures.histogram, norm, values), alt, caption)
@@ -196,15 +198,15 @@ def _speed(run: Run) -> Section:
   if not seconds.size:
     return Missing(title, f"two calls of {code('recorder.push')} or more give the time of a step.")
   panels = [("ms per step", steps, 1e3 * seconds)]
-  middle, slow = (_duration(float(np.percentile(seconds, p))) for p in (50, 99))
+  middle, slow = (duration(float(np.percentile(seconds, p))) for p in (50, 99))
   total = float(np.nansum(np.diff(column(run, "time")[np.isfinite(column(run, "time"))])))
   said = [f"Line chart of the time of a step: median {middle}, 99th percentile {slow}"]
-  said += [f"{number(1 / float(np.median(seconds)))} steps per second, {_duration(max(total, 0))} in all"]
+  said += [f"{number(1 / float(np.median(seconds)))} steps per second, {_total(max(total, 0))} in all"]
   for key in ("tokens", "examples"):
     at, rate = _series.throughput(run, key)
     if rate.size and (rate > 0).all():
       panels.append((f"{key} per second", at, rate))
-      said.append(f"median {number(float(np.median(rate)))} {key} per second")
+      said.append(f"median {counted(float(np.median(rate)))} {key} per second")
   caption = "Time between two pushes over the steps between them, and its median, dashed. "
   if len(panels) == 1:
     caption += f"For the throughput give {code('tokens=')} or {code('examples=')}, the amount in a step, to push."
@@ -256,7 +258,7 @@ def _distribution(values: Floats) -> str:
   return f"median {p50}, 90th percentile {p90}, 99th percentile {p99}, smallest {least}, largest {most}"
 
 
-def _span(steps: _series.Ints) -> str:
+def _span(steps: Ints) -> str:
   return f"step {steps[0]:,}" if steps.size == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
 
 
@@ -275,9 +277,12 @@ def _some(found: Vectors | None) -> Vectors:
   return found
 
 
-def _duration(seconds: float) -> str:
-  """With the unit that gives a short number."""
-  for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
-    if seconds >= 1.5 * size or (unit == "ms" and seconds >= 1e-3):
-      return f"{number(seconds / size)} {unit}"
-  return f"{number(seconds / 1e-6)} µs"
+def _total(seconds: float) -> str:
+  """A long time in hours or minutes."""
+  unit, size = ("h", 3600) if seconds >= 5400 else ("min", 60)
+  return f"{number(seconds / size)} {unit}" if seconds >= 90 else duration(seconds)
+
+
+def _share(mask: Bools) -> str:
+  """How many, of how many, in percent."""
+  return f"{mask.sum():,} of {mask.size:,} ({percent(float(mask.mean()))})"

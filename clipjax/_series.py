@@ -4,16 +4,12 @@ Numbers are always of all steps. Only what is drawn is thinned, by `thin`, `thin
 them keeps the extremes. NaN stands for what is absent or was not finite, as in a `Run`.
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._run import Run
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-Ints = np.ndarray[Any, np.dtype[np.int64]]
-Bools = np.ndarray[Any, np.dtype[np.bool_]]
+from clipjax._raw_norms import main_name
+from clipjax._run import Bools, Floats, Ints, Run
 
 
 class NormSeries(NamedTuple):
@@ -54,15 +50,6 @@ class Worst(NamedTuple):
   layers: tuple[tuple[str, float], ...]
 
 
-def main_name(run: Run) -> str | None:
-  """The state that a report is about: "grad", else the first with a norm that is not "skip", else "skip", else None."""
-  names = [key.removesuffix("/norm") for key in run.columns if key.endswith("/norm") and key.count("/") == 1]
-  for name in ("grad", *(name for name in names if name != "skip"), "skip"):
-    if name in names:
-      return name
-  return None
-
-
 def column(run: Run, key: str) -> Floats:
   """A column of `run`, of NaN where it has none of that name."""
   return run.columns.get(key, np.full(len(run.steps), np.nan))
@@ -82,9 +69,10 @@ def norm_series(run: Run) -> NormSeries | None:
   bad, rejected = flag(run, f"{name}/norm"), column(run, "skip/consecutive") > 0
   if name != "skip" and "skip/norm" in run.columns:
     # A clip inside `skip_steps` repeats the step before the rejected one, and its count stands still.
-    unseen = rejected & (np.diff(count, prepend=0) == 0)
+    unseen = np.diff(count, prepend=0) == 0
     norm = np.where(unseen, column(run, "skip/norm"), norm)
     bad = np.where(unseen, flag(run, "skip/norm"), bad)
+    rejected = rejected | unseen
   # Rows out of a watch's history have a norm and no scale.
   clipped = np.where(np.isfinite(scale), scale < 1, norm > limit) & ~rejected
   return NormSeries(name, run.steps, norm, limit, clipped, bad, rejected)
@@ -193,21 +181,7 @@ def time_grid(steps: Ints, values: Floats, bins: int) -> Grid:
   return Grid(start, stop, grid)
 
 
-# Words --------------------------------------------------------------------------------------------------------------
-
-
-def number(x: float) -> str:
-  """Three digits, and no exponent below a million."""
-  if 999.5 <= abs(x) < 1e6:
-    return f"{x:,.0f}"
-  mantissa, _, exponent = f"{x:.3g}".partition("e")
-  return f"{mantissa}e{int(exponent)}" if exponent else mantissa
-
-
-def share(part: int, whole: int) -> str:
-  """`part of whole (percent)`."""
-  percent = 100 * part / whole if whole else math.nan
-  return f"{part:,} of {whole:,} ({percent:.3g}%)" if whole else "0 of 0"
+# Names --------------------------------------------------------------------------------------------------------------
 
 
 def plain(name: str) -> str:
