@@ -57,8 +57,10 @@ def _first_layers(view: View) -> str:
   for quantity in ("nonfinite", "norm"):
     names, steps, values = view.blocks(view.name, quantity)
     rows = values[steps == bad[0]]
-    if f"{view.name}/{quantity}" in view.run.vectors and len(rows):
-      layers = [name for name, x in zip(names, rows[0], strict=True) if np.isnan(x) or (quantity == "nonfinite" and x)]
+    if len(rows):
+      layers = [
+        name for name, x in zip(names, rows[0], strict=True) if np.isinf(x) or (quantity == "nonfinite" and x > 0)
+      ]
       if layers:
         return f"; first in {'every leaf' if len(layers) == len(names) > 3 else several(layers)}"
   return ""
@@ -307,7 +309,7 @@ def _acted(view: View) -> Bools:
 
 def _medians(names: tuple[str, ...], values: Floats) -> dict[str, float]:
   """The median of each column of positive numbers, by name; columns without any are left out."""
-  kept = [(name, x[x > 0]) for name, x in zip(names, values.T, strict=True)]
+  kept = [(name, x[(x > 0) & np.isfinite(x)]) for name, x in zip(names, values.T, strict=True)]
   return {name: float(np.median(x)) for name, x in kept if x.size}
 
 
