@@ -191,7 +191,7 @@ def test_spikes_that_no_clip_caught():
   report = clipjax.diagnose(run_of({"grad/norm": with_spikes()["grad/norm"]}))
   assert bad(report) == ["spikes"]
   message = only(report, "spikes").message
-  assert message.startswith("2 of 400 norms were spikes that no clip caught, at steps 201, 301, the largest 30 against")
+  assert message.startswith("2 of 400 norms were spikes that nothing caught, at steps 201, 301, the largest 30 against")
   assert "6 standard deviations above the mean of the 128 norms before" in message
 
 
@@ -214,7 +214,7 @@ def test_spikes_that_the_clip_or_skip_steps_caught_are_no_warning():
   report = clipjax.diagnose(run_of(columns))
   assert bad(report) == []
   assert only(report, "spikes-caught").message.startswith(
-    "2 of 400 norms were spikes that the clip caught, at steps 20"
+    "2 of 400 norms were spikes that the clip or skip_steps caught, at st"
   )
   columns = {key: with_spikes()[key] for key in ("grad/norm", "skip/consecutive")}
   columns["skip/consecutive"][[200, 300]] = 1
@@ -292,6 +292,10 @@ def test_updates_too_large_or_small_for_their_parameters(ratio, advice):
   assert finding.advice.startswith(advice)
 
 
+def test_ratios_of_parameters_that_were_not_given_are_not_judged():
+  assert bad(clipjax.diagnose(run_of(healthy(**{"update/ratio": np.zeros(N)})))) == []
+
+
 def test_the_ratio_of_a_gradient_is_not_judged():
   assert bad(clipjax.diagnose(run_of(healthy(**{"grad/ratio": np.full(N, 50.0)})))) == []
 
@@ -311,6 +315,7 @@ def test_layers_whose_norms_are_far_apart():
     "5000 times apart: 0.0001 in 'in/w', 0.5 in 'out/w'. Rule: at most 1000" in only(report, "layer-spread").message
   )
   assert bad(clipjax.diagnose(run_of(healthy(), **layered([6e-4, 0.5])))) == []
+  assert bad(clipjax.diagnose(run_of(healthy(), **layered([4e-4, 0.5])))) == ["layer-spread"]
 
 
 def test_zeros_in_the_gradient():
@@ -414,6 +419,12 @@ def test_equal_norms_are_no_defect(value):
   report = clipjax.diagnose(run_of({"grad/norm": np.full(N, value)}))
   assert bad(report) == []
   assert f"p50 {value:.3g}, p90 {value:.3g}, p99 {value:.3g}" in only(report, "norms").message
+
+
+def test_norms_that_differ_by_rounding_have_no_spikes():
+  norm = 1 + 1e-7 * (np.arange(N) % 2)
+  norm[200] += 1e-5
+  assert bad(clipjax.diagnose(run_of({"grad/norm": norm}))) == []
 
 
 def test_norms_that_are_never_finite():
@@ -523,7 +534,7 @@ def test_the_checks_leave_the_run_as_it_was():
 
 def test_every_check_is_in_use():
   names = [name for name in vars(_checks) if name.startswith("_") and "view" in _arguments(vars(_checks)[name])]
-  helpers = {"_first_layers", "_clip_shares", "_acted"}
+  helpers = {"_first_layers", "_clip_shares", "_clip_too_high", "_layer_ratios", "_acted"}
   assert set(names) - helpers == {check.__name__ for check in _checks.CHECKS if check.__name__.startswith("_")}
   assert len(set(_checks.CHECKS + _facts.FACTS)) == len(_checks.CHECKS + _facts.FACTS)
 
