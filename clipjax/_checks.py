@@ -57,8 +57,10 @@ def _first_layers(view: View) -> str:
   for quantity in ("nonfinite", "norm"):
     names, steps, values = view.blocks(view.name, quantity)
     rows = values[steps == bad[0]]
-    if f"{view.name}/{quantity}" in view.run.vectors and len(rows):
-      layers = [name for name, x in zip(names, rows[0], strict=True) if np.isnan(x) or (quantity == "nonfinite" and x)]
+    if len(rows):
+      layers = [
+        name for name, x in zip(names, rows[0], strict=True) if np.isinf(x) or (quantity == "nonfinite" and x > 0)
+      ]
       if layers:
         return f"; first in {'every leaf' if len(layers) == len(names) > 3 else several(layers)}"
   return ""
@@ -128,14 +130,13 @@ def _spikes(view: View) -> Iterator[Finding]:
   spike = values > bounds
   if not spike.any():
     return
-  acted = _acted(view)[finite]
-  free = spike & ~(acted | view.norms.rejected[finite])
+  free = spike & ~(_acted(view) | view.norms.rejected)[finite]
   shown = free if free.any() else spike
   largest = int(np.argmax(np.where(shown, values, -1)))
   count = int(shown.sum())
   message = (
     f"{count} of {values.size} norms {'was a spike' if count == 1 else 'were spikes'} that "
-    f"{'no clip caught' if free.any() else 'the clip caught'}, {at_steps(steps[shown])}, the largest "
+    f"{'nothing caught' if free.any() else 'the clip or skip_steps caught'}, {at_steps(steps[shown])}, the largest "
     f"{number(values[largest])} against a limit of {number(bounds[largest])}. Rule: {sigma:g} standard deviations "
     f"above the mean of the {window} norms before, as in OLMo-core's skip-step (github.com/allenai/OLMo-core)."
   )
@@ -149,16 +150,23 @@ def _spikes(view: View) -> Iterator[Finding]:
     "Clip just above the typical norm (clipjax.suggest_max_norm), or reject such steps: skip_steps with "
     f"rules.rolling_sigma({sigma:g}, window={window}). Look at the batches of these steps.",
   )
+  yield from _clip_too_high(view, values[free])
+
+
+def _clip_too_high(view: View, spikes: Floats) -> Iterator[Finding]:
+  """Of a clip that never acted, though there were these spikes."""
   limits = view.column(f"{view.name}/max_norm")
-  if limits.size and not acted.any() and not view.last(f"{view.name}/clip_fraction"):
-    yield Finding(
-      "WARN",
-      "clip-too-high",
-      f"{view.name!r} never clipped while {count} {'spike' if count == 1 else 'spikes'} up to "
-      f"{number(values[largest])} passed: max_norm was {number(float(limits.min()))}. Rule: a threshold just "
-      f"above the typical norm, here {number(float(np.median(values)))}; {PLAYBOOK}.",
-      "Lower max_norm to what clipjax.suggest_max_norm gives.",
-    )
+  if not limits.size or view.last(f"{view.name}/clip_fraction"):
+    return
+  typical = float(np.median(view.norms.values[view.norms.finite]))
+  yield Finding(
+    "WARN",
+    "clip-too-high",
+    f"{view.name!r} never clipped while {spikes.size} {'spike' if spikes.size == 1 else 'spikes'} up to "
+    f"{number(float(spikes.max()))} passed: max_norm was {number(float(limits.min()))}. Rule: a threshold just above "
+    f"the typical norm, here {number(typical)}; {PLAYBOOK}.",
+    "Lower max_norm to what clipjax.suggest_max_norm gives.",
+  )
 
 
 def _spike_bounds(values: Floats, sigma: float, window: int) -> Floats:
@@ -197,46 +205,52 @@ def _rising_norm(view: View) -> Iterator[Finding]:
     "WARN",
     "rising-norm",
     f"The norm rose {growth} late in the run: median {number(third)} in the third quarter of the steps, "
-    f"{number(last)} in the last. Rule: at most {view.limits.rise:g} times, a limit of clipjax; norms that keep "
-    "growing went before the instabilities of OLMo-0424 (arXiv 2501.00656, figure 2).",
+    f"{number(last)} in the last. Rule: at most {view.limits.rise:g} times, a limit of clipjax; in OLMo-0424 a "
+    "norm that slowly grew came with more and more spikes (OLMo 2, arXiv 2501.00656, section 3).",
     "Look at the loss and at the layer that grows; lower the learning rate, or decay it.",
   )
 
 
 def _update_ratio(view: View) -> Iterator[Finding]:
   low, high = view.limits.ratio_low, view.limits.ratio_high
-  keys = [key for key in view.run.columns if re.fullmatch(r"update[^/]*/ratio", key)]
   rule = (
     f"Rule: {low:g} to {high:g}; CS231n (cs231n.github.io/neural-networks-3/#ratio) asks for around 1e-3 in every "
     "set of parameters."
   )
-  for key in keys:
+  for key in [key for key in view.run.columns if re.fullmatch(r"update[^/]*/ratio", key)]:
     ratios = view.column(key)
     ratios = ratios[ratios > 0]  # 0 where parameters were not given, or nothing was updated.
     if not view.enough(ratios.size):
       continue
     middle = float(np.median(ratios))
-    if not low <= middle <= high:
-      yield Finding(
-        "WARN",
-        "update-ratio",
-        f"The median of {key!r}, norm of the update over norm of the parameters, is {number(middle)}. {rule}",
-        "Lower the learning rate." if middle > high else "Raise the learning rate, or max_norm where the clip acts.",
-      )
+    if low <= middle <= high:
+      yield from _layer_ratios(view, key, rule)
       continue
-    names, _, values = view.blocks(key.removesuffix("/ratio"), "ratio")
-    medians = _medians(names, values)
-    outside = {name: x for name, x in medians.items() if not low <= x <= high}
-    if outside:
-      worst = sorted(outside, key=lambda name: -abs(np.log10(outside[name]) + 3))
-      yield Finding(
-        "INFO",
-        "update-ratio-by-layer",
-        f"{len(outside)} of {len(medians)} layers have a median {key!r} outside, the farthest {worst[0]!r} with "
-        f"{number(outside[worst[0]])}. {rule}",
-        "Ratios of parameters that begin at 0, as biases do, are large at first; for others look at the learning rate "
-        "of the layer.",
-      )
+    yield Finding(
+      "WARN",
+      "update-ratio",
+      f"The median of {key!r}, norm of the update over norm of the parameters, is {number(middle)}. {rule}",
+      "Lower the learning rate." if middle > high else "Raise the learning rate, or max_norm where the clip acts.",
+    )
+
+
+def _layer_ratios(view: View, key: str, rule: str) -> Iterator[Finding]:
+  """Of layers that are outside where the update as a whole is not."""
+  low, high = view.limits.ratio_low, view.limits.ratio_high
+  names, _, values = view.blocks(key.removesuffix("/ratio"), "ratio")
+  medians = _medians(names, values)
+  outside = {name: x for name, x in medians.items() if not low <= x <= high}
+  if not outside:
+    return
+  worst = max(outside, key=lambda name: abs(np.log10(outside[name]) + 3))
+  yield Finding(
+    "INFO",
+    "update-ratio-by-layer",
+    f"{len(outside)} of {len(medians)} layers have a median {key!r} outside, the farthest {worst!r} with "
+    f"{number(outside[worst])}. {rule}",
+    "Ratios of parameters that begin at 0, as biases do, are large at first; for others look at the learning rate of "
+    "the layer.",
+  )
 
 
 def _layer_spread(view: View) -> Iterator[Finding]:
@@ -307,7 +321,7 @@ def _acted(view: View) -> Bools:
 
 def _medians(names: tuple[str, ...], values: Floats) -> dict[str, float]:
   """The median of each column of positive numbers, by name; columns without any are left out."""
-  kept = [(name, x[x > 0]) for name, x in zip(names, values.T, strict=True)]
+  kept = [(name, x[(x > 0) & np.isfinite(x)]) for name, x in zip(names, values.T, strict=True)]
   return {name: float(np.median(x)) for name, x in kept if x.size}
 
 

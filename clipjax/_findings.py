@@ -95,11 +95,15 @@ class View(NamedTuple):
     return max(self.norms.values.size, int(self.last(f"{name or self.name}/steps") or 0))
 
   def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
-    """What was recorded by leaf or group: their names (L,), steps (m,), and values (m, L), NaN where not finite."""
+    """What was recorded by leaf or group: names (L,), steps (m,) and values (m, L), inf for what was not finite.
+
+    Groups are columns too, with a number at every step, and NaN where there is none.
+    """
     key = f"{name}/{quantity}"
-    if key in self.run.vectors:
-      steps, values = self.run.vectors[key]
-      return self.run.leaves[name], steps, values
     keys = [other for other in self.run.columns if other.startswith(f"{key}/")]
-    values = np.stack([self.run.columns[other] for other in keys], 1) if keys else np.zeros((len(self.run.steps), 0))
-    return tuple(other.removeprefix(f"{key}/") for other in keys), self.run.steps, values
+    labels = tuple(other.removeprefix(f"{key}/") for other in keys)
+    if key in self.run.vectors and set(labels) != set(self.run.leaves[name]):
+      steps, values = self.run.vectors[key]
+      return self.run.leaves[name], steps, np.where(np.isnan(values), np.inf, values)
+    columns = [np.where(self.run.flags.get(k, False), np.inf, self.run.columns[k]) for k in keys]
+    return labels, self.run.steps, np.stack(columns, 1) if keys else np.zeros((len(self.run.steps), 0))

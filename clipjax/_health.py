@@ -92,8 +92,8 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
     ...   report = clipjax.diagnose(clipjax.read_run(file.name))
     >>> for finding in report.findings[:2]:
     ...   print(finding.level, finding.name, finding.message[:63])
-    WARN spikes 1 of 1000 norms was a spike that no clip caught, at step 999, t
-    INFO norms p50 6, p90 10, p99 10, largest 90, of 900 finite norms after th
+    WARN spikes 1 of 1000 norms was a spike that nothing caught, at step 999, t
+    INFO norms p50 5.5, p90 9.1, p99 10, largest 90, of 900 finite norms after
   """
   if not isinstance(run, Run):
     raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.read_run(path).")

@@ -34,7 +34,8 @@ def several(names: Sequence[str], most: int = 3) -> str:
 def at_steps(steps: Any) -> str:
   """The first of some steps."""
   shown = ", ".join(map(str, steps[:5]))
-  return f"at step{'s' if len(steps) > 1 else ''} {shown}" + (", ..." if len(steps) > 5 else "")
+  more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
+  return f"at step{'s' if len(steps) > 1 else ''} {shown}{more}"
 
 
 def duration(seconds: float) -> str:
