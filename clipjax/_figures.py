@@ -151,13 +151,15 @@ def weights(steps: Ints, edges: Floats, counts: Floats, width: float = WIDE) -> 
   return _with_legend(figure, axes, width)
 
 
-def speed(panels: Sequence[tuple[str, Ints, Floats]], width: float = WIDE) -> Figure:
-  """One panel under the other, each (label, steps, values) on a log axis, with its median."""
+def speed(panels: Sequence[tuple[str, Ints, Floats, float]], width: float = WIDE) -> Figure:
+  """One panel under the other, each (label, steps, values, what is typical, dashed) on a log axis."""
   figure = Figure(figsize=(width, 0.4 + 2.1 * len(panels)), layout="constrained")
-  for axes, (label, steps, values) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+  for axes, (label, steps, values, typical) in zip(
+    figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
+  ):
     _tidy(axes)
     _line(axes, steps, values, bins_of(width), color=BLUE)
-    axes.axhline(float(np.median(values)), color=_ink(), linestyle=DASHES[1], linewidth=1.2)
+    axes.axhline(typical, color=_ink(), linestyle=DASHES[1], linewidth=1.2)
     _log_axis(axes, values)
     _step_axis(axes, steps, width)
     axes.set_ylabel(label)
@@ -206,13 +208,13 @@ def _line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> N
 
 
 def _draw_limit(axes: Axes, series: NormSeries, bins: int) -> None:
-  limits = series.limit[np.isfinite(series.limit)]
+  limits, what = series.limit[np.isfinite(series.limit)], "smallest threshold" if series.by_block else "threshold"
   style: dict[str, Any] = {"color": _ink(), "linestyle": DASHES[1], "linewidth": 1.5}
   if limits.size and limits.min() == limits.max() > 0:
-    axes.axhline(limits[0], label=f"threshold {number(limits[0])}", **style)
+    axes.axhline(limits[0], label=f"{what} {number(limits[0])}", **style)
   elif limits.size:
     kept = _series.thin(series.limit, bins)
-    axes.plot(series.steps[kept], _positive(series.limit[kept]), label="threshold", **style)
+    axes.plot(series.steps[kept], _positive(series.limit[kept]), label=what, **style)
 
 
 def _draw_grid(axes: Axes, grid: _series.Grid) -> tuple[Any, list[Patch]]:

@@ -56,9 +56,9 @@ def summary(run: Run) -> str:
   for key in [key for key in run.columns if key == "loss"]:
     known = run[key][np.isfinite(run[key])]
     pairs += [("last finite loss", number(float(known[-1])) if known.size else "none finite")]
-  _, seconds = _series.seconds_per_step(run)
-  if seconds.size:
-    pairs.append(("median time of a step", duration(float(np.median(seconds)))))
+  step_time = _series.step_time(run)
+  if step_time is not None:
+    pairs.append(("time of a step", duration(step_time)))
   return _page.numbers(pairs)
 
 
@@ -67,6 +67,8 @@ def _norm(series: NormSeries) -> Section:
     "Each step's norm before the clip, on a log axis. Triangles are steps that were clipped to the threshold, crosses "
     "are steps whose norm was inf or NaN."
   )
+  if series.by_block:
+    caption += " Leaves or groups are clipped by thresholds of their own; the line is the smallest of them."
   if series.rejected.any():
     caption += " Squares are steps that skip_steps rejected; their norm is the one that it saw."
   return _section("Gradient norm", partial(_figures.norms, series), norm_words(series), caption)
@@ -76,13 +78,14 @@ def norm_words(series: NormSeries) -> str:
   """The alt text of the figure of the norm."""
   said = [f"Line chart of {series.name}/norm, {_span(series.steps)}, log axis: {_distribution(series.norm)}."]
   limits = series.limit[np.isfinite(series.limit)]
+  what = "Smallest threshold of a leaf or group" if series.by_block else "Threshold"
   if not limits.size:
     said.append("No threshold.")
   elif limits.min() == limits.max():
-    said.append(f"Threshold {number(float(limits[0]))}.")
+    said.append(f"{what} {number(float(limits[0]))}.")
   else:
     least, last, most = (number(float(x)) for x in (limits.min(), limits[-1], limits.max()))
-    said.append(f"Threshold between {least} and {most}, {last} in the end.")
+    said.append(f"{what} between {least} and {most}, {last} in the end.")
   said.append(f"{_share(series.clipped)} steps clipped.")
   bad = series.steps[series.nonfinite]
   first = f", the first is step {bad[0]:,}" if bad.size else ""
@@ -132,7 +135,9 @@ def _worst(run: Run, series: NormSeries) -> Section:
   size = number(worst.norm) if np.isfinite(worst.norm) else "not finite"
   which = "the first that was not finite" if series.nonfinite.any() else "the largest norm"
   body = f"<p>Step <strong>{worst.step:,}</strong>, {which}: norm {size}.</p>"
-  if not worst.layers:
+  if not worst.layers and series.rejected[series.steps == worst.step].any():
+    body += f"<p>{code('skip_steps')} rejected it, so that a {code('clipjax.watch()')} inside did not see it.</p>"
+  elif not worst.layers:
     body += f"<p>Its layers were not recorded: {code('clipjax.watch()')} first in the chain keeps them.</p>"
   else:
     rows = [(code(name), number(x) if np.isfinite(x) else "not finite") for name, x in worst.layers[:_MOST_LAYERS]]
@@ -197,17 +202,22 @@ def _speed(run: Run) -> Section:
   steps, seconds = _series.seconds_per_step(run)
   if not seconds.size:
     return Missing(title, f"two calls of {code('recorder.push')} or more give the time of a step.")
-  panels = [("ms per step", steps, 1e3 * seconds)]
+  typical = _series.step_time(run) or float(np.median(seconds))
+  panels = [("ms per step", steps, 1e3 * seconds, 1e3 * typical)]
   middle, slow = (duration(float(np.percentile(seconds, p))) for p in (50, 99))
-  total = float(np.nansum(np.diff(column(run, "time")[np.isfinite(column(run, "time"))])))
-  said = [f"Line chart of the time of a step: median {middle}, 99th percentile {slow}"]
-  said += [f"{number(1 / float(np.median(seconds)))} steps per second, {_total(max(total, 0))} in all"]
+  time = column(run, "time")
+  total = _total(float(np.nanmax(time) - np.nanmin(time)))
+  said = [f"Line chart of the time of a step: {duration(typical)}, the median of parts of the run"]
+  said += [f"from push to push median {middle}, 99th percentile {slow}"]
+  said += [f"{number(1 / typical)} steps per second, {total} in all"]
   for key in ("tokens", "examples"):
     at, rate = _series.throughput(run, key)
-    if rate.size and (rate > 0).all():
-      panels.append((f"{key} per second", at, rate))
-      said.append(f"median {counted(float(np.median(rate)))} {key} per second")
-  caption = "Time between two pushes over the steps between them, and its median, dashed. "
+    if (rate > 0).any():
+      mean = float(np.nanmean(column(run, key))) / typical
+      panels.append((f"{key} per second", at, rate, mean))
+      said.append(f"{counted(mean)} {key} per second")
+  caption = "Time from push to push, over the steps between. JAX runs ahead of the host, so the dashed line, the time "
+  caption += "of a step over longer parts of the run, tells more. "
   if len(panels) == 1:
     caption += f"For the throughput give {code('tokens=')} or {code('examples=')}, the amount in a step, to push."
   return _section(title, partial(_figures.speed, panels), "; ".join(said) + ".", caption)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._raw_norms import main_name
+from clipjax._raw_norms import main_name, norms_of_run
 from clipjax._run import Bools, Floats, Ints, Run
 
 
@@ -23,6 +23,7 @@ class NormSeries(NamedTuple):
     clipped: bool, where the updates were scaled down.
     nonfinite: bool, where the norm was inf or NaN.
     rejected: bool, where `skip_steps` rejected the step; its norm is the one that `skip_steps` saw.
+    by_block: whether leaves or groups have thresholds of their own, of which `limit` is the smallest.
   """
 
   name: str
@@ -32,6 +33,7 @@ class NormSeries(NamedTuple):
   clipped: Bools
   nonfinite: Bools
   rejected: Bools
+  by_block: bool
 
 
 class Vectors(NamedTuple):
@@ -75,7 +77,9 @@ def norm_series(run: Run) -> NormSeries | None:
     rejected = rejected | unseen
   # Rows out of a watch's history have a norm and no scale.
   clipped = np.where(np.isfinite(scale), scale < 1, norm > limit) & ~rejected
-  return NormSeries(name, run.steps, norm, limit, clipped, bad, rejected)
+  blocks = (f"{name}/max_norm", f"{name}_leaf/max_norm", f"{name}_group/max_norm")
+  by_block = any(key in run.vectors for key in blocks) or any(key.startswith(f"{blocks[0]}/") for key in run.columns)
+  return NormSeries(name, run.steps, norm, limit, clipped, bad, rejected, by_block)
 
 
 def vectors(run: Run, key: str) -> Vectors | None:
@@ -122,12 +126,38 @@ def seconds_per_step(run: Run) -> tuple[Ints, Floats]:
   return steps[1:][forward], seconds[forward]
 
 
+def step_time(run: Run) -> float | None:
+  """Seconds of a step: the median over 20 parts of the run after the warm-up; None without any.
+
+  JAX runs ahead of the host, so that two pushes may be closer than two steps: parts of the run tell the step time.
+  """
+  _, seconds, _ = _parts(run, 20, norms_of_run(run, main_name(run), None).begin)
+  return float(np.median(seconds)) if seconds.size else None
+
+
 def throughput(run: Run, key: str) -> tuple[Ints, Floats]:
-  """`(steps, rate)`: the scalar `key`, an amount for each step, over the seconds of that step."""
-  steps, seconds = seconds_per_step(run)
-  rate = column(run, key)[np.searchsorted(run.steps, steps)] / seconds
-  known = np.isfinite(rate)
-  return steps[known], rate[known]
+  """`(steps, rate)`: the scalar `key`, an amount for each step, over the seconds of a step, for 50 parts of the run."""
+  steps, seconds, parts = _parts(run, 50)
+  amount = column(run, key)
+  known = np.isfinite(amount)
+  total, count = np.cumsum(np.where(known, amount, 0)), np.cumsum(known)
+  first, last = (np.searchsorted(run.steps, ends) for ends in parts)
+  some = count[last] > count[first]
+  rate = (total[last] - total[first])[some] / (count[last] - count[first])[some] / seconds[some]
+  return steps[some], rate
+
+
+def _parts(run: Run, most: int, begin: int = 0) -> tuple[Ints, Floats, tuple[Ints, Ints]]:
+  """The run in at most `most` parts: the last step of each, its seconds for a step, its first and last step."""
+  time = column(run, "time")
+  known = np.isfinite(time) & (run.steps >= begin)
+  steps, time = run.steps[known], time[known]
+  ends = np.linspace(0, max(steps.size - 1, 0), max(min(most, steps.size - 1), 0) + 1).astype(np.int64)
+  ends = ends if steps.size else ends[:0]
+  steps, time = steps[ends], time[ends]
+  seconds = np.diff(time) / np.diff(steps)
+  forward = seconds > 0  # The clock was set back, or stood still.
+  return steps[1:][forward], seconds[forward], (steps[:-1][forward], steps[1:][forward])
 
 
 # Thinning, for drawing only -----------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def test_the_words_of_a_run(page_of):
   assert "The median of 3 of 3 layers lies in 1e-4 to 1e-2." in page.alt("Line chart of update")
   assert page.alt("Histogram of log10 of the size of the weights").endswith("0.0316 at step 1 and 0.0316 at step 291.")
   assert page.alt("Line chart of the time").endswith(
-    "median 125 ms, 99th percentile 125 ms; 8 steps per second, 37.4 s in all; median 8,000 tokens per second."
+    "time of a step: 125 ms, the median of parts of the run; from push to push median 125 ms, 99th percentile 125 ms; "
+    "8 steps per second, 37.4 s in all; 8,000 tokens per second."
   )
   assert "parameters1,234,567" in page.text
   assert "Step 152, the first that was not finite: norm not finite.layernormembednot finitelayers/1/w1" in page.text
@@ -412,8 +413,33 @@ def test_time_of_a_step_and_throughput():
   run = make([1.0] * 5, time=[10.0, 10.5, np.nan, 11.5, 11.0], tokens=[7.0, 8.0, 7.0, 9.0, 7.0])
   steps, seconds = _series.seconds_per_step(run)
   assert (steps.tolist(), seconds.tolist()) == ([2, 4], [0.5, 0.5])  # Two steps in a second; a clock set back.
+
+
+def test_the_time_of_a_step_is_that_of_parts_of_the_run():
+  # Pushes come in pairs, 1 ms apart, as the host waits for the device at every other step; a step takes 0.5 s.
+  time = np.arange(1001) * 0.5
+  time[1::2] -= 0.499
+  run = make(np.ones(1001), time=time, tokens=np.where(np.arange(1001) % 2, np.nan, 8.0))
+  assert _series.step_time(run) == pytest.approx(0.5, rel=0.03)
   at, rate = _series.throughput(run, "tokens")
-  assert (at.tolist(), rate.tolist()) == ([2, 4], [16.0, 18.0])
+  assert at.size == 50
+  np.testing.assert_allclose(rate, 16.0, rtol=0.06)
+  assert _series.step_time(make([1.0])) is None
+  assert _series.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
+
+
+def test_thresholds_by_group_are_named_as_such():
+  run = make([1.0, 3.0])
+  assert not _series.norm_series(run).by_block
+  run.columns["grad/max_norm/decoder"] = np.ones(2)
+  assert "Smallest threshold of a leaf or group 2." in _sections.norm_words(_series.norm_series(run))
+  assert clipjax.plot_norms(run).axes[0].lines[-1].get_label() == "smallest threshold 2"
+
+
+def test_layers_of_a_rejected_step_are_not_known(tmp_path):
+  run = make([1.0, 9.0, 2.0], names=("a", "b"), **{"skip/consecutive": [0, 1, 0]})
+  text = written(run, tmp_path).text
+  assert "Step 2, the largest norm: norm 9.skip_steps rejected it, so that a clipjax.watch() inside did not" in text
 
 
 @pytest.mark.parametrize(
