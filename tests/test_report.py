@@ -28,7 +28,7 @@ EVIL = (
   "</script><b onclick=x>",
   "a\u2028b\u2029c\nd\u202ee",
   "x" * 200,
-  "cost $a_1$ \\$ $",
+  "cost $a_1$ \\$",
   "_under",
   "层/权重",
   "\ud800",
@@ -204,7 +204,8 @@ def test_names_are_shown_and_are_no_markup(tmp_path, monkeypatch):
   findings = [_health.Finding("FAIL", "<i>name</i>", f"<script>{EVIL[0]}", "</td><td>"), *[("INFO", *"abc")] * 2]
   monkeypatch.setattr(_health, "diagnose", lambda run: _health.HealthReport(tuple(findings), *[None] * 3))
   run = full(names=EVIL, path="</title><script>x<&.jsonl")
-  run.columns["<b>loss</b>"] = run.columns["loss"]
+  losses = ("<b>loss</b>", '" onload="x loss', "loss $a_1$ $b$", "_loss")
+  run.columns.update(dict.fromkeys(losses, run.columns["loss"]))
   page = written(run, tmp_path)
   assert not page.all("b") + page.all("i")
   assert f"Training run {os.path.basename(run.path)}" in page.text
@@ -214,10 +215,13 @@ def test_names_are_shown_and_are_no_markup(tmp_path, monkeypatch):
   assert "a\\u2028b\\u2029c\\nd\\u202ee" in page.text
   assert "\\ud800" in page.text
   assert "<b>loss</b> from 5 to 2, lowest 2" in page.alt("Line chart of the losses")
-  assert "cost $a_1$ \\$ $" in "".join(page.words)
+  assert "cost $a_1$ \\$" in "".join(page.words)
   assert page.source.count(">fill: #0072b2</text>") == 2  # Labels, whose text is no colour of the page.
   assert json.loads(page.data)["leaves"]["grad"] == list(EVIL)
-  assert "</script>" not in page.data
+  assert not set("<>&") & set(page.data)
+  for name in (EVIL[5], *losses[2:]):  # No mathematics in a label, and none left out.
+    assert len(re.findall(rf"> ?{re.escape(name)}</text>", page.source)) == 2
+  assert all("onload" not in attrs for attrs in page.all("svg"))
   assert "Verdict: 1 FAIL, 0 WARN, 2 INFO" in page.text
 
 
@@ -523,7 +527,7 @@ def test_colours_of_the_page_are_variables(page_of):
 
 def test_the_page_does_not_depend_on_the_style_of_the_caller(tmp_path, page_of):
   plain = page_of("3 layers").source
-  with style.context("dark_background"):
+  with style.context(["dark_background", {"axes.linewidth": 9, "legend.fontsize": 30}]):
     assert written(full(), tmp_path).source == plain  # And from one run comes one file, to the byte.
     assert clipjax.plot_norms(full()).get_facecolor()[:3] == (0, 0, 0)
 
