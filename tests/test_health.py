@@ -279,6 +279,10 @@ def test_a_validation_loss_that_rises_while_the_loss_falls(key):
   message = only(report, "overfit").message
   assert message.startswith(f"{key!r} ends {100 * (medians[-1] / min(medians) - 1):.3g}% above its best")
   assert "near step 200" in message
+  level = columns | {"loss": np.full(N, 2.0)}
+  assert bad(clipjax.diagnose(run_of(level))) == []  # Both are bad, which is no overfitting.
+  slightly = columns | {key: np.where(steps % 4 == 0, 2 + np.abs(steps - 200) / 5000, np.nan)}
+  assert bad(clipjax.diagnose(run_of(slightly))) == []
   falling = columns | {key: np.where(steps % 4 == 0, 4 - steps / 200, np.nan)}
   assert bad(clipjax.diagnose(run_of(falling))) == []
 
@@ -587,6 +591,14 @@ def test_steps_that_skip_steps_rejected_have_the_norm_that_it_saw(tmp_path):
   assert bad(report) == ["nonfinite-dropped"]
   assert "1 of 100 steps had a norm of inf or NaN, at step 82." in only(report, "nonfinite-dropped").message
   assert "at step 81, the largest 1270 against" in only(report, "spikes-caught").message
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_clip_that_sees_one_step_in_four_has_its_own_norms_alone(tmp_path):
+  gradients = [1.0 if i % 4 else 5.0 for i in range(100)]  # Their mean over each four is 2.
+  tx = clipjax.skip_steps(optax.MultiSteps(clipjax.clip_by_global_norm(10.0), 4).gradient_transformation())
+  report = clipjax.diagnose(recorded(tx, gradients, tmp_path / "run.jsonl"), warmup_steps=0)
+  assert only(report, "norms").message.startswith("p50 2.83, p90 2.83, p99 2.83, largest 2.83, of 25 finite norms")
 
 
 def test_a_watch_outside_of_skip_steps_sees_what_it_rejects(tmp_path):
