@@ -380,6 +380,9 @@ def test_step_time_and_throughput():
   assert middle == pytest.approx(2, rel=0.3)
   rate = float(re.match(r"([\d,]+) tokens a second", only(report, "throughput").message)[1].replace(",", ""))
   assert rate == pytest.approx(640 / (middle / 1e3), rel=0.01)
+  slow = columns | {"time": np.cumsum(np.where(np.arange(n) <= 60, 0.2, 0.02))}
+  after = clipjax.diagnose(run_of(slow, steps=np.arange(n) * 10), warmup_steps=600)
+  assert only(after, "step-time").message.startswith("2 ms a step, the median of 20 parts of the run")
   back = columns | {"time": -columns["time"]}
   assert "step-time" not in [f.name for f in clipjax.diagnose(run_of(back)).findings]
 
