@@ -261,9 +261,8 @@ def _layer_spread(view: View) -> Iterator[Finding]:
   if len(medians) < 2:
     return
   low, high = min(medians, key=lambda name: medians[name]), max(medians, key=lambda name: medians[name])
-  with np.errstate(over="ignore"):
-    spread = float(np.float64(medians[high]) / medians[low])
-  if spread <= view.limits.spread:
+  spread = float(np.float64(medians[high]) / medians[low])
+  if not spread > view.limits.spread:
     return
   yield Finding(
     "WARN",

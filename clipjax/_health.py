@@ -8,6 +8,8 @@ limit, where the rule comes from, and what to do next. The limits are the fields
 import textwrap
 from typing import NamedTuple
 
+import numpy as np
+
 from clipjax._checks import CHECKS
 from clipjax._facts import FACTS
 from clipjax._findings import Finding, HealthLimits, View
@@ -105,6 +107,9 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
   name = main_name(run)
   norms = norms_of_run(run, name, warmup_steps)
   view = View(run, name, norms, limits or HealthLimits())
-  findings = [finding for check in (*CHECKS, *FACTS) for finding in check(view)]
+  with np.errstate(
+    over="ignore", invalid="ignore"
+  ):  # Medians and quotients of norms near the largest float64 are inf, which is told.
+    findings = [finding for check in (*CHECKS, *FACTS) for finding in check(view)]
   findings.sort(key=lambda finding: _LEVELS.index(finding.level))
   return HealthReport(tuple(findings), run.path, len(run.steps), norms.warmup_steps)

@@ -66,7 +66,8 @@ def norms_of_run(run: Run, name: str | None, warmup_steps: int | None) -> Norms:
   count = run.columns.get(f"{name}/steps")
   if "skip/norm" in run.columns and name != "skip" and count is not None:
     unseen = np.append(count[:1] == 0, count[1:] == count[:-1])
-    values, rejected = np.where(unseen, _column(run, "skip/norm"), values), rejected | unseen
+    # A step that was not rejected either was a part of a larger one, as in optax.MultiSteps.
+    values = np.where(unseen, np.where(rejected, _column(run, "skip/norm"), np.nan), values)
   known = ~np.isnan(values)
   return Norms(run.steps[known], values[known], rejected[known], warmup, begin)
 

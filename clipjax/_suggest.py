@@ -123,7 +123,8 @@ def suggest_max_norm(
       f"`learning_rate` and `new_learning_rate` must give a threshold > 0 and finite, got {rates} and {max_norm:g}: "
       "check the two rates."
     )
-  warnings = [_few(typical), _divergence(norms, run)]
+  with np.errstate(over="ignore"):  # Medians of norms near the largest float64 are inf, which is told.
+    warnings = [_few(typical), _divergence(norms, run)]
   return Suggestion(
     max_norm=max_norm,
     clip_fraction=_share_above(typical, max_norm),

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_health import healthy, run_of
+from synthetic import healthy, run_of
 
 import clipjax
 from clipjax import _suggest
