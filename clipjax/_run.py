@@ -205,9 +205,10 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> None:
   flags |= new.get("nonfinite") or {}
   leaf = {**(old.get("leaf") or {}), **(new.get("leaf") or {})}
   old.update(new)
-  for key, value in (("nonfinite", flags), ("leaf", leaf)):
-    if value:
-      old[key] = value
+  old |= {"nonfinite": flags, "leaf": leaf}
+  for key in ("nonfinite", "leaf"):
+    if not old[key]:
+      del old[key]
 
 
 def _run(name: str, header: dict[str, Any], rows: dict[int, dict[str, Any]]) -> Run:
