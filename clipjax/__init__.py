@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from clipjax import rules as rules
   from clipjax._agc import adaptive_grad_clip as adaptive_grad_clip
+  from clipjax._findings import Finding as Finding
+  from clipjax._findings import HealthLimits as HealthLimits
   from clipjax._functional import clip_grad_norm as clip_grad_norm
   from clipjax._functional import clip_grad_per_example as clip_grad_per_example
   from clipjax._functional import clip_grad_value as clip_grad_value
+  from clipjax._health import HealthReport as HealthReport
+  from clipjax._health import diagnose as diagnose
   from clipjax._metrics import check as check
   from clipjax._metrics import metrics as metrics
   from clipjax._norms import global_norm as global_norm
@@ -19,8 +23,15 @@ if TYPE_CHECKING:
   from clipjax._published import adagc as adagc
   from clipjax._published import autoclip as autoclip
   from clipjax._published import zclip as zclip
+  from clipjax._record import Recorder as Recorder
+  from clipjax._report import plot_norms as plot_norms
+  from clipjax._report import write_report as write_report
+  from clipjax._run import Run as Run
+  from clipjax._run import read_run as read_run
   from clipjax._skip import SkipState as SkipState
   from clipjax._skip import skip_steps as skip_steps
+  from clipjax._suggest import Suggestion as Suggestion
+  from clipjax._suggest import suggest_max_norm as suggest_max_norm
   from clipjax._transforms import ClipState as ClipState
   from clipjax._transforms import clip_by_global_norm as clip_by_global_norm
   from clipjax._transforms import clip_by_group_norm as clip_by_group_norm
@@ -34,11 +45,17 @@ __version__ = "0.1.0"
 
 _HOME = {
   "_agc": ("adaptive_grad_clip",),
+  "_findings": ("Finding", "HealthLimits"),
   "_functional": ("clip_grad_norm", "clip_grad_per_example", "clip_grad_value"),
+  "_health": ("HealthReport", "diagnose"),
   "_metrics": ("check", "metrics"),
   "_norms": ("global_norm", "leaf_norms"),
   "_published": ("adagc", "autoclip", "zclip"),
+  "_record": ("Recorder",),
+  "_report": ("plot_norms", "write_report"),
+  "_run": ("Run", "read_run"),
   "_skip": ("SkipState", "skip_steps"),
+  "_suggest": ("Suggestion", "suggest_max_norm"),
   "_transforms": (
     "ClipState",
     "clip_by_global_norm",

@@ -64,7 +64,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
   """
   out: dict[str, jax.Array] = {}
   for name, state in named_states(opt_state):
-    for quantity, value in _global_numbers(state).items():
+    for quantity, value in global_numbers(state).items():
       out.setdefault(f"{name}/{quantity}", value)
     if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
       for quantity, vector in vectors_of(state).items():
@@ -73,7 +73,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
   return out
 
 
-def _global_numbers(state: Any) -> dict[str, jax.Array]:
+def global_numbers(state: Any) -> dict[str, jax.Array]:
   """What a state says of all leaves together, by quantity."""
   if isinstance(state, SkipState):
     return {
@@ -221,7 +221,7 @@ def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
   A clip and a watch may have one name: they are of the same updates.
   """
   taken: set[tuple[bool, str]] = set()
-  for path, state in _found((), getattr(opt_state, "opt_state", opt_state)):
+  for path, state in found_states((), getattr(opt_state, "opt_state", opt_state)):
     is_watch = isinstance(state, WatchState)
     base = name = "_".join([state.labels.name, *_transform_labels(path)])
     copy = 1
@@ -229,17 +229,17 @@ def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
       copy += 1
       name = f"{base}_{copy}"
     taken.add((is_watch, name))
-    yield name, jax.tree.map(_unwrapped, state, is_leaf=_is_wrapper)
+    yield name, jax.tree.map(unwrapped, state, is_leaf=is_wrapper)
 
 
-def _found(prefix: tuple[Any, ...], tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-  """Every state of this package in a tree, with its path."""
+def found_states(prefix: tuple[Any, ...], tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+  """Every state of this package in a tree, with its path, in the order of `named_states`."""
   paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, _STATES))
   for path, state in paths:
     if isinstance(state, _STATES):
       yield (*prefix, *path), state
     if isinstance(state, SkipState):
-      yield from _found((*prefix, *path), state.inner_state)
+      yield from found_states((*prefix, *path, jax.tree_util.GetAttrKey("inner_state")), state.inner_state)
 
 
 def _transform_labels(path: tuple[Any, ...]) -> list[str]:
@@ -251,10 +251,10 @@ def _transform_labels(path: tuple[Any, ...]) -> list[str]:
   ]
 
 
-def _is_wrapper(x: Any) -> bool:
+def is_wrapper(x: Any) -> bool:
   """Whether this is an array in a Flax NNX variable, which is told by its method."""
   return callable(getattr(x, "get_value", None))
 
 
-def _unwrapped(x: Any) -> Any:
-  return x.get_value() if _is_wrapper(x) else x
+def unwrapped(x: Any) -> Any:
+  return x.get_value() if is_wrapper(x) else x

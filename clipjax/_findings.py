@@ -1,0 +1,109 @@
+"""What a check of `diagnose` takes and gives: a `View` of the run, and findings."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from clipjax._raw_norms import Norms
+from clipjax._run import Floats, Ints, Run
+
+
+class Finding(NamedTuple):
+  """One line of a `HealthReport`.
+
+  Attributes:
+    level: "FAIL", "WARN" or "INFO".
+    name: a short name in the same words each time, such as "clipped-often".
+    message: the number, the rule with its limit, and where the rule comes from.
+    advice: what to do next; empty where there is nothing to do.
+  """
+
+  level: str
+  name: str
+  message: str
+  advice: str
+
+
+class HealthLimits(NamedTuple):
+  """Where the findings of `diagnose` begin; the defaults are published rules where there are any.
+
+  Attributes:
+    min_steps: finite norms after the warm-up that statistics need.
+    clip_fraction: share of steps that are clipped; the tuning playbook calls more than 0.5 "extremely aggressive".
+    spike_sigma: standard deviations above the mean from which on a norm is a spike; OLMo-core's rule.
+    spike_window: over how many norms before it; OLMo-core's rule.
+    rise: median norm, and median loss, of the last quarter over an earlier one; of this package.
+    ratio_low: smallest median ratio of update to parameters; around 1e-3 is what CS231n asks for.
+    ratio_high: largest such ratio.
+    spread: largest median norm of a layer over the smallest; of this package.
+    norm_low: median norm below which an INFO says so; a hint, which knows neither model nor loss. 0 for none.
+    norm_high: median norm above which an INFO says so; a hint as well. inf for none.
+    skip_fraction: share of steps that are rejected; of this package.
+    zero_fraction: median share of zeros in the gradient; of this package.
+    overfit: last validation loss over the best one, minus 1; Prechelt's criterion GL5.
+  """
+
+  min_steps: int = 20
+  clip_fraction: float = 0.5
+  spike_sigma: float = 6.0
+  spike_window: int = 128
+  rise: float = 2.0
+  ratio_low: float = 1e-4
+  ratio_high: float = 1e-2
+  spread: float = 1e3
+  norm_low: float = 1e-5
+  norm_high: float = 100.0
+  skip_fraction: float = 0.05
+  zero_fraction: float = 0.5
+  overfit: float = 0.05
+
+
+class View(NamedTuple):
+  """What a check looks at.
+
+  Attributes:
+    run: the run.
+    name: the state that is judged, None where no norm was recorded.
+    norms: its raw norms.
+    limits: where findings begin.
+  """
+
+  run: Run
+  name: str | None
+  norms: Norms
+  limits: HealthLimits
+
+  def enough(self, count: int) -> bool:
+    """Whether statistics of so many numbers say something."""
+    return count >= self.limits.min_steps
+
+  def column(self, key: str) -> Floats:
+    """The finite values of a column after the warm-up; none where it was not recorded."""
+    values = self.run.columns.get(key, np.zeros(0))
+    if not values.size:
+      return values
+    return values[np.isfinite(values) & (self.run.steps >= self.norms.begin)]
+
+  def last(self, key: str) -> float | None:
+    """The last finite value of a column, as of a counter; None without any."""
+    values = self.run.columns.get(key, np.zeros(0))
+    values = values[np.isfinite(values)]
+    return float(values[-1]) if values.size else None
+
+  def steps_taken(self, name: str | None = None) -> int:
+    """How many steps a state has counted; the recorded ones where it does not say."""
+    return max(self.norms.values.size, int(self.last(f"{name or self.name}/steps") or 0))
+
+  def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
+    """What was recorded by leaf or group: names (L,), steps (m,) and values (m, L), inf for what was not finite.
+
+    Groups are columns too, with a number at every step, and NaN where there is none.
+    """
+    key = f"{name}/{quantity}"
+    keys = [other for other in self.run.columns if other.startswith(f"{key}/")]
+    labels = tuple(other.removeprefix(f"{key}/") for other in keys)
+    if key in self.run.vectors and set(labels) != set(self.run.leaves[name]):
+      steps, values = self.run.vectors[key]
+      return self.run.leaves[name], steps, np.where(np.isnan(values), np.inf, values)
+    columns = [np.where(self.run.flags.get(k, False), np.inf, self.run.columns[k]) for k in keys]
+    return labels, self.run.steps, np.stack(columns, 1) if keys else np.zeros((len(self.run.steps), 0))

@@ -1,0 +1,115 @@
+"""A verdict on a recorded run: what is wrong, what to look at, and the numbers that practitioners ask for.
+
+numpy alone. What can be wrong is in `_checks` and `_loss_checks`, what is good to know in `_facts`: functions from what
+was recorded to findings, each silent where what it needs was not recorded. A finding says its number, the rule with its
+limit, where the rule comes from, and what to do next. The limits are the fields of `HealthLimits`.
+"""
+
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+
+from clipjax._checks import CHECKS
+from clipjax._facts import FACTS
+from clipjax._findings import Finding, HealthLimits, View
+from clipjax._raw_norms import check_warmup, main_name, norms_of_run
+from clipjax._run import Run
+from clipjax._words import described
+
+_LEVELS = ("FAIL", "WARN", "INFO")
+
+
+class HealthReport(NamedTuple):
+  """The verdict on a run; `str()` is a table.
+
+  Attributes:
+    findings: what was found, FAIL before WARN before INFO.
+    path: the file of the run.
+    steps: how many steps it has.
+    warmup_steps: how many of them, from the first on, were left out of medians and percentiles.
+  """
+
+  findings: tuple[Finding, ...]
+  path: str
+  steps: int
+  warmup_steps: int
+
+  def __str__(self) -> str:
+    return self.table()
+
+  def table(self, width: int = 100) -> str:
+    """The findings as text of `width` columns, 60 or more; a long word may reach beyond."""
+    counts = [f"{sum(f.level == level for f in self.findings)} {level}" for level in _LEVELS]
+    title = f"{self.path!r}: {self.steps} steps, {', '.join(counts)}; warm-up {self.warmup_steps} steps"
+    indent = max((len(finding.name) for finding in self.findings), default=0) + 8
+    lines = [title]
+    for level, name, message, advice in self.findings:
+      head = f"{level}  {name}".ljust(indent)
+      for text, first in ((message, head), (f"-> {advice}" if advice else "", " " * indent)):
+        lines += textwrap.wrap(
+          text,
+          max(width, 60),
+          initial_indent=first,
+          subsequent_indent=" " * indent,
+          break_long_words=False,
+          break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int | None = None) -> HealthReport:
+  """The verdict on a recorded run: findings of the levels FAIL, WARN and INFO, each with what to do next.
+
+  FAIL: steps that are not finite, a loss that is not, a layer whose gradient is zero throughout. WARN: clipped in more
+  than half of the steps, a threshold above every spike, spikes, a rising norm or loss, overfitting, updates too large
+  or small for their parameters, layers whose norms are far apart, many rejected steps, many zeros. INFO: percentiles of
+  the norm, share of clipped steps, parameters, step time, throughput.
+
+  It judges "grad", else the first state that was recorded. Update ratios are judged only of a watch whose name begins
+  with "update", as `clipjax.watch(name="update")` last in the chain: the ratio of a gradient to its parameters says
+  nothing before the learning rate. Norms of inf and NaN are counted and left out of percentiles, and so is the
+  warm-up. What was not recorded is not judged, and with fewer than `limits.min_steps` norms only what needs no
+  statistics is.
+
+  Args:
+    run: what `read_run` gives.
+    limits: where the findings begin; None: the published ones, see `HealthLimits`.
+    warmup_steps: how many steps from the first on to leave out; None: a tenth of them, at most 100.
+
+  Returns:
+    A `HealthReport`, whose `findings` are in the order FAIL, WARN, INFO, and whose `str()` is a table.
+
+  Raises:
+    TypeError: if `run` is no `Run`, `limits` no `HealthLimits`, or `warmup_steps` no whole number.
+    ValueError: if `warmup_steps` is negative.
+
+  Example:
+    >>> import json, tempfile, clipjax
+    >>> rows = [{"clipjax_run": 1, "version": "0.1.0", "leaves": {}, "parameters": 7, "every": 1}]
+    >>> rows += [{"step": i, "grad/norm": 1.0 + i % 10 if i < 999 else 90.0} for i in range(1000)]
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+    ...   _ = file.write("".join(json.dumps(row) + chr(10) for row in rows))
+    ...   file.flush()
+    ...   report = clipjax.diagnose(clipjax.read_run(file.name))
+    >>> for finding in report.findings[:2]:
+    ...   print(finding.level, finding.name, finding.message[:63])
+    WARN spikes 1 of 1000 norms was a spike that nothing caught, at step 999, t
+    INFO norms p50 5.5, p90 9.1, p99 10, largest 90, of 900 finite norms after
+  """
+  if not isinstance(run, Run):
+    raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.read_run(path).")
+  if limits is not None and not isinstance(limits, HealthLimits):
+    raise TypeError(
+      f"`limits` must be a HealthLimits, got {described(limits)}: pass one such as HealthLimits(clip_fraction=0.9)."
+    )
+  check_warmup(warmup_steps)
+  name = main_name(run)
+  norms = norms_of_run(run, name, warmup_steps)
+  view = View(run, name, norms, limits or HealthLimits())
+  with np.errstate(
+    over="ignore", invalid="ignore"
+  ):  # Medians and quotients of norms near the largest float64 are inf, which is told.
+    findings = [finding for check in (*CHECKS, *FACTS) for finding in check(view)]
+  findings.sort(key=lambda finding: _LEVELS.index(finding.level))
+  return HealthReport(tuple(findings), run.path, len(run.steps), norms.warmup_steps)

@@ -1,0 +1,308 @@
+"""What a `Recorder` runs on the device: everything that is recorded of one step, packed into one new vector.
+
+The vector holds 32-bit words, the bits of every number as they are: a counter above 2**24 would not survive as a
+float32. Nothing in it is shared with a buffer of the optimizer state, which the next step may donate. Finding the
+states of this package in a large optimizer state is slow, so it is done once: after that, each push follows the paths.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from clipjax import _leaves
+from clipjax._metrics import found_states, global_numbers, is_wrapper, named_states, unwrapped, vectors_of
+from clipjax._watch import WatchState
+
+Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
+Vector: TypeAlias = np.ndarray[Any, Any]
+
+# Log10 of |w|, four bins a decade; what is beyond counts in the outermost bin.
+LOW, HIGH, BINS = -8, 2, 40
+EDGES = np.linspace(LOW, HIGH, BINS + 1)
+_CHUNK = 2**22  # Entries of a leaf that are binned at once; more would take as much memory again as the leaf.
+
+_NOT_READ = ("rule", "norm_rule", "loss_rule", "inner_state", "labels")
+
+
+class Ring(NamedTuple):
+  """The last norms of a watch: that of its step i at `(i - 1) % len(norms)`."""
+
+  steps: int
+  norms: Vector
+
+
+class Seen(NamedTuple):
+  """What one vector held.
+
+  Attributes:
+    step: the count of the outermost state; None without any state.
+    user_step: the caller's number of the step where that was an array; else None.
+    pushed: the caller's scalars that were on the device, by key.
+    metrics: those of the states, by key.
+    vectors: numbers by leaf or group, by `<name>/<quantity>`.
+    rings: by name.
+  """
+
+  step: int | None
+  user_step: int | None
+  pushed: dict[str, float]
+  metrics: dict[str, float]
+  vectors: dict[str, Vector]
+  rings: dict[str, Ring]
+
+
+class _Entry(NamedTuple):
+  """A run of words that hold numbers of one dtype: one array, or scalars, each with its key."""
+
+  kind: str
+  keys: tuple[str, ...]
+  dtype: np.dtype[Any]
+  start: int
+  stop: int
+
+
+class Layout:
+  """Where everything is in the vectors of one program."""
+
+  def __init__(self, shapes: Mapping[tuple[str, str], Any]):
+    self.entries: list[_Entry] = []
+    start = 0
+    for (kind, dtype, *_), members in _grouped(shapes).items():
+      words = sum(int(np.prod(shapes[member].shape)) for member in members) * (dtype.itemsize // 4)
+      keys = tuple(key for _, key in members)
+      self.entries.append(_Entry(kind, keys, dtype, start, start + words))
+      start += words
+
+  def read(self, words: Words) -> Seen:
+    """Takes a vector apart."""
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in ("count", "pushed", "metric", "vector", "ring")}
+    for kind, keys, dtype, start, stop in self.entries:
+      values = words[start:stop].view(dtype)
+      if kind in ("vector", "ring"):
+        found[kind][keys[0]] = values
+      else:
+        found[kind].update(zip(keys, numbers(values), strict=True))
+    count = found["count"]
+    rings = {name: Ring(int(count[f"ring {name}"]), norms) for name, norms in found["ring"].items()}
+    return Seen(count.get("step"), count.get("user_step"), found["pushed"], found["metric"], found["vector"], rings)
+
+
+def numbers(values: Vector) -> list[float]:
+  """Python numbers; a float32 as the shortest of those that are nearest to it, so that 0.1 is not 0.10000000149."""
+  if values.dtype != np.float32:
+    return values.tolist()  # type: ignore[no-any-return]  # numpy does not say.
+  return [float(f"{x:.9g}") for x in values.tolist()]
+
+
+class Packer:
+  """The states of this package in optimizer states of one structure, and the programs that pack them.
+
+  Attributes:
+    leaves: names of leaves or groups, by the name of the state.
+    metric_keys: of `clipjax.metrics`.
+  """
+
+  def __init__(self, opt_state: Any):
+    tree = getattr(opt_state, "opt_state", opt_state)
+    located = list(found_states((), tree))
+    self._sources = [
+      _Source(name, path, raw, state)
+      for (path, raw), (name, state) in zip(located, named_states(opt_state), strict=True)
+    ]
+    self.leaves = {s.leaves_name(self._sources): s.labels.block_names for s in self._sources if s.labels.block_names}
+    self._without = None if self._sources else jax.tree.structure(tree)
+    self._program = jax.jit(self._pack)
+    self._layouts: dict[Any, Layout] = {}
+    arrays = self.arrays(opt_state) or []
+    shapes = jax.eval_shape(self._entries, arrays, {})
+    self.metric_keys = frozenset(key for kind, key in shapes if kind == "metric")
+
+  def arrays(self, opt_state: Any) -> list[Any] | None:
+    """The arrays to be packed; None where the optimizer state is not of this structure."""
+    tree = getattr(opt_state, "opt_state", opt_state)
+    if not self._sources:
+      return [] if jax.tree.structure(tree) == self._without else None
+    out: list[Any] = []
+    try:
+      for source in self._sources:
+        out += source.arrays(tree)
+    except (AttributeError, KeyError, IndexError, TypeError, _OtherStructureError):
+      return None
+    return out
+
+  def pack(self, arrays: list[Any], scalars: dict[str, Any]) -> tuple[jax.Array | None, Layout]:
+    """Enqueues the program; the vector is None where there is nothing to pack."""
+    key = (tuple(scalars), tuple([(x.shape, x.dtype) for x in (*arrays, *scalars.values())]))
+    layout = self._layouts.get(key)
+    if layout is None:
+      layout = self._layouts[key] = Layout(jax.eval_shape(self._entries, arrays, scalars))
+    if not layout.entries:
+      return None, layout
+    return self._program(arrays, scalars), layout
+
+  def _entries(self, arrays: list[Any], scalars: dict[str, Any]) -> OrderedDict[tuple[str, str], jax.Array]:
+    """Every array that is recorded, by kind and key."""
+    out: OrderedDict[tuple[str, str], Any] = OrderedDict()
+    rest = iter(arrays)
+    states = [(source, source.rebuilt(rest)) for source in self._sources]
+    for source, state in states:
+      source.check(state.steps)
+    if states:
+      # A wrapper that rejects steps does not show them to the states inside it, so the outermost has counted most.
+      out["count", "step"] = jnp.stack([state.steps for _, state in states]).max()
+    for key, value in scalars.items():
+      out["count" if key == "user_step" else "pushed", key] = value
+    for source, state in states:
+      vectors = vectors_of(state)
+      for quantity, value in global_numbers(state).items():
+        out.setdefault(("metric", f"{source.name}/{quantity}"), value)
+      if state.labels.unit == "group":
+        for quantity, vector in vectors.items():
+          for i, label in enumerate(state.labels.block_names):
+            out.setdefault(("metric", f"{source.name}/{quantity}/{label}"), vector[i])
+      for quantity, vector in vectors.items():
+        out.setdefault(("vector", f"{source.leaves_name(self._sources)}/{quantity}"), vector)
+      if isinstance(state, WatchState) and not isinstance(state.history, tuple):
+        out["count", f"ring {source.name}"] = state.steps
+        out["ring", source.name] = state.history
+    return OrderedDict((key, _as_recorded(value)) for key, value in out.items())
+
+  def _pack(self, arrays: list[Any], scalars: dict[str, Any]) -> jax.Array:
+    entries = self._entries(arrays, scalars)
+    order = [member for members in _grouped(entries).values() for member in members]
+    return jnp.concatenate([lax.bitcast_convert_type(entries[m], jnp.uint32).ravel() for m in order])
+
+
+class _OtherStructureError(Exception):
+  """An optimizer state is not of the structure that a packer was made for."""
+
+
+class _Source:
+  """One state of this package, and the way to it in the optimizer state."""
+
+  def __init__(self, name: str, path: Sequence[Any], raw: Any, state: Any):
+    self.name = name
+    self.labels = state.labels
+    self._path = [_step_of(key) for key in path]
+    self._type = type(state)
+    self._fields = [
+      field for field in state._fields if field not in _NOT_READ and not isinstance(getattr(state, field), tuple)
+    ]
+    self._is_wrapped = is_wrapper(raw.steps)
+
+  def check(self, steps: Any) -> None:
+    """Raises for a state of several models."""
+    if shape := np.shape(steps):
+      raise ValueError(
+        f"`opt_state` must be that of one model, got '{self.name}' with leading axes {shape}, as under vmap or pmap: "
+        "push one of them, jax.tree.map(lambda x: x[0], opt_state)."
+      )
+
+  def arrays(self, tree: Any) -> list[Any]:
+    """The arrays of the state that are recorded."""
+    for is_attribute, key in self._path:
+      tree = getattr(tree, key) if is_attribute else tree[key]
+    if type(tree) is not self._type or (tree.labels is not self.labels and tree.labels != self.labels):
+      raise _OtherStructureError
+    out = [getattr(tree, field) for field in self._fields]
+    return [unwrapped(x) for x in out] if self._is_wrapped else out
+
+  def rebuilt(self, arrays: Any) -> Any:
+    """The state, with nothing in the place of what is not read."""
+    values = dict.fromkeys(self._type._fields, ()) | {field: next(arrays) for field in self._fields}
+    return self._type(**{**values, "labels": self.labels})
+
+  def leaves_name(self, sources: Sequence["_Source"]) -> str:
+    """What its leaves are known by: its name, unless a state before it has other leaves under that."""
+    first = next(s for s in sources if (s.name == self.name and s.labels.block_names) or s is self)
+    return self.name if first.labels.block_names == self.labels.block_names else f"{self.name}_{self.labels.unit}"
+
+
+def _step_of(key: Any) -> tuple[bool, Any]:
+  """One step of a path: whether it is an attribute, and its name or place."""
+  if isinstance(key, jax.tree_util.GetAttrKey):
+    return True, key.name
+  return False, getattr(key, "idx", getattr(key, "key", None))
+
+
+def _as_recorded(value: Any) -> jax.Array:
+  """The same numbers in a dtype of 4 or 8 bytes."""
+  array = jnp.asarray(value)
+  if array.dtype.itemsize == 8:
+    return array
+  if jnp.issubdtype(array.dtype, jnp.floating):
+    return array.astype(jnp.float32)
+  return array if array.dtype == jnp.uint32 else array.astype(jnp.int32)
+
+
+def _grouped(shapes: Mapping[tuple[str, str], Any]) -> dict[tuple[str, np.dtype[Any]], list[tuple[str, str]]]:
+  """The entries in the order of the vector: scalars of one kind and dtype together, arrays each by itself."""
+  out: dict[Any, list[tuple[str, str]]] = {}
+  for kind, key in shapes:
+    dtype = np.dtype(shapes[kind, key].dtype)
+    place = (kind, dtype) if shapes[kind, key].shape == () else (kind, dtype, key)
+    out.setdefault(place, []).append((kind, key))
+  return out
+
+
+# Parameters ---------------------------------------------------------------------------------------------------------
+
+
+def parameter_count(params: Any) -> int:
+  """Entries of all floating and complex leaves."""
+  return sum(int(np.prod(np.shape(x))) for x in map(unwrapped, _weight_leaves(params)))
+
+
+def histogram(params: Any) -> jax.Array | None:
+  """Enqueues the histogram of log10|w|, of what lies on the first device. Shape (leaves, BINS + 2), int32, or None.
+
+  The last two columns count zeros, and entries that are not finite.
+  """
+  leaves = [first_shard(unwrapped(x)) for x in _weight_leaves(params)]
+  leaves = [x for x in leaves if x.size]
+  return _histogram(leaves) if leaves else None
+
+
+def _weight_leaves(params: Any) -> list[Any]:
+  leaves = jax.tree.leaves(params, is_leaf=is_wrapper)
+  return [x for x in leaves if _leaves.is_measured(unwrapped(x))]
+
+
+def first_shard(x: Any) -> Any:
+  """What of an array lies on the first device of this process.
+
+  A program over devices of other processes would wait for these; a replicated array is whole in each place.
+  """
+  return x.addressable_data(0) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 else x
+
+
+@jax.jit
+def _histogram(leaves: list[Any]) -> jax.Array:
+  return jnp.stack([_leaf_histogram(jnp.asarray(x).ravel()) for x in leaves])
+
+
+def _leaf_histogram(x: jax.Array) -> jax.Array:
+  counts = jnp.zeros(BINS + 2, jnp.int32)
+  whole = x.size // _CHUNK
+  if whole:
+    counts = lax.fori_loop(0, whole, lambda i, c: _counted(c, lax.dynamic_slice(x, (i * _CHUNK,), (_CHUNK,))), counts)
+  return _counted(counts, x[whole * _CHUNK :])
+
+
+def _counted(counts: jax.Array, x: jax.Array) -> jax.Array:
+  size = jnp.abs(x)
+  size = size if size.dtype == jnp.float64 else size.astype(jnp.float32)
+  place = jnp.clip(jnp.floor((jnp.log10(size) - LOW) * (BINS / (HIGH - LOW))), 0, BINS - 1).astype(jnp.int32)
+  place = jnp.where(size > 0, place, BINS)
+  return counts.at[jnp.where(jnp.isfinite(size), place, BINS + 1)].add(1)
+
+
+def weights_row(counts: Vector) -> dict[str, list[float]]:
+  """What a row has under "weights"."""
+  total = counts.astype(np.int64).sum(axis=0).tolist()
+  return {"edges": EDGES.tolist(), "counts": total[:BINS], "zeros": total[BINS], "nonfinite": total[BINS + 1]}

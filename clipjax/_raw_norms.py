@@ -1,0 +1,140 @@
+"""The norms of a run as they are judged: raw, with what was not finite and the warm-up told apart.
+
+Reading needs numpy alone. A run has one state that is judged, `main_name`: "grad" where there is one. Its norms are
+those before any clip. Where `skip_steps` rejected a step, the clip inside did not see it and its column repeats the
+step before: the norm that `skip_steps` saw stands there instead.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipjax._run import Bools, Floats, Ints, Run
+from clipjax._words import described
+
+WARMUP_SHARE, WARMUP_MOST = 10, 100  # The warm-up is a tenth of the steps, at most 100, where it is not given.
+FEW = 20  # Percentiles of fewer norms say little: p90 would rest on two of them.
+
+
+class Norms(NamedTuple):
+  """Norms in the order of their steps; n is how many were recorded.
+
+  Attributes:
+    steps: int64, shape (n,): their steps.
+    values: float64, shape (n,): inf or NaN where the norm was not finite.
+    rejected: bool, shape (n,): whether `skip_steps` rejected the step.
+    warmup_steps: how many steps from the first recorded one on are the warm-up.
+    begin: the first step after it.
+  """
+
+  steps: Ints
+  values: Floats
+  rejected: Bools
+  warmup_steps: int
+  begin: int
+
+  @property
+  def finite(self) -> Bools:
+    """Whether each norm is finite."""
+    return np.isfinite(self.values)
+
+  @property
+  def judged(self) -> Bools:
+    """Whether each norm is finite and after the warm-up."""
+    return self.finite & (self.steps >= self.begin)
+
+  @property
+  def typical(self) -> Floats:
+    """The norms that are finite and after the warm-up."""
+    return self.values[self.judged]
+
+
+def main_name(run: Run) -> str | None:
+  """The name of "grad" where it has a norm, else of the first state that has one, "skip" last; None without any."""
+  names = [key.removesuffix("/norm") for key in run.columns if key.endswith("/norm") and "/norm/" not in key]
+  return next((name for name in ["grad", *sorted(names, key=lambda name: name == "skip")] if name in names), None)
+
+
+def norms_of_run(run: Run, name: str | None, warmup_steps: int | None) -> Norms:
+  """The raw norms of the state `name`, none for None. `warmup_steps` None is the default."""
+  warmup, begin = _warmup(run.steps, warmup_steps)
+  if name is None:
+    return Norms(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.bool_), warmup, begin)
+  values, rejected = _column(run, f"{name}/norm"), np.zeros(len(run.steps), np.bool_)
+  if "skip/consecutive" in run.columns:
+    rejected = run.columns["skip/consecutive"] > 0
+  count = run.columns.get(f"{name}/steps")
+  if "skip/norm" in run.columns and name != "skip" and count is not None:
+    unseen = np.append(count[:1] == 0, count[1:] == count[:-1])
+    # A step that was not rejected either was a part of a larger one, as in optax.MultiSteps.
+    values = np.where(unseen, np.where(rejected, _column(run, "skip/norm"), np.nan), values)
+  known = ~np.isnan(values)
+  return Norms(run.steps[known], values[known], rejected[known], warmup, begin)
+
+
+def norms_of_array(norms: Any, warmup_steps: int | None) -> Norms:
+  """The norms of a list or array, one a step.
+
+  Raises:
+    TypeError: where these are no real numbers.
+    ValueError: where they are none, not in one dimension, or negative.
+  """
+  try:
+    array = np.asarray(norms)
+  except ValueError:  # A list of lists of several lengths.
+    array = np.asarray(None)
+  # Beside those of numpy, the 16-bit and 8-bit floats of JAX, whose kind is "V".
+  if array.dtype.kind not in "fiu" and not (array.dtype.kind == "V" and "float" in array.dtype.name):
+    raise TypeError(
+      f"`norms_or_run` must be a Run or a 1-D array of norms, got {described(norms)}: pass clipjax.read_run(path) or a "
+      "list of numbers."
+    )
+  values: Floats = array.astype(np.float64)
+  if values.ndim != 1 or values.size == 0:
+    raise ValueError(
+      f"`norms_or_run` must be a Run or a 1-D array of norms, got shape {values.shape}: pass the norm of each step."
+    )
+  if (negative := values < 0).any():
+    first = int(np.argmax(negative))
+    raise ValueError(
+      f"`norms_or_run` must be norms, which are >= 0, got {values[first]:g} at index {first}: pass norms, not their "
+      "logarithms."
+    )
+  steps = np.arange(values.size)
+  return Norms(steps, values, np.zeros(values.size, np.bool_), *_warmup(steps, warmup_steps))
+
+
+def _warmup(steps: Ints, warmup_steps: int | None) -> tuple[int, int]:
+  """How many steps the warm-up has, by default a tenth of what the record spans, and the first step after it."""
+  if not steps.size:
+    return warmup_steps or 0, 0
+  first, last = int(steps[0]), int(steps[-1])
+  length = min((last - first + 1) // WARMUP_SHARE, WARMUP_MOST) if warmup_steps is None else int(warmup_steps)
+  return length, first + length
+
+
+def check_warmup(warmup_steps: Any) -> None:
+  """Raises unless this is None or a whole number >= 0."""
+  if warmup_steps is None:
+    return
+  if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int | np.integer):
+    raise TypeError(
+      f"`warmup_steps` must be a whole number or None, got {described(warmup_steps)}: pass how many steps to leave out."
+    )
+  if warmup_steps < 0:
+    raise ValueError(f"`warmup_steps` must be >= 0, got {warmup_steps}: pass 0 to leave no step out.")
+
+
+def mean(values: Floats) -> float:
+  """The mean of numbers >= 0, whose sum may be above the largest float64."""
+  largest = float(values.max(initial=0.0))
+  return largest * float(np.mean(values / largest)) if largest > 0 else 0.0
+
+
+def _column(run: Run, key: str) -> Floats:
+  """A column in which inf stands where the record says that a value was there but not finite."""
+  return np.where(_flag(run, key), np.inf, run.columns[key])
+
+
+def _flag(run: Run, key: str) -> Bools:
+  return run.flags.get(key, np.zeros(len(run.steps), np.bool_))

@@ -1,0 +1,253 @@
+"""Reading what a `Recorder` has written: a `Run`, columns of numpy arrays over the steps.
+
+The file is JSON Lines. A header names what was recorded, `{"clipjax_run": 1, "leaves": ..., ...}`; then comes a row
+for each step, `{"step": 7, "time": ..., "grad/norm": ..., ...}`. Numbers that are not finite are null, and the row's
+"nonfinite" says what they were. Lines that a crash has torn are passed over. This module does not load JAX.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+
+FORMAT = 1  # The number in the header; a reader refuses a higher one.
+RESERVED = frozenset({"clipjax_run", "leaf", "nonfinite", "step", "time", "user_step", "weights"})
+_OBJECTS = ("leaf", "nonfinite", "weights")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Run:
+  """A recorded run; made by `read_run`. n is the number of steps, m that of the steps with numbers by leaf.
+
+  `run[key]` is a column, or for a leaf, as in `run["grad/norm/w"]`, its numbers spread over all steps, NaN where none
+  were recorded. `run.keys()` are the keys of both kinds, `key in run` and `len(run)`, the number of steps, work too.
+
+  Attributes:
+    path: the file.
+    steps: int64, shape (n,): the steps, ascending, each once; not every one needs to be there.
+    columns: float64, shape (n,), by key: NaN where nothing was recorded or the number was not finite. "time" is the
+      time of the push in seconds since 1970, "user_step" the caller's number of the step where it was another.
+    flags: bool, shape (n,), by key: True where a number was recorded and was inf or NaN; only keys that have such.
+    leaves: names of the leaves or groups, by name of the clip or watch, such as "grad".
+    vectors: by `<name>/<quantity>`: int64 (m,), the steps, and float64 (m, leaves), the numbers, NaN if not finite.
+    weights: the histogram of log10|w| over the parameters: int64 (m,), steps; float64 (k + 1,), edges of its bins;
+      float64 (m, k), counts. None where no parameters were given.
+    parameters: number of the parameters; None where none were given.
+  """
+
+  path: str
+  steps: Ints
+  columns: dict[str, Floats]
+  flags: dict[str, Bools]
+  leaves: dict[str, tuple[str, ...]]
+  vectors: dict[str, tuple[Ints, Floats]]
+  weights: tuple[Ints, Floats, Floats] | None
+  parameters: int | None
+
+  def keys(self) -> tuple[str, ...]:
+    """The columns, then the numbers by leaf."""
+    by_leaf = (f"{key}/{leaf}" for key in self.vectors for leaf in self.leaves[key.rpartition("/")[0]])
+    return tuple(dict.fromkeys((*self.columns, *by_leaf)))
+
+  def __getitem__(self, key: str) -> Floats:
+    if key in self.columns:
+      return self.columns[key]
+    if (place := self._place(key)) is None:
+      near = difflib.get_close_matches(str(key), self.keys(), 3, 0.5) or list(self.columns)
+      raise KeyError(f"{self.path} has no {key!r}; it has {', '.join(map(repr, near[:10]))}")
+    vector, i = place
+    steps, values = self.vectors[vector]
+    out = np.full(self.steps.shape, np.nan)
+    out[np.searchsorted(self.steps, steps)] = values[:, i]
+    return out
+
+  def __contains__(self, key: object) -> bool:
+    return key in self.columns or (isinstance(key, str) and self._place(key) is not None)
+
+  def __len__(self) -> int:
+    return len(self.steps)
+
+  def __repr__(self) -> str:
+    return f"Run({self.path!r}, {len(self)} steps, {len(self.columns)} columns)"
+
+  def _place(self, key: str) -> tuple[str, int] | None:
+    """The vector that a key such as "grad/norm/w" belongs to, and the place of the leaf in it."""
+    for vector in self.vectors:
+      leaves = self.leaves[vector.rpartition("/")[0]]
+      if key.startswith(vector + "/") and key[len(vector) + 1 :] in leaves:
+        return vector, leaves.index(key[len(vector) + 1 :])
+    return None
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+  """Reads a file that a `Recorder` wrote, also while it is being written, or after a crash.
+
+  Lines that a crash has torn are passed over. Rows of one step become one row, in which a later number replaces an
+  earlier one. Where a run was resumed, what was recorded before from the first step of the resumed part on is dropped:
+  it belongs to a course that was given up.
+
+  Args:
+    path: the file.
+
+  Returns:
+    A `Run`; without rows, one of length 0.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: for a directory, an empty file, a file that no `Recorder` wrote, or one of a later format.
+
+  Example:
+    >>> import os, tempfile, jax.numpy as jnp, clipjax
+    >>> tx, grads = clipjax.clip_by_global_norm(1.0), {"w": jnp.array([3.0, 4.0])}
+    >>> state = tx.init(grads)
+    >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
+    >>> with clipjax.Recorder(path) as recorder:
+    ...   for step in range(1, 4):
+    ...     _, state = tx.update(grads, state)
+    ...     recorder.push(step, state, loss=0.5 / step)
+    >>> run = clipjax.read_run(path)
+    >>> run.steps, run["grad/norm"], run["loss"][0]
+    (array([1, 2, 3]), array([5., 5., 5.]), np.float64(0.5))
+  """
+  name = os.fspath(path)
+  lines = _lines(name)
+  header: dict[str, Any] = {}
+  rows = _Rows()
+  for line in lines:
+    try:
+      entry = json.loads(line)
+    except ValueError:  # A torn line, or one that is not text.
+      continue
+    if not isinstance(entry, dict):
+      continue
+    if "clipjax_run" in entry:
+      _check_format(entry, name)
+      rows.begin(entry.get("started"))
+      header = {**header, **{key: value for key, value in entry.items() if value}}
+    elif header and type(entry.get("step")) is int:
+      rows.add(entry)
+  if not header:
+    raise ValueError(f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, {_OTHER}")
+  return _run(name, header, rows.by_step)
+
+
+_OTHER = "which has no header of one: pass the path that the Recorder was given."
+
+
+def is_run(path: str) -> bool:
+  """Whether a file begins as a `Recorder` does; an empty one does, and so does one torn in its first line."""
+  start = b'{"clipjax_run"'
+  with Path(path).open("rb") as file:
+    head = file.read(len(start))
+  return start.startswith(head)
+
+
+def _lines(name: str) -> list[bytes]:
+  if Path(name).is_dir():
+    raise ValueError(f"`path` must be a file that `clipjax.Recorder` wrote, got the directory {name!r}: name the file.")
+  try:
+    data = Path(name).read_bytes()
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, which does not exist: look at its spelling."
+    ) from None
+  if not data.strip():
+    raise ValueError(
+      f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, which is empty: a Recorder writes its first "
+      "rows after `every` steps, or when it is closed."
+    )
+  return data.split(b"\n")
+
+
+def _check_format(header: dict[str, Any], name: str) -> None:
+  number = header["clipjax_run"]
+  if type(number) is not int or number > FORMAT:
+    raise ValueError(
+      f"`path` must be a file of format {FORMAT} or below, got {name!r} of format {number!r}: read it with the version "
+      f"of clipjax that wrote it, {header.get('version')}, or a later one."
+    )
+
+
+class _Rows:
+  """The rows by step, of which those of a course that was given up are dropped."""
+
+  def __init__(self) -> None:
+    self.by_step: dict[int, dict[str, Any]] = {}
+    self._started: Any = None
+    self._is_first = False
+
+  def begin(self, started: Any) -> None:
+    """A header: `started` tells one `Recorder` from the next."""
+    self._is_first = started is None or started != self._started
+    self._started = started
+
+  def add(self, row: dict[str, Any]) -> None:
+    step = row["step"]
+    if self._is_first and self.by_step:
+      self.by_step = {s: kept for s, kept in self.by_step.items() if s < step}
+    self._is_first = False
+    old = self.by_step.setdefault(step, row)
+    if old is not row:
+      merge(old, row)
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> None:
+  """Puts a later row into an earlier one of the same step."""
+  flags = {key: text for key, text in (old.get("nonfinite") or {}).items() if key not in new}
+  flags |= new.get("nonfinite") or {}
+  leaf = {**(old.get("leaf") or {}), **(new.get("leaf") or {})}
+  old.update(new)
+  old |= {"nonfinite": flags, "leaf": leaf}
+  for key in ("nonfinite", "leaf"):
+    if not old[key]:
+      del old[key]
+
+
+def _run(name: str, header: dict[str, Any], rows: dict[int, dict[str, Any]]) -> Run:
+  steps = np.array(sorted(rows), np.int64)
+  columns: dict[str, Floats] = {}
+  flags: dict[str, Bools] = {}
+  for i, step in enumerate(steps.tolist()):
+    row = rows[step]
+    for key, value in row.items():
+      if key == "step" or key in _OBJECTS:
+        continue
+      if key not in columns:
+        columns[key] = np.full(steps.shape, np.nan)
+      if isinstance(value, int | float):
+        columns[key][i] = value
+    for key in row.get("nonfinite") or ():
+      flags.setdefault(key, np.zeros(steps.shape, np.bool_))[i] = True
+  leaves = {key: tuple(map(str, labels)) for key, labels in (header.get("leaves") or {}).items()}
+  ordered = [rows[step] for step in steps.tolist()]
+  parameters = header.get("parameters")
+  return Run(name, steps, columns, flags, leaves, _vectors(ordered, leaves), _weights(ordered), parameters)
+
+
+def _vectors(rows: list[dict[str, Any]], leaves: dict[str, tuple[str, ...]]) -> dict[str, tuple[Ints, Floats]]:
+  found: dict[str, tuple[list[int], list[Any]]] = {}
+  for row in rows:
+    for key, values in (row.get("leaf") or {}).items():
+      if len(values) == len(leaves.get(key.rpartition("/")[0], ())):  # Else of a run of other leaves, resumed.
+        steps, vectors = found.setdefault(key, ([], []))
+        steps.append(row["step"])
+        vectors.append(np.array(values, np.float64))  # None becomes NaN.
+  return {key: (np.array(steps, np.int64), np.stack(vectors)) for key, (steps, vectors) in found.items()}
+
+
+def _weights(rows: list[dict[str, Any]]) -> tuple[Ints, Floats, Floats] | None:
+  found = [(row["step"], row["weights"]) for row in rows if row.get("weights")]
+  if not found:
+    return None
+  edges = found[-1][1]["edges"]
+  found = [(step, weights) for step, weights in found if weights["edges"] == edges]
+  counts = np.array([weights["counts"] for _, weights in found], np.float64)
+  return np.array([step for step, _ in found], np.int64), np.array(edges, np.float64), counts

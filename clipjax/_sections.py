@@ -1,0 +1,298 @@
+"""What the sections of a report say: for each a figure, an alt text that has the numbers, and how to read it.
+
+A section is a function of a `Run` that gives HTML, or a `Missing` that says what to record to get it. Numbers are of
+all steps. Everything that comes from the run is escaped by `_page`.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from clipjax import _figures, _page, _series
+from clipjax._page import code, text
+from clipjax._run import Bools, Floats, Ints, Run
+from clipjax._series import NormSeries, Vectors, column, flag, short
+from clipjax._words import counted, duration, number, percent
+
+_MOST_LAYERS = 5  # Named of the worst step.
+
+
+class Missing(NamedTuple):
+  """A section that is left out: its title and, as HTML, what to record."""
+
+  title: str
+  remedy: str
+
+
+Section = str | Missing
+
+
+def all_sections(run: Run) -> list[Section]:
+  """The sections in the order of the page."""
+  series = _series.norm_series(run)
+  clip = code("clipjax.clip_by_global_norm(max_norm)")
+  if series is None or not len(run):
+    remedy = f"chain {clip} or {code('clipjax.watch()')} before the optimizer and call {code('recorder.push')}."
+    return [Missing("Gradient norm", remedy), *_others(run, "grad")]
+  worst = _worst(run, series)
+  return [_norm(series), _histogram(series), *_layers(run, series.name), worst, *_others(run, series.name)]
+
+
+def _others(run: Run, name: str) -> list[Section]:
+  return [_ratios(run), _losses(run), _weights(run), _speed(run), _table(run, name)]
+
+
+def summary(run: Run) -> str:
+  """The numbers at the top."""
+  pairs = [("steps recorded", f"{len(run):,}")]
+  if run.parameters is not None:
+    pairs.append(("parameters", f"{run.parameters:,}"))
+  series = _series.norm_series(run)
+  if series is not None:
+    finite = series.norm[np.isfinite(series.norm)]
+    pairs += [("median norm", number(float(np.median(finite))) if finite.size else "none finite")]
+    pairs += [("clipped steps", f"{int(series.clipped.sum()):,}"), ("steps not finite", f"{_count(series):,}")]
+  for key in [key for key in run.columns if key == "loss"]:
+    known = run[key][np.isfinite(run[key])]
+    pairs += [("last finite loss", number(float(known[-1])) if known.size else "none finite")]
+  step_time = _series.step_time(run)
+  if step_time is not None:
+    pairs.append(("time of a step", duration(step_time)))
+  return _page.numbers(pairs)
+
+
+def _norm(series: NormSeries) -> Section:
+  caption = (
+    "Each step's norm before the clip, on a log axis. Triangles are steps that were clipped to the threshold, crosses "
+    "are steps whose norm was inf or NaN."
+  )
+  if series.by_block:
+    caption += " Leaves or groups are clipped by thresholds of their own; the line is the smallest of them."
+  if series.rejected.any():
+    caption += " Squares are steps that skip_steps rejected; their norm is the one that it saw."
+  return _section("Gradient norm", partial(_figures.norms, series), norm_words(series), caption)
+
+
+def norm_words(series: NormSeries) -> str:
+  """The alt text of the figure of the norm."""
+  said = [f"Line chart of {series.name}/norm, {_span(series.steps)}, log axis: {_distribution(series.norm)}."]
+  limits = series.limit[np.isfinite(series.limit)]
+  what = "Smallest threshold of a leaf or group" if series.by_block else "Threshold"
+  if not limits.size:
+    said.append("No threshold.")
+  elif limits.min() == limits.max():
+    said.append(f"{what} {number(float(limits[0]))}.")
+  else:
+    least, last, most = (number(float(x)) for x in (limits.min(), limits[-1], limits.max()))
+    said.append(f"{what} between {least} and {most}, {last} in the end.")
+  said.append(f"{_share(series.clipped)} steps clipped.")
+  bad = series.steps[series.nonfinite]
+  first = f", the first is step {bad[0]:,}" if bad.size else ""
+  said.append(f"{_share(series.nonfinite)} steps not finite{first}.")
+  if series.rejected.any():
+    said.append(f"{_share(series.rejected)} steps rejected by skip_steps.")
+  return " ".join(said)
+
+
+def _histogram(series: NormSeries) -> Section:
+  norm = series.norm
+  if not (norm > 0).any():
+    return Missing("Distribution of the norm", "no step had a finite norm above 0, so there is nothing to draw.")
+  values = _percentiles(norm)
+  said = ", ".join(f"p{p} {number(x)}" for p, x in zip(_figures.PERCENTILES, values, strict=True))
+  alt = f"Histogram of log10 of {series.name}/norm over {np.isfinite(norm).sum():,} finite steps: {said}."
+  caption = "How often each size of the norm occurred. The lines are percentiles over all finite steps; those of the "
+  caption += "verdict leave the warm-up out."
+  if (norm == 0).any():
+    caption += f" {int((norm == 0).sum()):,} steps with norm 0 have no place on a log axis."
+  return _section("Distribution of the norm", partial(_figures.histogram, norm, values), alt, caption)
+
+
+def _layers(run: Run, name: str) -> list[Section]:
+  found = _series.vectors(run, f"{name}/norm")
+  title = "Layers over time"
+  if found is None:
+    return [Missing(title, f"chain {code('clipjax.watch()')} before the clip; the norm of every layer is then read.")]
+  values = found.values
+  said = [f"Heat map of the norm of {len(found.names):,} layers at {found.steps.size:,} recorded steps."]
+  middle = _medians(values)
+  if np.isfinite(middle).any():
+    low, high = int(np.nanargmin(middle)), int(np.nanargmax(middle))
+    said.append(f"Smallest median {number(middle[low])} in {short(found.names[low], 60)}, largest {_of(found, high)}.")
+  bad = np.flatnonzero(np.isnan(values).any(axis=0))
+  names = ", ".join(short(found.names[i], 60) for i in bad[:_MOST_LAYERS])
+  said.append(f"{bad.size:,} layers were not finite at some step{': ' + names if bad.size else ''}.")
+  caption = f"One row for each of {len(found.names):,} layers, the first on top. Names are shortened, and where there "
+  caption += f"are many, not every row has one; all are in the table below. {code(f'{name}/norm')}, log scale."
+  return [_section(title, partial(_figures.layers, found), " ".join(said), caption)]
+
+
+def _worst(run: Run, series: NormSeries) -> Section:
+  worst = _series.worst_step(run, series)
+  if worst is None:
+    return Missing("Worst step", "no norm was recorded.")
+  size = number(worst.norm) if np.isfinite(worst.norm) else "not finite"
+  which = "the first that was not finite" if series.nonfinite.any() else "the largest norm"
+  body = f"<p>Step <strong>{worst.step:,}</strong>, {which}: norm {size}.</p>"
+  if not worst.layers and series.rejected[series.steps == worst.step].any():
+    body += f"<p>{code('skip_steps')} rejected it, so that a {code('clipjax.watch()')} inside did not see it.</p>"
+  elif not worst.layers:
+    body += f"<p>Its layers were not recorded: {code('clipjax.watch()')} first in the chain keeps them.</p>"
+  else:
+    rows = [(code(name), number(x) if np.isfinite(x) else "not finite") for name, x in worst.layers[:_MOST_LAYERS]]
+    body += _page.table(("layer", "norm"), rows, "layers")
+  return f"<section><h2>Worst step</h2>{body}</section>"
+
+
+def _ratios(run: Run) -> Section:
+  title, key = "Size of the updates", "update/ratio"
+  total, found = column(run, key), _series.vectors(run, key)
+  if not (total > 0).any() and (found is None or not (found.values > 0).any()):
+    watch = code('clipjax.watch(name="update")')
+    return Missing(title, f"chain {watch} last, after the optimizer, and give {code('params')} to {code('update')}.")
+  known = total[total > 0] if (total > 0).any() else _some(found).values[_some(found).values > 0]
+  alt = f"Line chart of update over parameters, {_span(run.steps)}, log axis: {_distribution(known)}."
+  if found is not None:
+    middle = _medians(found.values)
+    inside = int(((middle >= _figures.BAND[0]) & (middle <= _figures.BAND[1])).sum())
+    alt += f" The median of {inside:,} of {len(found.names):,} layers lies in 1e-4 to 1e-2."
+  caption = "Norm of the update over the norm of the parameters. About 1e-3 is usual with Adam-like optimizers; far "
+  caption += "below, the layer hardly learns; far above, it is overwritten."
+  return _section(title, partial(_figures.ratios, (run.steps, total), found), alt, caption)
+
+
+def _losses(run: Run) -> Section:
+  curves = []
+  for key in run.columns:
+    if "loss" in key.lower() and not key.startswith("skip/"):
+      values, known = run.columns[key], np.isfinite(run.columns[key])
+      bad = run.steps[flag(run, key)]
+      if known.any() or bad.size:
+        curves.append((key, run.steps[known], values[known], bad))
+  if not curves:
+    example = code("recorder.push(step, opt_state, loss=loss, val_loss=val_loss)")
+    return Missing("Loss", f"give the losses to push, as in {example}.")
+  said = []
+  for key, _, values, bad in curves:
+    course = f"from {number(values[0])} to {number(values[-1])}, lowest {number(values.min())}" if values.size else ""
+    failed = f"not finite at {bad.size:,} steps" if bad.size else ""
+    said.append(f"{short(key, 60)} {', '.join(filter(None, (course, failed)))}")
+  alt = f"Line chart of the losses, {_span(run.steps)}: {'; '.join(said)}."
+  return _section("Loss", partial(_figures.losses, curves), alt, "Every recorded number with “loss” in its name.")
+
+
+def _weights(run: Run) -> Section:
+  title = "Size of the weights"
+  if run.weights is None or not run.weights[2].sum():
+    return Missing(
+      title, f"give the parameters to push, as in {code('recorder.push(step, opt_state, params=params)')}."
+    )
+  steps, edges, counts = run.weights
+  centres = (edges[1:] + edges[:-1]) / 2
+  middle = [number(10 ** centres[np.searchsorted(row.cumsum(), row.sum() / 2)]) for row in counts[[0, -1]]]
+  alt = f"Histogram of log10 of the size of the weights at {steps.size:,} recorded steps: median about {middle[0]} at "
+  alt += f"step {steps[0]:,} and {middle[1]} at step {steps[-1]:,}."
+  caption = "Share of the weights by absolute value, on a log axis, at the first, the middle and the last recording."
+  return _section(title, partial(_figures.weights, steps, edges, counts), alt, caption)
+
+
+def _speed(run: Run) -> Section:
+  title = "Speed"
+  steps, seconds = _series.seconds_per_step(run)
+  if not seconds.size:
+    return Missing(title, f"two calls of {code('recorder.push')} or more give the time of a step.")
+  typical = _series.step_time(run) or float(np.median(seconds))
+  panels = [("ms per step", steps, 1e3 * seconds, 1e3 * typical)]
+  middle, slow = (duration(float(np.percentile(seconds, p))) for p in (50, 99))
+  time = column(run, "time")
+  total = _total(float(np.nanmax(time) - np.nanmin(time)))
+  said = [f"Line chart of the time of a step: {duration(typical)}, the median of parts of the run"]
+  said += [f"from push to push median {middle}, 99th percentile {slow}"]
+  said += [f"{number(1 / typical)} steps per second, {total} in all"]
+  for key in ("tokens", "examples"):
+    at, rate = _series.throughput(run, key)
+    if (rate > 0).any():
+      mean = float(np.nanmean(column(run, key))) / typical
+      panels.append((f"{key} per second", at, rate, mean))
+      said.append(f"{counted(mean)} {key} per second")
+  caption = "Time from push to push, over the steps between. JAX runs ahead of the host, so the dashed line, the time "
+  caption += "of a step over longer parts of the run, tells more. "
+  if len(panels) == 1:
+    caption += f"For the throughput give {code('tokens=')} or {code('examples=')}, the amount in a step, to push."
+  return _section(title, partial(_figures.speed, panels), "; ".join(said) + ".", caption)
+
+
+def _table(run: Run, name: str) -> Section:
+  found = _series.vectors(run, f"{name}/norm")
+  if found is None:
+    return ""
+  ratio = _series.vectors(run, "update/ratio")
+  shares = dict(zip(ratio.names, _medians(ratio.values), strict=True)) if ratio is not None else {}
+  values, middle = found.values, _medians(found.values)
+  rows = []
+  for i, layer in enumerate(found.names):
+    known = values[:, i][np.isfinite(values[:, i])]
+    cells = [number(middle[i]), number(known.max())] if known.size else ["none", "none"]
+    cells.append(f"{int(np.isnan(values[:, i]).sum()):,}")
+    rows.append((code(layer), *cells, *([number(shares[layer])] if layer in shares else [""] if shares else [])))
+  head = ["layer", "median norm", "largest", "not finite", *(["update ratio"] if shares else [])]
+  label = f"Layers: {len(found.names):,}; steps at which they were recorded: {found.steps.size:,}"
+  inside = f"<details><summary>{label}</summary>{_page.table(head, rows, 'cards')}</details>"
+  return f"<section><h2>All layers</h2>{inside}</section>"
+
+
+# Words --------------------------------------------------------------------------------------------------------------
+
+
+def _section(title: str, draw: _figures.Draw, alt: str, caption: str) -> str:
+  """A heading and a figure; the caption is HTML, the alt text is not, and is shown too, so that all can read it."""
+  words = f"<details><summary>The figure in words</summary><p>{text(alt)}</p></details>"
+  return f"<section><h2>{text(title)}</h2>{_page.figure(draw, alt, caption)}{words}</section>"
+
+
+def _count(series: NormSeries) -> int:
+  return int(series.nonfinite.sum())
+
+
+def _percentiles(values: Floats) -> list[float]:
+  return [float(x) for x in np.percentile(values[np.isfinite(values)], _figures.PERCENTILES)]
+
+
+def _distribution(values: Floats) -> str:
+  known = values[np.isfinite(values)]
+  if not known.size:
+    return "no finite value"
+  p50, p90, p99 = (number(x) for x in _percentiles(known))
+  least, most = number(float(known.min())), number(float(known.max()))
+  return f"median {p50}, 90th percentile {p90}, 99th percentile {p99}, smallest {least}, largest {most}"
+
+
+def _span(steps: Ints) -> str:
+  return f"step {steps[0]:,}" if steps.size == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+
+
+def _medians(values: Floats) -> Floats:
+  """The median of the finite numbers of each column, NaN where a column has none."""
+  known = np.isfinite(values)
+  return np.array([np.median(values[known[:, i], i]) if known[:, i].any() else np.nan for i in range(values.shape[1])])
+
+
+def _of(found: Vectors, i: int) -> str:
+  return f"{number(_medians(found.values[:, i : i + 1])[0])} in {short(found.names[i], 60)}"
+
+
+def _some(found: Vectors | None) -> Vectors:
+  assert found is not None
+  return found
+
+
+def _total(seconds: float) -> str:
+  """A long time in hours or minutes."""
+  unit, size = ("h", 3600) if seconds >= 5400 else ("min", 60)
+  return f"{number(seconds / size)} {unit}" if seconds >= 90 else duration(seconds)
+
+
+def _share(mask: Bools) -> str:
+  """How many, of how many, in percent."""
+  return f"{mask.sum():,} of {mask.size:,} ({percent(float(mask.mean()))})"

@@ -1,0 +1,267 @@
+"""`clipjax report` and `clipjax suggest`: what they print, and one line with exit code 2 for whatever is wrong."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+import clipjax
+from clipjax import __main__ as cli
+from clipjax import _suggest
+
+ROOT = pathlib.Path(__file__).parent.parent
+HEADER = '{"clipjax_run": 1, "version": "0.1.0", "leaves": {}, "parameters": 12, "every": 1}'
+
+
+def write(path, norms, header=HEADER, **columns):
+  rows = [{"step": i, "grad/norm": x, **{key: y[i] for key, y in columns.items()}} for i, x in enumerate(norms)]
+  path.write_text("\n".join([header, *map(json.dumps, rows)]) + "\n", encoding="utf-8")
+  return path
+
+
+@pytest.fixture
+def run(tmp_path):
+  return write(tmp_path / "run.jsonl", np.exp(np.random.default_rng(0).normal(0, 0.2, 300)).tolist())
+
+
+@pytest.fixture
+def pages(monkeypatch):
+  """A stand-in for `_report`; the calls of its `write_report`."""
+  calls = []
+
+  def write_report(run, path):
+    calls.append((run, path))
+    pathlib.Path(path).write_text("<html>")
+    return pathlib.Path(path)
+
+  module = types.ModuleType("clipjax._report")
+  module.write_report = write_report
+  monkeypatch.setitem(sys.modules, "clipjax._report", module)
+  monkeypatch.setattr(clipjax, "_report", module, raising=False)
+  return calls
+
+
+def one_line(capsys):
+  """The line on stderr, which is all there is."""
+  captured = capsys.readouterr()
+  assert captured.out == ""
+  (line,) = captured.err.splitlines()
+  return line
+
+
+# suggest ------------------------------------------------------------------------------------------------------------
+
+
+def test_suggest_prints_the_suggestion(run, capsys):
+  assert cli.main(["suggest", str(run)]) == 0
+  assert capsys.readouterr() == (f"{clipjax.suggest_max_norm(clipjax.read_run(run))}\n", "")
+
+
+def test_suggest_hands_every_option_on(run, capsys):
+  args = ["--model", "transformer", "--learning-rate", "0.1", "--new-learning-rate", "1e0", "--scale-free"]
+  assert cli.main(["suggest", str(run), *args]) == 0
+  want = clipjax.suggest_max_norm(
+    clipjax.read_run(run), model="transformer", learning_rate=0.1, new_learning_rate=1.0, scale_free=True
+  )
+  assert capsys.readouterr().out == f"{want}\n"
+
+
+@pytest.mark.parametrize(
+  ("args", "text"),
+  [
+    (["--model", "gan"], "`model` must be one of feed-forward, cnn, rnn, lstm, transformer or None, got 'gan' (str)"),
+    (
+      ["--learning-rate", "1"],
+      "`learning_rate` and `new_learning_rate` must be given both or neither, got 1.0 and None",
+    ),
+    (["--learning-rate", "1", "--new-learning-rate", "-1"], "`new_learning_rate` must be > 0 and finite, got -1.0"),
+  ],
+)
+def test_suggest_says_wrong_options_in_one_line(args, text, run, capsys):
+  assert cli.main(["suggest", str(run), *args]) == 2
+  assert one_line(capsys).startswith(f"clipjax: {text}")
+
+
+def test_suggest_says_in_one_line_that_there_are_no_norms(tmp_path, capsys):
+  assert cli.main(["suggest", str(write(tmp_path / "run.jsonl", []))]) == 2
+  assert one_line(capsys).startswith("clipjax: `norms_or_run` must have finite norms after the warm-up")
+
+
+def test_the_help_names_the_families(capsys):
+  with pytest.raises(SystemExit):
+    cli.main(["suggest", "--help"])
+  *names, last = _suggest.FAMILIES
+  assert f"{', '.join(names)} or {last}" in " ".join(capsys.readouterr().out.split())
+
+
+# report -------------------------------------------------------------------------------------------------------------
+
+
+def test_report_prints_findings_and_the_path_of_the_page(run, pages, capsys):
+  assert cli.main(["report", str(run)]) == 0
+  page = run.with_suffix(".html")
+  assert capsys.readouterr() == (f"{clipjax.diagnose(clipjax.read_run(run))}\n\nWrote {page}\n", "")
+  ((judged, path),) = pages
+  assert (judged.path, path) == (str(run), page)
+
+
+def test_report_writes_where_it_is_told(run, pages, tmp_path, capsys):
+  assert cli.main(["report", str(run), "-o", str(tmp_path / "a.htm")]) == 0
+  assert capsys.readouterr().out.endswith(f"Wrote {tmp_path / 'a.htm'}\n")
+  assert pages[0][1] == tmp_path / "a.htm"
+
+
+def test_report_does_not_overwrite_the_run(run, pages, capsys):
+  html = run.rename(run.with_suffix(".html"))
+  for args in ([str(html)], [str(html), "-o", str(html)]):
+    assert cli.main(["report", *args]) == 2
+    assert one_line(capsys).startswith("clipjax: the report must be another file than the run, got ")
+  assert html.read_text().startswith(HEADER)
+  assert pages == []
+
+
+def test_a_report_that_cannot_be_written_is_one_line(run, pages, tmp_path, capsys):
+  assert cli.main(["report", str(run), "-o", str(tmp_path)]) == 2
+  captured = capsys.readouterr()
+  assert captured.err == f"clipjax: cannot write {tmp_path}: Is a directory\n"
+  assert "Wrote" not in captured.out
+
+
+def test_a_report_without_matplotlib_is_one_line(run, tmp_path):
+  # A `_report` that imports it when it is called, as the one that is there or will be.
+  code = (
+    "import sys, types; sys.modules['matplotlib'] = None; m = types.ModuleType('clipjax._report')\n"
+    "def write_report(run, path): import matplotlib.figure\n"
+    "m.write_report = write_report; sys.modules['clipjax._report'] = m; import clipjax; clipjax._report = m\n"
+    "from clipjax.__main__ import main; sys.exit(main())"
+  )
+  got = python("-c", code, "report", str(run))
+  assert got.returncode == 2
+  (line,) = got.stderr.decode().splitlines()
+  assert line == "clipjax: the report needs more packages, pip install 'clipjax[report]' (no matplotlib)"
+
+
+def test_names_that_stdout_cannot_encode_are_escaped(tmp_path):
+  header = HEADER.replace('"leaves": {}', '"leaves": {"grad": ["Größe", "b"]}')
+  run = write(tmp_path / "läuf.jsonl", [1.0] * 40, header, leaf=[{"grad/norm": [0.0, 1.0]}] * 40)
+  code = (
+    "import sys, types; m = types.ModuleType('clipjax._report'); m.write_report = lambda run, path: path\n"
+    "sys.modules['clipjax._report'] = m; import clipjax; clipjax._report = m\n"
+    "from clipjax.__main__ import main; sys.exit(main())"
+  )
+  got = python("-c", code, "report", str(run), encoding="ascii")
+  assert (got.returncode, got.stderr) == (0, b"")
+  text = got.stdout.decode("ascii")
+  assert r"Gr\xf6\xdfe" in text and r"l\xe4uf.html" in text
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+FILES = {
+  "empty": b"",
+  "blank": b"\n \n",
+  "text": b"hello\nworld\n",
+  "binary": bytes(range(256)),
+  "JSON of another kind": b'{"loss": 1.0}\n{"loss": 2.0}\n',
+  "JSON array": b"[1, 2, 3]\n",
+  "number": b"3\n",
+  "torn header": b'{"clipjax_run": 1, "ver',
+  "later format": b'{"clipjax_run": 99, "leaves": {}}\n{"step": 1, "grad/norm": 1.0}\n',
+  "format of another type": b'{"clipjax_run": "x"}\n{"step": 1}\n',
+  "leaves of another type": b'{"clipjax_run": 1, "leaves": [1]}\n{"step": 1, "leaf": {"a/b": [1]}}\n',
+  "vector of another type": b'{"clipjax_run": 1, "leaves": {"a": ["x"]}}\n{"step": 1, "leaf": {"a/b": 5}}\n',
+  "weights of another type": b'{"clipjax_run": 1, "leaves": {}}\n{"step": 1, "weights": [1]}\n',
+  "step beyond int64": b'{"clipjax_run": 1, "leaves": {}}\n{"step": 1' + b"0" * 30 + b"}\n",
+  "number beyond float64": b'{"clipjax_run": 1, "leaves": {}}\n{"step": 1, "loss": 1' + b"0" * 400 + b"}\n",
+  "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("command", ["report", "suggest"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_run_is_one_line(command, name, tmp_path, capsys, pages):
+  path = tmp_path / "run.jsonl"
+  path.write_bytes(FILES[name])
+  assert cli.main([command, str(path)]) == 2
+  line = one_line(capsys)
+  assert line.startswith("clipjax: ") and str(path) in line
+  assert pages == []
+
+
+@pytest.mark.parametrize("command", ["report", "suggest"])
+def test_a_missing_file_and_a_directory_are_one_line(command, tmp_path, capsys):
+  assert cli.main([command, str(tmp_path / "no.jsonl")]) == 2
+  assert one_line(capsys) == f"clipjax: cannot read {tmp_path / 'no.jsonl'}: there is no such file"
+  assert cli.main([command, str(tmp_path)]) == 2
+  assert str(tmp_path) in one_line(capsys)
+  (tmp_path / "file").touch()
+  assert cli.main([command, str(tmp_path / "file" / "x")]) == 2
+  assert one_line(capsys) == f"clipjax: cannot read {tmp_path / 'file' / 'x'}: Not a directory"
+
+
+@pytest.mark.parametrize("command", ["report", "suggest"])
+def test_a_torn_last_line_is_passed_over(command, run, pages, capsys):
+  whole = run.read_bytes()
+  assert cli.main([command, str(run)]) == 0
+  want = capsys.readouterr().out
+  run.write_bytes(whole + b'{"step": 300, "grad/no')
+  assert cli.main([command, str(run)]) == 0
+  assert capsys.readouterr().out == want
+
+
+# What is loaded -----------------------------------------------------------------------------------------------------
+
+
+def python(*args, encoding="utf-8"):
+  env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+  return subprocess.run([sys.executable, *args], capture_output=True, check=False, cwd=ROOT, env=env)
+
+
+SHOW_MODULES = (
+  "import atexit, sys; atexit.register(lambda: print(*sys.modules))\n"
+  "from clipjax.__main__ import main; sys.exit(main())"
+)
+
+
+@pytest.mark.parametrize("args", [["report", "--help"], ["suggest", "--help"]])
+def test_help_loads_neither_numpy_nor_jax(args):
+  got = python("-c", SHOW_MODULES, *args)
+  assert (got.returncode, got.stderr) == (0, b"")
+  *text, modules = got.stdout.decode().splitlines()
+  assert text[0].startswith(f"usage: clipjax {args[0]}")
+  assert not {"jax", "numpy", "matplotlib"} & set(modules.split())
+
+
+def test_a_suggestion_loads_numpy_and_not_jax(run):
+  got = python("-c", SHOW_MODULES, "suggest", str(run))
+  assert (got.returncode, got.stderr) == (0, b"")
+  modules = got.stdout.decode().splitlines()[-1].split()
+  assert "numpy" in modules and "clipjax._suggest" in modules
+  assert not {"jax", "optax", "matplotlib"} & set(modules)
+
+
+def test_a_verdict_loads_numpy_and_not_jax(run):
+  code = "import sys, clipjax; clipjax.diagnose(clipjax.read_run(sys.argv[1])); print('jax' in sys.modules)"
+  assert python("-c", code, str(run)).stdout == b"False\n"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["report", "--help"], ["suggest", "--help"]])
+def test_help_takes_under_half_a_second(args):
+  def seconds(*command):
+    start = time.perf_counter()
+    assert python(*command).returncode == 0
+    return time.perf_counter() - start
+
+  assert min(seconds("-m", "clipjax", *args) for _ in range(5)) < 0.5
+
+
+def test_all_commands_are_in_the_help(capsys):
+  assert cli.main([]) == 2
+  text = capsys.readouterr().err
+  assert all(f"\n    {command} " in text for command in ("demo", "report", "suggest"))

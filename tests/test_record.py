@@ -1,0 +1,916 @@
+"""Recorder: every number against what `metrics` says, and what happens when anything around it goes wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training import train_state
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+
+import clipjax
+from clipjax import _outputs, _pack
+
+ROOT = Path(__file__).parent.parent
+PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # Adam and the wrappers of Optax need it.
+
+
+@pytest.fixture
+def path(tmp_path):
+  return tmp_path / "run.jsonl"
+
+
+def watched(history=0):
+  return optax.chain(clipjax.watch(history=history), clipjax.clip_by_global_norm(6.5), optax.adam(1e-3))
+
+
+def grads_of(step):
+  return jax.tree.map(lambda x: x * step, PARAMS)
+
+
+def train(tx, steps, state=None, first=1):
+  """The states after each step, of gradients whose norm is 13 times the number of the step."""
+  state = tx.init(PARAMS) if state is None else state
+  update = jax.jit(tx.update)
+  for step in range(first, first + steps):
+    _, state = update(grads_of(step), state, PARAMS)
+    yield step, state
+
+
+def record(path, tx, steps, **options):
+  with clipjax.Recorder(path, **options) as recorder:
+    for step, state in train(tx, steps):
+      recorder.push(step, state, loss=jnp.float32(1 / step))
+  return clipjax.read_run(path)
+
+
+def rows_of(path):
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  return [line for line in lines if "clipjax_run" not in line]
+
+
+def message_of(kind, call, *args, **options):
+  with pytest.raises(kind) as error:
+    call(*args, **options)
+  return str(error.value)
+
+
+def warnings_of(call):
+  with pytest.warns(RuntimeWarning) as caught:
+    call()
+  return [str(warning.message) for warning in caught]
+
+
+def near(value):
+  return pytest.approx(value, rel=1e-6)
+
+
+# What is recorded ---------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_of_every_step_is_what_metrics_says(path, x64):
+  tx = watched()
+  with clipjax.Recorder(path, every=4) as recorder:
+    want = []
+    for step, state in train(tx, 11):
+      recorder.push(step, state, loss=jnp.sqrt(jnp.float32(step)), rate=0.1)
+      want.append({**clipjax.metrics(state), "loss": jnp.sqrt(jnp.float32(step)), "rate": 0.1})
+  run = clipjax.read_run(path)
+  np.testing.assert_array_equal(run.steps, np.arange(1, 12))
+  assert set(run.columns) == {*want[0], "time"}
+  for key, value in want[0].items():
+    dtype = np.asarray(value).dtype
+    assert (dtype == np.float64) == (key == "rate" or (x64 and dtype.kind == "f" and key != "loss"))
+    np.testing.assert_array_equal(run[key].astype(dtype), [row[key] for row in want], err_msg=key)
+  assert np.all(np.diff(run["time"]) >= 0) and abs(run["time"][-1] - time.time()) < 60
+
+
+def test_counters_and_integers_survive_exactly(path):
+  big = 2**24 + 1
+  tx = watched()
+  state = tx.init(PARAMS)
+  state = (state[0]._replace(steps=jnp.int32(big - 1)), *state[1:])
+  (_, state), *_ = train(tx, 1, state)
+  scalars = {
+    "int": jnp.int32(-big), "uint": jnp.uint32(2**32 - 1), "half": jnp.bfloat16(0.1), "flag": jnp.array(True),
+    "python": 2**53 - 1, "numpy": np.float32(0.1), "array": np.array(big), "bool": False,
+  }  # fmt: skip
+  with clipjax.Recorder(path) as recorder:
+    recorder.push(0, state, **scalars)
+  (row,) = rows_of(path)
+  assert row["step"] == big and row["grad/steps"] == big
+  want = {"int": -big, "uint": 2**32 - 1, "flag": 1, "python": 2**53 - 1, "array": big, "bool": 0}
+  assert {key: row[key] for key in want} == want
+  assert np.float32(row["half"]) == jnp.float32(jnp.bfloat16(0.1)) and np.float32(row["numpy"]) == np.float32(0.1)
+
+
+def test_long_integers_under_x64(path):
+  with jax.enable_x64(True), clipjax.Recorder(path) as recorder:
+    recorder.push(3, None, tokens=jnp.int64(2**40 + 1), loss=jnp.float64(0.1), below=jnp.int64(-(2**40)))
+  (row,) = rows_of(path)
+  assert (row["tokens"], row["loss"], row["below"]) == (2**40 + 1, 0.1, -(2**40))
+
+
+def test_not_finite_is_null_with_a_flag(path):
+  tx = watched()
+  with clipjax.Recorder(path) as recorder:
+    _, state = tx.update(grads_of(jnp.nan), tx.init(PARAMS), PARAMS)
+    recorder.push(1, state, loss=jnp.float32(jnp.inf), other=-jnp.inf, fine=1.0)
+  (row,) = rows_of(path)
+  want = {"grad/norm": "nan", "loss": "inf", "other": "-inf"}
+  assert {key: row["nonfinite"][key] for key in want} == want
+  assert all(row[key] is None for key in row["nonfinite"]) and row["fine"] == 1
+  assert row["leaf"]["grad/norm"] == [None, None] and row["leaf"]["grad/nonfinite"] == [1, 2]
+  run = clipjax.read_run(path)
+  assert np.isnan(run["loss"]).all() and run.flags["loss"].tolist() == [True] and "fine" not in run.flags
+
+
+def test_header(path):
+  with clipjax.Recorder(path, every=7) as recorder:
+    for step, state in train(watched(), 1):
+      recorder.push(step, state, params=PARAMS)
+  header = json.loads(path.read_text().splitlines()[0])
+  assert abs(header.pop("started") - time.time()) < 60
+  assert header == {
+    "clipjax_run": 1, "version": clipjax.__version__, "leaves": {"grad": ["b", "w"]}, "parameters": 3, "every": 7,
+  }  # fmt: skip
+
+
+def test_numbers_by_leaf_once_in_every_pushes(path):
+  run = record(path, optax.chain(clipjax.watch(), optax.sgd(1.0)), 1, every=3)
+  steps, norms = run.vectors["grad/norm"]
+  assert steps.tolist() == [1]
+  np.testing.assert_array_equal(norms, [[12, 5]])
+  assert set(run.vectors) == {f"grad/{key}" for key in ("norm", "ratio", "nonfinite", "worst_norm")}
+  path.unlink()
+  tx = clipjax.clip_by_leaf_norm(6.0)
+  run = record(path, tx, 8, every=3)
+  assert run.vectors["grad/scale"][0].tolist() == [1, 4, 7]
+  np.testing.assert_allclose(run["grad/scale/b"], [0.5, np.nan, np.nan, 0.125, *[np.nan] * 2, 0.5 / 7, np.nan])
+
+
+def norms_pushed(path, norms, every):
+  """The steps at which numbers by leaf were written, for gradients of the given norms."""
+  tx = clipjax.watch()
+  state, update = tx.init(jnp.zeros(2)), jax.jit(tx.update)
+  with clipjax.Recorder(path, every=every) as recorder:
+    for step, norm in enumerate(norms, 1):
+      _, state = update(jnp.array([norm, 0.0]), state)
+      recorder.push(step, state)
+  return clipjax.read_run(path).vectors["grad/norm"][0].tolist()
+
+
+def test_numbers_by_leaf_at_a_worst_step_that_is_a_tenth_above(path):
+  assert norms_pushed(path, [1, 0.5, 1.05, 1.11, 1.2, 3, 2, 3], every=100) == [1, 4, 6]
+
+
+def test_numbers_by_leaf_where_not_finite_and_not_for_ever(path):
+  nan = float("nan")
+  assert norms_pushed(path, [1, 1, nan, 1, nan, nan, nan, nan, nan, nan, 1, nan], every=4) == [1, 3, 5, 6, 7, 8, 9, 12]
+
+
+def test_leaves_of_a_group_clip_beside_a_watch(path):
+  tx = optax.chain(clipjax.watch(), clipjax.clip_by_group_norm({"x": 6.0, "y": 2.5}, {"b": "x", "w": "y"}))
+  run = record(path, tx, 2)
+  assert run.leaves == {"grad": ("b", "w"), "grad_group": ("x", "y")}
+  assert run["grad/scale/x"].tolist() == [0.5, 0.25] and run["grad_group/scale/y"][0] == 0.5
+  assert run["grad/norm/b"][0] == 12 and run["grad/norm/x"].tolist() == [12, 24]
+
+
+# Steps --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 50])
+def test_multi_steps_logs_no_step_twice(path, every):
+  steps = optax.MultiSteps(watched(), 3)
+  sent = []
+  with clipjax.Recorder(path, every=every, writers=[Collector(sent)]) as recorder:
+    for micro, state in train(steps, 11):
+      recorder.push(micro, state, loss=float(micro))
+  run = clipjax.read_run(path)
+  np.testing.assert_array_equal(run.steps, [0, 1, 2, 3])
+  np.testing.assert_array_equal(run["loss"], [2, 5, 8, 11])
+  np.testing.assert_array_equal(run["user_step"], [2, 5, 8, 11])
+  np.testing.assert_allclose(run["grad/norm"], [np.nan, 26, 65, 104])  # Of the mean gradient of three.
+  assert [step for step, _ in sent] == [0, 1, 2, 3] and sent[1][1]["loss"] == 5
+
+
+def test_a_rejected_step_is_a_row(path):
+  tx = clipjax.skip_steps(watched(), norm_rule=30.0)
+  run = record(path, tx, 4)  # Norms 13, 26, 39, 52.
+  np.testing.assert_array_equal(run.steps, [1, 2, 3, 4])
+  np.testing.assert_allclose(run["skip/norm"], [13, 26, 39, 52])
+  np.testing.assert_array_equal(run["grad/steps"], [1, 2, 2, 2])
+  np.testing.assert_array_equal(run["skip/consecutive"], [0, 0, 1, 2])
+
+
+def test_without_a_state_of_clipjax_the_step_is_the_callers(path):
+  tx = optax.adam(1e-3)
+  run = record(path, tx, 3)
+  np.testing.assert_array_equal(run.steps, [1, 2, 3])
+  assert set(run.columns) == {"time", "loss"}
+
+
+def test_step_of_the_caller_is_kept_where_it_differs(path):
+  with clipjax.Recorder(path) as recorder:
+    for step, state in train(watched(), 3):
+      recorder.push(step - 1 if step < 3 else jnp.int32(2), state)
+    recorder.push(jnp.int32(7), None, loss=1.0)
+  run = clipjax.read_run(path)
+  np.testing.assert_array_equal(run.steps, [1, 2, 3, 7])
+  np.testing.assert_array_equal(run["user_step"], [0, 1, 2, np.nan])
+
+
+def test_before_the_first_update_only_what_was_pushed(path):
+  with clipjax.Recorder(path) as recorder:
+    recorder.push(0, watched().init(PARAMS), loss=2.0)
+  (row,) = rows_of(path)
+  assert row.keys() == {"step", "time", "loss"} and row["step"] == 0
+
+
+def test_two_pushes_of_a_step_are_one_row(path):
+  for every in (1, 50):
+    with clipjax.Recorder(path, every=every) as recorder:
+      for step, state in train(watched(), 2):
+        recorder.push(step, state, loss=1.0)
+        recorder.push(step, state, val_loss=2.0)
+    run = clipjax.read_run(path)
+    assert run["loss"].tolist() == [1, 1] and run["val_loss"].tolist() == [2, 2]
+    path.unlink()
+
+
+# The ring of a watch ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("between", [2, 5, 8])
+def test_steps_between_two_pushes_come_from_the_ring(path, between):
+  with clipjax.Recorder(path, every=2) as recorder:
+    for step, state in train(watched(history=8), 24):
+      if step % between == 0:
+        recorder.push(step, state, loss=0.0)
+  run = clipjax.read_run(path)
+  last = 24 // between * between
+  np.testing.assert_array_equal([row["step"] for row in rows_of(path)], np.arange(1, last + 1))
+  np.testing.assert_allclose(run["grad/norm"], 13 * run.steps, rtol=1e-6)
+  np.testing.assert_array_equal(run.steps[~np.isnan(run["loss"])], np.arange(between, last + 1, between))
+
+
+def test_scan_of_steps_loses_none(path):
+  tx = watched(history=10)
+
+  @jax.jit
+  def ten(state, first):
+    def body(state, step):
+      return tx.update(grads_of(step), state, PARAMS)[1], None
+
+    return jax.lax.scan(body, state, first + jnp.arange(10.0))[0]
+
+  state = tx.init(PARAMS)
+  with clipjax.Recorder(path) as recorder:
+    for first in (1, 11, 21):
+      state = ten(state, first)
+      recorder.push(first + 9, state)
+  run = clipjax.read_run(path)
+  np.testing.assert_array_equal([row["step"] for row in rows_of(path)], np.arange(1, 31))
+  np.testing.assert_allclose(run["grad/norm"], 13 * run.steps, rtol=1e-6)
+
+
+def test_more_steps_than_the_ring_has_are_a_gap_and_said_once(path):
+  recorder = clipjax.Recorder(path)
+  for step, state in train(watched(history=4), 18):
+    if step % 6 == 0:
+      recorder.push(step, state)
+  caught = warnings_of(recorder.close)
+  assert caught == [
+    "`history` of the watch 'grad' must reach from one push to the next, got 4 for 6 steps: those before are not "
+    "recorded; pass watch(history=6)."
+  ]
+  assert clipjax.read_run(path).steps.tolist() == [3, 4, 5, 6, 9, 10, 11, 12, 15, 16, 17, 18]
+
+
+def test_ring_of_a_watch_that_does_not_see_every_step(path):
+  tx = clipjax.skip_steps(watched(history=8), norm_rule=30.0)
+  run = record(path, tx, 5)
+  assert run.steps.tolist() == [1, 2, 3, 4, 5]
+  with clipjax.Recorder(path.with_name("sparse")) as recorder:
+    for step, state in train(tx, 5):
+      if step in (1, 5):  # 2 was seen, 3 to 5 were rejected: which of them the ring has cannot be told.
+        recorder.push(step, state)
+  assert clipjax.read_run(path.with_name("sparse")).steps.tolist() == [1, 5]
+
+
+# The device ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_survives_donation(path, accumulated):
+  tx = watched(history=4)
+  tx = tx if accumulated == 1 else optax.MultiSteps(tx, accumulated)
+
+  def step(params, state, number):
+    updates, state = tx.update(grads_of(number), state, params)
+    params = optax.apply_updates(params, updates)
+    return params, state, number * 2
+
+  step = jax.jit(step, donate_argnums=(0, 1))
+  params = jax.tree.map(jnp.copy, PARAMS)
+  state = jax.tree.map(jnp.copy, tx.init(params))
+  with clipjax.Recorder(path, every=5) as recorder:
+    for number in range(1, 13):
+      old = params, state
+      params, state, loss = step(*old, jnp.float32(number))
+      recorder.push(number, state, loss=loss, params=params)
+      if number > 1:
+        assert any(x.is_deleted() for x in recorder._packers[0].arrays(old[1]))
+      del loss
+  run = clipjax.read_run(path)
+  np.testing.assert_array_equal(run.steps, np.arange(0 if accumulated == 2 else 1, 12 // accumulated + 1))
+  mean = 1.5 if accumulated == 2 else 1.0  # Of steps 1 and 2, 3 and 4, ...
+  kept = run.steps > 0
+  want = 13 * (run.steps[kept] * accumulated - (mean - 1))
+  np.testing.assert_allclose(run["grad/norm"][kept], want, rtol=1e-6)
+  assert run["loss"][-1] == 24 and run.weights[2].sum(axis=1).tolist() == [3] * len(run.weights[0])
+
+
+def slow(x):
+  return jax.lax.fori_loop(0, 40, lambda i, m: jnp.tanh(m @ m), jnp.full((1000, 1000), x)).mean()
+
+
+def test_push_does_not_wait_for_the_device(path):
+  (_, state), *_ = train(watched(), 1)
+  after = jax.jit(lambda tree, x: jax.tree.map(lambda y: jnp.where(x > 2, jnp.zeros_like(y), y), tree))
+  one = jax.jit(slow).lower(jnp.float32(1)).compile()
+  with clipjax.Recorder(path, every=2) as recorder:
+    recorder.push(1, after(state, jnp.float32(0)), loss=jnp.float32(0), params=after(PARAMS, jnp.float32(0)))
+    recorder.flush()  # Everything is compiled.
+    x = one(jnp.float32(1))
+    late, params = after(state, x), after(PARAMS, x)
+    for _ in range(3):
+      recorder.push(1, late, loss=x, params=params)
+    assert not x.is_ready() and len(recorder._pending) == 3
+    recorder.push(1, late, loss=x)  # The second batch is full, so it waits for the first.
+    assert x.is_ready() and len(recorder._pending) == 2
+  assert clipjax.read_run(path)["loss"][0] == near(float(x))
+
+
+def test_one_program_for_all_pushes_of_a_kind(path):
+  with clipjax.Recorder(path) as recorder:
+    for step, state in train(watched(), 5):
+      recorder.push(step, state, loss=jnp.float32(0), rate=0.1 * step)
+    assert [p._program._cache_size() for p in recorder._packers] == [1]
+    recorder.push(step, state, val_loss=jnp.float32(0))
+    assert [p._program._cache_size() for p in recorder._packers] == [2]
+
+
+def test_memory_of_the_host_is_flat(path):
+  with clipjax.Recorder(path, every=20) as recorder:
+    (_, state), *_ = train(optax.chain(clipjax.watch(history=8), clipjax.clip_by_leaf_norm(1.0)), 1)
+
+    def pushes(count):
+      for step in range(count):
+        recorder.push(step, state, loss=jnp.float32(0), params=PARAMS)
+
+    pushes(500)
+    recorder.flush()
+    tracemalloc.start()
+    pushes(200)
+    recorder.flush()
+    before, _ = tracemalloc.get_traced_memory()
+    pushes(3000)
+    recorder.flush()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 30_000, (before, after)  # 10 bytes a push; a row has several hundred.
+
+
+def test_sharded_over_devices(path):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  over = jax.NamedSharding(mesh, jax.P("data"))
+  params = jax.device_put({"w": jnp.arange(1.0, 17.0), "b": jnp.ones(8)}, over)
+  tx = watched(history=2)
+  step = jax.jit(tx.update, donate_argnums=1)
+  state = jax.device_put(tx.init(params), jax.NamedSharding(mesh, jax.P()))
+  with clipjax.Recorder(path, every=2) as recorder:
+    for number in range(1, 6):
+      _, state = step({key: x * number for key, x in params.items()}, state, params)
+      recorder.push(number, state, loss=state[0].norm * 2, params=params)
+  run = clipjax.read_run(path)
+  want = np.sqrt(np.sum(np.arange(1.0, 17) ** 2) + 8) * run.steps
+  np.testing.assert_allclose(run["grad/norm"], want, rtol=1e-6)
+  np.testing.assert_allclose(run["loss"], 2 * want, rtol=1e-6)
+  assert run.parameters == 24 and run.weights[2].sum(axis=1).tolist() == [3] * 3  # Of the first device.
+
+
+def test_what_cannot_be_read_costs_its_row_alone(path):
+  recorder = clipjax.Recorder(path)
+  for step in (1, 2, 3):
+    recorder.push(step, None, loss=jnp.float32(step), rate=0.5)
+  recorder._pending[1].vector.delete()  # Reading it raises, as reading what a failed step returned does.
+  (caught,) = warnings_of(recorder.close)
+  assert caught.startswith("1 pushes could not be read from the device (Array has been deleted")
+  run = clipjax.read_run(path)
+  assert run.steps.tolist() == [1, 2, 3] and run["rate"].tolist() == [0.5] * 3
+  np.testing.assert_array_equal(run["loss"], [1, np.nan, 3])
+
+
+# Parameters ---------------------------------------------------------------------------------------------------------
+
+
+def test_histogram_of_the_parameters(path):
+  rng = np.random.default_rng(0)
+  w = (rng.standard_normal((30, 40)) * 10.0 ** rng.integers(-9, 4, (30, 40))).astype(np.float32)
+  w[0, :5] = 0, np.inf, np.nan, 1e-30, 1e30
+  params = {"w": jnp.asarray(w), "b": jnp.full((7,), 0.5, jnp.bfloat16), "count": jnp.arange(3), "empty": jnp.zeros(0)}
+  with clipjax.Recorder(path, every=3) as recorder:
+    for step, state in train(watched(), 8):
+      recorder.push(step, state, params=params)
+  run = clipjax.read_run(path)
+  steps, edges, counts = run.weights
+  assert steps.tolist() == [1, 4, 7] and run.parameters == 1207
+  size = np.abs(np.concatenate([w.ravel(), np.full(7, 0.5)])).astype(np.float64)
+  size = size[np.isfinite(size) & (size > 0)]
+  want, _ = np.histogram(np.clip(np.log10(size), edges[0], edges[-1]), edges)
+  assert edges.shape == (41,) and (edges[0], edges[-1]) == (-8, 2)
+  np.testing.assert_array_equal(counts, [want] * 3)
+  weights = [row["weights"] for row in rows_of(path) if "weights" in row]
+  assert all(x["zeros"] == 1 and x["nonfinite"] == 2 for x in weights) and len(weights) == 3
+
+
+def test_histogram_of_a_leaf_larger_than_a_chunk(monkeypatch):
+  monkeypatch.setattr(_pack, "_CHUNK", 100)
+  w = np.random.default_rng(0).standard_normal(1234).astype(np.float32)
+  got = np.asarray(_pack.histogram({"chunked": jnp.asarray(w)}))
+  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), _pack.EDGES)
+  np.testing.assert_array_equal(got, [[*want, 0, 0]])
+
+
+# Wrappers -----------------------------------------------------------------------------------------------------------
+
+
+def nnx_optimizer():
+  model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, watched(), wrt=nnx.Param)
+  optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+  return optimizer
+
+
+def trained_state():
+  return train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=watched()).apply_gradients(grads=PARAMS)
+
+
+def after_a_step(tx):
+  (_, state), *_ = train(tx, 1)
+  return state
+
+
+WRAPPERS = {
+  "inject_hyperparams": lambda: after_a_step(optax.inject_hyperparams(clipjax.clip_by_global_norm)(max_norm=6.5)),
+  "multi_transform": lambda: after_a_step(optax.multi_transform({"a": watched()}, {"w": "a", "b": "a"})),
+  "apply_if_finite": lambda: after_a_step(optax.apply_if_finite(watched(), 3)),
+  "masked": lambda: after_a_step(optax.masked(watched(), {"w": True, "b": True})),
+  "nnx": nnx_optimizer,
+  "train_state": trained_state,
+}
+
+
+@pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
+def test_found_in_every_wrapper(path, wrapper):
+  state = WRAPPERS[wrapper]()
+  with clipjax.Recorder(path) as recorder:
+    recorder.push(1, state)
+    recorder.push(1, state)
+  (row,) = rows_of(path)
+  want = {key: float(value) for key, value in clipjax.metrics(state).items()}
+  assert want and {key: near(row[key]) for key in want} == want and len(recorder._packers) == 1
+
+
+def test_another_optimizer_gets_another_program(path):
+  with clipjax.Recorder(path) as recorder:
+    for tx in (watched(), clipjax.clip_by_leaf_norm(1.0, name="leaf"), watched(), optax.adam(0.1)):
+      (_, state), *_ = train(tx, 1)
+      recorder.push(1, state)
+  assert len(recorder._packers) == 3
+  assert {"grad/norm", "leaf/norm"} <= set(clipjax.read_run(path).columns)
+
+
+# Resuming, and what goes wrong --------------------------------------------------------------------------------------
+
+
+def test_resumed_run_is_appended_and_what_was_given_up_is_dropped(path):
+  states = dict(train(watched(history=4), 10))
+  with clipjax.Recorder(path) as recorder:
+    for step in range(1, 11):
+      recorder.push(step, states[step], loss=1.0)
+  with clipjax.Recorder(path) as recorder:  # From the checkpoint of step 6, with other gradients.
+    for step, state in train(watched(history=4), 2, states[6], first=107):
+      recorder.push(step, state, loss=2.0)
+  lines = path.read_text().splitlines()
+  assert [i for i, line in enumerate(lines) if "clipjax_run" in line] == [0, 11]
+  assert [json.loads(line)["step"] for line in lines[12:]] == [7, 8]  # The ring's steps 4 to 6 are known.
+  run = clipjax.read_run(path)
+  assert run.steps.tolist() == [*range(1, 9)] and run["loss"].tolist() == [1] * 6 + [2] * 2
+  np.testing.assert_allclose(run["grad/norm"][5:], [13 * 6, 13 * 107, 13 * 108], rtol=1e-6)
+
+
+def test_resumed_in_the_middle_of_a_scan_takes_the_new_norms(path):
+  states = dict(train(watched(history=8), 10))
+  with clipjax.Recorder(path) as recorder:
+    for step in range(1, 11):
+      recorder.push(step, states[step])
+  with clipjax.Recorder(path) as recorder:
+    *_, (_, state) = train(watched(history=8), 4, states[6], first=107)
+    recorder.push(10, state)
+  run = clipjax.read_run(path)
+  np.testing.assert_allclose(run["grad/norm"], 13 * np.array([1, 2, 3, 4, 5, 6, 107, 108, 109, 110]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 300])
+def test_torn_last_line_is_passed_over_and_mended_on_resume(path, cut):
+  states = dict(train(watched(), 6))
+  with clipjax.Recorder(path) as recorder:
+    for step in range(1, 5):
+      recorder.push(step, states[step])
+  path.write_bytes(path.read_bytes()[:-cut])
+  assert clipjax.read_run(path).steps.tolist() == ([1, 2, 3] if cut > 1 else [1, 2, 3, 4])
+  with clipjax.Recorder(path) as recorder:
+    for step in range(5, 7):
+      recorder.push(step, states[step])
+  assert clipjax.read_run(path).steps.tolist() == ([1, 2, 3, 5, 6] if cut > 1 else [1, 2, 3, 4, 5, 6])
+
+
+def test_file_torn_in_its_header_is_resumed(path):
+  path.write_bytes(b'{"clipjax_run": 1, "ver')
+  with pytest.raises(ValueError, match="which has no header"):
+    clipjax.read_run(path)
+  assert len(record(path, watched(), 2)) == 2
+
+
+KILLED = """
+import os, signal, sys, jax, jax.numpy as jnp, clipjax
+tx = clipjax.clip_by_global_norm(1.0)
+state, update = tx.init(jnp.ones(2)), jax.jit(tx.update)
+with clipjax.Recorder(sys.argv[1], every=10) as recorder:
+  for step in range(1, 101):
+    _, state = update(jnp.full(2, step, jnp.float32), state)
+    recorder.push(step, state, loss=jnp.float32(step))
+    if step == 57:
+      os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_loses_only_what_was_not_yet_read(path):
+  done = subprocess.run([sys.executable, "-c", KILLED, path], check=False, cwd=ROOT)
+  assert done.returncode == -signal.SIGKILL
+  run = clipjax.read_run(path)
+  assert 37 <= len(run) <= 57
+  np.testing.assert_array_equal(run.steps, np.arange(1, len(run) + 1))
+  np.testing.assert_array_equal(run["loss"], run.steps)
+
+
+def test_what_was_pushed_before_an_exception_is_written(path):
+  def body():
+    with clipjax.Recorder(path) as recorder:
+      for step, state in train(watched(), 3):
+        recorder.push(step, state)
+      raise KeyError("batch")
+
+  with pytest.raises(KeyError, match="batch"):
+    body()
+  assert len(clipjax.read_run(path)) == 3
+
+
+def test_path_that_vanishes_is_said_once_and_rows_wait(tmp_path):
+  folder = tmp_path / "runs"
+  folder.mkdir()
+  path = folder / "run.jsonl"
+  states = dict(train(watched(), 8))
+  with clipjax.Recorder(path, every=1) as recorder:
+    recorder.push(1, states[1])
+    recorder.flush()
+    path.unlink()
+    folder.rmdir()
+    caught = warnings_of(lambda: [(recorder.push(step, states[step]), recorder.flush()) for step in range(2, 6)])
+    assert caught == [
+      f"cannot write {path}: No such file or directory; the training goes on, and the last 16 MiB of rows are kept to "
+      "be written when it is possible again: make room, or mend the path."
+    ]
+    folder.mkdir()
+    recorder.push(6, states[6])
+  run = clipjax.read_run(path)
+  assert run.steps.tolist() == [2, 3, 4, 5, 6] and run.leaves == {"grad": ("b", "w")}
+
+
+def test_full_disk_in_the_middle_of_a_row(path, monkeypatch):
+  states = dict(train(watched(), 6))
+  whole = _outputs._write_all
+
+  def half(file, text):
+    whole(file, text[: len(text) - 30])
+    raise OSError(28, "No space left on device")
+
+  with clipjax.Recorder(path, every=2) as recorder:
+    recorder.push(1, states[1])
+    recorder.flush()
+    monkeypatch.setattr(_outputs, "_write_all", half)
+    (caught,) = warnings_of(lambda: [(recorder.push(step, states[step]), recorder.flush()) for step in range(2, 5)])
+    assert "No space left on device; the training goes on" in caught
+    assert clipjax.read_run(path).steps.tolist() == [1]
+    monkeypatch.setattr(_outputs, "_write_all", whole)
+    recorder.push(5, states[5])
+  assert clipjax.read_run(path).steps.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_rows_that_wait_are_bounded(path, monkeypatch):
+  monkeypatch.setattr(_outputs, "_KEPT_BYTES", 2000)
+  file = _outputs.RunFile(path)
+  path.unlink()
+  path.mkdir()
+  header = {"clipjax_run": 1, "leaves": {}}
+  caught = warnings_of(lambda: [file.write(header, [{"step": step}]) for step in range(1000)])
+  assert len(caught) == 1 and "Is a directory" in caught[0]
+  assert sum(map(len, file._waiting)) <= 2000
+  path.rmdir()
+  file.write(header, [{"step": 1000}])
+  run = clipjax.read_run(path)
+  assert 0 < run.steps[0] < 1000 and np.all(np.diff(run.steps) == 1) and run.steps[-1] == 1000
+
+
+def test_path_that_cannot_be_written_raises_at_once(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    clipjax.Recorder(tmp_path / "none" / "run.jsonl")
+  with pytest.raises(IsADirectoryError):
+    clipjax.Recorder(tmp_path)
+
+
+def test_file_of_somebody_else_is_not_touched(tmp_path):
+  path = tmp_path / "notes.txt"
+  path.write_text("my notes")
+  assert message_of(ValueError, clipjax.Recorder, path) == (
+    f"`path` must be a new file or one that a Recorder wrote, got {str(path)!r}, which is neither: name another file."
+  )
+  assert path.read_text() == "my notes"
+
+
+def test_only_process_0_writes(path, monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  with clipjax.Recorder(path, writers=[Broken()]) as recorder:
+    for step, state in train(watched(), 3):
+      recorder.push(step, state, params=PARAMS)
+    recorder.flush()
+  assert not path.exists() and not recorder._pending
+
+
+def test_working_directory_may_change(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "other").mkdir()
+  with clipjax.Recorder("run.jsonl") as recorder:
+    monkeypatch.chdir(tmp_path / "other")
+    recorder.push(1, None, loss=1.0)
+  assert len(clipjax.read_run(tmp_path / "run.jsonl")) == 1
+
+
+def test_flush_and_close_twice_and_push_after_close(path):
+  recorder = clipjax.Recorder(path)
+  recorder.flush()
+  recorder.push(1, None, loss=1.0)
+  for method in (recorder.flush, recorder.flush, recorder.close, recorder.close):
+    method()
+  assert len(rows_of(path)) == 1
+  assert message_of(ValueError, recorder.push, 2, None) == (
+    "`push` must be called before `close`, got a closed Recorder: make another, of the same path."
+  )
+
+
+# Writers ------------------------------------------------------------------------------------------------------------
+
+
+class Collector:
+  def __init__(self, sent):
+    self._sent = sent
+
+  def log(self, values, step):
+    self._sent.append((step, values))
+
+
+class Scalars(Collector):
+  def write_scalars(self, step, values):
+    self._sent.append((step, values))
+
+  log = None
+
+
+class Broken:
+  def add_scalar(self, key, value, step):
+    raise RuntimeError(f"offline at {step}")
+
+
+@pytest.mark.parametrize("kind", [Collector, Scalars])
+def test_writers_are_given_every_row_once(path, kind):
+  sent = []
+  run = record(path, watched(), 5, every=2, writers=[kind(sent)])
+  assert [step for step, _ in sent] == [1, 2, 3, 4, 5]
+  for i, (_, values) in enumerate(sent):
+    assert values == {key: column[i] for key, column in run.columns.items() if key != "time"}
+
+
+def test_writers_are_given_inf_and_nan(path):
+  sent = []
+  with clipjax.Recorder(path, writers=[Collector(sent)]) as recorder:
+    recorder.push(1, None, loss=jnp.float32(-jnp.inf), other=float("nan"))
+  assert sent[0][1]["loss"] == -np.inf and np.isnan(sent[0][1]["other"])
+
+
+def test_tensorboard_file_through_tensorboardx(path, tmp_path):
+  with SummaryWriter(str(tmp_path / "events")) as writer:
+    run = record(path, watched(history=4), 7, every=3, writers=[writer])
+  (file,) = (tmp_path / "events").iterdir()
+  got = {}
+  data = file.read_bytes()
+  while data:  # Records of length, checksum, event, checksum.
+    size = int.from_bytes(data[:8], "little")
+    event = Event.FromString(data[12 : 12 + size])
+    data = data[16 + size :]
+    got |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+  for key in set(run.columns) - {"time"}:
+    values = [got.pop((key, step)) for step in run.steps.tolist()]
+    np.testing.assert_array_equal(values, run[key].astype(np.float32), err_msg=key)
+  assert not got
+
+
+def test_a_writer_that_raises_is_dropped_and_said_once(path):
+  sent = []
+  recorder = clipjax.Recorder(path, every=1, writers=[Broken(), Collector(sent)])
+  caught = warnings_of(lambda: [recorder.push(step, None, loss=1.0) for step in range(4)] and recorder.close())
+  assert caught == [
+    "the writer Broken raised RuntimeError: offline at 0; it is given nothing more, and the training and the other "
+    "outputs go on."
+  ]
+  assert len(sent) == 4 and len(clipjax.read_run(path)) == 4
+
+
+def test_no_writer_is_a_type_error(path):
+  for wrong, got in ((object(), "object"), ("runs", "str"), (Collector, "<class 'test_record.Collector'>")):
+    assert message_of(TypeError, clipjax.Recorder, path, writers=[wrong]) == (
+      "`writers` must each have add_scalar(key, value, step), log(dict, step) or write_scalars(step, dict), got "
+      f"{got}: pass a tensorboardX SummaryWriter or the like."
+    )
+  with pytest.raises(TypeError, match=r"`writers` must be a sequence, got Collector: pass \[writer\]\."):
+    clipjax.Recorder(path, writers=Collector([]))
+  assert not path.exists()
+
+
+# Wrong arguments ----------------------------------------------------------------------------------------------------
+
+NO_NUMBER = "`loss` must be a real number or an array of shape (), got {}: push numbers alone."
+WRONG = [
+  ({"loss": "low"}, TypeError, NO_NUMBER.format("'low' (str)")),
+  ({"loss": None}, TypeError, NO_NUMBER.format("a NoneType")),
+  ({"loss": 1j}, TypeError, NO_NUMBER.format("1j (complex)")),
+  (
+    {"loss": np.zeros(2)}, ValueError,
+    "`loss` must be a scalar, got shape (2,): reduce it, for example with jnp.mean, or push an entry.",
+  ),
+  (
+    {"loss": np.zeros(1)}, ValueError,
+    "`loss` must be a scalar, got shape (1,): reduce it, for example with jnp.mean, or push an entry.",
+  ),
+  ({"n": 10**400}, ValueError, "`n` must be in the range of a float, got a larger integer: scale it."),
+  ({"time": 1.0}, ValueError, "`time` must be another key, got one that the Recorder writes itself: rename it."),
+  ({"leaf": 1.0}, ValueError, "`leaf` must be another key, got one that the Recorder writes itself: rename it."),
+  (
+    {"grad/norm": 1.0}, ValueError,
+    "`grad/norm` must be another key, got one that the Recorder writes itself: rename it.",
+  ),
+  ({"step": 1.5}, TypeError, "`step` must be an integer, got 1.5 (float): pass the number of the step."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(len(WRONG)))
+def test_wrong_scalars_are_named_and_nothing_is_queued(path, index):
+  scalars, kind, message = WRONG[index]
+  (_, state), *_ = train(watched(), 1)
+  with clipjax.Recorder(path) as recorder:
+    assert message_of(kind, recorder.push, **{"step": 1, "opt_state": state, **scalars}) == message
+    assert not recorder._pending
+
+
+def test_arrays_that_are_no_numbers(path):
+  with clipjax.Recorder(path) as recorder:
+    for value in (jax.random.key(0), jnp.complex64(1), np.array("a")):
+      with pytest.raises(TypeError, match=r"^`loss` must be a real number or an array of shape"):
+        recorder.push(1, None, loss=value)
+    with pytest.raises(ValueError, match=r"^`loss` must be a scalar, got shape"):
+      recorder.push(1, None, loss=jnp.zeros(3))
+  assert rows_of(path) == []
+
+
+def test_inside_jit(path):
+  (_, state), *_ = train(watched(), 1)
+  with clipjax.Recorder(path) as recorder:
+    calls = {
+      "opt_state": lambda x: recorder.push(1, jax.tree.map(lambda y: y + x.astype(y.dtype), state)),
+      "loss": lambda x: recorder.push(1, state, loss=x),
+      "step": lambda x: recorder.push(x, state),
+    }
+    for name, call in calls.items():
+      assert message_of(TypeError, jax.jit(call), jnp.int32(1)) == (
+        f"`{name}` must be an array with a value, got a traced one: call `push` outside jit, with what the jitted step "
+        "returns."
+      )
+  assert rows_of(path) == []
+
+
+def test_state_of_several_models(path):
+  tx = watched()
+  states = jax.vmap(tx.init)(jax.tree.map(lambda x: jnp.stack([x] * 4), PARAMS))
+  with clipjax.Recorder(path) as recorder:
+    assert message_of(ValueError, recorder.push, 1, states) == (
+      "`opt_state` must be that of one model, got 'grad' with leading axes (4,), as under vmap or pmap: push one of "
+      "them, jax.tree.map(lambda x: x[0], opt_state)."
+    )
+    recorder.push(1, jax.tree.map(lambda x: x[0], states), loss=1.0)
+    with pytest.raises(ValueError, match="leading axes"):
+      recorder.push(1, states)
+  assert len(rows_of(path)) == 1
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_every_is_a_number_of_pushes(path, every):
+  with pytest.raises((TypeError, ValueError), match=r"^`every` must be"):
+    clipjax.Recorder(path, every=every)
+
+
+# read_run -----------------------------------------------------------------------------------------------------------
+
+HEADER = '{"clipjax_run": 1, "version": "0.1.0", "leaves": {"grad": ["w", "b"]}, "parameters": null, "every": 2}\n'
+
+
+def test_reading_by_hand(path):
+  path.write_text(
+    HEADER + '{"step": 2, "time": 5.5, "grad/norm": 3, "leaf": {"grad/norm": [1, null]}}\n'
+    '{"step": 4, "grad/norm": null, "nonfinite": {"grad/norm": "inf"}, "loss": 0.5}\n'
+    '{"step": 3, "gr' + "\n" + HEADER + '{"step": 3, "grad/norm": 7, "leaf": {"grad/norm": [1, 2, 3]}}\n'
+    '\n[1]\n7\n{"step": 9, "grad/norm": null, "nonfinite": {"grad/norm": "nan"}}\n{"step": 9, "grad/norm": 1}\n{"ste'
+  )
+  run = clipjax.read_run(path)
+  assert run.steps.dtype == np.int64 and run.steps.tolist() == [2, 3, 9] and len(run) == 3
+  np.testing.assert_array_equal(run["grad/norm"], [3, 7, 1])
+  np.testing.assert_array_equal(run["grad/norm/w"], [1, np.nan, np.nan])
+  np.testing.assert_array_equal(run.vectors["grad/norm"][1], [[1, np.nan]])
+  assert run.flags == {} and run.weights is None and run.parameters is None and run.path == str(path)
+  assert run.keys() == ("time", "grad/norm", "grad/norm/w", "grad/norm/b")
+  assert "grad/norm/b" in run and "grad/norm/c" not in run and "loss" not in run and 3 not in run
+  with pytest.raises(KeyError) as error:
+    run["grad/nrm"]
+  assert error.value.args[0].startswith(f"{path} has no 'grad/nrm'; it has 'grad/norm'")
+
+
+def test_reading_what_is_no_run(tmp_path):
+  rule = "`path` must be a file that `clipjax.Recorder` wrote, got"
+  none, empty, other, later = (tmp_path / name for name in ("none", "empty", "other", "later"))
+  empty.write_text("\n")
+  other.write_bytes(b'\xff\x00{"step": 1}\n{"step": 1}\n')
+  later.write_text('{"clipjax_run": 2, "version": "3.0"}\n')
+  cases = {
+    none: (FileNotFoundError, f"{rule} {str(none)!r}, which does not exist: look at its spelling."),
+    tmp_path: (ValueError, f"{rule} the directory {str(tmp_path)!r}: name the file."),
+    empty: (
+      ValueError,
+      f"{rule} {str(empty)!r}, which is empty: a Recorder writes its first rows after `every` steps, or when it is "
+      "closed.",
+    ),
+    other: (
+      ValueError, f"{rule} {str(other)!r}, which has no header of one: pass the path that the Recorder was given."
+    ),
+    later: (
+      ValueError,
+      f"`path` must be a file of format 1 or below, got {str(later)!r} of format 2: read it with the version of "
+      "clipjax that wrote it, 3.0, or a later one.",
+    ),
+  }  # fmt: skip
+  for path, (kind, message) in cases.items():
+    assert message_of(kind, clipjax.read_run, path) == message and "\n" not in message
+
+
+def test_run_without_rows(path):
+  clipjax.Recorder(path).close()
+  run = clipjax.read_run(path)
+  assert len(run) == 0 and run.keys() == () and repr(run) == f"Run({str(path)!r}, 0 steps, 0 columns)"
+
+
+def test_reading_does_not_load_jax(path):
+  path.write_text(HEADER)
+  code = f"import sys, clipjax; clipjax.read_run({str(path)!r}); sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
