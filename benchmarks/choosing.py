@@ -45,7 +45,7 @@ from small_models import MODELS, Array
 
 MIN_STEPS = 30  # Less leaves no room for the poisoned batches.
 SHARE, NATS = 0.05, 0.05  # A loss holds where it is above the best by no more than this share, or so many nats.
-ADAM_GUARD = "p90"
+ADAM_GUARD = "2 * p90"
 LEGEND = ("curve", "holds", "suggested", "other")
 COLOURS = {3: "#0072B2", 10: "#D55E00"}  # Okabe and Ito's, which are told apart with any colour vision.
 
@@ -126,8 +126,8 @@ def introduction(steps: int, seeds: int) -> list[str]:
     "([Pascanu et al., 2013](https://arxiv.org/abs/1211.5063)). Here both, and others, are held against the best of "
     f"{THRESHOLDS.size} thresholds.",
     "",
-    f"Four small models train for {steps} steps with {seeds} seeds, at a constant learning rate. The *stable rate* of "
-    f"a model is the one of {SGD_RATES.size} (a factor of {SGD_RATES[1] / SGD_RATES[0]:.3g} apart) at which its worst "
+    f"Small models train for {steps} steps with {seeds} seed{'s'[: seeds - 1]}, at a constant learning rate. "
+    f"The *stable rate* of a model is the one of {SGD_RATES.size} (a factor of {SGD_RATES[1] / SGD_RATES[0]:.3g} apart) at which its worst "
     f"seed ends lowest without a clip. The *fast rates* are {' and '.join(map(str, FACTORS))} times that. A rule sees "
     "only the norms of the unclipped run of the same seed at the stable rate, and k, the fast rate over the stable "
     f"one; p90 is their 90th percentile. The final loss is the training loss in nats, mean of the last {FINAL} "
@@ -155,8 +155,8 @@ def summary(sgd: Sequence[Study], adam: Sequence[Study]) -> list[str]:
     f"(with momentum m, times 1 / (1 - m)). It holds in {held} of {len(cells)} cells, and for "
     f"{single} of {runs} single runs against the best threshold of the same seed; p90 as it is holds in "
     f"{plain} of {len(cells)}.",
-    f"- Adam and other optimizers that divide the scale out: `max_norm = {ADAM_GUARD}`, whatever the rate. The "
-    "threshold hardly matters, but for spikes: with poisoned batches the guard ends within the tolerance of the clean "
+    f"- Adam and other optimizers that divide the scale out: `max_norm = {ADAM_GUARD}`, just above the usual norms, whatever the "
+    "rate. The threshold hardly matters, but for spikes: with poisoned batches the guard ends within the tolerance of the clean "
     f"run on {sum(guarded)} of {len(adam)} models, no clip on {sum(open_)} of {len(adam)}.",
     "- Take the norms from a run at the best rate that is stable without a clip. The budget hands on the pace of that "
     "run: from a slower one it comes out too low ([below](#norms-of-a-run-at-another-rate)).",
@@ -167,7 +167,7 @@ def summary(sgd: Sequence[Study], adam: Sequence[Study]) -> list[str]:
   ]
 
 
-def fast_section(studies: Sequence[Study]) -> list[str]:
+def fast_section(studies: Sequence[Study], image: str) -> list[str]:
   """The suggested threshold against no clip, p90 and the best of the sweep."""
   rows, ranges, cliffs = [], [], 0
   for s, k in cells_of(studies):
@@ -201,7 +201,7 @@ def fast_section(studies: Sequence[Study]) -> list[str]:
   return [
     f"## SGD with momentum {MOMENTUM:g}, {' and '.join(map(str, FACTORS))} times too fast",
     "",
-    "![Final loss against the threshold, for four models at two learning rates](choosing.png)",
+    f"![Final loss against the threshold, for each model at two learning rates]({image})",
     "",
     *table(head, rows, left=2),
     f"How steep the curve is: the thresholds that hold, without a gap around the best, span a factor of "
@@ -361,7 +361,7 @@ def poison_table(studies: Sequence[Study], guards: Sequence[str]) -> list[str]:
   rows = [["no poison, no clip", *(f"{median_text(s.poisoned.clean)}" for s in studies)]]
   for name, of in (("no poison, {}", False), ("poison, {}", True)):
     for guard in guards:
-      if not of and guard not in (ADAM_GUARD, "2 * p90"):
+      if not of and guard not in ("p90", ADAM_GUARD):
         continue
       cells = []
       for s in studies:
@@ -445,7 +445,7 @@ def write(sgd: Sequence[Study], adam: Sequence[Study], steps: int, seconds: floa
   lines = [
     *introduction(steps, sgd[0].grid.shape[0]),
     *summary(sgd, adam),
-    *fast_section(sgd),
+    *fast_section(sgd, out.with_suffix(".png").name),
     *rules_section(sgd),
     *sources_section(sgd),
     *adam_section(adam),
