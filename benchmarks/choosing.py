@@ -127,11 +127,12 @@ def introduction(steps: int, seeds: int) -> list[str]:
     f"{THRESHOLDS.size} thresholds.",
     "",
     f"Small models train for {steps} steps with {seeds} seed{'s'[: seeds - 1]}, at a constant learning rate. "
-    f"The *stable rate* of a model is the one of {SGD_RATES.size} (a factor of {SGD_RATES[1] / SGD_RATES[0]:.3g} apart) at which its worst "
+    f"The *stable rate* of a model is the one of {SGD_RATES.size} (a factor "
+    f"of {SGD_RATES[1] / SGD_RATES[0]:.3g} apart) at which its worst "
     f"seed ends lowest without a clip. The *fast rates* are {' and '.join(map(str, FACTORS))} times that. A rule sees "
     "only the norms of the unclipped run of the same seed at the stable rate, and k, the fast rate over the stable "
-    f"one; p90 is their 90th percentile. The final loss is the training loss in nats, mean of the last {FINAL} "
-    f"steps, and tables give its median over the seeds. It *holds* where it is above the best threshold's by at "
+    f"one; p90 is their 90th percentile, p75 the 75th. The final loss is the training loss in nats, mean of the last "
+    f"{FINAL} steps, and tables give its median over the seeds. It *holds* where it is above the best threshold's by at "
     f"most {SHARE:.0%} or {NATS:g} nats, whichever is more.",
     "",
   ]
@@ -155,9 +156,10 @@ def summary(sgd: Sequence[Study], adam: Sequence[Study]) -> list[str]:
     f"(with momentum m, times 1 / (1 - m)). It holds in {held} of {len(cells)} cells, and for "
     f"{single} of {runs} single runs against the best threshold of the same seed; p90 as it is holds in "
     f"{plain} of {len(cells)}.",
-    f"- Adam and other optimizers that divide the scale out: `max_norm = {ADAM_GUARD}`, just above the usual norms, whatever the "
-    "rate. The threshold hardly matters, but for spikes: with poisoned batches the guard ends within the tolerance of the clean "
-    f"run on {sum(guarded)} of {len(adam)} models, no clip on {sum(open_)} of {len(adam)}.",
+    f"- Adam and other optimizers that divide the scale out: `max_norm = {ADAM_GUARD}`, just above the usual "
+    "norms, whatever the rate. The threshold hardly matters, but for spikes: with poisoned batches the guard ends "
+    f"within the tolerance of the clean run on {sum(guarded)} of {len(adam)} models, no clip on "
+    f"{sum(open_)} of {len(adam)}.",
     "- Take the norms from a run at the best rate that is stable without a clip. The budget hands on the pace of that "
     "run: from a slower one it comes out too low ([below](#norms-of-a-run-at-another-rate)).",
     "- A higher rate with the budget kept is safe, not faster: where nearly every step is clipped, only the product "
@@ -255,9 +257,9 @@ def rules_section(studies: Sequence[Study]) -> list[str]:
     + ", ".join(f"{rule} holds in {len(cells) - missed[rule]} of {len(cells)}" for rule in fixed)
     + ". Half the mean to ten times the mean is advice for a run at the rate that the norms were recorded at.",
     "",
-    "Of the rules that hold, p90 / k is the plainest: one percentile that the tuning playbook already names, which a "
-    "few spikes in the record (fewer than one step in ten) do not move, as they move a mean, a root mean square or a "
-    "p99; and at k = 1 it is the playbook's advice.",
+    "Of these the percentiles are the ones that a few spikes in the record do not move, as they move a mean or a root "
+    f"mean square. `p90 / k` (worst {worst['p90 / k']:.2f}) lies nearer to the steep side of the range than "
+    f"`{SUGGESTED}` (worst {worst[SUGGESTED]:.2f}), which is the same budget with a margin.",
     "",
   ]
 
@@ -350,7 +352,7 @@ def poison_section(sgd: Sequence[Study], adam: Sequence[Study], steps: int) -> l
     "makes a step of its own, and then stands in Adam's second moment for about 1 / (1 - b2) = 1000 steps, which "
     "makes every later step too small.",
     "",
-    f"SGD with momentum {MOMENTUM:g}, at the stable rate (k = 1, so that the suggestion is p90 as it is):",
+    f"SGD with momentum {MOMENTUM:g}, at the stable rate with p90 as it is:",
     "",
     *poison_table(sgd, ["p90", "no clip"]),
   ]
@@ -440,7 +442,7 @@ def draw_study(axes: Axes, s: Study) -> None:
   axes.grid(alpha=0.3)
 
 
-def write(sgd: Sequence[Study], adam: Sequence[Study], steps: int, seconds: float, out: Path) -> str:
+def write(sgd: Sequence[Study], adam: Sequence[Study], steps: int, out: Path) -> str:
   """Writes the page and its picture, and gives the text of the page."""
   lines = [
     *introduction(steps, sgd[0].grid.shape[0]),
@@ -450,8 +452,8 @@ def write(sgd: Sequence[Study], adam: Sequence[Study], steps: int, seconds: floa
     *sources_section(sgd),
     *adam_section(adam),
     *poison_section(sgd, adam, steps),
-    f"All of it trained in {seconds / 60:.0f} minutes. What holds for models this small, a constant rate and a few "
-    "hundred steps need not hold for a large model with a schedule; the sweep is the way to find out.",
+    "What holds for models this small, a constant rate and a few hundred steps need not hold for a large model with a "
+    "schedule; the sweep is the way to find out.",
   ]
   text = "\n".join(lines) + "\n"
   out.write_text(text, encoding="utf-8")
@@ -483,7 +485,7 @@ def main() -> None:
   with ThreadPoolExecutor(2) as pool:
     sgd, adam = ([pool.submit(timed, name, adam) for name in args.models] for adam in (False, True))
     studies = [[future.result() for future in futures] for futures in (sgd, adam)]
-  print(write(*studies, steps, time.perf_counter() - start, args.out))
+  print(write(*studies, steps, args.out))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ RULES: dict[str, Rule] = {
   "p90 of the later half / k": lambda norms, k: np.percentile(late(norms), 90) / k,
   "p90 / k^1.5": lambda norms, k: np.percentile(norms, 90) / k**1.5,
 }
-SUGGESTED = "p90 / k"
+SUGGESTED = "p75 / k"
 SOURCES, SOURCE_RULES = (-4, -2, 1), ("p90 / k", "p75 / k", "mean / k")  # Steps of the grid from the best rate.
 GUARDS: dict[str, Rule] = {
   "p50": lambda norms, k: np.percentile(norms, 50),
