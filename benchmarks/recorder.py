@@ -1,9 +1,9 @@
 """What `Recorder.push` adds to a training step: the demo's network with and without it, and the push by itself.
 
-Run `python benchmarks/recorder.py [--rounds 40] [--steps 50]`. The two loops take turns, round after round; a round is
-so many steps and the wait for the last one, and the share is the median over rounds of one loop's time over the
-other's. The processor time is what counts where other processes disturb the wall time. Then the host time of one push,
-for optimizer states of 3 to 1000 leaves.
+Run `python benchmarks/recorder.py [--rounds 1000]`. Steps with and without a push take turns in an order of chance, on
+one training, timed on the wall and on the processor; the latter is what counts where other processes disturb the wall
+time. The median of the differences is what an ordinary push adds; the sum has the reads of every 50th in it. Then the
+host time of one push, for optimizer states of 3 to 1000 leaves.
 """
 
 import argparse
@@ -11,12 +11,12 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import clipjax
@@ -30,41 +30,36 @@ def watched(max_norm: jax.Array) -> optax.GradientTransformationExtraArgs:
   return optax.chain(clipjax.watch(history=16), _demo.optimizer(max_norm))
 
 
-def demo_loop(folder: Path, steps: int) -> dict[str, Callable[[], Clocks]]:
-  """Seconds of so many steps of the demo, by whether they are recorded."""
+def demo_steps(folder: Path, rounds: int) -> dict[str, list[Clocks]]:
+  """What each step of the demo took, by whether it was recorded."""
   key_params, key = jax.random.split(jax.random.key(0))
   text = jnp.asarray(_demo.read_text())
-  max_norm = jnp.float32(1.0)
 
   def step(params: Any, state: Any, number: Any) -> Any:
     starts = jax.random.randint(jax.random.fold_in(key, number), (_demo.BATCH, 1), 0, text.size - _demo.LENGTH)
     windows = text[starts + jnp.arange(_demo.LENGTH + 1)[None, :]].astype(jnp.int32)
     loss, grads = jax.value_and_grad(_demo.loss_fn)(params, windows)
-    updates, state = watched(max_norm).update(grads, state, params)
+    updates, state = watched(jnp.float32(1)).update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
 
   compiled = jax.jit(step, donate_argnums=(0, 1))
-
-  def loop(recorder: clipjax.Recorder | None) -> Callable[[], Clocks]:
-    carry: list[Any] = [_demo.init_params(key_params)]
-    carry.append(watched(max_norm).init(carry[0]))
-    done = 0
-
-    def seconds() -> Clocks:
-      nonlocal carry, done
-      start = time.perf_counter(), time.process_time()
-      for _ in range(steps):
-        done += 1
-        params, state, loss = compiled(*carry, jnp.int32(done))
-        if recorder is not None:
-          recorder.push(done, state, loss=loss)
-        carry = [params, state]
-      jax.block_until_ready(carry)
-      return time.perf_counter() - start[0], time.process_time() - start[1]
-
-    return seconds
-
-  return {"alone": loop(None), "recorded": loop(clipjax.Recorder(folder / "run.jsonl"))}
+  params = _demo.init_params(key_params)
+  state = watched(jnp.float32(1)).init(params)
+  times: dict[str, list[Clocks]] = {"alone": [], "recorded": []}
+  rng = np.random.default_rng(0)
+  number = 0
+  with clipjax.Recorder(folder / "run.jsonl") as recorder:
+    for turn in range(rounds + 20):
+      for key_of_turn in rng.permutation(list(times)):
+        number += 1
+        start = time.perf_counter(), time.process_time()
+        params, state, loss = compiled(params, state, jnp.int32(number))
+        if key_of_turn == "recorded":
+          recorder.push(number, state, loss=loss)
+        jax.block_until_ready((params, state))
+        if turn >= 20:  # The first ones compile.
+          times[key_of_turn].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+  return times
 
 
 def push_time(folder: Path, leaves: int, pushes: int) -> tuple[float, float]:
@@ -87,24 +82,16 @@ def push_time(folder: Path, leaves: int, pushes: int) -> tuple[float, float]:
 def main() -> None:
   """Prints the share of a step, and the time of a push."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--rounds", type=int, default=40)
-  parser.add_argument("--steps", type=int, default=50)
+  parser.add_argument("--rounds", type=int, default=1000)
   args = parser.parse_args()
   print(f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, optax {optax.__version__}")
   with tempfile.TemporaryDirectory() as name:
-    loops = demo_loop(Path(name), args.steps)
-    times: dict[str, list[Clocks]] = {key: [] for key in loops}
-    for turn in range(args.rounds + 1):
-      # Each goes first in every second round; the first round compiles and is left out.
-      for key in sorted(loops, reverse=bool(turn % 2)):
-        seconds = loops[key]()
-        if turn:
-          times[key].append(seconds)
+    times = demo_steps(Path(name), args.rounds)
     for i, clock in enumerate(("wall", "processor")):
-      pairs = [(a[i], b[i]) for a, b in zip(times["alone"], times["recorded"], strict=True)]
-      share = statistics.median(b / a - 1 for a, b in pairs)
-      alone, recorded = (1e3 * statistics.median(values) / args.steps for values in zip(*pairs, strict=True))
-      print(f"demo, {clock} time: {alone:.3f} ms a step, recorded {recorded:.3f} ms; push adds {share:+.2%}")
+      a, b = ([1e3 * clocks[i] for clocks in times[key]] for key in ("alone", "recorded"))
+      alone = statistics.median(a)
+      median = statistics.median(y - x for x, y in zip(a, b, strict=True)) / alone
+      print(f"demo, {clock}: {alone:.3f} ms a step; push adds {median:+.2%}, with the reads {sum(b) / sum(a) - 1:+.2%}")
     for leaves in (3, 100, 1000):
       median, mean = push_time(Path(name), leaves, 500)
       print(f"push, {leaves} leaves: median {median:.0f} us, mean with the reads {mean:.0f} us")
