@@ -130,8 +130,9 @@ def introduction(steps: int, seeds: int) -> list[str]:
     f"The *stable rate* of a model is the one of {SGD_RATES.size} (a factor "
     f"of {SGD_RATES[1] / SGD_RATES[0]:.3g} apart) at which its worst "
     f"seed ends lowest without a clip. The *fast rates* are {' and '.join(map(str, FACTORS))} times that. A rule sees "
-    "only the norms of the unclipped run of the same seed at the stable rate, and k, the fast rate over the stable "
-    f"one; p90 is their 90th percentile, p75 the 75th. The final loss is the training loss in nats, mean of the last "
+    "only the norms of the unclipped run of the same seed at the stable rate, its first tenth left out, and k, the "
+    "fast rate over the stable one; p90 is their 90th percentile, p75 the 75th. The final loss is the training loss in "
+    "nats, mean of the last "
     f"{FINAL} steps, and tables give its median over the seeds. It *holds* where it is above the best threshold's by "
     f"at most {SHARE:.0%} or {NATS:g} nats, whichever is more.",
     "",

@@ -51,7 +51,8 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     "demo",
     help="train a small RNN without and with clipping, and draw what happens",
     description="Trains a small character RNN three times, without clipping and with two thresholds, shows loss and "
-    "gradient norm, and writes clipjax_demo.png and clipjax_demo.json. Takes well under two minutes on a CPU.",
+    "gradient norm, and writes clipjax_demo.png and clipjax_demo.json. Then records a stable run, suggests a threshold "
+    "from it, tries that, and writes a report, clipjax_demo_run.html. Takes well under two minutes on a CPU.",
   )
   parser.add_argument(
     "--out", type=Path, default=Path(), metavar="DIR", help="directory of the files (default: the current one)"
@@ -72,9 +73,11 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _demo(args: argparse.Namespace) -> int:
   try:
     from clipjax import _demo as demo  # noqa: PLC0415  (loads JAX and the extra)
+    from clipjax import _demo_advice as advice  # noqa: PLC0415
   except ImportError as error:
     return _fail(f"the demo needs more packages, pip install 'clipjax[demo]' ({_first_line(error)})")
   demo.run(args.out, args.steps, args.seed)
+  advice.run(args.out, args.steps, args.seed)
   return 0
 
 

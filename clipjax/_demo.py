@@ -179,12 +179,16 @@ def train_step(
   params: Params, opt_state: Any, max_norm: jax.Array, text: jax.Array, key: jax.Array, step: jax.Array
 ) -> tuple[Params, Any, dict[str, jax.Array]]:
   """One step on the batch that `key` and `step` determine; `max_norm` is traced, so that no threshold recompiles it."""
-  starts = jax.random.randint(jax.random.fold_in(key, step), (BATCH, 1), 0, text.size - LENGTH)
-  windows = text[starts + jnp.arange(LENGTH + 1)[None, :]].astype(jnp.int32)
-  loss, grads = jax.value_and_grad(loss_fn)(params, windows)
+  loss, grads = jax.value_and_grad(loss_fn)(params, batch(text, key, step))
   updates, opt_state = optimizer(max_norm).update(grads, opt_state, params)
   params = optax.apply_updates(params, updates)
   return params, opt_state, {"loss": loss, **clipjax.metrics(opt_state)}
+
+
+def batch(text: jax.Array, key: jax.Array, step: jax.Array) -> jax.Array:
+  """The windows of a step, shape (batch, length + 1), int32."""
+  starts = jax.random.randint(jax.random.fold_in(key, step), (BATCH, 1), 0, text.size - LENGTH)
+  return text[starts + jnp.arange(LENGTH + 1)[None, :]].astype(jnp.int32)
 
 
 def loss_fn(params: Params, windows: jax.Array) -> jax.Array:
@@ -243,7 +247,7 @@ def _bars(console: Console) -> Progress:
 
 def _values_text(values: dict[str, float]) -> str:
   clipped = values["grad/clip_fraction"]
-  return f"loss {_text(values['loss'])}, norm {_text(values['grad/norm'])}, clipped {clipped:.1%}"
+  return f"loss {short(values['loss'])}, norm {short(values['grad/norm'])}, clipped {clipped:.1%}"
 
 
 def summarize(trained: Trained) -> Summary:
@@ -273,7 +277,7 @@ def table(summaries: Sequence[Summary], console: Console) -> Table:
   for row in summaries:
     out.add_row(
       row.label,
-      *(_text(x) for x in (row.final_loss, row.lowest_loss, row.largest_norm, row.median_norm)),
+      *(short(x) for x in (row.final_loss, row.lowest_loss, row.largest_norm, row.median_norm)),
       f"{row.clipped_steps / row.steps:.1%}",
       str(row.nonfinite_steps),
       f"{row.seconds:.1f} s",
@@ -294,7 +298,7 @@ def conclusion(summaries: Sequence[Summary]) -> str:
   """
   free, *others = summaries
   best = min(others, key=lambda row: _as_worst(row.final_loss))
-  if _text(best.final_loss) == _text(free.final_loss):
+  if short(best.final_loss) == short(free.final_loss):
     verdict = "Clipping made no difference to the final loss"
   elif _as_worst(best.final_loss) < _as_worst(free.final_loss):
     verdict = "Clipping helped"
@@ -303,13 +307,13 @@ def conclusion(summaries: Sequence[Summary]) -> str:
   return (
     f"{verdict}: the loss {_course(best)} with {best.label}, and {_course(free)} without clipping (mean of the last "
     f"{min(FINAL_STEPS, free.steps)} steps). The norm of the unclipped gradient had a median of "
-    f"{_text(free.median_norm)} and reached {_text(free.largest_norm)}; with {best.label}, "
+    f"{short(free.median_norm)} and reached {short(free.largest_norm)}; with {best.label}, "
     f"{best.clipped_steps} of {best.steps} steps were clipped."
   )
 
 
 def _course(row: Summary) -> str:
-  first, final = _text(row.first_loss), _text(row.final_loss)
+  first, final = short(row.first_loss), short(row.final_loss)
   if not (math.isfinite(row.first_loss) and math.isfinite(row.final_loss)):
     return f"went from {first} to {final}"
   if first == final:
@@ -321,7 +325,7 @@ def _label(max_norm: float) -> str:
   return "no clipping" if math.isinf(max_norm) else f"max_norm {max_norm:g}"
 
 
-def _text(x: float) -> str:
+def short(x: float) -> str:
   """Three digits, and no exponent below a million."""
   return f"{x:,.0f}" if 999.5 <= x < 1e6 else f"{x:.3g}"
 

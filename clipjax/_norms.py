@@ -354,12 +354,11 @@ def _again_where(
     again_by_lane = jax.vmap(again, in_axes=tuple(of_rest), axis_size=size)
     norms = jax.vmap(lambda norms: norms, in_axes=(of_norms,), axis_size=size)(norms)
     chosen = _again_where(doubtful.any(), again_by_lane, norms, totals, xs)
-    keep = jax.vmap(
-      lambda ask, new, old: [jnp.where(ask, a, b) for a, b in zip(new, old, strict=True)], (of_doubtful, 0, 0)
-    )
-    return keep(doubtful, chosen, norms), [True] * len(norms)
+    keep = jax.vmap(jnp.where, in_axes=(of_doubtful, 0, 0))
+    return [keep(doubtful, new, old) for new, old in zip(chosen, norms, strict=True)], [True] * len(norms)
 
-  return choose(doubtful, norms, totals, list(xs))
+  chosen: list[jax.Array] = choose(doubtful, norms, totals, list(xs))
+  return chosen
 
 
 def _floor(x: jax.Array, axes: Axes) -> float:

@@ -178,7 +178,7 @@ def test_conclusion_takes_a_finite_run_for_the_best():
   [(0.0, "0"), (0.25, "0.25"), (445.91, "446"), (999.6, "1,000"), (545053.2, "545,053"), (1.366e11, "1.37e+11")],
 )
 def test_numbers_are_short(x, text):
-  assert demo._text(x) == text
+  assert demo.short(x) == text
 
 
 def shown(width, encoding, draw, terminal=True):
@@ -276,7 +276,14 @@ def assert_demo_files(out, steps):
   series = json.loads((out / "clipjax_demo.json").read_text())["runs"]
   assert [run["max_norm"] for run in series] == [None, 1.0, 0.25]
   assert {len(values) for run in series for values in run["series"].values()} == {steps}
-  assert sorted(path.name for path in out.iterdir()) == ["clipjax_demo.json", "clipjax_demo.png"]
+  names = ["clipjax_demo.json", "clipjax_demo.png", "clipjax_demo_run.html", "clipjax_demo_run.jsonl"]
+  assert sorted(path.name for path in out.iterdir()) == names
+  run = clipjax.read_run(out / "clipjax_demo_run.jsonl")
+  assert run.steps.tolist() == list(range(1, steps + 1))
+  assert {"loss", "grad/norm", "grad/norm/recurrent", "update/ratio/recurrent", "tokens"} <= set(run.keys())
+  assert run.parameters == 128 * 128 * 3 + 128 * 2
+  assert not np.any(run["grad/scale"] != 1)  # It is unclipped.
+  assert "Suggested threshold" in (out / "clipjax_demo_run.html").read_text()
 
 
 # The command line ---------------------------------------------------------------------------------------------------
@@ -292,7 +299,12 @@ def test_demo_in_ascii_without_a_terminal(tmp_path):
   assert "\r" not in text.replace("\r\n", "\n")
   assert "max_norm 0.25: step 30 of 30, loss " in text
   assert f"Wrote {out / 'clipjax_demo.png'} and {out / 'clipjax_demo.json'}" in text
-  assert len(text.splitlines()) < 30
+  run = clipjax.read_run(out / "clipjax_demo_run.jsonl")
+  suggested = clipjax.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.0, model="rnn")
+  assert str(suggested) in text
+  assert "With it, at a rate of 2, the loss went from " in text
+  assert text.endswith(f"the report {out / 'clipjax_demo_run.html'}\n")
+  assert len(text.splitlines()) < 60
   assert_demo_files(out, 30)
 
 
@@ -302,7 +314,8 @@ def test_demo_in_process(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv(name, raising=False)
   assert cli.main(["demo", "--steps", "2", "--seed", "4294967295"]) == 0
   captured = capsys.readouterr()
-  assert captured.out.endswith("Wrote clipjax_demo.png and clipjax_demo.json\n")
+  assert "Wrote clipjax_demo.png and clipjax_demo.json\n" in captured.out
+  assert captured.out.endswith("Wrote clipjax_demo_run.jsonl and the report clipjax_demo_run.html\n")
   assert captured.err == ""
   assert_demo_files(tmp_path, 2)
 

@@ -1,0 +1,106 @@
+"""The end of the demo: which threshold the norms of a stable run suggest, whether it holds, and a report of that run.
+
+The network of `clipjax._demo` trains once without a clip at a rate at which it is stable, recorded by a
+`clipjax.Recorder`; what `clipjax.suggest_max_norm` makes of its norms is then put to the test at the demo's own rate.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+import clipjax
+from clipjax import _demo
+
+STABLE_RATE = 0.25  # The best stable one of this model without a clip in docs/choosing.md.
+
+Step = Callable[[Any, float, float, int], tuple[Any, jax.Array]]
+
+
+def run(out: Path, steps: int, seed: int) -> None:
+  """Records, suggests, trains with the suggestion, reports: writes `clipjax_demo_run.jsonl` and `.html`.
+
+  Args:
+    out: directory of the two files.
+    steps: training steps of both runs.
+    seed: of the weights and the batches, as in `clipjax._demo.run`.
+
+  Raises:
+    OSError: if a file cannot be written.
+  """
+  console = Console(markup=False, highlight=False, emoji=False)
+  record, page = out / "clipjax_demo_run.jsonl", out / "clipjax_demo_run.html"
+  record.unlink(missing_ok=True)
+  start, step = _trainer(seed)
+  losses = recorded(start, step, steps, record)
+  console.print(
+    f"\nWhich threshold for a rate of {_demo.LEARNING_RATE:g}? Recorded: the same network without a clip at a rate of "
+    f"{STABLE_RATE:g}, {steps} steps; {_course(losses)}.\n"
+  )
+  run = clipjax.read_run(record)
+  try:
+    suggestion = clipjax.suggest_max_norm(
+      run, learning_rate=STABLE_RATE, new_learning_rate=_demo.LEARNING_RATE, model="rnn"
+    )
+  except ValueError as error:
+    console.print(f"No suggestion: {error}", soft_wrap=True)
+  else:
+    console.print(str(suggestion), soft_wrap=True)
+    losses = trained(start, step, steps, suggestion.max_norm)
+    console.print(f"\nWith it, at a rate of {_demo.LEARNING_RATE:g}, {_course(losses)}.")
+  written = f"\nWrote {record} and the report {clipjax.write_report(run, page)}"
+  console.print(written.encode(console.encoding, "backslashreplace").decode(console.encoding), soft_wrap=True)
+
+
+def recorded(start: Any, step: Step, steps: int, path: Path) -> list[float]:
+  """The losses of a run without a clip at the stable rate, which a Recorder writes to `path`."""
+  losses, state = [], start
+  with clipjax.Recorder(path) as recorder:
+    for i in range(1, steps + 1):
+      state, loss = step(state, math.inf, STABLE_RATE, i)
+      recorder.push(i, state[1], params=state[0], loss=loss, tokens=_demo.BATCH * _demo.LENGTH)
+      losses.append(loss)
+  return [float(loss) for loss in jax.device_get(losses)]
+
+
+def trained(start: Any, step: Step, steps: int, max_norm: float) -> list[float]:
+  """The losses of a run at the demo's rate with a threshold."""
+  losses, state = [], start
+  for i in range(1, steps + 1):
+    state, loss = step(state, max_norm, _demo.LEARNING_RATE, i)
+    losses.append(loss)
+  return [float(loss) for loss in jax.device_get(losses)]
+
+
+def _trainer(seed: int) -> tuple[Any, Step]:
+  """The state before the first step, and the compiled step."""
+  text = jnp.asarray(_demo.read_text())
+  key_params, key_batches = jax.random.split(jax.random.key(seed))
+
+  def optimizer(max_norm: Any, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
+    sgd = optax.sgd(learning_rate, momentum=_demo.MOMENTUM)
+    clip = clipjax.clip_by_global_norm(max_norm)
+    return optax.chain(clipjax.watch(), clip, sgd, clipjax.watch(name="update"))
+
+  @jax.jit
+  def step(state: Any, max_norm: jax.Array, learning_rate: jax.Array, i: jax.Array) -> tuple[Any, jax.Array]:
+    params, opt_state = state
+    loss, grads = jax.value_and_grad(_demo.loss_fn)(params, _demo.batch(text, key_batches, i))
+    updates, opt_state = optimizer(max_norm, learning_rate).update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+  params = _demo.init_params(key_params)
+  return (params, optimizer(math.inf, 1.0).init(params)), lambda state, max_norm, learning_rate, i: step(
+    state, jnp.float32(max_norm), jnp.float32(learning_rate), jnp.int32(i)
+  )
+
+
+def _course(losses: list[float]) -> str:
+  final = float(np.mean(losses[-_demo.FINAL_STEPS :]))
+  return f"the loss went from {_demo.short(losses[0])} to {_demo.short(final)}"
