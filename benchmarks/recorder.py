@@ -1,9 +1,9 @@
-"""What `Recorder.push` adds to a training step: the demo's network with and without it, and the push by itself.
+"""What seeing costs: `clipjax.watch` and `Recorder.push` on the demo's training step, and the push by itself.
 
-Run `python benchmarks/recorder.py [--rounds 1000]`. Steps with and without a push take turns in an order of chance, on
-one training, timed on the wall and on the processor; the latter is what counts where other processes disturb the wall
-time. The median of the differences is what an ordinary push adds; the sum has the reads of every 50th in it. Then the
-host time of one push, for optimizer states of 3 to 1000 leaves.
+Run `python benchmarks/recorder.py [--rounds 1000]`. The demo's step without a watch, with one before the clip, and with
+that and a push take turns in an order of chance, each on a training of its own, timed on the wall and on the processor;
+the latter is what counts where other processes disturb the wall time. The median of the differences is what an ordinary
+step adds; the sum has the reads of every 50th in it. Then the host time of one push, for states of 3 to 1000 leaves.
 """
 
 import argparse
@@ -25,40 +25,44 @@ from clipjax import _demo
 Clocks = tuple[float, float]  # Seconds on the wall, and of all cores together.
 
 
-def watched(max_norm: jax.Array) -> optax.GradientTransformationExtraArgs:
-  """The demo's optimizer with a watch before its clip, so that there are numbers by leaf to record."""
-  return optax.chain(clipjax.watch(history=16), _demo.optimizer(max_norm))
+def optimizer(watched: bool) -> optax.GradientTransformationExtraArgs:
+  """The demo's optimizer, or the same with a watch before its clip."""
+  tx = _demo.optimizer(jnp.float32(1))
+  return optax.chain(clipjax.watch(history=16), tx) if watched else tx
+
+
+def trainer(watched: bool) -> tuple[Any, Any]:
+  """A compiled step `(params, state, number) -> (params, state, loss)`, and the arguments of the first one."""
+  key_params, key = jax.random.split(jax.random.key(0))
+  text = jnp.asarray(_demo.read_text())
+  tx = optimizer(watched)
+
+  def step(params: Any, state: Any, number: Any) -> Any:
+    loss, grads = jax.value_and_grad(_demo.loss_fn)(params, _demo.batch(text, key, number))
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+  params = _demo.init_params(key_params)
+  return jax.jit(step, donate_argnums=(0, 1)), (params, tx.init(params))
 
 
 def demo_steps(folder: Path, rounds: int) -> dict[str, list[Clocks]]:
-  """What each step of the demo took, by whether it was recorded."""
-  key_params, key = jax.random.split(jax.random.key(0))
-  text = jnp.asarray(_demo.read_text())
-
-  def step(params: Any, state: Any, number: Any) -> Any:
-    starts = jax.random.randint(jax.random.fold_in(key, number), (_demo.BATCH, 1), 0, text.size - _demo.LENGTH)
-    windows = text[starts + jnp.arange(_demo.LENGTH + 1)[None, :]].astype(jnp.int32)
-    loss, grads = jax.value_and_grad(_demo.loss_fn)(params, windows)
-    updates, state = watched(jnp.float32(1)).update(grads, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-  compiled = jax.jit(step, donate_argnums=(0, 1))
-  params = _demo.init_params(key_params)
-  state = watched(jnp.float32(1)).init(params)
-  times: dict[str, list[Clocks]] = {"alone": [], "recorded": []}
+  """What each step of the demo took: alone, watched, and recorded too."""
+  names = ("alone", "watched", "recorded")
+  steps, states = zip(*(trainer(name != "alone") for name in names), strict=True)
+  states = list(states)
+  times: dict[str, list[Clocks]] = {name: [] for name in names}
   rng = np.random.default_rng(0)
-  number = 0
   with clipjax.Recorder(folder / "run.jsonl") as recorder:
-    for turn in range(rounds + 20):
-      for key_of_turn in rng.permutation(list(times)):
-        number += 1
+    for turn in range(1, rounds + 21):
+      for i in rng.permutation(len(names)):
         start = time.perf_counter(), time.process_time()
-        params, state, loss = compiled(params, state, jnp.int32(number))
-        if key_of_turn == "recorded":
-          recorder.push(number, state, loss=loss)
-        jax.block_until_ready((params, state))
-        if turn >= 20:  # The first ones compile.
-          times[key_of_turn].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        *states[i], loss = steps[i](*states[i], jnp.int32(turn))
+        if names[i] == "recorded":
+          recorder.push(turn, states[i][1], loss=loss)
+        jax.block_until_ready(states[i])
+        if turn > 20:  # The first ones compile.
+          times[names[i]].append((time.perf_counter() - start[0], time.process_time() - start[1]))
   return times
 
 
@@ -88,10 +92,13 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as name:
     times = demo_steps(Path(name), args.rounds)
     for i, clock in enumerate(("wall", "processor")):
-      a, b = ([1e3 * clocks[i] for clocks in times[key]] for key in ("alone", "recorded"))
-      alone = statistics.median(a)
-      median = statistics.median(y - x for x, y in zip(a, b, strict=True)) / alone
-      print(f"demo, {clock}: {alone:.3f} ms a step; push adds {median:+.2%}, with the reads {sum(b) / sum(a) - 1:+.2%}")
+      alone, watched, recorded = ([1e3 * clocks[i] for clocks in values] for values in times.values())
+      base = statistics.median(alone)
+      print(f"demo, {clock}: {base:.3f} ms a step", end="")
+      for what, before, after in (("watch", alone, watched), ("push", watched, recorded)):
+        median = statistics.median(y - x for x, y in zip(before, after, strict=True)) / base
+        print(f"; {what} adds {median:+.2%}, in sum {sum(after) / sum(before) - 1:+.2%}", end="")
+      print()
     for leaves in (3, 100, 1000):
       median, mean = push_time(Path(name), leaves, 500)
       print(f"push, {leaves} leaves: median {median:.0f} us, mean with the reads {mean:.0f} us")

@@ -61,7 +61,7 @@ def run(out: Path, steps: int, seed: int) -> None:
 def recorded(start: Any, step: Step, steps: int, path: Path) -> list[float]:
   """The losses of a run without a clip at the stable rate, which a Recorder writes to `path`."""
   losses, state = [], start
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.Recorder(path, every=10) as recorder:  # Norms by leaf are kept once in so many steps.
     for i in range(1, steps + 1):
       state, loss = step(state, math.inf, STABLE_RATE, i)
       recorder.push(i, state[1], params=state[0], loss=loss, tokens=_demo.BATCH * _demo.LENGTH)
