@@ -12,7 +12,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from clipjax._findings import Finding, View
 from clipjax._loss_checks import nonfinite_loss, overfit, rising_loss
-from clipjax._run import Bools, Floats
+from clipjax._raw_norms import acted
+from clipjax._run import Floats
 from clipjax._suggest import PLAYBOOK
 from clipjax._words import at_steps, number, percent, several
 
@@ -130,7 +131,7 @@ def _spikes(view: View) -> Iterator[Finding]:
   spike = values > bounds
   if not spike.any():
     return
-  free = spike & ~(_acted(view) | view.norms.rejected)[finite]
+  free = spike & ~(acted(view.run, view.name, view.norms) | view.norms.rejected)[finite]
   shown = free if free.any() else spike
   largest = int(np.argmax(np.where(shown, values, -1)))
   count = int(shown.sum())
@@ -302,20 +303,6 @@ def _zeros(view: View) -> Iterator[Finding]:
     "Large embeddings are like this by design: raise HealthLimits.zero_fraction. Else lower the learning rate, and try "
     "an activation without a flat side.",
   )
-
-
-def _acted(view: View) -> Bools:
-  """Whether the clip acted, for each norm. A norm that came out of a watch's history has no scale: its row has a limit.
-
-  Such a row stands before the push that brought it, so that the limit is that of the next row which has one.
-  """
-  run, steps = view.run, view.norms.steps
-  scale, limit = run.columns.get(f"{view.name}/scale"), run.columns.get(f"{view.name}/max_norm")
-  if scale is None or limit is None or not (known := np.flatnonzero(np.isfinite(scale))).size:
-    return np.zeros(steps.shape, np.bool_)
-  rows = np.searchsorted(run.steps, steps)
-  nearest = known[np.minimum(np.searchsorted(known, rows), known.size - 1)]
-  return np.where(nearest == rows, scale[rows] < 1, view.norms.values > limit[nearest])
 
 
 def _medians(names: tuple[str, ...], values: Floats) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._raw_norms import main_name, norms_of_run
+from clipjax._raw_norms import acted, main_name, norms_of_run
 from clipjax._run import Bools, Floats, Ints, Run
 
 
@@ -67,18 +67,17 @@ def norm_series(run: Run) -> NormSeries | None:
   name = main_name(run)
   if name is None:
     return None
-  norm, limit, scale, count = (column(run, f"{name}/{quantity}") for quantity in ("norm", "max_norm", "scale", "steps"))
-  bad, rejected = flag(run, f"{name}/norm"), column(run, "skip/consecutive") > 0
-  if name != "skip" and "skip/norm" in run.columns:
-    # A clip inside `skip_steps` repeats the step before the rejected one, and its count stands still.
-    unseen = np.diff(count, prepend=0) == 0
-    norm = np.where(unseen, column(run, "skip/norm"), norm)
-    bad = np.where(unseen, flag(run, "skip/norm"), bad)
-    rejected = rejected | unseen
-  # Rows out of a watch's history have a norm and no scale.
-  clipped = np.where(np.isfinite(scale), scale < 1, norm > limit) & ~rejected
+  norms = norms_of_run(run, name, None)
+  at = np.searchsorted(run.steps, norms.steps)
+  norm, bad, clipped = np.full(len(run), np.nan), np.zeros(len(run), np.bool_), np.zeros(len(run), np.bool_)
+  norm[at] = np.where(norms.finite, norms.values, np.nan)
+  bad[at] = ~norms.finite
+  clipped[at] = acted(run, name, norms) & ~norms.rejected
   blocks = (f"{name}/max_norm", f"{name}_leaf/max_norm", f"{name}_group/max_norm")
   by_block = any(key in run.vectors for key in blocks) or any(key.startswith(f"{blocks[0]}/") for key in run.columns)
+  if by_block:  # A norm without a scale does not tell which of them acted.
+    clipped &= np.isfinite(column(run, f"{name}/scale"))
+  limit, rejected = column(run, f"{name}/max_norm"), column(run, "skip/consecutive") > 0
   return NormSeries(name, run.steps, norm, limit, clipped, bad, rejected, by_block)
 
 

@@ -400,6 +400,23 @@ def test_a_rejected_step_has_the_norm_that_skip_steps_saw():
   assert "1 of 4 (25%) steps rejected by skip_steps." in _sections.norm_words(series)
 
 
+def test_a_step_that_only_adds_to_a_larger_one_is_neither_rejected_nor_clipped():
+  # As of optax.MultiSteps inside skip_steps: the clip sees one step in two.
+  run = make([0.0, 3.0, 3.0, 5.0], **{"grad/steps": [0, 1, 1, 2], "skip/consecutive": [0, 0, 0, 0]})
+  run.columns["skip/norm"] = np.array([2.0, 4.0, 7.0, 3.0])
+  series = _series.norm_series(run)
+  np.testing.assert_array_equal(series.norm, [np.nan, 3, np.nan, 5])
+  assert not series.rejected.any() and not series.nonfinite.any()
+  assert series.clipped.tolist() == [False, True, False, True]
+
+
+def test_a_norm_out_of_the_history_of_a_watch_is_clipped_by_the_threshold_of_the_next_push():
+  run = make([1.0, 5.0, 1.0, 9.0])
+  run.columns["grad/max_norm"] = np.array([2.0, np.nan, np.nan, 4.0])
+  run.columns["grad/scale"] = np.array([1.0, np.nan, np.nan, 0.5])
+  assert _series.norm_series(run).clipped.tolist() == [False, True, False, True]
+
+
 def test_worst_step_by_layer():
   run = make([1.0, 9.0, 2.0], names=("a", "b"), every=1)
   worst = _series.worst_step(run, _series.norm_series(run))
