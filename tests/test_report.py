@@ -581,8 +581,9 @@ def test_a_missing_directory_is_told(tmp_path):
 
 
 def test_a_directory_is_no_report(tmp_path):
-  with pytest.raises(IsADirectoryError):
+  with pytest.raises(IsADirectoryError) as error:
     clipjax.write_report(make([1.0]), tmp_path)
+  assert str(error.value) == f"[Errno 21] Is a directory: '{tmp_path}'"
   assert list(tmp_path.iterdir()) == []
   assert list(tmp_path.parent.glob(".clipjax*")) == []
 
