@@ -74,6 +74,8 @@ def _zero_gradient(view: View) -> Iterator[Finding]:
   finite = np.isfinite(values)
   rows = int(finite.any(1).sum())
   zero = [name for name, x, ok in zip(names, values.T, finite.T, strict=True) if ok.any() and not x[ok].any()]
+  if not names:
+    yield from _zero_norm(view)
   if not zero or rows < 2:  # The first gradient of a layer may be zero by its initialization.
     return
   yield Finding(
@@ -83,6 +85,20 @@ def _zero_gradient(view: View) -> Iterator[Finding]:
     f"{several(zero)}. Rule: no layer may, as such a layer does not learn.",
     "Look whether the layer is used, behind stop_gradient, or behind units that are dead; a layer that is frozen on "
     "purpose belongs in optax.masked.",
+  )
+
+
+def _zero_norm(view: View) -> Iterator[Finding]:
+  """Where nothing is known of the layers."""
+  norms = view.norms.values[view.norms.finite]
+  if norms.size < 2 or norms.any():
+    return
+  yield Finding(
+    "FAIL",
+    "zero-gradient",
+    f"The norm of {view.name!r} was exactly 0 at all {norms.size} steps at which it was finite. Rule: it may not "
+    "be, as such a model does not learn.",
+    "Look whether the loss depends on the parameters: stop_gradient, a mask of zeros, units that are dead.",
   )
 
 
@@ -238,8 +254,8 @@ def _update_ratio(view: View) -> Iterator[Finding]:
 def _layer_ratios(view: View, key: str, rule: str) -> Iterator[Finding]:
   """Of layers that are outside where the update as a whole is not."""
   low, high = view.limits.ratio_low, view.limits.ratio_high
-  names, _, values = view.blocks(key.removesuffix("/ratio"), "ratio")
-  medians = _medians(names, values)
+  names, steps, values = view.blocks(key.removesuffix("/ratio"), "ratio")
+  medians = _medians(names, values[steps >= view.norms.begin])
   outside = {name: x for name, x in medians.items() if not low <= x <= high}
   if not outside:
     return

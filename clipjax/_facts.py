@@ -34,13 +34,14 @@ def _percentiles(view: View) -> Iterator[Finding]:
   typical = view.norms.typical
   if not typical.size:
     return
-  p50, p90, p99 = (number(float(p)) for p in np.percentile(typical, [50, 90, 99]))
+  percentiles = np.percentile(typical, [50, 90, 99])
+  p50, p90, p99 = (number(float(p)) for p in percentiles)
   yield Finding(
     "INFO",
     "norms",
     f"p50 {p50}, p90 {p90}, p99 {p99}, largest {number(float(typical.max()))}, of {typical.size} finite norms after "
     f"the warm-up of {view.norms.warmup_steps} steps. {PLAYBOOK} begins with p90 as max_norm.",
-    "clipjax.suggest_max_norm gives a threshold from them.",
+    "clipjax.suggest_max_norm gives a threshold from them." if percentiles[1] > 0 else "",
   )
 
 

@@ -521,6 +521,10 @@ def test_labels_of_layers_do_not_touch(count, width):
   assert len(boxes) >= min(count, 40)
 
 
+def test_subnormal_norms_have_a_page(tmp_path):
+  assert clipjax.write_report(make([5e-324] * 4, limit=5e-324), tmp_path / "x.html").exists()
+
+
 @pytest.mark.parametrize("low", [1e-300, 1e-9, 0.3, 1.0, 7.0, 1e30, 1e300])
 @pytest.mark.parametrize("span", [1.0, 1.5, 20.0, 1e8])
 def test_log_axes_have_a_few_labels_around_the_data(low, span):

@@ -182,6 +182,11 @@ def test_wrong_norms(case):
   assert str(error.value).startswith("`norms_or_run` must") and text in str(error.value)
 
 
+def test_a_threshold_beyond_float64_is_no_fault_of_rates_that_were_not_given():
+  with pytest.raises(ValueError, match=r"^`norms_or_run` must give a threshold > 0 and finite, got inf: look at the"):
+    clipjax.suggest_max_norm(np.full(100, 1.7e308), scale_free=True)
+
+
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_wrong_options(case):
   options, kind, text = BAD_OPTIONS[case]
