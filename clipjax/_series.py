@@ -52,6 +52,19 @@ class Worst(NamedTuple):
   layers: tuple[tuple[str, float], ...]
 
 
+class Speed(NamedTuple):
+  """Seconds: `step_time`, the median of `parts` parts of the run, and two percentiles of the time from push to push.
+
+  `rates` are the tokens and examples a second at that step time, of those that were recorded.
+  """
+
+  step_time: float
+  parts: int
+  median: float
+  p99: float
+  rates: dict[str, float]
+
+
 def column(run: Run, key: str) -> Floats:
   """A column of `run`, of NaN where it has none of that name."""
   return run.columns.get(key, np.full(len(run.steps), np.nan))
@@ -125,13 +138,24 @@ def seconds_per_step(run: Run) -> tuple[Ints, Floats]:
   return steps[1:][forward], seconds[forward]
 
 
-def step_time(run: Run) -> float | None:
-  """Seconds of a step: the median over 20 parts of the run after the warm-up; None without any.
+def speed(run: Run, begin: int | None = None) -> Speed | None:
+  """The speed from the step `begin` on, by default the first after the warm-up; None without two pushes.
 
   JAX runs ahead of the host, so that two pushes may be closer than two steps: parts of the run tell the step time.
+  Their median leaves out a pause, as where a run was resumed.
   """
-  _, seconds, _ = _parts(run, 20, norms_of_run(run, main_name(run), None).begin)
-  return float(np.median(seconds)) if seconds.size else None
+  begin = norms_of_run(run, main_name(run), None).begin if begin is None else begin
+  _, parts, _ = _parts(run, 20, begin)
+  if not parts.size:
+    return None
+  steps, seconds = seconds_per_step(run)
+  median, p99 = (float(x) for x in np.percentile(seconds[steps > begin], [50, 99]))
+  step_time, rates = float(np.median(parts)), {}
+  for key in ("tokens", "examples"):
+    amount = column(run, key)[run.steps >= begin]
+    if np.isfinite(amount).any():
+      rates[key] = float(np.nanmean(amount)) / step_time
+  return Speed(step_time, parts.size, median, p99, rates)
 
 
 def throughput(run: Run, key: str) -> tuple[Ints, Floats]:

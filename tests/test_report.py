@@ -441,12 +441,23 @@ def test_the_time_of_a_step_is_that_of_parts_of_the_run():
   time = np.arange(1001) * 0.5
   time[1::2] -= 0.499
   run = make(np.ones(1001), time=time, tokens=np.where(np.arange(1001) % 2, np.nan, 8.0))
-  assert _series.step_time(run) == pytest.approx(0.5, rel=0.03)
+  assert _series.speed(run).step_time == pytest.approx(0.5, rel=0.03)
   at, rate = _series.throughput(run, "tokens")
   assert at.size == 50
   np.testing.assert_allclose(rate, 16.0, rtol=0.06)
-  assert _series.step_time(make([1.0])) is None
+  assert _series.speed(make([1.0])) is None
   assert _series.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
+
+
+def test_the_speed_of_the_verdict_is_that_of_its_section(tmp_path):
+  # Slow and short steps in the warm-up, and a clock that was set back in the middle.
+  time = np.cumsum(np.where(np.arange(200) < 20, 9.0, 0.5)) - np.where(np.arange(200) < 100, 0.0, 60.0)
+  run = make(np.ones(200), time=time, tokens=np.where(np.arange(200) < 20, 1.0, 50.0))
+  words = " ".join(written(run, tmp_path).words)
+  assert "500 ms a step, the median of 19 parts of the run; from push to push median 500 ms, p99 500 ms." in words
+  assert "100 tokens a second at that step time." in words
+  assert "500 ms, the median of parts of the run; from push to push median 500 ms, 99th percentile 500 ms;" in words
+  assert "; 100 tokens per second." in words
 
 
 def test_thresholds_by_group_are_named_as_such():
