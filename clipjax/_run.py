@@ -70,7 +70,7 @@ class Run:
     return out
 
   def __contains__(self, key: object) -> bool:
-    return key in self.columns or (isinstance(key, str) and self._place(key) is not None)
+    return key in self.columns or self._place(key) is not None
 
   def __len__(self) -> int:
     return len(self.steps)
@@ -78,8 +78,10 @@ class Run:
   def __repr__(self) -> str:
     return f"Run({self.path!r}, {len(self)} steps, {len(self.columns)} columns)"
 
-  def _place(self, key: str) -> tuple[str, int] | None:
+  def _place(self, key: object) -> tuple[str, int] | None:
     """The vector that a key such as "grad/norm/w" belongs to, and the place of the leaf in it."""
+    if not isinstance(key, str):
+      return None
     for vector in self.vectors:
       leaves = self.leaves[vector.rpartition("/")[0]]
       if key.startswith(vector + "/") and key[len(vector) + 1 :] in leaves:

@@ -231,6 +231,8 @@ def _notes(
     f"ten times the mean norm can work: here {number(middle / 2)} to {number(middle * 10)}, and "
     f"{number(max_norm)} lies {_place(max_norm, middle / 2, middle * 10)}."
   ]
+  if rates is not None and rates[0] != rates[1] and not scale_free:
+    notes[0] += " Both are for the learning rate that the norms were recorded at."
   if _share_above(typical, max_norm) > 0.5:
     notes.append(
       "More than half of the recorded norms are above it: at the new learning rate the clip sets the length of most "

@@ -133,6 +133,14 @@ def test_the_text_has_number_reason_alternatives_and_sources():
   assert max(map(len, lines)) <= 100
 
 
+def test_the_rules_of_others_are_for_the_rate_of_the_record():
+  said = "Both are for the learning rate that the norms were recorded at."
+  rates = {"learning_rate": 0.1, "new_learning_rate": 1.0}
+  assert said in clipjax.suggest_max_norm(NORMS, **rates).notes[0]
+  for options in ({}, {"learning_rate": 0.1, "new_learning_rate": 0.1}, {**rates, "scale_free": True}):
+    assert said not in clipjax.suggest_max_norm(NORMS, **options).notes[0]
+
+
 @pytest.mark.parametrize("value", [1e-300, 1e-30, 0.1, 2.0, 1e30, 1e300])
 def test_equal_norms_give_that_norm_which_clips_nothing(value):
   found = clipjax.suggest_max_norm(np.full(100, value))
