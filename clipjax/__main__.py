@@ -5,6 +5,8 @@ one line on stderr. A command imports what it needs when it runs, so that `--hel
 """
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(args.command(args))
   except _UnreadableError as error:
     return _fail(str(error))
+  except BrokenPipeError:  # Its reader has seen enough, as in `clipjax suggest run.jsonl | head -1`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else Python writes the rest as it ends.
+    return 141  # What a shell reports for a process that a closed pipe ended.
   except OSError as error:
     return _fail(f"cannot write {error.filename or 'the output'}: {error.strerror or error}")
   except KeyboardInterrupt:
@@ -96,8 +101,8 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _report(args: argparse.Namespace) -> int:
-  output = args.run.with_suffix(".html") if args.output is None else args.output
   run = _read(args.run)
+  output = args.run.with_suffix(".html") if args.output is None else args.output
   if output.exists() and output.samefile(args.run):
     return _fail(f"the report must be another file than the run, got {str(output)!r}: name one with -o")
   from clipjax._health import diagnose  # noqa: PLC0415  (loads numpy)
@@ -171,9 +176,6 @@ def _read(path: Path) -> "Run":
     raise _UnreadableError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
   except ValueError as error:
     raise _UnreadableError(_first_line(error)) from None
-  except (TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-    reason = f"{type(error).__name__}: {_first_line(error)}"
-    raise _UnreadableError(f"cannot read {path}: its rows are not those of a Recorder ({reason})") from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -182,6 +184,8 @@ def _first_line(error: BaseException) -> str:
 
 def _print(text: str) -> None:
   """Prints what may hold characters that stdout cannot encode."""
+  if sys.stdout is None:  # Closed by the caller.
+    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
   encoding = sys.stdout.encoding or "utf-8"
   print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 

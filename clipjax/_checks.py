@@ -12,7 +12,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from clipjax._findings import Finding, View
 from clipjax._loss_checks import nonfinite_loss, overfit, rising_loss
-from clipjax._run import Bools, Floats
+from clipjax._raw_norms import acted
+from clipjax._run import Floats
 from clipjax._suggest import PLAYBOOK
 from clipjax._words import at_steps, number, percent, several
 
@@ -73,6 +74,8 @@ def _zero_gradient(view: View) -> Iterator[Finding]:
   finite = np.isfinite(values)
   rows = int(finite.any(1).sum())
   zero = [name for name, x, ok in zip(names, values.T, finite.T, strict=True) if ok.any() and not x[ok].any()]
+  if not names:
+    yield from _zero_norm(view)
   if not zero or rows < 2:  # The first gradient of a layer may be zero by its initialization.
     return
   yield Finding(
@@ -82,6 +85,20 @@ def _zero_gradient(view: View) -> Iterator[Finding]:
     f"{several(zero)}. Rule: no layer may, as such a layer does not learn.",
     "Look whether the layer is used, behind stop_gradient, or behind units that are dead; a layer that is frozen on "
     "purpose belongs in optax.masked.",
+  )
+
+
+def _zero_norm(view: View) -> Iterator[Finding]:
+  """Where nothing is known of the layers."""
+  norms = view.norms.values[view.norms.finite]
+  if norms.size < 2 or norms.any():
+    return
+  yield Finding(
+    "FAIL",
+    "zero-gradient",
+    f"The norm of {view.name!r} was exactly 0 at all {norms.size} steps at which it was finite. Rule: it may not "
+    "be, as such a model does not learn.",
+    "Look whether the loss depends on the parameters: stop_gradient, a mask of zeros, units that are dead.",
   )
 
 
@@ -130,7 +147,7 @@ def _spikes(view: View) -> Iterator[Finding]:
   spike = values > bounds
   if not spike.any():
     return
-  free = spike & ~(_acted(view) | view.norms.rejected)[finite]
+  free = spike & ~(acted(view.run, view.name, view.norms) | view.norms.rejected)[finite]
   shown = free if free.any() else spike
   largest = int(np.argmax(np.where(shown, values, -1)))
   count = int(shown.sum())
@@ -237,8 +254,8 @@ def _update_ratio(view: View) -> Iterator[Finding]:
 def _layer_ratios(view: View, key: str, rule: str) -> Iterator[Finding]:
   """Of layers that are outside where the update as a whole is not."""
   low, high = view.limits.ratio_low, view.limits.ratio_high
-  names, _, values = view.blocks(key.removesuffix("/ratio"), "ratio")
-  medians = _medians(names, values)
+  names, steps, values = view.blocks(key.removesuffix("/ratio"), "ratio")
+  medians = _medians(names, values[steps >= view.norms.begin])
   outside = {name: x for name, x in medians.items() if not low <= x <= high}
   if not outside:
     return
@@ -302,20 +319,6 @@ def _zeros(view: View) -> Iterator[Finding]:
     "Large embeddings are like this by design: raise HealthLimits.zero_fraction. Else lower the learning rate, and try "
     "an activation without a flat side.",
   )
-
-
-def _acted(view: View) -> Bools:
-  """Whether the clip acted, for each norm. A norm that came out of a watch's history has no scale: its row has a limit.
-
-  Such a row stands before the push that brought it, so that the limit is that of the next row which has one.
-  """
-  run, steps = view.run, view.norms.steps
-  scale, limit = run.columns.get(f"{view.name}/scale"), run.columns.get(f"{view.name}/max_norm")
-  if scale is None or limit is None or not (known := np.flatnonzero(np.isfinite(scale))).size:
-    return np.zeros(steps.shape, np.bool_)
-  rows = np.searchsorted(run.steps, steps)
-  nearest = known[np.minimum(np.searchsorted(known, rows), known.size - 1)]
-  return np.where(nearest == rows, scale[rows] < 1, view.norms.values > limit[nearest])
 
 
 def _medians(names: tuple[str, ...], values: Floats) -> dict[str, float]:

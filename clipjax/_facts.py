@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from clipjax._findings import Finding, View
+from clipjax._series import speed
 from clipjax._suggest import PLAYBOOK
 from clipjax._words import counted, duration, number, percent
-
-_PARTS = 20  # Of a run, for the time of a step.
 
 
 def _too_few(view: View) -> Iterator[Finding]:
@@ -34,13 +33,14 @@ def _percentiles(view: View) -> Iterator[Finding]:
   typical = view.norms.typical
   if not typical.size:
     return
-  p50, p90, p99 = (number(float(p)) for p in np.percentile(typical, [50, 90, 99]))
+  percentiles = np.percentile(typical, [50, 90, 99])
+  p50, p90, p99 = (number(float(p)) for p in percentiles)
   yield Finding(
     "INFO",
     "norms",
     f"p50 {p50}, p90 {p90}, p99 {p99}, largest {number(float(typical.max()))}, of {typical.size} finite norms after "
     f"the warm-up of {view.norms.warmup_steps} steps. {PLAYBOOK} begins with p90 as max_norm.",
-    "clipjax.suggest_max_norm gives a threshold from them.",
+    "clipjax.suggest_max_norm gives a threshold from them." if percentiles[1] > 0 else "",
   )
 
 
@@ -77,33 +77,18 @@ def _parameters(view: View) -> Iterator[Finding]:
 
 
 def _speed(view: View) -> Iterator[Finding]:
-  times = view.run.columns.get("time", np.zeros(0))
-  known = np.isfinite(times)
-  known[known] = view.run.steps[known] >= view.norms.begin
-  times, steps = times[known], view.run.steps[known]
-  if times.size < 2:
+  found = speed(view.run, view.norms.begin)
+  if found is None:
     return
-  single = np.diff(times) / np.diff(steps)
-  # JAX runs ahead of the host, so that two pushes may be closer than two steps: parts of the run tell the step time.
-  # Their median leaves out a pause, as where a run was resumed.
-  ends = np.linspace(0, times.size - 1, min(_PARTS, times.size - 1) + 1).astype(int)
-  parts = np.diff(times[ends]) / np.diff(steps[ends])
-  if not (parts > 0).all():  # The clock was set back, or stood still.
-    return
-  p50, p99 = np.percentile(single, [50, 99])
-  middle = float(np.median(parts))
   yield Finding(
     "INFO",
     "step-time",
-    f"{duration(middle)} a step, the median of {parts.size} parts of the run; from push to push median "
-    f"{duration(float(p50))}, p99 {duration(float(p99))}.",
+    f"{duration(found.step_time)} a step, the median of {found.parts} parts of the run; from push to push median "
+    f"{duration(found.median)}, p99 {duration(found.p99)}.",
     "",
   )
-  for key in ("tokens", "examples"):
-    amount = view.column(key)
-    if amount.size:
-      rate = float(np.mean(amount)) / middle
-      yield Finding("INFO", "throughput", f"{counted(rate)} {key} a second at that step time.", "")
+  for key, rate in found.rates.items():
+    yield Finding("INFO", "throughput", f"{counted(rate)} {key} a second at that step time.", "")
 
 
 FACTS: tuple[Callable[[View], Iterator[Finding]], ...] = (

@@ -251,7 +251,7 @@ def _mark(axes: Axes, steps: Ints, mask: Any, bins: int, height: float, **style:
 
 def _log_axis(axes: Axes, values: Floats, which: str = "y") -> None:
   """A log axis around the finite values, at least a factor of 4 wide; without any it says so and has no ticks."""
-  known = values[np.isfinite(values)]
+  known = values[np.isfinite(values) & (values > 1e-306)]  # Below, quotients and powers of 10 are not reliable.
   low, high = (float(known.min()), float(known.max())) if known.size else (0.1, 10.0)
   room = max(2.0, (high / low) ** 0.06) if math.isfinite(high / low) else 1e3
   low, high = max(low / room, 1e-307), min(high * room, 1e307)

@@ -73,6 +73,7 @@ def overfit(view: View) -> Iterator[Finding]:
   # Medians of tenths, as a single validation is noisy.
   medians = [float(np.median(part)) for part in np.array_split(values, 10)]
   best, excess = int(np.argmin(medians)), medians[-1] / min(medians) - 1
+  best_step = np.array_split(at, 10)[best][np.argmin(np.array_split(values, 10)[best])]
   spans = [_between(view.run, int(part[0]), int(part[-1])) for part in np.array_split(at, 10)]
   train = [float(np.median(span)) if span.size else np.nan for span in spans]
   if excess <= view.limits.overfit or not train[-1] < train[best]:
@@ -80,7 +81,7 @@ def overfit(view: View) -> Iterator[Finding]:
   yield Finding(
     "WARN",
     "overfit",
-    f"{key!r} ends {percent(excess)} above its best, {number(min(medians))} near step {at[np.argmin(values)]}, while "
+    f"{key!r} ends {percent(excess)} above its best, {number(min(medians))} near step {best_step}, while "
     f"'loss' fell from {number(train[best])} to {number(train[-1])}. Rule: at most {percent(view.limits.overfit)}, "
     "criterion GL5 of Prechelt, Early stopping, but when?, 1998.",
     "Keep the checkpoint near the best step; regularize, or get more data.",

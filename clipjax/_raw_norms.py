@@ -72,6 +72,19 @@ def norms_of_run(run: Run, name: str | None, warmup_steps: int | None) -> Norms:
   return Norms(run.steps[known], values[known], rejected[known], warmup, begin)
 
 
+def acted(run: Run, name: str | None, norms: Norms) -> Bools:
+  """Whether the clip acted, for each norm. A norm that came out of a watch's history has no scale: its row has a limit.
+
+  Such a row stands before the push that brought it, so that the limit is that of the next row which has one.
+  """
+  scale, limit = run.columns.get(f"{name}/scale"), run.columns.get(f"{name}/max_norm")
+  if scale is None or limit is None or not (known := np.flatnonzero(np.isfinite(scale))).size:
+    return np.zeros(norms.steps.shape, np.bool_)
+  rows = np.searchsorted(run.steps, norms.steps)
+  nearest = known[np.minimum(np.searchsorted(known, rows), known.size - 1)]
+  return np.where(nearest == rows, scale[rows] < 1, norms.finite & (norms.values > limit[nearest]))
+
+
 def norms_of_array(norms: Any, warmup_steps: int | None) -> Norms:
   """The norms of a list or array, one a step.
 

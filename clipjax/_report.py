@@ -191,6 +191,8 @@ def _write(target: pathlib.Path, content: bytes) -> None:
   try:
     beside.write_bytes(content)
     os.replace(beside, target)
+  except OSError as error:  # It names the file beside, which nobody has asked for.
+    raise OSError(error.errno, error.strerror, str(target)) from error
   finally:
     beside.unlink(missing_ok=True)
 

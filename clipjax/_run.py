@@ -70,7 +70,7 @@ class Run:
     return out
 
   def __contains__(self, key: object) -> bool:
-    return key in self.columns or (isinstance(key, str) and self._place(key) is not None)
+    return key in self.columns or self._place(key) is not None
 
   def __len__(self) -> int:
     return len(self.steps)
@@ -78,8 +78,10 @@ class Run:
   def __repr__(self) -> str:
     return f"Run({self.path!r}, {len(self)} steps, {len(self.columns)} columns)"
 
-  def _place(self, key: str) -> tuple[str, int] | None:
+  def _place(self, key: object) -> tuple[str, int] | None:
     """The vector that a key such as "grad/norm/w" belongs to, and the place of the leaf in it."""
+    if not isinstance(key, str):
+      return None
     for vector in self.vectors:
       leaves = self.leaves[vector.rpartition("/")[0]]
       if key.startswith(vector + "/") and key[len(vector) + 1 :] in leaves:
@@ -118,28 +120,20 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     (array([1, 2, 3]), array([5., 5., 5.]), np.float64(0.5))
   """
   name = os.fspath(path)
-  lines = _lines(name)
-  header: dict[str, Any] = {}
-  rows = _Rows()
-  for line in lines:
-    try:
-      entry = json.loads(line)
-    except ValueError:  # A torn line, or one that is not text.
-      continue
-    if not isinstance(entry, dict):
-      continue
-    if "clipjax_run" in entry:
-      _check_format(entry, name)
-      rows.begin(entry.get("started"))
-      header = {**header, **{key: value for key, value in entry.items() if value}}
-    elif header and type(entry.get("step")) is int:
-      rows.add(entry)
-  if not header:
-    raise ValueError(f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, {_OTHER}")
-  return _run(name, header, rows.by_step)
+  entries = _entries(_lines(name))
+  headers = [entry for entry in entries if "clipjax_run" in entry]
+  for header in headers:
+    _check_format(header, name)
+  other = f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, which has {{}}: {_REMEDY}"
+  if not headers:
+    raise ValueError(other.format("no header of one"))
+  try:
+    return _run(name, *_merged(entries))
+  except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:  # Anything may be in a file.
+    raise ValueError(other.format(f"rows of another kind ({type(error).__name__})")) from error
 
 
-_OTHER = "which has no header of one: pass the path that the Recorder was given."
+_REMEDY = "pass the path that the Recorder was given."
 
 
 def is_run(path: str) -> bool:
@@ -165,6 +159,32 @@ def _lines(name: str) -> list[bytes]:
       "rows after `every` steps, or when it is closed."
     )
   return data.split(b"\n")
+
+
+def _entries(lines: list[bytes]) -> list[dict[str, Any]]:
+  """What the lines hold; not those that are torn, no text, or nested too deep for any row."""
+  entries = []
+  for line in lines:
+    try:
+      entry = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(entry, dict):
+      entries.append(entry)
+  return entries
+
+
+def _merged(entries: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+  """The header, of the last values that the headers have, and the rows by step."""
+  header: dict[str, Any] = {}
+  rows = _Rows()
+  for entry in entries:
+    if "clipjax_run" in entry:
+      rows.begin(entry.get("started"))
+      header = {**header, **{key: value for key, value in entry.items() if value}}
+    elif header and type(entry.get("step")) is int:
+      rows.add(entry)
+  return header, rows.by_step
 
 
 def _check_format(header: dict[str, Any], name: str) -> None:
@@ -229,6 +249,8 @@ def _run(name: str, header: dict[str, Any], rows: dict[int, dict[str, Any]]) -> 
   leaves = {key: tuple(map(str, labels)) for key, labels in (header.get("leaves") or {}).items()}
   ordered = [rows[step] for step in steps.tolist()]
   parameters = header.get("parameters")
+  if not isinstance(parameters, int | None):
+    raise TypeError("parameters must be a whole number")
   return Run(name, steps, columns, flags, leaves, _vectors(ordered, leaves), _weights(ordered), parameters)
 
 
@@ -250,4 +272,6 @@ def _weights(rows: list[dict[str, Any]]) -> tuple[Ints, Floats, Floats] | None:
   edges = found[-1][1]["edges"]
   found = [(step, weights) for step, weights in found if weights["edges"] == edges]
   counts = np.array([weights["counts"] for _, weights in found], np.float64)
+  if counts.shape != (len(found), len(edges) - 1):
+    raise ValueError("a histogram must have a count for each bin")
   return np.array([step for step, _ in found], np.int64), np.array(edges, np.float64), counts

@@ -56,9 +56,9 @@ def summary(run: Run) -> str:
   for key in [key for key in run.columns if key == "loss"]:
     known = run[key][np.isfinite(run[key])]
     pairs += [("last finite loss", number(float(known[-1])) if known.size else "none finite")]
-  step_time = _series.step_time(run)
-  if step_time is not None:
-    pairs.append(("time of a step", duration(step_time)))
+  speed = _series.speed(run)
+  if speed is not None:
+    pairs.append(("time of a step", duration(speed.step_time)))
   return _page.numbers(pairs)
 
 
@@ -199,21 +199,19 @@ def _weights(run: Run) -> Section:
 
 def _speed(run: Run) -> Section:
   title = "Speed"
-  steps, seconds = _series.seconds_per_step(run)
-  if not seconds.size:
+  found = _series.speed(run)
+  if found is None:
     return Missing(title, f"two calls of {code('recorder.push')} or more give the time of a step.")
-  typical = _series.step_time(run) or float(np.median(seconds))
-  panels = [("ms per step", steps, 1e3 * seconds, 1e3 * typical)]
-  middle, slow = (duration(float(np.percentile(seconds, p))) for p in (50, 99))
+  steps, seconds = _series.seconds_per_step(run)
+  panels = [("ms per step", steps, 1e3 * seconds, 1e3 * found.step_time)]
   time = column(run, "time")
   total = _total(float(np.nanmax(time) - np.nanmin(time)))
-  said = [f"Line chart of the time of a step: {duration(typical)}, the median of parts of the run"]
-  said += [f"from push to push median {middle}, 99th percentile {slow}"]
-  said += [f"{number(1 / typical)} steps per second, {total} in all"]
-  for key in ("tokens", "examples"):
+  said = [f"Line chart of the time of a step: {duration(found.step_time)}, the median of parts of the run"]
+  said += [f"from push to push median {duration(found.median)}, 99th percentile {duration(found.p99)}"]
+  said += [f"{number(1 / found.step_time)} steps per second, {total} in all"]
+  for key, mean in found.rates.items():
     at, rate = _series.throughput(run, key)
     if (rate > 0).any():
-      mean = float(np.nanmean(column(run, key))) / typical
       panels.append((f"{key} per second", at, rate, mean))
       said.append(f"{counted(mean)} {key} per second")
   caption = "Time from push to push, over the steps between. JAX runs ahead of the host, so the dashed line, the time "

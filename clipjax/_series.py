@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._raw_norms import main_name, norms_of_run
+from clipjax._raw_norms import acted, main_name, norms_of_run
 from clipjax._run import Bools, Floats, Ints, Run
 
 
@@ -52,6 +52,19 @@ class Worst(NamedTuple):
   layers: tuple[tuple[str, float], ...]
 
 
+class Speed(NamedTuple):
+  """Seconds: `step_time`, the median of `parts` parts of the run, and two percentiles of the time from push to push.
+
+  `rates` are the tokens and examples a second at that step time, of those that were recorded.
+  """
+
+  step_time: float
+  parts: int
+  median: float
+  p99: float
+  rates: dict[str, float]
+
+
 def column(run: Run, key: str) -> Floats:
   """A column of `run`, of NaN where it has none of that name."""
   return run.columns.get(key, np.full(len(run.steps), np.nan))
@@ -67,18 +80,17 @@ def norm_series(run: Run) -> NormSeries | None:
   name = main_name(run)
   if name is None:
     return None
-  norm, limit, scale, count = (column(run, f"{name}/{quantity}") for quantity in ("norm", "max_norm", "scale", "steps"))
-  bad, rejected = flag(run, f"{name}/norm"), column(run, "skip/consecutive") > 0
-  if name != "skip" and "skip/norm" in run.columns:
-    # A clip inside `skip_steps` repeats the step before the rejected one, and its count stands still.
-    unseen = np.diff(count, prepend=0) == 0
-    norm = np.where(unseen, column(run, "skip/norm"), norm)
-    bad = np.where(unseen, flag(run, "skip/norm"), bad)
-    rejected = rejected | unseen
-  # Rows out of a watch's history have a norm and no scale.
-  clipped = np.where(np.isfinite(scale), scale < 1, norm > limit) & ~rejected
+  norms = norms_of_run(run, name, None)
+  at = np.searchsorted(run.steps, norms.steps)
+  norm, bad, clipped = np.full(len(run), np.nan), np.zeros(len(run), np.bool_), np.zeros(len(run), np.bool_)
+  norm[at] = np.where(norms.finite, norms.values, np.nan)
+  bad[at] = ~norms.finite
+  clipped[at] = acted(run, name, norms) & ~norms.rejected
   blocks = (f"{name}/max_norm", f"{name}_leaf/max_norm", f"{name}_group/max_norm")
   by_block = any(key in run.vectors for key in blocks) or any(key.startswith(f"{blocks[0]}/") for key in run.columns)
+  if by_block:  # A norm without a scale does not tell which of them acted.
+    clipped &= np.isfinite(column(run, f"{name}/scale"))
+  limit, rejected = column(run, f"{name}/max_norm"), column(run, "skip/consecutive") > 0
   return NormSeries(name, run.steps, norm, limit, clipped, bad, rejected, by_block)
 
 
@@ -126,13 +138,24 @@ def seconds_per_step(run: Run) -> tuple[Ints, Floats]:
   return steps[1:][forward], seconds[forward]
 
 
-def step_time(run: Run) -> float | None:
-  """Seconds of a step: the median over 20 parts of the run after the warm-up; None without any.
+def speed(run: Run, begin: int | None = None) -> Speed | None:
+  """The speed from the step `begin` on, by default the first after the warm-up; None without two pushes.
 
   JAX runs ahead of the host, so that two pushes may be closer than two steps: parts of the run tell the step time.
+  Their median leaves out a pause, as where a run was resumed.
   """
-  _, seconds, _ = _parts(run, 20, norms_of_run(run, main_name(run), None).begin)
-  return float(np.median(seconds)) if seconds.size else None
+  begin = norms_of_run(run, main_name(run), None).begin if begin is None else begin
+  _, parts, _ = _parts(run, 20, begin)
+  if not parts.size:
+    return None
+  steps, seconds = seconds_per_step(run)
+  median, p99 = (float(x) for x in np.percentile(seconds[steps > begin], [50, 99]))
+  step_time, rates = float(np.median(parts)), {}
+  for key in ("tokens", "examples"):
+    amount = column(run, key)[run.steps >= begin]
+    if np.isfinite(amount).any():
+      rates[key] = float(np.nanmean(amount)) / step_time
+  return Speed(step_time, parts.size, median, p99, rates)
 
 
 def throughput(run: Run, key: str) -> tuple[Ints, Floats]:

@@ -122,10 +122,10 @@ def suggest_max_norm(
   rates = None if learning_rate is None or new_learning_rate is None else (learning_rate, new_learning_rate)
   max_norm, formula = _threshold(typical, rates, scale_free)
   if not 0 < max_norm < math.inf:
-    raise ValueError(
-      f"`learning_rate` and `new_learning_rate` must give a threshold > 0 and finite, got {rates} and {max_norm:g}: "
-      "check the two rates."
-    )
+    named, got, remedy = "`norms_or_run`", "", "look at the norms."
+    if rates is not None and not scale_free:
+      named, got, remedy = "`learning_rate` and `new_learning_rate`", f"{rates} and ", "check the two rates."
+    raise ValueError(f"{named} must give a threshold > 0 and finite, got {got}{max_norm:g}: {remedy}")
   with np.errstate(over="ignore"):  # Medians of norms near the largest float64 are inf, which is told.
     warnings = [_few(typical), _divergence(norms, run)]
   return Suggestion(
@@ -231,6 +231,8 @@ def _notes(
     f"ten times the mean norm can work: here {number(middle / 2)} to {number(middle * 10)}, and "
     f"{number(max_norm)} lies {_place(max_norm, middle / 2, middle * 10)}."
   ]
+  if rates is not None and rates[0] != rates[1] and not scale_free:
+    notes[0] += " Both are for the learning rate that the norms were recorded at."
   if _share_above(typical, max_norm) > 0.5:
     notes.append(
       "More than half of the recorded norms are above it: at the new learning rate the clip sets the length of most "

@@ -1,5 +1,6 @@
 """Each defect of a run gives its finding of `diagnose`, with the right numbers, and no other."""
 
+import dataclasses
 import math
 
 import jax
@@ -196,6 +197,8 @@ def test_a_validation_loss_that_rises_while_the_loss_falls(key):
   message = only(report, "overfit").message
   assert message.startswith(f"{key!r} ends {100 * (medians[-1] / min(medians) - 1):.3g}% above its best")
   assert "near step 200" in message
+  columns[key][3] = 1.5  # One lucky validation is not the best part of the run.
+  assert "above its best, 2.18 near step 200" in only(clipjax.diagnose(run_of(columns)), "overfit").message
   level = columns | {"loss": np.full(N, 2.0)}
   assert bad(clipjax.diagnose(run_of(level))) == []  # Both are bad, which is no overfitting.
   slightly = columns | {key: np.where(steps % 4 == 0, 2 + np.abs(steps - 200) / 5000, np.nan)}
@@ -227,6 +230,15 @@ def test_a_layer_with_large_updates_is_told_without_a_warning():
   assert "1 of 2 layers have a median 'update/ratio' outside, the farthest 'out/w' with 0.2." in (
     only(report, "update-ratio-by-layer").message
   )
+
+
+def test_the_warm_up_does_not_count_for_the_ratio_of_a_layer():
+  run = run_of(healthy(), **layered([1e-3, 1e-3], key="update/ratio"))
+  steps, values = run.vectors["update/ratio"]
+  early = np.append(np.full(50, 1), steps), np.concatenate([np.full((50, 2), 0.5), values])
+  assert bad(clipjax.diagnose(run)) == []
+  names = [f.name for f in clipjax.diagnose(dataclasses.replace(run, vectors={"update/ratio": early})).findings]
+  assert "update-ratio-by-layer" not in names
 
 
 def test_layers_whose_norms_are_far_apart():

@@ -177,6 +177,10 @@ FILES = {
   "leaves of another type": b'{"clipjax_run": 1, "leaves": [1]}\n{"step": 1, "leaf": {"a/b": [1]}}\n',
   "vector of another type": b'{"clipjax_run": 1, "leaves": {"a": ["x"]}}\n{"step": 1, "leaf": {"a/b": 5}}\n',
   "weights of another type": b'{"clipjax_run": 1, "leaves": {}}\n{"step": 1, "weights": [1]}\n',
+  "counts of other bins": b'{"clipjax_run": 1, "leaves": {}}\n'
+  b'{"step": 1, "grad/norm": 1.0, "weights": {"edges": [1, 2], "counts": [1, 2]}}\n',
+  "parameters of another type": b'{"clipjax_run": 1, "parameters": "many"}\n{"step": 1, "grad/norm": 1.0}\n',
+  "word in a vector": b'{"clipjax_run": 1, "leaves": {"a": ["x"]}}\n{"step": 1, "leaf": {"a/b": ["c"]}}\n',
   "step beyond int64": b'{"clipjax_run": 1, "leaves": {}}\n{"step": 1' + b"0" * 30 + b"}\n",
   "number beyond float64": b'{"clipjax_run": 1, "leaves": {}}\n{"step": 1, "loss": 1' + b"0" * 400 + b"}\n",
   "deep": b"[" * 100_000,
@@ -192,6 +196,34 @@ def test_a_file_that_is_no_run_is_one_line(command, name, tmp_path, capsys, page
   line = one_line(capsys)
   assert line.startswith("clipjax: ") and str(path) in line
   assert pages == []
+
+
+@pytest.mark.parametrize("command", ["report", "suggest"])
+@pytest.mark.parametrize("path", [".", "", "/"])
+def test_a_path_without_a_name_is_one_line(command, path, capsys):
+  assert cli.main([command, path]) == 2
+  assert "got the directory " in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["report", "suggest"])
+def test_a_reader_of_stdout_that_stops_is_no_error(command, run):
+  stop, write_end = os.pipe()
+  os.close(stop)
+  got = subprocess.run(
+    [sys.executable, "-m", "clipjax", command, str(run)],
+    cwd=ROOT,
+    stdout=write_end,
+    stderr=subprocess.PIPE,
+    check=False,
+  )
+  os.close(write_end)
+  assert (got.returncode, got.stderr) == (141, b"")
+
+
+def test_a_closed_stdout_is_one_line(run, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "stdout", None)
+  assert cli.main(["suggest", str(run)]) == 2
+  assert one_line(capsys) == "clipjax: cannot write the output: Bad file descriptor"
 
 
 @pytest.mark.parametrize("command", ["report", "suggest"])

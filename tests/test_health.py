@@ -106,11 +106,20 @@ def test_a_share_reads_as_none_or_all_only_where_it_is(share, text):
 # Edges --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-300, 1e-30, 0.1, 1.0, 1e30, 1e300])
+@pytest.mark.parametrize("value", [1e-300, 1e-30, 0.1, 1.0, 1e30, 1e300])
 def test_equal_norms_are_no_defect(value):
   report = clipjax.diagnose(run_of({"grad/norm": np.full(N, value)}))
   assert bad(report) == []
   assert f"p50 {value:.3g}, p90 {value:.3g}, p99 {value:.3g}" in only(report, "norms").message
+
+
+def test_a_gradient_that_is_zero_throughout():
+  report = clipjax.diagnose(run_of({"grad/norm": np.zeros(N)}))
+  assert bad(report) == ["zero-gradient"]
+  assert only(report, "zero-gradient").message.startswith("The norm of 'grad' was exactly 0 at all 400 steps")
+  assert "p50 0, p90 0, p99 0" in only(report, "norms").message
+  assert only(report, "norms").advice == ""  # There suggest_max_norm raises.
+  assert bad(clipjax.diagnose(run_of({"grad/norm": np.arange(N) == 7}))) == []
 
 
 def test_norms_that_differ_by_rounding_have_no_spikes():
@@ -226,7 +235,7 @@ def test_the_checks_leave_the_run_as_it_was():
 
 def test_every_check_is_in_use():
   names = [name for name in vars(_checks) if name.startswith("_") and "view" in _arguments(vars(_checks)[name])]
-  helpers = {"_first_layers", "_clip_shares", "_clip_too_high", "_layer_ratios", "_acted"}
+  helpers = {"_first_layers", "_clip_shares", "_clip_too_high", "_layer_ratios", "_zero_norm"}
   assert set(names) - helpers == {check.__name__ for check in _checks.CHECKS if check.__name__.startswith("_")}
   assert len(set(_checks.CHECKS + _facts.FACTS)) == len(_checks.CHECKS + _facts.FACTS)
 

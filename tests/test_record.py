@@ -875,6 +875,8 @@ def test_reading_by_hand(path):
   with pytest.raises(KeyError) as error:
     run["grad/nrm"]
   assert error.value.args[0].startswith(f"{path} has no 'grad/nrm'; it has 'grad/norm'")
+  with pytest.raises(KeyError, match="has no 3; it has"):
+    run[3]
 
 
 def test_reading_what_is_no_run(tmp_path):

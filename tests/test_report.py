@@ -400,6 +400,23 @@ def test_a_rejected_step_has_the_norm_that_skip_steps_saw():
   assert "1 of 4 (25%) steps rejected by skip_steps." in _sections.norm_words(series)
 
 
+def test_a_step_that_only_adds_to_a_larger_one_is_neither_rejected_nor_clipped():
+  # As of optax.MultiSteps inside skip_steps: the clip sees one step in two.
+  run = make([0.0, 3.0, 3.0, 5.0], **{"grad/steps": [0, 1, 1, 2], "skip/consecutive": [0, 0, 0, 0]})
+  run.columns["skip/norm"] = np.array([2.0, 4.0, 7.0, 3.0])
+  series = _series.norm_series(run)
+  np.testing.assert_array_equal(series.norm, [np.nan, 3, np.nan, 5])
+  assert not series.rejected.any() and not series.nonfinite.any()
+  assert series.clipped.tolist() == [False, True, False, True]
+
+
+def test_a_norm_out_of_the_history_of_a_watch_is_clipped_by_the_threshold_of_the_next_push():
+  run = make([1.0, 5.0, 1.0, 9.0])
+  run.columns["grad/max_norm"] = np.array([2.0, np.nan, np.nan, 4.0])
+  run.columns["grad/scale"] = np.array([1.0, np.nan, np.nan, 0.5])
+  assert _series.norm_series(run).clipped.tolist() == [False, True, False, True]
+
+
 def test_worst_step_by_layer():
   run = make([1.0, 9.0, 2.0], names=("a", "b"), every=1)
   worst = _series.worst_step(run, _series.norm_series(run))
@@ -424,12 +441,23 @@ def test_the_time_of_a_step_is_that_of_parts_of_the_run():
   time = np.arange(1001) * 0.5
   time[1::2] -= 0.499
   run = make(np.ones(1001), time=time, tokens=np.where(np.arange(1001) % 2, np.nan, 8.0))
-  assert _series.step_time(run) == pytest.approx(0.5, rel=0.03)
+  assert _series.speed(run).step_time == pytest.approx(0.5, rel=0.03)
   at, rate = _series.throughput(run, "tokens")
   assert at.size == 50
   np.testing.assert_allclose(rate, 16.0, rtol=0.06)
-  assert _series.step_time(make([1.0])) is None
+  assert _series.speed(make([1.0])) is None
   assert _series.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
+
+
+def test_the_speed_of_the_verdict_is_that_of_its_section(tmp_path):
+  # Slow and short steps in the warm-up, and a clock that was set back in the middle.
+  time = np.cumsum(np.where(np.arange(200) < 20, 9.0, 0.5)) - np.where(np.arange(200) < 100, 0.0, 60.0)
+  run = make(np.ones(200), time=time, tokens=np.where(np.arange(200) < 20, 1.0, 50.0))
+  words = " ".join(written(run, tmp_path).words)
+  assert "500 ms a step, the median of 19 parts of the run; from push to push median 500 ms, p99 500 ms." in words
+  assert "100 tokens a second at that step time." in words
+  assert "500 ms, the median of parts of the run; from push to push median 500 ms, 99th percentile 500 ms;" in words
+  assert "; 100 tokens per second." in words
 
 
 def test_thresholds_by_group_are_named_as_such():
@@ -504,6 +532,10 @@ def test_labels_of_layers_do_not_touch(count, width):
   assert len(boxes) >= min(count, 40)
 
 
+def test_subnormal_norms_have_a_page(tmp_path):
+  assert clipjax.write_report(make([5e-324] * 4, limit=5e-324), tmp_path / "x.html").exists()
+
+
 @pytest.mark.parametrize("low", [1e-300, 1e-9, 0.3, 1.0, 7.0, 1e30, 1e300])
 @pytest.mark.parametrize("span", [1.0, 1.5, 20.0, 1e8])
 def test_log_axes_have_a_few_labels_around_the_data(low, span):
@@ -564,8 +596,9 @@ def test_a_missing_directory_is_told(tmp_path):
 
 
 def test_a_directory_is_no_report(tmp_path):
-  with pytest.raises(IsADirectoryError):
+  with pytest.raises(IsADirectoryError) as error:
     clipjax.write_report(make([1.0]), tmp_path)
+  assert str(error.value) == f"[Errno 21] Is a directory: '{tmp_path}'"
   assert list(tmp_path.iterdir()) == []
   assert list(tmp_path.parent.glob(".clipjax*")) == []
 

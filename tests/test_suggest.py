@@ -133,6 +133,14 @@ def test_the_text_has_number_reason_alternatives_and_sources():
   assert max(map(len, lines)) <= 100
 
 
+def test_the_rules_of_others_are_for_the_rate_of_the_record():
+  said = "Both are for the learning rate that the norms were recorded at."
+  rates = {"learning_rate": 0.1, "new_learning_rate": 1.0}
+  assert said in clipjax.suggest_max_norm(NORMS, **rates).notes[0]
+  for options in ({}, {"learning_rate": 0.1, "new_learning_rate": 0.1}, {**rates, "scale_free": True}):
+    assert said not in clipjax.suggest_max_norm(NORMS, **options).notes[0]
+
+
 @pytest.mark.parametrize("value", [1e-300, 1e-30, 0.1, 2.0, 1e30, 1e300])
 def test_equal_norms_give_that_norm_which_clips_nothing(value):
   found = clipjax.suggest_max_norm(np.full(100, value))
@@ -180,6 +188,11 @@ def test_wrong_norms(case):
   with pytest.raises(kind) as error:
     clipjax.suggest_max_norm(*args, scale_free=False)
   assert str(error.value).startswith("`norms_or_run` must") and text in str(error.value)
+
+
+def test_a_threshold_beyond_float64_is_no_fault_of_rates_that_were_not_given():
+  with pytest.raises(ValueError, match=r"^`norms_or_run` must give a threshold > 0 and finite, got inf: look at the"):
+    clipjax.suggest_max_norm(np.full(100, 1.7e308), scale_free=True)
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
