@@ -71,6 +71,15 @@ def _clipped(view: View) -> Iterator[Finding]:
       )
 
 
+def _loss(view: View) -> Iterator[Finding]:
+  loss = view.run.columns.get("loss", np.zeros(0))
+  loss = loss[np.isfinite(loss)]
+  if not view.enough(loss.size):
+    return
+  first, *_, last = (float(np.median(part)) for part in np.array_split(loss, 10))
+  yield Finding("INFO", "loss", f"The loss went from {number(first)} to {number(last)}, medians of tenths.", "")
+
+
 def _parameters(view: View) -> Iterator[Finding]:
   if view.run.parameters is not None:
     yield Finding("INFO", "parameters", f"{view.run.parameters:,} parameters.", "")
@@ -96,6 +105,7 @@ FACTS: tuple[Callable[[View], Iterator[Finding]], ...] = (
   _percentiles,
   _norm_scale,
   _clipped,
+  _loss,
   _parameters,
   _speed,
 )

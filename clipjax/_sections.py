@@ -43,6 +43,13 @@ def _others(run: Run, name: str) -> list[Section]:
   return [_ratios(run), _losses(run), _weights(run), _speed(run), _table(run, name)]
 
 
+def _clipped_steps(run: Run, series: _series.NormSeries) -> int:
+  """What the clip has counted itself, where rows between two pushes cannot tell; else the rows that were clipped."""
+  counted = run.columns.get(f"{series.name}/clipped_steps", np.zeros(0))
+  counted = counted[np.isfinite(counted)]
+  return int(counted[-1]) if counted.size else int(series.clipped.sum())
+
+
 def summary(run: Run) -> str:
   """The numbers at the top."""
   pairs = [("steps recorded", f"{len(run):,}")]
@@ -52,7 +59,7 @@ def summary(run: Run) -> str:
   if series is not None:
     finite = series.norm[np.isfinite(series.norm)]
     pairs += [("median norm", number(float(np.median(finite))) if finite.size else "none finite")]
-    pairs += [("clipped steps", f"{int(series.clipped.sum()):,}"), ("steps not finite", f"{_count(series):,}")]
+    pairs += [("clipped steps", f"{_clipped_steps(run, series):,}"), ("steps not finite", f"{_count(series):,}")]
   for key in [key for key in run.columns if key == "loss"]:
     known = run[key][np.isfinite(run[key])]
     pairs += [("last finite loss", number(float(known[-1])) if known.size else "none finite")]

@@ -142,7 +142,7 @@ def test_norms_that_are_never_finite():
 def test_a_run_without_rows_or_without_norms():
   assert [f.name for f in clipjax.diagnose(run_of({"loss": []}, parameters=None)).findings] == ["no-norms"]
   report = clipjax.diagnose(run_of({"loss": np.linspace(2, 1, N)}))
-  assert [f.name for f in report.findings] == ["no-norms", "parameters"]
+  assert [f.name for f in report.findings] == ["no-norms", "loss", "parameters"]
 
 
 def test_few_steps_are_told_and_only_what_is_certain_is_judged():
@@ -302,3 +302,12 @@ def test_a_watch_outside_of_skip_steps_sees_what_it_rejects(tmp_path):
   gradients = [*GRADIENTS[:80], math.nan, *GRADIENTS[81:]]
   tx = optax.chain(clipjax.watch(), clipjax.skip_steps(optax.sgd(1e-3)))
   assert bad(clipjax.diagnose(recorded(tx, gradients, tmp_path / "run.jsonl"))) == ["nonfinite-dropped"]
+
+
+def test_where_the_loss_began_and_ended_is_told():
+  loss = np.concatenate([np.full(40, 3.0), np.full(320, 2.0), np.full(40, 1.25)])
+  loss[5], loss[399] = np.nan, 50.0  # Neither moves a median.
+  assert only(clipjax.diagnose(run_of(healthy(loss=loss))), "loss").message == (
+    "The loss went from 3 to 1.25, medians of tenths."
+  )
+  assert "loss" not in [f.name for f in clipjax.diagnose(run_of(healthy(n=10))).findings]

@@ -637,3 +637,12 @@ def test_matplotlib_is_loaded_at_the_call_and_named_where_it_is_missing(call):
   loaded = f"clipjax.{name}; assert 'matplotlib' not in sys.modules; sys.modules['matplotlib'] = None; clipjax.{call}"
   got = run_python(MAKE + loaded)
   assert got.stderr.splitlines()[-1] == "ImportError: a report needs matplotlib: pip install 'clipjax[report]'"
+
+
+def test_clipped_steps_are_those_that_the_clip_counted_where_rows_do_not_tell():
+  run = full()
+  marked = int(np.sum(run["grad/scale"] < 1))
+  assert 0 < marked < 250
+  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", _sections.summary(run))
+  run.columns["grad/clipped_steps"] = np.append(np.full(len(run) - 2, np.nan), [249.0, 250.0])
+  assert re.search(r"clipped steps</dt>\s*<dd>250<", _sections.summary(run))
