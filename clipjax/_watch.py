@@ -66,12 +66,21 @@ class WatchState(NamedTuple):
   labels: Labels
 
   def last_norms(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """`(steps, norms)` of the steps in the history, oldest first, as numpy arrays; waits for the device."""
+    """`(steps, norms)` of the steps in the history, oldest first, as numpy arrays; waits for the device.
+
+    Raises:
+      ValueError: for a state of several models, as under vmap.
+    """
     if isinstance(self.history, tuple):
       return np.zeros(0, np.int64), np.zeros(0)
+    if shape := np.shape(self.steps):
+      raise ValueError(
+        f"`last_norms` must be of one model, got a state with leading axes {shape}: take one of them, "
+        "jax.tree.map(lambda x: x[0], state)."
+      )
     ring, steps = np.asarray(self.history), int(self.steps)
-    numbers = np.arange(max(steps - ring.shape[-1], 0) + 1, steps + 1)
-    return numbers, ring[..., (numbers - 1) % ring.shape[-1]]
+    numbers = np.arange(max(steps - len(ring), 0) + 1, steps + 1)
+    return numbers, ring[(numbers - 1) % len(ring)]
 
 
 export.register_namedtuple_serialization(WatchState, serialized_name="clipjax.WatchState")

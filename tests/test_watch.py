@@ -125,6 +125,13 @@ def test_without_history_there_are_no_last_norms():
   assert numbers.shape == norms.shape == (0,)
 
 
+def test_the_history_of_several_models_is_refused():
+  tx = clipjax.watch(history=3)
+  states = jax.vmap(tx.init)(jnp.ones((4, 2)))
+  with pytest.raises(ValueError, match=r"`last_norms` must be of one model, got a state with leading axes \(4,\)"):
+    states.last_norms()
+
+
 def test_it_goes_together_with_a_clip_of_its_name_and_the_first_speaks():
   grads = {"w": jnp.array([3.0, 4.0])}
   for order in (0, 1):
