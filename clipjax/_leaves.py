@@ -100,7 +100,7 @@ def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...]:
   """
   measured = [x for x in jax.tree.leaves(tree) if is_measured(x)]
   if axis_name is None:
-    if not _manual_axes():
+    if not manual_axes():
       return ((),) * len(measured)
     if _types_are_silent():
       warnings.warn(
@@ -111,17 +111,19 @@ def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...]:
       )
     return tuple(map(varying_axes, measured))
   rule = "`axis_name` must be a name, a tuple of names or a prefix tree of them"
-  try:
-    per_leaf = jax.tree.leaves(jax.tree.broadcast(axis_name, tree, is_leaf=_is_axes), is_leaf=_is_axes)
+  names, treedef = jax.tree.flatten(axis_name, is_leaf=_is_axes)
+  for some in names:
+    if not _is_axes(some):
+      raise TypeError(f"{rule}, got {describe(some)}: pass the names as strings.")
+  try:  # Numbers in place of the names: an empty tuple in the tree is no leaf, and is not taken for a name then.
+    places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(names))), tree))
   except ValueError as error:
     raise ValueError(f"{rule}, got {axis_name!r}: {error}") from None
-  for names in per_leaf:
-    if not _is_axes(names):
-      raise TypeError(f"{rule}, got {describe(names)}: pass the names as strings.")
+  per_leaf = [names[place] for place in places]
   given = [_as_axes(n) for n, leaf in zip(per_leaf, jax.tree.leaves(tree), strict=True) if is_measured(leaf)]
-  if not _manual_axes() or _types_are_silent():
+  if not manual_axes() or _types_are_silent():
     return tuple(given)
-  known = set(_manual_axes())
+  known = set(manual_axes())
   return tuple(
     tuple(axis for axis in axes if axis not in known or axis in varying_axes(x))
     for axes, x in zip(given, measured, strict=True)
@@ -139,14 +141,14 @@ def varying_axes(x: Any) -> Axes:
   return tuple(sorted(getattr(aval, "vma", ()) if varying is None else varying, key=str))
 
 
-def _manual_axes() -> Axes:
+def manual_axes() -> Axes:
   """The mesh axes of the `shard_map` or `pmap` around; empty elsewhere."""
   return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _types_are_silent() -> bool:
   """Whether we are inside `pmap` or `shard_map(check_vma=False)`: there not even an axis' own index varies over it."""
-  axes = _manual_axes()
+  axes = manual_axes()
   return bool(axes) and not varying_axes(lax.axis_index(axes[0]))
 
 
@@ -155,7 +157,7 @@ def check_reduced(updates: Any, params: Any) -> None:
 
   Without parameters nothing is known, and nothing raised.
   """
-  if params is None or not _manual_axes():
+  if params is None or not manual_axes():
     return
   ours, theirs = ([x for x in jax.tree.leaves(tree) if is_measured(x)] for tree in (updates, params))
   if len(ours) != len(theirs):

@@ -164,10 +164,13 @@ def _uniform_block_norms(
     return norms
   floors = [sum(_floor(xs[i], axes[i]) for i in block) for block in blocks]
   second_pass = _rescaled_square_norms if p == 2 else partial(_rescaled_power_norms, p)
+  # A rule for vmap does not know the name of its axis, so that a collective over it has no meaning there.
+  manual = set(_leaves.manual_axes())
+  choose = _again_where if all(map(manual.issuperset, axes)) else _again_if
   for chunk in _chunks([sum(xs[i].size for i in block) for block in blocks]):
     doubtful = jnp.stack([(totals[b] == jnp.inf) | (totals[b] < floors[b]) for b in chunk]).any()
     again = partial(second_pass, [blocks[b] for b in chunk], axes, [floors[b] for b in chunk])
-    chosen = _again_where(doubtful, again, [norms[b] for b in chunk], [totals[b] for b in chunk], xs)
+    chosen = choose(doubtful, again, [norms[b] for b in chunk], [totals[b] for b in chunk], xs)
     for b, norm in zip(chunk, chosen, strict=True):
       norms[b] = norm
   return norms
@@ -335,10 +338,18 @@ def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float) -> l
 # The second pass ----------------------------------------------------------------------------------------------------
 
 
+def _again_if(
+  doubtful: jax.Array, again: Callable[..., Any], norms: list[jax.Array], totals: list[jax.Array], xs: Sequence[Any]
+) -> list[jax.Array]:
+  """`again(totals, xs)` where doubtful, else `norms`."""
+  chosen: list[jax.Array] = lax.cond(doubtful, lambda: again(totals, xs), lambda: norms)
+  return chosen
+
+
 def _again_where(
   doubtful: jax.Array, again: Callable[..., Any], norms: list[jax.Array], totals: list[jax.Array], xs: Sequence[Any]
 ) -> list[jax.Array]:
-  """`again(totals, xs)` where doubtful, else `norms`; what is not asked for does not run, under `vmap` neither.
+  """`_again_if` in which what is not asked for does not run under `vmap` either.
 
   JAX makes a select, which runs both, of a `lax.cond` whose predicate is batched. Here the batch asks whether any of
   it is doubtful, and each of its members keeps its own answer.
@@ -346,7 +357,7 @@ def _again_where(
 
   @custom_vmap
   def choose(doubtful: jax.Array, norms: Any, totals: Any, xs: Any) -> Any:
-    return lax.cond(doubtful, lambda: again(totals, xs), lambda: norms)
+    return _again_if(doubtful, again, norms, totals, xs)
 
   @choose.def_vmap
   def _(size: int, batched: Any, doubtful: jax.Array, norms: Any, totals: Any, xs: Any) -> Any:

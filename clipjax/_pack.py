@@ -118,6 +118,7 @@ class Packer:
     self._without = None if self._sources else jax.tree.structure(tree)
     self._program = jax.jit(self._pack)
     self._layouts: dict[Any, Layout] = {}
+    self._is_scattered = False
     arrays = self.arrays(opt_state) or []
     shapes = jax.eval_shape(self._entries, arrays, {})
     self.metric_keys = frozenset(key for kind, key in shapes if kind == "metric")
@@ -143,7 +144,12 @@ class Packer:
       layout = self._layouts[key] = Layout(jax.eval_shape(self._entries, arrays, scalars))
     if not layout.entries:
       return None, layout
-    return self._program(arrays, scalars), layout
+    if not self._is_scattered:
+      try:
+        return self._program(arrays, scalars), layout
+      except ValueError:  # They lie on different devices; to ask each of them takes longer than the program.
+        self._is_scattered = True
+    return self._program(*jax.device_put((arrays, scalars), jax.local_devices()[0])), layout
 
   def _entries(self, arrays: list[Any], scalars: dict[str, Any]) -> OrderedDict[tuple[str, str], jax.Array]:
     """Every array that is recorded, by kind and key."""

@@ -173,6 +173,8 @@ class Recorder:
   def _weights(self, params: Any) -> jax.Array | None:
     if params is None or self._pushes < self._next_weights:
       return None
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+      raise TypeError(_INSIDE_JIT.format("params", "a traced one"))
     self._next_weights = self._pushes + self._every
     self._parameters = _pack.parameter_count(params)
     return _pack.histogram(params)

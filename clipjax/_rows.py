@@ -66,7 +66,7 @@ class Rows:
     row = {"step": step, "time": round(pushed.time, 6), **_finite(values)}
     if user_step not in (None, step):
       row["user_step"] = user_step
-    if vectors and self._is_by_leaf_due(pushed.by_leaf, row, values):
+    if vectors and self._is_by_leaf_due(pushed.by_leaf, row, seen.metrics):
       row["leaf"] = {key: _numbers_or_none(vector) for key, vector in vectors.items()}
     if counts is not None:
       row["weights"] = _pack.weights_row(counts)
@@ -87,11 +87,13 @@ class Rows:
     row, self._incomplete = self._incomplete, None
     return row
 
-  def _is_by_leaf_due(self, is_regular: bool, row: dict[str, Any], values: dict[str, Any]) -> bool:
+  def _is_by_leaf_due(self, is_regular: bool, row: dict[str, Any], measured: dict[str, Any]) -> bool:
     is_bad = any(_MAY_BE_INF.isdisjoint(key.split("/")) for key in row.get("nonfinite", ()))
     self._bad_in_a_row = self._bad_in_a_row + 1 if is_bad else 0
     worst = {
-      key: (values[key[: -len("norm")] + "step"], norm) for key, norm in values.items() if key.endswith("/worst_norm")
+      key: (measured[key[: -len("norm")] + "step"], norm)
+      for key, norm in measured.items()
+      if key.endswith("/worst_norm")
     }
     due = is_regular or 0 < self._bad_in_a_row <= self._every
     for key, (step, norm) in worst.items():
@@ -132,7 +134,10 @@ class Rows:
 
 
 def _without_known(rows: dict[int, dict[str, Any]], path: str) -> dict[int, dict[str, Any]]:
-  """Without the steps that the file has with the same norms: a restored ring goes back to before its checkpoint."""
+  """From the first step on that the file has with other norms, else those after the last that it has.
+
+  A restored ring goes back to before its checkpoint, and a row in the middle of those that stay would end them.
+  """
   try:
     run = read_run(path)
   except (OSError, ValueError):
@@ -140,16 +145,15 @@ def _without_known(rows: dict[int, dict[str, Any]], path: str) -> dict[int, dict
   places = {step: i for i, step in enumerate(run.steps.tolist())}
 
   def is_known(step: int, key: str, norm: float) -> bool:
-    if step not in places or key not in run.columns:
+    if key not in run.columns:
       return False
     recorded = run.columns[key][places[step]]
     return bool(recorded == norm or (math.isnan(recorded) and not math.isfinite(norm)))
 
-  return {
-    step: row
-    for step, row in rows.items()
-    if not all(is_known(step, key, norm) for key, norm in row.items() if key != "step")
-  }
+  both = sorted(places.keys() & rows.keys())
+  other = [s for s in both if not all(is_known(s, key, norm) for key, norm in rows[s].items() if key != "step")]
+  begin = other[0] if other else both[-1] + 1 if both else 0
+  return {step: row for step, row in rows.items() if step >= begin}
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -258,7 +258,8 @@ def _vectors(rows: list[dict[str, Any]], leaves: dict[str, tuple[str, ...]]) -> 
   found: dict[str, tuple[list[int], list[Any]]] = {}
   for row in rows:
     for key, values in (row.get("leaf") or {}).items():
-      if len(values) == len(leaves.get(key.rpartition("/")[0], ())):  # Else of a run of other leaves, resumed.
+      # Of another length, they are of a run of other leaves, resumed.
+      if values and len(values) == len(leaves.get(key.rpartition("/")[0], ())):
         steps, vectors = found.setdefault(key, ([], []))
         steps.append(row["step"])
         vectors.append(np.array(values, np.float64))  # None becomes NaN.

@@ -66,12 +66,21 @@ class WatchState(NamedTuple):
   labels: Labels
 
   def last_norms(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """`(steps, norms)` of the steps in the history, oldest first, as numpy arrays; waits for the device."""
+    """`(steps, norms)` of the steps in the history, oldest first, as numpy arrays; waits for the device.
+
+    Raises:
+      ValueError: for a state of several models, as under vmap.
+    """
     if isinstance(self.history, tuple):
       return np.zeros(0, np.int64), np.zeros(0)
+    if shape := np.shape(self.steps):
+      raise ValueError(
+        f"`last_norms` must be of one model, got a state with leading axes {shape}: take one of them, "
+        "jax.tree.map(lambda x: x[0], state)."
+      )
     ring, steps = np.asarray(self.history), int(self.steps)
-    numbers = np.arange(max(steps - ring.shape[-1], 0) + 1, steps + 1)
-    return numbers, ring[..., (numbers - 1) % ring.shape[-1]]
+    numbers = np.arange(max(steps - len(ring), 0) + 1, steps + 1)
+    return numbers, ring[(numbers - 1) % len(ring)]
 
 
 export.register_namedtuple_serialization(WatchState, serialized_name="clipjax.WatchState")
@@ -246,9 +255,14 @@ def _look(per_leaf: bool, axes: _Spread, leaves: Sequence[Any], weights: Sequenc
 
 
 def _zeros_and_nonfinite(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The number of zeros, and of entries that are inf or NaN. Shape (), int32, each."""
+  """The number of zeros, and of entries that are inf or NaN. Shape () each."""
   # One reduction with two results: XLA on CPU would write out a copy of the leaf for either count by itself.
   flags = (x == 0).astype(jnp.int32), (~jnp.isfinite(x)).astype(jnp.int32)
   zero = jnp.zeros((), jnp.int32)
-  zeros, nonfinite = lax.reduce(flags, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(x.ndim)))
-  return zeros, nonfinite
+  first = int(x.ndim > 1 and x.size > _LARGEST_COUNT)  # More than an int32 counts: first row by row.
+  axes = tuple(range(first, x.ndim))
+  zeros, nonfinite = lax.reduce(flags, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+  if not first:
+    return zeros, nonfinite
+  dtype = _norms.norm_dtype()
+  return zeros.astype(dtype).sum(), nonfinite.astype(dtype).sum()

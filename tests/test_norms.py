@@ -186,6 +186,14 @@ def test_vmap_is_a_loop(p):
   ])  # fmt: skip
 
 
+@pytest.mark.parametrize("p", [2, 3])
+@pytest.mark.parametrize("magnitude", [1.0, 1e30, 1e-30])
+def test_over_a_named_axis_of_vmap_it_is_the_norm_of_all(p, magnitude):
+  batch = jnp.arange(12.0).reshape(4, 3) * magnitude
+  norms = jax.vmap(lambda x: clipjax.global_norm(x, p, axis_name="i"), axis_name="i")(batch)
+  np.testing.assert_allclose(norms, np.full(4, oracle_norm(batch, p)), rtol=1e-6)
+
+
 def test_normal_leaves_take_the_first_pass_alone(monkeypatch):
   monkeypatch.setattr(_norms, "_rescaled_square_norms", lambda blocks, *_: [jnp.full((), -1.0) for _ in blocks])
   leaves = [jnp.ones(8)] * 100

@@ -413,6 +413,18 @@ def test_sharded_over_devices(path):
   assert run.parameters == 24 and run.weights[2].sum(axis=1).tolist() == [3] * 3  # Of the first device.
 
 
+@pytest.mark.parametrize("kind", ["spread", "other"])
+def test_state_and_loss_on_different_devices(path, kind):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  place = jax.NamedSharding(mesh, jax.P()) if kind == "spread" else jax.devices()[1]
+  with clipjax.Recorder(path) as recorder:
+    for step, state in train(watched(), 3):
+      loss = jax.device_put(jnp.float32(step), jax.devices()[2])
+      recorder.push(step, jax.device_put(state, place), loss=loss)
+  run = clipjax.read_run(path)
+  assert run["loss"].tolist() == [1, 2, 3] and run["grad/norm"].tolist() == [13, 26, 39]
+
+
 def test_what_cannot_be_read_costs_its_row_alone(path):
   recorder = clipjax.Recorder(path)
   for step in (1, 2, 3):
@@ -534,6 +546,19 @@ def test_resumed_in_the_middle_of_a_scan_takes_the_new_norms(path):
     recorder.push(10, state)
   run = clipjax.read_run(path)
   np.testing.assert_allclose(run["grad/norm"], 13 * np.array([1, 2, 3, 4, 5, 6, 107, 108, 109, 110]), rtol=1e-6)
+
+
+def test_resumed_beside_a_gap_keeps_what_was_recorded_after_it(path):
+  states = dict(train(watched(history=4), 13))
+  recorder = clipjax.Recorder(path)
+  recorder.push(4, states[4])
+  recorder.push(10, states[10])  # Steps 5 and 6 are in no ring.
+  assert len(warnings_of(recorder.close)) == 1
+  with clipjax.Recorder(path) as recorder:  # From the checkpoint of step 7, one step on.
+    recorder.push(8, states[8])
+  run = clipjax.read_run(path)
+  assert run.steps.tolist() == [1, 2, 3, 4, 7, 8]
+  np.testing.assert_allclose(run["grad/norm"], 13 * run.steps, rtol=1e-6)
 
 
 @pytest.mark.parametrize("cut", [1, 20, 300])
@@ -816,6 +841,22 @@ def test_arrays_that_are_no_numbers(path):
   assert rows_of(path) == []
 
 
+def test_a_scalar_that_is_called_as_a_metric_of_a_watch(path):
+  with clipjax.Recorder(path) as recorder:
+    recorder.push(1, next(train(watched(), 1))[1], **{"valid/worst_norm": 2.0})
+  run = clipjax.read_run(path)
+  assert run["valid/worst_norm"].tolist() == [2.0]
+
+
+def test_state_without_leaves(path):
+  tx = optax.chain(clipjax.watch(), clipjax.clip_by_leaf_norm(1.0))
+  _, state = tx.update({}, tx.init({}))
+  with clipjax.Recorder(path) as recorder:
+    recorder.push(1, state)
+  run = clipjax.read_run(path)
+  assert run["grad/norm"].tolist() == [0] and set(run.keys()) == set(run.columns)
+
+
 def test_inside_jit(path):
   (_, state), *_ = train(watched(), 1)
   with clipjax.Recorder(path) as recorder:
@@ -823,6 +864,7 @@ def test_inside_jit(path):
       "opt_state": lambda x: recorder.push(1, jax.tree.map(lambda y: y + x.astype(y.dtype), state)),
       "loss": lambda x: recorder.push(1, state, loss=x),
       "step": lambda x: recorder.push(x, state),
+      "params": lambda x: recorder.push(1, state, params={"w": x}),
     }
     for name, call in calls.items():
       assert message_of(TypeError, jax.jit(call), jnp.int32(1)) == (

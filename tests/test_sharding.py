@@ -260,6 +260,14 @@ def test_where_types_are_silent_a_missing_axis_name_is_a_warning_and_an_empty_on
   np.testing.assert_allclose(run(()), run(()).mean())  # Warnings are errors here: there is none.
 
 
+@pytest.mark.parametrize("nothing", [None, (), optax.MaskedNode()], ids=["None", "tuple", "masked"])
+@pytest.mark.parametrize("axis_name", ["i", {"w": "i", "nothing": None}])
+def test_a_name_passes_over_what_is_no_leaf(nothing, axis_name):
+  tree = {"nothing": nothing, "w": jnp.ones((8, 2))}
+  norms = jax.pmap(lambda grads: clipjax.global_norm(grads, axis_name=axis_name), axis_name="i")(tree)
+  np.testing.assert_allclose(norms, 4.0)
+
+
 def test_with_the_types_on_a_name_sums_no_leaf_twice():
   mesh = mesh_of("auto")
   tree = {"split": jnp.arange(1.0, 9.0), "whole": jnp.array([2.0, 3.0])}

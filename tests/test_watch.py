@@ -11,6 +11,7 @@ import pytest
 from helpers import assert_bits_equal, oracle_norm, random_leaves
 
 import clipjax
+from clipjax import _watch
 from clipjax._watch import LOOK_EVERY
 
 GRADS = {"w": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "b": jnp.array([12.0]), "h": jnp.array([0.0, 84.0], jnp.bfloat16)}
@@ -125,6 +126,13 @@ def test_without_history_there_are_no_last_norms():
   assert numbers.shape == norms.shape == (0,)
 
 
+def test_the_history_of_several_models_is_refused():
+  tx = clipjax.watch(history=3)
+  states = jax.vmap(tx.init)(jnp.ones((4, 2)))
+  with pytest.raises(ValueError, match=r"`last_norms` must be of one model, got a state with leading axes \(4,\)"):
+    states.last_norms()
+
+
 def test_it_goes_together_with_a_clip_of_its_name_and_the_first_speaks():
   grads = {"w": jnp.array([3.0, 4.0])}
   for order in (0, 1):
@@ -169,6 +177,13 @@ def test_odd_trees():
   state = run(clipjax.watch(), complex_)
   np.testing.assert_allclose(state.norms, [1.0, 5.0])
   np.testing.assert_allclose(state.zero_fraction, 0.5)
+
+
+def test_more_zeros_than_an_int32_counts():
+  counts = jax.jit(
+    lambda zero: _watch._zeros_and_nonfinite(jnp.full((50_000, 50_000), zero))
+  )  # Fused: nothing that large.
+  assert [float(n) for n in counts(jnp.float32(0))] == [2.5e9, 0]
 
 
 def test_no_nan_for_finite_input_under_debug_nans():
