@@ -139,8 +139,7 @@ def skip_steps(
         f"`state` must be the SkipState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
         "transformation."
       )
-    if axis_name is None:
-      _leaves.check_reduced(updates, params)
+    _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
     dtype = _norms.norm_dtype()

@@ -354,8 +354,7 @@ def _clip(
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, Any]:
     del extra_args
-    if config.axis_name is None:
-      _leaves.check_reduced(updates, params)
+    _leaves.check_reduced(updates, params)
     if track:
       check_state(state)
       return _update(config, rule, updates, state, state.labels)

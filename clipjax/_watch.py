@@ -143,8 +143,7 @@ def watch(
         f"`state` must be the WatchState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
         "transformation."
       )
-    if axis_name is None:
-      _leaves.check_reduced(updates, params)
+    _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
     axes = _leaves.resolve_axes(updates, axis_name)

@@ -335,9 +335,10 @@ def test_examples_are_clipped_where_they_are():
 TRANSFORMATIONS = ["clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value", "autoclip", "watch", "skip_steps"]
 
 
+@pytest.mark.parametrize("axis_name", [None, "b"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_a_gradient_that_is_not_reduced_is_an_error(name):
-  tx = transformations()[name]
+def test_a_gradient_that_is_not_reduced_is_an_error(name, axis_name):
+  tx = transformations(axis_name)[name]
   params = {"w": jnp.ones(3)}
 
   def step(params, x):
