@@ -141,9 +141,9 @@ def check_ord(ord: Any, *, for_clip: bool) -> float:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def block_norms(spec: NormSpec, leaves: Sequence[Any]) -> tuple[jax.Array, ...]:
   """The norm of each block of `spec`, each of shape () and of `norm_dtype()`."""
-  xs = [upcast(x) for x in leaves]
+  xs = [jnp.asarray(x) for x in leaves]
   axes = spec.axes
-  wide = {i for i, x in enumerate(xs) if x.real.dtype == jnp.float64}
+  wide = {i for i, x in enumerate(xs) if _is_wide(x)}
   if not wide or len(wide) == len(xs):
     return tuple(_uniform_block_norms(spec.ord, spec.blocks, xs, axes))
   # Leaves summed in float32 and in float64 have different ranges: first apart, then the norm of the two norms.
@@ -185,7 +185,9 @@ def _block_sums(
 ) -> list[jax.Array]:
   """The power sum of each block, over all shards, of `rescale(leaf, number of its block, number of the leaf)`."""
   members = [(b, i) for b, block in enumerate(blocks) for i in block]
-  sums = all_reduce([_power_sum(rescale(xs[i], b, i), p) for b, i in members], [axes[i] for _, i in members], p)
+  sums = all_reduce(
+    [_power_sum(rescale(_upcast_to_sum(xs[i]), b, i), p) for b, i in members], [axes[i] for _, i in members], p
+  )
   by_block: list[list[jax.Array]] = [[] for _ in blocks]
   for (b, _), value in zip(members, sums, strict=True):
     by_block[b].append(value)
@@ -217,8 +219,8 @@ def first_nonfinite(spec: NormSpec, leaves: Sequence[Any]) -> jax.Array:
   """
   if not leaves:
     return jnp.full((), -1, jnp.int32)
-  xs = [upcast(x) for x in leaves]
-  sums = stack(all_reduce([_power_sum(lax.stop_gradient(x), spec.ord) for x in xs], spec.axes, spec.ord))
+  xs = [_upcast_to_sum(lax.stop_gradient(jnp.asarray(x))) for x in leaves]
+  sums = stack(all_reduce([_power_sum(x, spec.ord) for x in xs], spec.axes, spec.ord))
   badness = jnp.where(jnp.isnan(sums), 2, jnp.where(jnp.isinf(sums), 1, 0))
   return jnp.where((badness > 0).any(), jnp.argmax(badness), -1).astype(jnp.int32)
 
@@ -263,12 +265,25 @@ def _vector_norm_jvp(p: float, primals: Any, tangents: Any) -> Any:
 # The parts of a norm ------------------------------------------------------------------------------------------------
 
 
+def _is_wide(x: jax.Array) -> bool:
+  """Whether a leaf is summed in float64."""
+  return x.dtype in (jnp.float64, jnp.complex128)
+
+
 def upcast(x: Any) -> jax.Array:
   """The leaf in the dtype in which it is summed: float64 and complex128 as they are, the rest in 32-bit parts."""
   array: jax.Array = jnp.asarray(x)
-  if array.dtype in (jnp.float64, jnp.complex128):
+  if _is_wide(array):
     return array
   return array.astype(jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32)
+
+
+def _upcast_to_sum(x: jax.Array) -> jax.Array:
+  """`upcast` for one reduction: what else reads a 16-bit leaf must not share the copy in float32, or it is written.
+
+  On CPU this serves bfloat16; XLA fuses no reduction with a conversion from float16.
+  """
+  return upcast(lax.optimization_barrier(x) if x.dtype.itemsize < 4 else x)
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -374,7 +389,7 @@ def _again_where(
 
 def _floor(x: jax.Array, axes: Axes) -> float:
   """The power sum below which terms lost to underflow may matter: at most `size * tiny` is lost, 2^-25 of this."""
-  return x.size * _leaves.axes_size(axes) * float(jnp.finfo(x.real.dtype).tiny) * 2.0**25
+  return x.size * _leaves.axes_size(axes) * float(jnp.finfo(jnp.float64 if _is_wide(x) else jnp.float32).tiny) * 2.0**25
 
 
 def _chunks(sizes: Sequence[int]) -> list[list[int]]:
@@ -402,7 +417,7 @@ def _rescaled_square_norms(
   """2-norms at the power of two that the first sum of a block, held against its floor, asks for: one reduction."""
   scales = []
   for block, total, floor in zip(blocks, totals, floors, strict=True):
-    up = 2.0**600 if block and xs[block[0]].real.dtype == jnp.float64 else 2.0**90
+    up = 2.0**600 if block and _is_wide(xs[block[0]]) else 2.0**90
     scales.append(jnp.where(total == jnp.inf, 1 / up, jnp.where(total < floor, up, 1)))
 
   alike = Counter((b, xs[i].shape) for b, block in enumerate(blocks) for i in block)
