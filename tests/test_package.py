@@ -84,8 +84,12 @@ def test_docstring_names_every_argument(name):
     assert re.search(rf"^ +{field}: ", value.__doc__, re.MULTILINE), f"{name}: {field} is not documented"
 
 
-def test_typical_user_code_runs():
+def test_typical_user_code_runs(tmp_path):
   assert typed_usage.main()["grad/steps"] == 3
+  max_norm, findings, page = typed_usage.record(str(tmp_path / "run.jsonl"))
+  assert max_norm > 0
+  assert "clipped-often" in findings
+  assert pathlib.Path(page).exists()
 
 
 def code_blocks(language):

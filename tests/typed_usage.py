@@ -21,13 +21,31 @@ def step(params: Params, state: optax.OptState, x: jax.Array) -> tuple[Params, o
 def optimizer() -> optax.GradientTransformationExtraArgs:
   """Every kind of threshold in one chain."""
   return optax.chain(
-    clipjax.clip_by_global_norm(1.0),
+    clipjax.watch(history=8),
+    clipjax.clip_by_global_norm(1.0, axis_name=()),
     clipjax.clip_by_leaf_norm(jnp.float32(0.9), name="leaf"),
     clipjax.clip_by_group_norm({"w": 0.8, "b": None}, lambda path, leaf: path, name="group"),
     clipjax.clip_by_rms(optax.linear_schedule(1.0, 0.5, 10), name="rms"),
     clipjax.clip_by_value(rules.constant(0.7), name="value"),
     optax.sgd(0.1),
   )
+
+
+def record(path: str) -> tuple[float, list[str], str]:
+  """A recorded run, its verdict, the suggestion and the report."""
+  params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+  state = optimizer().init(params)
+  with clipjax.Recorder(path, every=10) as recorder:
+    for i in range(30):
+      params, state, _ = jax.jit(step)(params, state, jnp.ones((4, 3)))
+      recorder.push(i, state, params=params, loss=jnp.float32(1.0), examples=4)
+  run: clipjax.Run = clipjax.read_run(path)
+  report: clipjax.HealthReport = clipjax.diagnose(run)
+  suggestion = clipjax.suggest_max_norm(run, learning_rate=0.1, new_learning_rate=0.2, model="rnn")
+  steps, norms = state[0].last_norms()
+  assert len(steps) == len(norms)
+  page = clipjax.write_report(run, path + ".html")
+  return suggestion.max_norm, [finding.name for finding in report.findings], str(page)
 
 
 def main() -> dict[str, float]:
