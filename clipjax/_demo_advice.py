@@ -38,7 +38,8 @@ def run(out: Path, steps: int, seed: int) -> None:
   record, page = out / "clipjax_demo_run.jsonl", out / "clipjax_demo_run.html"
   record.unlink(missing_ok=True)
   start, step = _trainer(seed)
-  losses = recorded(start, step, steps, record)
+  with clipjax.Recorder(record, every=10) as recorder:  # Norms by leaf are kept once in so many steps.
+    losses = train(start, step, steps, math.inf, STABLE_RATE, recorder)
   console.print(
     f"\nWhich threshold for a rate of {_demo.LEARNING_RATE:g}? Recorded: the same network without a clip at a rate of "
     f"{STABLE_RATE:g}, {steps} steps; {_course(losses)}.\n"
@@ -52,28 +53,21 @@ def run(out: Path, steps: int, seed: int) -> None:
     console.print(f"No suggestion: {error}", soft_wrap=True)
   else:
     console.print(str(suggestion), soft_wrap=True)
-    losses = trained(start, step, steps, suggestion.max_norm)
+    losses = train(start, step, steps, suggestion.max_norm, _demo.LEARNING_RATE)
     console.print(f"\nWith it, at a rate of {_demo.LEARNING_RATE:g}, {_course(losses)}.")
   written = f"\nWrote {record} and the report {clipjax.write_report(run, page)}"
   console.print(written.encode(console.encoding, "backslashreplace").decode(console.encoding), soft_wrap=True)
 
 
-def recorded(start: Any, step: Step, steps: int, path: Path) -> list[float]:
-  """The losses of a run without a clip at the stable rate, which a Recorder writes to `path`."""
-  losses, state = [], start
-  with clipjax.Recorder(path, every=10) as recorder:  # Norms by leaf are kept once in so many steps.
-    for i in range(1, steps + 1):
-      state, loss = step(state, math.inf, STABLE_RATE, i)
-      recorder.push(i, state[1], params=state[0], loss=loss, tokens=_demo.BATCH * _demo.LENGTH)
-      losses.append(loss)
-  return [float(loss) for loss in jax.device_get(losses)]
-
-
-def trained(start: Any, step: Step, steps: int, max_norm: float) -> list[float]:
-  """The losses of a run at the demo's rate with a threshold."""
+def train(
+  start: Any, step: Step, steps: int, max_norm: float, learning_rate: float, recorder: clipjax.Recorder | None = None
+) -> list[float]:
+  """The losses of a run, which a Recorder may follow."""
   losses, state = [], start
   for i in range(1, steps + 1):
-    state, loss = step(state, max_norm, _demo.LEARNING_RATE, i)
+    state, loss = step(state, max_norm, learning_rate, i)
+    if recorder is not None:
+      recorder.push(i, state[1], params=state[0], loss=loss, tokens=_demo.BATCH * _demo.LENGTH)
     losses.append(loss)
   return [float(loss) for loss in jax.device_get(losses)]
 

@@ -171,6 +171,15 @@ def check_reduced(updates: Any, params: Any) -> None:
       )
 
 
+def check_state(state: Any, kind: type, *, or_else: str = "") -> None:
+  """Raises where `update` is given the state of something else; `or_else` goes on with the remedy."""
+  if not isinstance(state, kind):
+    raise TypeError(
+      f"`state` must be the {kind.__name__} that `init` gave, got {describe(state)}: pass the state of this "
+      f"transformation{or_else}."
+    )
+
+
 def axes_size(axes: Axes) -> int:
   """The number of shards over some mesh axes; 1 for none."""
   size = 1

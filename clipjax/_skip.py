@@ -134,11 +134,7 @@ def skip_steps(
   def update(
     updates: optax.Updates, state: SkipState, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, SkipState]:
-    if not isinstance(state, SkipState):
-      raise TypeError(
-        f"`state` must be the SkipState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
-        "transformation."
-      )
+    _leaves.check_state(state, SkipState)
     _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))

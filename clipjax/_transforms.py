@@ -449,11 +449,8 @@ def next_state(
 
 def check_state(state: Any) -> None:
   """Raises where `update` is given the state of something else."""
-  if not isinstance(state, ClipState):
-    raise TypeError(
-      f"`state` must be the ClipState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
-      "transformation, or `track=False` to go on with a checkpoint of optax.clip_by_global_norm."
-    )
+  or_else = ", or `track=False` to go on with a checkpoint of optax.clip_by_global_norm"
+  _leaves.check_state(state, ClipState, or_else=or_else)
 
 
 class _Measured(NamedTuple):

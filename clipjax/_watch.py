@@ -138,11 +138,7 @@ def watch(
     updates: optax.Updates, state: WatchState, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, WatchState]:
     del extra_args
-    if not isinstance(state, WatchState):
-      raise TypeError(
-        f"`state` must be the WatchState that `init` gave, got {_leaves.describe(state)}: pass the state of this "
-        "transformation."
-      )
+    _leaves.check_state(state, WatchState)
     _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
@@ -202,13 +198,12 @@ class _Spread(NamedTuple):
 @partial(jax.jit, static_argnums=0, inline=True)
 def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState) -> WatchState:
   """The state after a step."""
-  per_leaf = state.labels.unit == "leaf"
-  norm, norms = _measure(per_leaf, axes.updates, leaves)
+  norm, norms = _measure(state.labels, axes.updates, leaves)
   bad = ~jnp.isfinite(norm)
   last = _Look(state.nonfinite, state.zero_fraction, state.param_norm, state.param_norms)
   unseen = last._replace(nonfinite=jax.tree.map(jnp.zeros_like, last.nonfinite))
   due = bad | (state.steps % LOOK_EVERY == 0)
-  seen = lax.cond(due, lambda: _look(per_leaf, axes, leaves, weights, last), lambda: unseen)
+  seen = lax.cond(due, lambda: _look(state.labels, axes, leaves, weights, last), lambda: unseen)
   worse = (state.worst_step == 0) | (jnp.isfinite(state.worst_norm) & (bad | (norm > state.worst_norm)))
   steps = optax.safe_increment(state.steps)
   history = state.history
@@ -229,26 +224,26 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
   )
 
 
-def _measure(per_leaf: bool, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> tuple[jax.Array, Any]:
+def _measure(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> tuple[jax.Array, Any]:
   """The global norm, and those of the leaves where they are kept."""
-  everything = tuple(range(len(leaves)))
-  if not per_leaf:
-    return _norms.block_norms(_norms.NormSpec(2.0, (everything,), axes), leaves)[0], ()
-  norms = _norms.stack(_norms.block_norms(_norms.NormSpec(2.0, tuple((i,) for i in everything), axes), leaves))
-  return _norms.vector_norm(norms, 2.0), norms
+  norms = _norms.block_norms(_norms.NormSpec(2.0, labels.blocks, axes), leaves)
+  if labels.unit == "global":
+    return norms[0], ()
+  by_leaf = _norms.stack(norms)
+  return _norms.vector_norm(by_leaf, 2.0), by_leaf
 
 
-def _look(per_leaf: bool, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], last: _Look) -> _Look:
+def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], last: _Look) -> _Look:
   """One read of the updates for the counts, one of the parameters for their norms."""
   dtype = _norms.norm_dtype()
   counts = [count.astype(dtype) for leaf in leaves for count in _zeros_and_nonfinite(_norms.upcast(leaf))]
   counts = _norms.all_reduce(counts, [a for a in axes.updates for _ in range(2)], 1.0)
   size = sum(jnp.size(x) * _leaves.axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
   seen = last._replace(zero_fraction=_norms.stack(counts[::2]).sum() / max(size, 1))
-  if per_leaf:
+  if labels.unit == "leaf":
     seen = seen._replace(nonfinite=jnp.minimum(_norms.stack(counts[1::2]), _LARGEST_COUNT).astype(jnp.int32))
   if weights:
-    param_norm, param_norms = _measure(per_leaf, axes.params, weights)
+    param_norm, param_norms = _measure(labels, axes.params, weights)
     seen = seen._replace(param_norm=param_norm, param_norms=param_norms)
   return seen
 

@@ -188,7 +188,10 @@ def test_more_zeros_than_an_int32_counts():
 
 def test_no_nan_for_finite_input_under_debug_nans():
   with jax.debug_nans(True):
-    run(clipjax.watch(history=2), jax.tree.map(jnp.zeros_like, GRADS), jax.tree.map(jnp.zeros_like, PARAMS), steps=2)
+    with pytest.raises(FloatingPointError):  # It would be seen.
+      jnp.zeros(1) / jnp.zeros(1)
+    zeros = [jax.tree.map(jnp.zeros_like, tree) for tree in (GRADS, PARAMS)]
+    assert values(run(clipjax.watch(history=2), *zeros, steps=2))["grad/ratio"] == 0
 
 
 def test_beside_a_clip_it_reads_the_gradient_no_second_time():
