@@ -307,7 +307,7 @@ def _clip_examples(
   usable = jnp.isfinite(norms) & ~jnp.isnan(limit)
   # Without a norm an example counts as one of norm 0: its factor is 1, and `where` takes it out before any product.
   limits = Limits(jnp.where(usable, norms, 0), limit, limit)
-  _, shrink, factor = factors_of(limits, jnp.zeros((), jnp.bool_))
+  _, shrink, factor = factors_of(_guarded(limits), jnp.zeros((), jnp.bool_))
 
   def contribution(x: jax.Array, keep: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
     return _times(_norms.by_parts(lambda part: jnp.where(keep, part, 0), x), shrink, factor)
@@ -373,12 +373,21 @@ def factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, ja
   """`(touched, shrink, factor)`: a touched leaf becomes `(x * shrink) * factor`.
 
   A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first; with a
-  norm up to 1 the target would be subnormal before the factor is. A factor of NaN makes every entry NaN.
+  norm up to 1 the target would be subnormal before the factor is. A factor of NaN makes every entry NaN. Where nothing
+  is touched the factor means nothing. What does not depend on the norm comes first: XLA's time to compile a clip of
+  each leaf grows with the operations that follow it.
   """
+  norm, limit, target = limits
+  from_bad, nan = jnp.where(bad, -1, limit).astype(norm.dtype), jnp.where(bad, jnp.nan, target).astype(norm.dtype)
+  far = jnp.maximum(target * 2.0**100, 1)
+  shrink = lax.select(norm > far, jnp.full_like(norm, 2.0**-100), jnp.ones_like(norm))
+  return ~(norm <= from_bad), shrink, nan / (norm * shrink)
+
+
+def _guarded(limits: Limits) -> Limits:
+  """The same with a factor of 1 where nothing is clipped, for which also derivatives are finite."""
   clipped = limits.norm > limits.limit
-  norm, target = jnp.where(clipped, limits.norm, 1), jnp.where(clipped, limits.target, 1)
-  shrink = jnp.where((target / norm < 2.0**-100) & (norm > 1), 2.0**-100, 1).astype(norm.dtype)
-  return clipped | bad, shrink, jnp.where(bad, jnp.nan, target / (norm * shrink))
+  return limits._replace(norm=jnp.where(clipped, limits.norm, 1), target=jnp.where(clipped, limits.target, 1))
 
 
 def multiply(x: jax.Array, touched: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
@@ -406,10 +415,10 @@ def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
   out = []
   for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
     block, dblock = limits[b], dlimits[b]
-    clipped = block.norm > block.limit
-    touched, shrink, factor = factors_of(block, bad)
+    safe = _guarded(block)
+    _, shrink, factor = factors_of(safe, bad)
     wide, dwide = _norms.upcast(x), _norms.upcast(dx)
-    unit = _norms.divide(wide, jnp.where(clipped, block.norm, 1).astype(wide.real.dtype))
+    unit = _norms.divide(wide, safe.norm.astype(wide.real.dtype))
     dy = _times(dwide - _times(unit, dblock.norm), shrink, factor) + _times(unit, dblock.target)
-    out.append(jnp.where(touched, dy.astype(dx.dtype), dx))
+    out.append(jnp.where((block.norm > block.limit) | bad, dy.astype(dx.dtype), dx))
   return _rescale(block_of, leaves, limits, bad), out

@@ -30,6 +30,9 @@ _MAX_CHUNKS = 16
 # So many leaves of one shape may each have a scale of their own in the second pass: of more, one array of their size is
 # a small share, and the scalars would cost compile time.
 _FEW = 64
+# Leaves up to so many entries are small: what is done to them together, and so many of them at most.
+_SMALL = 1 << 16
+_BATCH = 8
 
 
 class NormSpec(NamedTuple):
@@ -164,13 +167,18 @@ def _uniform_block_norms(
     return norms
   floors = [sum(_floor(xs[i], axes[i]) for i in block) for block in blocks]
   second_pass = _rescaled_square_norms if p == 2 else partial(_rescaled_power_norms, p)
+  together = stack(totals)
+  suspects = (together == jnp.inf) | (together < np.array(floors).astype(together.dtype))
   # A rule for vmap does not know the name of its axis, so that a collective over it has no meaning there.
   manual = set(_leaves.manual_axes())
   choose = _again_where if all(map(manual.issuperset, axes)) else _again_if
   for chunk in _chunks([sum(xs[i].size for i in block) for block in blocks]):
-    doubtful = jnp.stack([(totals[b] == jnp.inf) | (totals[b] < floors[b]) for b in chunk]).any()
-    again = partial(second_pass, [blocks[b] for b in chunk], axes, [floors[b] for b in chunk])
-    chosen = choose(doubtful, again, [norms[b] for b in chunk], [totals[b] for b in chunk], xs)
+    doubtful = suspects[np.array(chunk)].any() if len(chunk) < len(blocks) else suspects.any()
+    members = [i for b in chunk for i in blocks[b]]
+    place = {i: k for k, i in enumerate(members)}
+    local = [tuple(place[i] for i in blocks[b]) for b in chunk]
+    again = partial(second_pass, local, [axes[i] for i in members], [floors[b] for b in chunk])
+    chosen = choose(doubtful, again, [norms[b] for b in chunk], [totals[b] for b in chunk], [xs[i] for i in members])
     for b, norm in zip(chunk, chosen, strict=True):
       norms[b] = norm
   return norms
@@ -192,6 +200,15 @@ def _block_sums(
   for (b, _), value in zip(members, sums, strict=True):
     by_block[b].append(value)
   return [_total(values, p) for values in by_block]
+
+
+def plain_block_norms(spec: NormSpec, leaves: Sequence[Any]) -> tuple[jax.Array, ...]:
+  """`block_norms` in one pass whatever it meets: right from about 1e-19 to 1e19 for float32, and at 0.
+
+  For buffers that the step gives back, donated: a conditional that may read them makes XLA copy them.
+  """
+  totals = _block_sums(spec.ord, spec.blocks, [jnp.asarray(x) for x in leaves], spec.axes)
+  return tuple(_root(total, spec.ord) for total in totals)
 
 
 @block_norms.defjvp
@@ -279,11 +296,12 @@ def upcast(x: Any) -> jax.Array:
 
 
 def _upcast_to_sum(x: jax.Array) -> jax.Array:
-  """`upcast` for one reduction: what else reads a 16-bit leaf must not share the copy in float32, or it is written.
+  """`upcast` for one reduction: what else reads the leaf must not share its square, or its copy in float32.
 
-  On CPU this serves bfloat16; XLA fuses no reduction with a conversion from float16.
+  XLA on CPU would write out what a reduction shares with, say, Adam's second moment. It fuses no reduction with a
+  conversion from float16, whose copy is written.
   """
-  return upcast(lax.optimization_barrier(x) if x.dtype.itemsize < 4 else x)
+  return upcast(lax.optimization_barrier(x))
 
 
 def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -332,7 +350,11 @@ def _total(values: Sequence[jax.Array], p: float) -> jax.Array:
 
 def stack(values: Sequence[jax.Array]) -> jax.Array:
   """Scalars as a vector of `norm_dtype()`, of shape (0,) where there are none."""
-  return jnp.stack([v.astype(norm_dtype()) for v in values]) if values else jnp.zeros((0,), norm_dtype())
+  if not values:
+    return jnp.zeros((0,), norm_dtype())
+  # Without the barrier XLA makes a reduction of the vector into one of the scalars again, which takes it long.
+  stacked: jax.Array = lax.optimization_barrier(jnp.stack([v.astype(norm_dtype()) for v in values]))
+  return stacked
 
 
 def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float) -> list[jax.Array]:
@@ -414,24 +436,46 @@ def _rescaled_square_norms(
   totals: Sequence[jax.Array],
   xs: Sequence[jax.Array],
 ) -> list[jax.Array]:
-  """2-norms at the power of two that the first sum of a block, held against its floor, asks for: one reduction."""
+  """2-norms at the power of two that the first sum of a block, held against its floor, asks for: one read."""
   scales = []
   for block, total, floor in zip(blocks, totals, floors, strict=True):
     up = 2.0**600 if block and _is_wide(xs[block[0]]) else 2.0**90
     scales.append(jnp.where(total == jnp.inf, 1 / up, jnp.where(total < floor, up, 1)))
+  batches = [(b, batch) for b, block in enumerate(blocks) for batch in _batches(block, xs, axes)]
+  alike = Counter((b, xs[batch[0]].shape) for b, batch in batches)
 
-  alike = Counter((b, xs[i].shape) for b, block in enumerate(blocks) for i in block)
-
-  def rescale(x: jax.Array, b: int, i: int) -> jax.Array:
-    scale = scales[b].astype(x.real.dtype)
-    if 1 < alike[b, x.shape] <= _FEW:
+  def squares(k: int, b: int, batch: Sequence[int]) -> jax.Array:
+    real = upcast(xs[batch[0]]).real
+    scale = scales[b].astype(real.dtype)
+    if 1 < alike[b, real.shape] <= _FEW:
       # XLA would share the scale among leaves of one shape, and write it out as an array of their size. The maximum
       # with a number below every scale, another one for each leaf, changes nothing else.
-      scale = jnp.maximum(scale, (i + 1) * float(jnp.finfo(x.real.dtype).tiny))
-    return by_parts(lambda part: part * scale, x)
+      scale = jnp.maximum(scale, (k + 1) * float(jnp.finfo(real.dtype).tiny))
+    rescaled = [part * scale for i in batch for part in _parts(_upcast_to_sum(xs[i]))]
+    return jnp.sum(sum((part * part for part in rescaled[1:]), start=rescaled[0] * rescaled[0]))
 
-  again = _block_sums(2.0, blocks, xs, axes, rescale)
-  return [jnp.sqrt(total) / scale.astype(norm_dtype()) for total, scale in zip(again, scales, strict=True)]
+  sums = all_reduce(
+    [squares(k, b, batch) for k, (b, batch) in enumerate(batches)], [axes[batch[0]] for _, batch in batches], 2.0
+  )
+  by_block: list[list[jax.Array]] = [[] for _ in blocks]
+  for (b, _), value in zip(batches, sums, strict=True):
+    by_block[b].append(value)
+  return [jnp.sqrt(_total(s, 2.0)) / scale.astype(norm_dtype()) for s, scale in zip(by_block, scales, strict=True)]
+
+
+def _batches(block: Sequence[int], xs: Sequence[jax.Array], axes: Sequence[Axes]) -> list[list[int]]:
+  """The leaves of a block, small ones of one type together: one reduction of eight compiles faster than eight."""
+  batches: list[list[int]] = []
+  open_batch: dict[Any, list[int]] = {}
+  for i in block:
+    x = xs[i]
+    kind = (x.shape, x.dtype, axes[i], _leaves.varying_axes(x), getattr(jax.typeof(x), "sharding", None))
+    batch = open_batch.get(kind)
+    if batch is None or len(batch) == _BATCH or x.size > _SMALL:
+      batch = open_batch[kind] = []
+      batches.append(batch)
+    batch.append(i)
+  return batches
 
 
 def _rescaled_power_norms(

@@ -1,11 +1,12 @@
 """Watching a gradient, or any update, without touching it.
 
-What a step costs is the norms, one reduction for each leaf, which XLA shares with a clip beside it. Everything that
-needs another read, the parameter norms, the share of zeros and the entries that are not finite, is taken at a look,
-behind a `lax.cond`: at every 16th step, and at one that is not finite. So a watch beside a clip reads the updates once.
+What a step costs is the norms, one reduction for each leaf, which XLA shares with a clip beside it, and one read of the
+parameters. What needs another read of the updates, the share of zeros and the entries that are not finite, is taken at
+a look, behind a `lax.cond`: at every 16th step, and at one that is not finite. No parameter is read behind a `lax.cond`:
+where the step gives its buffer back, donated, XLA would copy it in every step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from clipjax._leaves import Axes
 from clipjax._rule import check_whole
 from clipjax._transforms import check_name
 
-# Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
+# Between two looks at the zeros.
 LOOK_EVERY = 16
 _LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
@@ -39,9 +40,10 @@ class WatchState(NamedTuple):
     nonfinite_steps: int32, shape (): those of them whose norm was not finite.
     finite: bool, shape (): whether the last step was finite.
     nonfinite: int32, shape (n,): entries of the last updates that were inf or NaN.
-    zero_fraction: shape (): share of zeros among the entries; this and the next two as of the last look, which is at
-      every 16th step from the first on, and at one that is not finite.
-    param_norm: shape (): global norm of the parameters; 0 where they were never given.
+    zero_fraction: shape (): share of zeros among the entries as of the last look, which is at every 16th step from the
+      first on, and at one that is not finite.
+    param_norm: shape (): global norm of the parameters, by a plain sum of squares, right from 1e-19 to 1e19; 0 where
+      they were never given.
     param_norms: shape (n,): norm of each parameter.
     worst_norm: shape (): the norm of the worst step: the first that was not finite, else the one of the largest norm.
     worst_step: int32, shape (): its number, counted from 1; 0 before the first step.
@@ -93,8 +95,9 @@ def watch(
 
   First in a chain it sees the raw gradient, and shares the norms with a clip behind it; last in a chain, with another
   `name`, the updates that the optimizer makes of it, whose ratio to the parameters is what the learning rate does.
-  inf and NaN are counted, by leaf, and passed on. Parameter norms and the share of zeros are taken at every 16th
-  step, from the first on, so that a watch costs no second read of the updates.
+  inf and NaN are counted, by leaf, and passed on. The share of zeros is taken at every 16th step, from the first on,
+  so that a watch costs no second read of the updates; the norms of the parameters, where they are given, take one read
+  of these.
 
   Args:
     history: the norms of so many last steps stay on the device, 4 bytes each, so that a loop that reads once in so
@@ -184,8 +187,6 @@ class _Look(NamedTuple):
 
   nonfinite: jax.Array | tuple[()]
   zero_fraction: jax.Array
-  param_norm: jax.Array
-  param_norms: jax.Array | tuple[()]
 
 
 class _Spread(NamedTuple):
@@ -198,12 +199,14 @@ class _Spread(NamedTuple):
 @partial(jax.jit, static_argnums=0, inline=True)
 def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState) -> WatchState:
   """The state after a step."""
-  norm, norms = _measure(state.labels, axes.updates, leaves)
+  norm, norms = _measure(state.labels, axes.updates, leaves, _norms.block_norms)
   bad = ~jnp.isfinite(norm)
-  last = _Look(state.nonfinite, state.zero_fraction, state.param_norm, state.param_norms)
-  unseen = last._replace(nonfinite=jax.tree.map(jnp.zeros_like, last.nonfinite))
+  param_norm, param_norms = state.param_norm, state.param_norms
+  if weights:
+    param_norm, param_norms = _measure(state.labels, axes.params, weights, _norms.plain_block_norms)
+  unseen = _Look(jax.tree.map(jnp.zeros_like, state.nonfinite), state.zero_fraction)
   due = bad | (state.steps % LOOK_EVERY == 0)
-  seen = lax.cond(due, lambda: _look(state.labels, axes, leaves, weights, last), lambda: unseen)
+  seen = lax.cond(due, lambda: _look(state.labels, axes.updates, leaves), lambda: unseen)
   worse = (state.worst_step == 0) | (jnp.isfinite(state.worst_norm) & (bad | (norm > state.worst_norm)))
   steps = optax.safe_increment(state.steps)
   history = state.history
@@ -215,6 +218,8 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
     steps=steps,
     nonfinite_steps=jnp.where(bad, optax.safe_increment(state.nonfinite_steps), state.nonfinite_steps),
     finite=~bad,
+    param_norm=param_norm,
+    param_norms=param_norms,
     worst_norm=jnp.where(worse, norm, state.worst_norm),
     worst_step=jnp.where(worse, steps, state.worst_step),
     worst_norms=jax.tree.map(lambda now, old: jnp.where(worse, now, old), norms, state.worst_norms),
@@ -224,28 +229,28 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
   )
 
 
-def _measure(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> tuple[jax.Array, Any]:
+def _measure(
+  labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any], block_norms: Callable[..., Any]
+) -> tuple[jax.Array, Any]:
   """The global norm, and those of the leaves where they are kept."""
-  norms = _norms.block_norms(_norms.NormSpec(2.0, labels.blocks, axes), leaves)
+  norms = block_norms(_norms.NormSpec(2.0, labels.blocks, axes), leaves)
   if labels.unit == "global":
     return norms[0], ()
   by_leaf = _norms.stack(norms)
   return _norms.vector_norm(by_leaf, 2.0), by_leaf
 
 
-def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], last: _Look) -> _Look:
-  """One read of the updates for the counts, one of the parameters for their norms."""
+def _look(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> _Look:
+  """What one more read of the updates counts."""
   dtype = _norms.norm_dtype()
   counts = [count.astype(dtype) for leaf in leaves for count in _zeros_and_nonfinite(_norms.upcast(leaf))]
-  counts = _norms.all_reduce(counts, [a for a in axes.updates for _ in range(2)], 1.0)
-  size = sum(jnp.size(x) * _leaves.axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
-  seen = last._replace(zero_fraction=_norms.stack(counts[::2]).sum() / max(size, 1))
-  if labels.unit == "leaf":
-    seen = seen._replace(nonfinite=jnp.minimum(_norms.stack(counts[1::2]), _LARGEST_COUNT).astype(jnp.int32))
-  if weights:
-    param_norm, param_norms = _measure(labels, axes.params, weights)
-    seen = seen._replace(param_norm=param_norm, param_norms=param_norms)
-  return seen
+  counts = _norms.all_reduce(counts, [a for a in axes for _ in range(2)], 1.0)
+  zeros, nonfinite = _norms.stack(counts[::2]), _norms.stack(counts[1::2])
+  size = sum(jnp.size(x) * _leaves.axes_size(a) for x, a in zip(leaves, axes, strict=True))
+  # What is not finite is not zero, which changes nothing, but keeps both counts of the one reduction in use.
+  fraction = jnp.minimum(zeros.sum(), size - nonfinite.sum()) / max(size, 1)
+  by_leaf = jnp.minimum(nonfinite, _LARGEST_COUNT).astype(jnp.int32) if labels.unit == "leaf" else ()
+  return _Look(by_leaf, fraction)
 
 
 def _zeros_and_nonfinite(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -51,7 +51,7 @@ def test_no_copy_of_bfloat16_leaves_in_float32(tree):
   # What is left is the clipped leaf in 16 bits, which both moments of Adam read.
   beside_a_watch = optax.chain(clipjax.watch(), clipjax.clip_by_global_norm(1.0))
   for clip in (clipjax.clip_by_global_norm(1.0), clipjax.clip_by_leaf_norm(1.0), beside_a_watch):
-    assert temporaries(clip, TREES[tree], "bfloat16") < 1.05
+    assert temporaries(clip, TREES[tree], "bfloat16") < 1.1
   assert temporaries(optax.clip_by_global_norm(1.0), TREES[tree], "bfloat16") > 1.9
 
 

@@ -202,13 +202,13 @@ def test_beside_a_clip_it_reads_the_gradient_no_second_time():
   def reductions_of_leaves(tx):
     text = jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile().as_text()
     entry = text[text.index("\nENTRY ") :]
-    reducing = set(re.findall(r"^%(\S+) [^{]*\{(?:(?!^\}).)*ROOT [^\n]* reduce\(", text, re.M | re.S))
-    calls = re.findall(r"calls=%(\S+?)[,\s]", entry)
-    return sum(call in reducing for call in calls) + len(re.findall(r"= f32\[\] reduce\(", entry))
+    bodies = dict(re.findall(r"^%(\S+) \((.*?)^\}", text, re.M | re.S))
+    fused = [bodies[name] for name in re.findall(r"calls=%(\S+?)[,\s]", entry)]
+    in_fusions = sum("f32[64,64]" in body and " reduce(" in body for body in fused)
+    return in_fusions + len(re.findall(r" reduce\([^)]*f32\[64,64\]", entry))
 
-  assert reductions_of_leaves(alone) >= len(grads)  # Else the test would see nothing.
-  small = 3  # Vectors of one norm for each leaf.
-  assert reductions_of_leaves(both) <= reductions_of_leaves(alone) + small
+  assert reductions_of_leaves(alone) == len(grads)
+  assert reductions_of_leaves(both) == len(grads)
 
 
 @pytest.mark.parametrize(
