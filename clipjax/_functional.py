@@ -307,12 +307,37 @@ def _clip_examples(
   usable = jnp.isfinite(norms) & ~jnp.isnan(limit)
   # Without a norm an example counts as one of norm 0: its factor is 1, and `where` takes it out before any product.
   limits = Limits(jnp.where(usable, norms, 0), limit, limit)
-  _, shrink, factor = factors_of(_guarded(limits), jnp.zeros((), jnp.bool_))
+  _, shrink, factor = safe_factors_of(limits, jnp.zeros((), jnp.bool_))
 
-  def contribution(x: jax.Array, keep: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
-    return _times(_norms.by_parts(lambda part: jnp.where(keep, part, 0), x), shrink, factor)
+  if not norms.size:
+    return [jnp.sum(x, axis=0) for x in xs], norms
+  # A weighted sum is a product of a vector and a matrix, which writes no clipped copy of the batch. It cannot leave out
+  # an example that is not finite, nor multiply twice: what needs that takes one example after the other.
+  plain = usable.all() & (shrink == 1).all()
+  one_by_one = partial(_sum_one_by_one, usable, shrink, factor)
+  return lax.cond(plain, partial(_weighted_sum, factor), one_by_one, xs), norms
 
-  return [jnp.sum(jax.vmap(contribution)(x, usable, shrink, factor), axis=0) for x in xs], norms
+
+def _weighted_sum(factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """`sum_i factor_i x_i` of each leaf."""
+
+  def product(part: jax.Array) -> jax.Array:
+    return jnp.tensordot(factor.astype(part.dtype), part, axes=1, precision=lax.Precision.HIGHEST)
+
+  return [_norms.by_parts(product, x) for x in xs]
+
+
+def _sum_one_by_one(keep: jax.Array, shrink: jax.Array, factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """`sum_i (x_i shrink_i) factor_i` of each leaf, over the examples to keep."""
+
+  def contribution(x: jax.Array, i: Any) -> jax.Array:
+    return _times(_norms.by_parts(lambda part: jnp.where(keep[i], part[i], 0), x), shrink[i], factor[i])
+
+  def add(sums: list[jax.Array], i: jax.Array) -> tuple[list[jax.Array], None]:
+    return [total + contribution(x, i) for total, x in zip(sums, xs, strict=True)], None
+
+  sums, _ = lax.scan(add, [contribution(x, 0) for x in xs], jnp.arange(1, keep.size))
+  return sums
 
 
 @partial(jax.jit, inline=True)
@@ -384,10 +409,12 @@ def factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, ja
   return ~(norm <= from_bad), shrink, nan / (norm * shrink)
 
 
-def _guarded(limits: Limits) -> Limits:
-  """The same with a factor of 1 where nothing is clipped, for which also derivatives are finite."""
+def safe_factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`factors_of` with a factor of 1, and finite derivatives, where nothing is touched."""
   clipped = limits.norm > limits.limit
-  return limits._replace(norm=jnp.where(clipped, limits.norm, 1), target=jnp.where(clipped, limits.target, 1))
+  norm, target = jnp.where(clipped, limits.norm, 1), jnp.where(clipped, limits.target, 1)
+  _, shrink, factor = factors_of(Limits(norm, limits.limit, target), bad)
+  return clipped | bad, shrink, factor
 
 
 def multiply(x: jax.Array, touched: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
@@ -415,10 +442,9 @@ def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
   out = []
   for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
     block, dblock = limits[b], dlimits[b]
-    safe = _guarded(block)
-    _, shrink, factor = factors_of(safe, bad)
+    touched, shrink, factor = safe_factors_of(block, bad)
     wide, dwide = _norms.upcast(x), _norms.upcast(dx)
-    unit = _norms.divide(wide, safe.norm.astype(wide.real.dtype))
+    unit = _norms.divide(wide, jnp.where(block.norm > block.limit, block.norm, 1).astype(wide.real.dtype))
     dy = _times(dwide - _times(unit, dblock.norm), shrink, factor) + _times(unit, dblock.target)
-    out.append(jnp.where((block.norm > block.limit) | bad, dy.astype(dx.dtype), dx))
+    out.append(jnp.where(touched, dy.astype(dx.dtype), dx))
   return _rescale(block_of, leaves, limits, bad), out

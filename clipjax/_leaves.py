@@ -5,6 +5,7 @@ cotangents of integers) pass through untouched; anything else is a `TypeError` t
 which passes over it. A name is the path with '/' between its parts.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -62,9 +63,13 @@ def flatten(tree: Any, argument: str) -> Flat:
 def is_measured(leaf: Any) -> bool:
   """Whether a leaf has a norm: floating and complex arrays whose dtype has zero and NaN, and Python floats."""
   dtype = _dtype(leaf)
-  if dtype is None or not jnp.issubdtype(dtype, np.inexact):
-    return False
-  return not np.dtype(dtype).name.startswith(("float8_e8m0", "float6_", "float4_"))
+  return dtype is not None and _has_norm(dtype)
+
+
+@functools.cache  # An eager call asks it of every leaf.
+def _has_norm(dtype: Any) -> bool:
+  inexact = jnp.issubdtype(dtype, np.inexact)
+  return bool(inexact) and not np.dtype(dtype).name.startswith(("float8_e8m0", "float6_", "float4_"))
 
 
 def is_float0(leaf: Any) -> bool:

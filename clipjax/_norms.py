@@ -203,10 +203,7 @@ def _block_sums(
 
 
 def plain_block_norms(spec: NormSpec, leaves: Sequence[Any]) -> tuple[jax.Array, ...]:
-  """`block_norms` in one pass whatever it meets: right from about 1e-19 to 1e19 for float32, and at 0.
-
-  For buffers that the step gives back, donated: a conditional that may read them makes XLA copy them.
-  """
+  """`block_norms` without a second pass, which compiles faster: right from about 1e-19 to 1e19 for float32, and at 0."""
   totals = _block_sums(spec.ord, spec.blocks, [jnp.asarray(x) for x in leaves], spec.axes)
   return tuple(_root(total, spec.ord) for total in totals)
 

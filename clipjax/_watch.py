@@ -1,9 +1,8 @@
 """Watching a gradient, or any update, without touching it.
 
-What a step costs is the norms, one reduction for each leaf, which XLA shares with a clip beside it, and one read of the
-parameters. What needs another read of the updates, the share of zeros and the entries that are not finite, is taken at
-a look, behind a `lax.cond`: at every 16th step, and at one that is not finite. No parameter is read behind a `lax.cond`:
-where the step gives its buffer back, donated, XLA would copy it in every step.
+What a step costs is the norms, one reduction for each leaf, which XLA shares with a clip beside it. Everything that
+needs another read, the parameter norms, the share of zeros and the entries that are not finite, is taken at a look,
+behind a `lax.cond`: at every 16th step, and at one that is not finite. So a watch beside a clip reads the updates once.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from clipjax._leaves import Axes
 from clipjax._rule import check_whole
 from clipjax._transforms import check_name
 
-# Between two looks at the zeros.
+# Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
 LOOK_EVERY = 16
 _LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
@@ -40,8 +39,8 @@ class WatchState(NamedTuple):
     nonfinite_steps: int32, shape (): those of them whose norm was not finite.
     finite: bool, shape (): whether the last step was finite.
     nonfinite: int32, shape (n,): entries of the last updates that were inf or NaN.
-    zero_fraction: shape (): share of zeros among the entries as of the last look, which is at every 16th step from the
-      first on, and at one that is not finite.
+    zero_fraction: shape (): share of zeros among the entries; this and the next two as of the last look, which is at
+      every 16th step from the first on, and at one that is not finite.
     param_norm: shape (): global norm of the parameters, by a plain sum of squares, right from 1e-19 to 1e19; 0 where
       they were never given.
     param_norms: shape (n,): norm of each parameter.
@@ -89,20 +88,21 @@ export.register_namedtuple_serialization(WatchState, serialized_name="clipjax.Wa
 
 
 def watch(
-  *, history: int = 0, per_leaf: bool = True, axis_name: Any = None, name: str = "grad"
+  *, history: int = 0, per_leaf: bool = True, param_norms: bool = True, axis_name: Any = None, name: str = "grad"
 ) -> optax.GradientTransformationExtraArgs:
   """Measures updates and hands them on as they are: norms, zeros, nonfinite entries, the worst step, the last steps.
 
   First in a chain it sees the raw gradient, and shares the norms with a clip behind it; last in a chain, with another
   `name`, the updates that the optimizer makes of it, whose ratio to the parameters is what the learning rate does.
-  inf and NaN are counted, by leaf, and passed on. The share of zeros is taken at every 16th step, from the first on,
-  so that a watch costs no second read of the updates; the norms of the parameters, where they are given, take one read
-  of these.
+  inf and NaN are counted, by leaf, and passed on. Parameter norms and the share of zeros are taken at every 16th
+  step, from the first on, so that a watch costs no second read of the updates.
 
   Args:
     history: the norms of so many last steps stay on the device, 4 bytes each, so that a loop that reads once in so
       many steps, or a `jax.lax.scan` over them, misses none.
     per_leaf: whether to keep numbers by leaf, 20 bytes for each; the global ones are always kept.
+    param_norms: whether to take the norms of the parameters, where `update` is given them. False leaves them alone:
+      what else reads parameters that a step updates in place, donated, makes XLA on CPU copy them.
     axis_name: as in `global_norm`.
     name: first part of the keys of `clipjax.metrics`; a clip of the same name is taken to be of the same updates.
 
@@ -113,7 +113,7 @@ def watch(
 
   Raises:
     ValueError: for a negative `history`; in `update`, for another number of leaves than `init` saw.
-    TypeError: for a `history` that is no Python integer; in `update`, for an integer or bool leaf, with its path.
+    TypeError: for a `history` that is no Python integer, a `per_leaf` or `param_norms` that is no bool; in `update`, for an integer or bool leaf, with its path.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -130,8 +130,9 @@ def watch(
     update/ratio/w 0.01
   """
   check_whole(history, "history", 0)
-  if not isinstance(per_leaf, bool):
-    raise TypeError(f"`per_leaf` must be True or False, got {_leaves.describe(per_leaf)}: pass one of them.")
+  for argument, value in (("per_leaf", per_leaf), ("param_norms", param_norms)):
+    if not isinstance(value, bool):
+      raise TypeError(f"`{argument}` must be True or False, got {_leaves.describe(value)}: pass one of them.")
   label = partial(Labels.of, name=check_name(name), unit="leaf" if per_leaf else "global")
 
   def init(params: optax.Params) -> WatchState:
@@ -146,7 +147,7 @@ def watch(
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
     axes = _leaves.resolve_axes(updates, axis_name)
-    weights = [] if params is None else [w for w in jax.tree.leaves(params) if _leaves.is_measured(w)]
+    weights = [w for w in jax.tree.leaves(params) if _leaves.is_measured(w)] if param_norms else []
     if weights and len(weights) != len(flat.measured):
       raise ValueError(
         f"`params` must have the floating leaves of `updates`, got {len(weights)} for {len(flat.measured)}: pass the "
@@ -187,6 +188,8 @@ class _Look(NamedTuple):
 
   nonfinite: jax.Array | tuple[()]
   zero_fraction: jax.Array
+  param_norm: jax.Array
+  param_norms: jax.Array | tuple[()]
 
 
 class _Spread(NamedTuple):
@@ -201,12 +204,10 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
   """The state after a step."""
   norm, norms = _measure(state.labels, axes.updates, leaves, _norms.block_norms)
   bad = ~jnp.isfinite(norm)
-  param_norm, param_norms = state.param_norm, state.param_norms
-  if weights:
-    param_norm, param_norms = _measure(state.labels, axes.params, weights, _norms.plain_block_norms)
-  unseen = _Look(jax.tree.map(jnp.zeros_like, state.nonfinite), state.zero_fraction)
+  last = _Look(state.nonfinite, state.zero_fraction, state.param_norm, state.param_norms)
+  unseen = last._replace(nonfinite=jax.tree.map(jnp.zeros_like, last.nonfinite))
   due = bad | (state.steps % LOOK_EVERY == 0)
-  seen = lax.cond(due, lambda: _look(state.labels, axes.updates, leaves), lambda: unseen)
+  seen = lax.cond(due, lambda: _look(state.labels, axes, leaves, weights, last), lambda: unseen)
   worse = (state.worst_step == 0) | (jnp.isfinite(state.worst_norm) & (bad | (norm > state.worst_norm)))
   steps = optax.safe_increment(state.steps)
   history = state.history
@@ -218,8 +219,6 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
     steps=steps,
     nonfinite_steps=jnp.where(bad, optax.safe_increment(state.nonfinite_steps), state.nonfinite_steps),
     finite=~bad,
-    param_norm=param_norm,
-    param_norms=param_norms,
     worst_norm=jnp.where(worse, norm, state.worst_norm),
     worst_step=jnp.where(worse, steps, state.worst_step),
     worst_norms=jax.tree.map(lambda now, old: jnp.where(worse, now, old), norms, state.worst_norms),
@@ -240,17 +239,22 @@ def _measure(
   return _norms.vector_norm(by_leaf, 2.0), by_leaf
 
 
-def _look(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> _Look:
-  """What one more read of the updates counts."""
+def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], last: _Look) -> _Look:
+  """One read of the updates for the counts, one of the parameters for their norms."""
   dtype = _norms.norm_dtype()
   counts = [count.astype(dtype) for leaf in leaves for count in _zeros_and_nonfinite(_norms.upcast(leaf))]
-  counts = _norms.all_reduce(counts, [a for a in axes for _ in range(2)], 1.0)
+  counts = _norms.all_reduce(counts, [a for a in axes.updates for _ in range(2)], 1.0)
   zeros, nonfinite = _norms.stack(counts[::2]), _norms.stack(counts[1::2])
-  size = sum(jnp.size(x) * _leaves.axes_size(a) for x, a in zip(leaves, axes, strict=True))
-  # What is not finite is not zero, which changes nothing, but keeps both counts of the one reduction in use.
+  size = sum(jnp.size(x) * _leaves.axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
+  # No more entries are zero than are finite. This keeps both counts in use, and with them the one reduction.
   fraction = jnp.minimum(zeros.sum(), size - nonfinite.sum()) / max(size, 1)
-  by_leaf = jnp.minimum(nonfinite, _LARGEST_COUNT).astype(jnp.int32) if labels.unit == "leaf" else ()
-  return _Look(by_leaf, fraction)
+  seen = last._replace(zero_fraction=fraction)
+  if labels.unit == "leaf":
+    seen = seen._replace(nonfinite=jnp.minimum(nonfinite, _LARGEST_COUNT).astype(jnp.int32))
+  if weights:
+    param_norm, param_norms = _measure(labels, axes.params, weights, _norms.plain_block_norms)
+    seen = seen._replace(param_norm=param_norm, param_norms=param_norms)
+  return seen
 
 
 def _zeros_and_nonfinite(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -47,6 +47,16 @@ def test_no_copy_of_the_gradient(tree):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("tree", sorted(TREES))
+def test_a_watch_copies_no_gradient(tree):
+  for watch in (clipjax.watch(param_norms=False), clipjax.watch(per_leaf=False, param_norms=False)):
+    assert temporaries(watch, TREES[tree]) < 0.05
+    assert temporaries(optax.chain(watch, clipjax.clip_by_global_norm(1.0)), TREES[tree]) < 0.05
+  # The measure can fail: of parameters that are donated, what else reads them makes XLA write a copy.
+  assert temporaries(clipjax.watch(), TREES[tree]) > 0.9
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("tree", sorted(TREES))
 def test_no_copy_of_bfloat16_leaves_in_float32(tree):
   # What is left is the clipped leaf in 16 bits, which both moments of Adam read.
   beside_a_watch = optax.chain(clipjax.watch(), clipjax.clip_by_global_norm(1.0))

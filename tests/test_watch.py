@@ -216,6 +216,7 @@ def test_beside_a_clip_it_reads_the_gradient_no_second_time():
   [
     ({"history": -1}, ValueError, "`history` must be an integer >= 0, got -1: choose one in that range."),
     ({"history": 2.0}, TypeError, "`history` must be an integer >= 0, got 2.0 (float): pass a Python integer."),
+    ({"param_norms": 0}, TypeError, "`param_norms` must be True or False, got 0 (int): pass one of them."),
     ({"per_leaf": 1}, TypeError, "`per_leaf` must be True or False, got 1 (int): pass one of them."),
     ({"name": ""}, TypeError, "`name` must be a nonempty string, got '' (str): pass a word such as \"grad\"."),
   ],
