@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
 from clipjax import _demo
 
@@ -81,22 +80,24 @@ def noise(batch: jax.Array, key: jax.Array) -> jax.Array:
   return jax.random.randint(key, batch.shape, *PRINTABLE, jnp.int32)
 
 
-def init_transformer(key: jax.Array) -> dict[str, Any]:
+def init_transformer(
+  key: jax.Array, width: int = WIDTH, layers: int = LAYERS, context: int = CONTEXT
+) -> dict[str, Any]:
   """Weights that keep the scale of the activations; those that end a residual branch start smaller, as in GPT-2."""
-  shapes = {"qkv": (WIDTH, 3 * WIDTH), "mixed": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
-  keys: Iterator[jax.Array] = iter(jax.random.split(key, 3 + LAYERS * len(shapes)))
-  ends = {name: 1 / math.sqrt(2 * LAYERS) for name in ("mixed", "down")}
+  shapes = {"qkv": (width, 3 * width), "mixed": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+  keys: Iterator[jax.Array] = iter(jax.random.split(key, 3 + layers * len(shapes)))
+  ends = {name: 1 / math.sqrt(2 * layers) for name in ("mixed", "down")}
 
   def block() -> dict[str, jax.Array]:
     matrices = {name: normal(next(keys), s, ends.get(name, 1.0) / math.sqrt(s[0])) for name, s in shapes.items()}
-    return {**matrices, "attention_gain": jnp.ones(WIDTH), "mlp_gain": jnp.ones(WIDTH)}
+    return {**matrices, "attention_gain": jnp.ones(width), "mlp_gain": jnp.ones(width)}
 
   return {
-    "embed": normal(next(keys), (_demo.CHARACTERS, WIDTH), 0.5),
-    "positions": normal(next(keys), (CONTEXT, WIDTH), 0.5),
-    "blocks": [block() for _ in range(LAYERS)],
-    "gain": jnp.ones(WIDTH),
-    "out": normal(next(keys), (WIDTH, _demo.CHARACTERS), 0.01),
+    "embed": normal(next(keys), (_demo.CHARACTERS, width), 0.5),
+    "positions": normal(next(keys), (context, width), 0.5),
+    "blocks": [block() for _ in range(layers)],
+    "gain": jnp.ones(width),
+    "out": normal(next(keys), (width, _demo.CHARACTERS), 0.01),
   }
 
 
@@ -105,7 +106,7 @@ def transformer_loss(params: dict[str, Any], batch: jax.Array) -> jax.Array:
   inputs, targets = batch[:, :-1], batch[:, 1:]
   x = params["embed"][inputs] + params["positions"][None]
   for block in params["blocks"]:
-    qkv = (_normed(x, block["attention_gain"]) @ block["qkv"]).reshape(*inputs.shape, 3, HEADS, WIDTH // HEADS)
+    qkv = (_normed(x, block["attention_gain"]) @ block["qkv"]).reshape(*inputs.shape, 3, HEADS, -1)
     mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True)
     x = x + mixed.reshape(x.shape) @ block["mixed"]
     x = x + jax.nn.gelu(_normed(x, block["mlp_gain"]) @ block["up"]) @ block["down"]
@@ -121,6 +122,8 @@ def _normed(x: jax.Array, gain: jax.Array) -> jax.Array:
 
 def digits_data() -> tuple[jax.Array, jax.Array]:
   """Images of shape (n, 8, 8, 1) with entries from 0 to 1, and their labels."""
+  from sklearn.datasets import load_digits  # noqa: PLC0415  (the models of text do without it)
+
   digits = load_digits()
   return jnp.asarray(digits.images[..., None] / 16, jnp.float32), jnp.asarray(digits.target, jnp.int32)
 
