@@ -203,7 +203,7 @@ def _block_sums(
 
 
 def plain_block_norms(spec: NormSpec, leaves: Sequence[Any]) -> tuple[jax.Array, ...]:
-  """`block_norms` without a second pass, which compiles faster: right from about 1e-19 to 1e19 for float32, and at 0."""
+  """`block_norms` without a second pass, which compiles faster: in float32 right from about 1e-19 to 1e19, and at 0."""
   totals = _block_sums(spec.ord, spec.blocks, [jnp.asarray(x) for x in leaves], spec.axes)
   return tuple(_root(total, spec.ord) for total in totals)
 

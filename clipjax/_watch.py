@@ -113,7 +113,8 @@ def watch(
 
   Raises:
     ValueError: for a negative `history`; in `update`, for another number of leaves than `init` saw.
-    TypeError: for a `history` that is no Python integer, a `per_leaf` or `param_norms` that is no bool; in `update`, for an integer or bool leaf, with its path.
+    TypeError: for a `history` that is no Python integer, a `per_leaf` or `param_norms` that is no bool; in `update`,
+      for an integer or bool leaf, with its path.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
