@@ -45,6 +45,7 @@ COMPILATIONS = 3
 FEW = (NO_CLIP, OPTAX, CLIPJAX)
 COMPILED = (*FEW, BY_LEAF, WATCHED_LEAVES)
 ROOM = 8 * 10**9  # Bytes of memory below which the growth leaves out Adam with the most parameters.
+MANY = 2000  # Leaves from which on XLA takes minutes to compile the sum of so many scalars in the norm of Optax.
 
 
 def clips(tree: Tree) -> dict[str, optax.GradientTransformation]:
@@ -199,6 +200,10 @@ def growth(plan: Plan) -> list[Case]:
   by_count = [Tree("leaves", f"{total:,} parameters in {n} leaves", [(total // n,)] * n) for n in counts]
   cases = []
   for tree in (*by_size, *by_count):
+    if len(tree.shapes) > MANY:
+      plan.notes.append(f"{tree.title}: clipjax's norm only, for XLA compiles Optax's for minutes; Adam is above.")
+      cases.append(grown(plan, tree, with_adam=False, with_optax=False))
+      continue
     with_adam = tree.parameters < 90_000_000 or memory() >= ROOM
     if not with_adam:
       plan.notes.append(f"{tree.title}: the norm only, for there is less than {ROOM / 1e9:.0f} GB of memory.")
@@ -206,15 +211,16 @@ def growth(plan: Plan) -> list[Case]:
   return cases
 
 
-def grown(plan: Plan, tree: Tree, with_adam: bool) -> Case:
+def grown(plan: Plan, tree: Tree, with_adam: bool, with_optax: bool = True) -> Case:
   """One point of the growth."""
   grads = gradients(tree.shapes, "float32")
   repeats = max(1, 2_000_000 // tree.parameters)  # Below a millisecond a clock and a call weigh too much.
   turns = {
     SUM: sum_turn(tree.parameters, "float32", repeats),
-    f"{OPTAX}, norm": jax_turn(jax.jit(partial(optax.tree.norm)), grads, repeats=repeats),
     f"{CLIPJAX}, norm": jax_turn(jax.jit(partial(clipjax.global_norm)), grads, repeats=repeats),
   }
+  if with_optax:
+    turns[f"{OPTAX}, norm"] = jax_turn(jax.jit(partial(optax.tree.norm)), grads, repeats=repeats)
   if with_adam:
     turns |= adam_steps(tree, grads, FEW).turns(repeats)
   times = interleave(turns, plan.rounds)

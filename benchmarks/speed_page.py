@@ -7,6 +7,7 @@ from them too.
 import speed_targets
 from speed_sections import DASH, SECTIONS, Json, ms, table
 from speed_trees import CLIPJAX, LOOK_EVERY, NO_CLIP, OPTAX
+from speed_why import WHY
 from timing import WARM_UP
 
 
@@ -28,7 +29,7 @@ def render(data: Json, picture: str = "speed.png") -> str:
       lines += [f"## {title}", "", *write(sections[name])]
       lines += ["![Time against the number of parameters and of leaves](" + picture + ")", ""] * (name == "growth")
       lines += [f"Made by `{sections[name]['command']}`.", ""]
-  return "\n".join([*lines, *how_to_run(), *how_measured(data), *machines(data)]).rstrip() + "\n"
+  return "\n".join([*lines, WHY, *how_to_run(), *how_measured(data), *machines(data)]).rstrip() + "\n"
 
 
 def section_text(name: str, section: Json) -> str:

@@ -266,10 +266,10 @@ def growth_text(section: Json) -> list[str]:
   rows = []
   for case in section["cases"]:
     v = case["variants"]
-    norms = (v[f"{name}, norm"]["median"] for name in (CLIPJAX, OPTAX))
+    norms = [v[key]["median"] if (key := f"{name}, norm") in v else None for name in (CLIPJAX, OPTAX)]
     added = [v[name]["added"] if name in v else None for name in (CLIPJAX, OPTAX)]
     rows.append((
-      f"{case['parameters']:,}", f"{case['leaves']:,}", *map(ms, norms), *(DASH if x is None else ms(x) for x in added),
+      f"{case['parameters']:,}", f"{case['leaves']:,}", *(DASH if x is None else ms(x) for x in norms + added),
       ms(v[SUM]["median"]), ms(v[NO_CLIP]["median"]) if NO_CLIP in v else DASH,
     ))  # fmt: skip
   head = (

@@ -65,6 +65,13 @@ def test_no_copy_of_bfloat16_leaves_in_float32(tree):
   assert temporaries(optax.clip_by_global_norm(1.0), TREES[tree], "bfloat16") > 1.9
 
 
+def test_the_clip_per_example_copies_no_batch():
+  grads = [jnp.ones((32, 100, 100)), jnp.ones((32, 100))]
+  program = jax.jit(lambda grads: clipjax.clip_grad_per_example(grads, 1.0)).lower(grads).compile()
+  share = program.memory_analysis().temp_size_in_bytes / sum(x.nbytes for x in grads)
+  assert share < 0.1
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_each_leaf_is_reduced_once_outside_of_the_second_pass():
   shapes = [(512, 100 + i) for i in range(10)]

@@ -194,6 +194,26 @@ def test_over_a_named_axis_of_vmap_it_is_the_norm_of_all(p, magnitude):
   np.testing.assert_allclose(norms, np.full(4, oracle_norm(batch, p)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("magnitude", [1e25, 1e-25])
+def test_many_small_leaves_of_few_kinds_in_the_second_pass(magnitude):
+  rng = np.random.default_rng(0)
+
+  def leaves(count, shape, dtype):
+    return [jnp.asarray(rng.standard_normal(shape) * magnitude, dtype) for _ in range(count)]
+
+  spun = [
+    jax.lax.complex(x, y) for x, y in zip(leaves(9, (3, 2), "float32"), leaves(9, (3, 2), "float32"), strict=True)
+  ]
+  tree = [*leaves(20, (5,), "float32"), *spun, *leaves(11, (5,), "bfloat16"), *leaves(2, (70_000,), "float32")]
+  np.testing.assert_allclose(clipjax.global_norm(tree), oracle_norm(tree), rtol=1e-6)
+  shuffled = [tree[i] for i in rng.permutation(len(tree))]
+  np.testing.assert_allclose(jax.jit(clipjax.global_norm)(shuffled), oracle_norm(tree), rtol=1e-6)
+  assert np.isnan(clipjax.global_norm([*tree, jnp.full(5, jnp.nan)]))
+  batches = _norms._batches(range(len(tree)), tree, ((),) * len(tree))
+  assert sorted(i for batch in batches for i in batch) == list(range(len(tree)))
+  assert [len(batch) for batch in batches] == [8, 8, 4, 8, 1, 8, 3, 1, 1]
+
+
 def test_normal_leaves_take_the_first_pass_alone(monkeypatch):
   monkeypatch.setattr(_norms, "_rescaled_square_norms", lambda blocks, *_: [jnp.full((), -1.0) for _ in blocks])
   leaves = [jnp.ones(8)] * 100
