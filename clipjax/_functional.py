@@ -311,6 +311,8 @@ def _clip_examples(
 
   if not norms.size:
     return [jnp.sum(x, axis=0) for x in xs], norms
+  if any(map(_is_split_by_type, xs)):
+    return _sum_at_once(usable, shrink, factor, xs), norms
   # A weighted sum is a product of a vector and a matrix, which writes no clipped copy of the batch. It cannot leave out
   # an example that is not finite, nor multiply twice: what needs that takes one example after the other.
   plain = usable.all() & (shrink == 1).all()
@@ -330,14 +332,27 @@ def _weighted_sum(factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]
 def _sum_one_by_one(keep: jax.Array, shrink: jax.Array, factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]:
   """`sum_i (x_i shrink_i) factor_i` of each leaf, over the examples to keep."""
 
-  def contribution(x: jax.Array, i: Any) -> jax.Array:
-    return _times(_norms.by_parts(lambda part: jnp.where(keep[i], part[i], 0), x), shrink[i], factor[i])
-
   def add(sums: list[jax.Array], i: jax.Array) -> tuple[list[jax.Array], None]:
-    return [total + contribution(x, i) for total, x in zip(sums, xs, strict=True)], None
+    return [total + _contribution(x[i], keep[i], shrink[i], factor[i]) for total, x in zip(sums, xs, strict=True)], None
 
-  sums, _ = lax.scan(add, [contribution(x, 0) for x in xs], jnp.arange(1, keep.size))
+  sums, _ = lax.scan(add, [_contribution(x[0], keep[0], shrink[0], factor[0]) for x in xs], jnp.arange(1, keep.size))
   return sums
+
+
+def _sum_at_once(keep: jax.Array, shrink: jax.Array, factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """`_sum_one_by_one` for leaves whose examples cannot be taken one by one."""
+  return [jnp.sum(jax.vmap(_contribution)(x, keep, shrink, factor), axis=0) for x in xs]
+
+
+def _contribution(x: jax.Array, keep: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
+  """What an example adds; `where` takes it out before any product."""
+  return _times(_norms.by_parts(lambda part: jnp.where(keep, part, 0), x), shrink, factor)
+
+
+def _is_split_by_type(x: jax.Array) -> bool:
+  """Whether an explicit mesh axis splits the examples of a leaf, which JAX then refuses to index and to multiply."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  return sharding is not None and len(sharding.spec) > 0 and sharding.spec[0] is not None
 
 
 @partial(jax.jit, inline=True)
