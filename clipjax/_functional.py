@@ -414,14 +414,15 @@ def factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
   A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first; with a
   norm up to 1 the target would be subnormal before the factor is. A factor of NaN makes every entry NaN. Where nothing
-  is touched the factor means nothing. What does not depend on the norm comes first: XLA's time to compile a clip of
+  is touched the factor means nothing, but is finite: `checkify` and `jax_debug_nans` look at it. What does not depend on the norm comes first: XLA's time to compile a clip of
   each leaf grows with the operations that follow it.
   """
   norm, limit, target = limits
   from_bad, nan = jnp.where(bad, -1, limit).astype(norm.dtype), jnp.where(bad, jnp.nan, target).astype(norm.dtype)
   far = jnp.maximum(target * 2.0**100, 1)
   shrink = lax.select(norm > far, jnp.full_like(norm, 2.0**-100), jnp.ones_like(norm))
-  return ~(norm <= from_bad), shrink, nan / (norm * shrink)
+  touched = ~(norm <= from_bad)
+  return touched, shrink, nan / jnp.where(touched, norm * shrink, 1)
 
 
 def safe_factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -175,6 +175,16 @@ def test_error_policy(name):
   assert err.get() is None
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm", "clip_by_rms"])
+def test_checks_of_floats_find_nothing_where_the_gradient_is_finite(name, scale):
+  tx = getattr(clipjax, name)(1.0)
+  grads = jax.tree.map(lambda x: x * scale, TREE)
+  checked = checkify.checkify(tx.update, errors=checkify.float_checks)
+  err, _ = jax.jit(checked)(grads, tx.init(grads))
+  assert err.get() is None
+
+
 def test_global_against_the_oracle_with_statistics():
   tx = clipjax.clip_by_global_norm(0.7)
   leaves = random_leaves(6)
