@@ -414,8 +414,8 @@ def factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
   A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first; with a
   norm up to 1 the target would be subnormal before the factor is. A factor of NaN makes every entry NaN. Where nothing
-  is touched the factor means nothing, but is finite: `checkify` and `jax_debug_nans` look at it. What does not depend on the norm comes first: XLA's time to compile a clip of
-  each leaf grows with the operations that follow it.
+  is touched the factor means nothing, but is finite, since `checkify` looks at it. What does not depend on the norm
+  comes first: XLA's time to compile a clip of each leaf grows with the operations that follow it.
   """
   norm, limit, target = limits
   from_bad, nan = jnp.where(bad, -1, limit).astype(norm.dtype), jnp.where(bad, jnp.nan, target).astype(norm.dtype)
