@@ -16,6 +16,12 @@ class Finding(NamedTuple):
     name: a short name in the same words each time, such as "clipped-often".
     message: the number, the rule with its limit, and where the rule comes from.
     advice: what to do next; empty where there is nothing to do.
+
+  Example:
+    >>> import clipjax
+    >>> finding = clipjax.Finding("WARN", "clipped-often", "90% of 40 steps were clipped.", "Raise max_norm.")
+    >>> print(f"{finding.level} {finding.name}: {finding.message} {finding.advice}")
+    WARN clipped-often: 90% of 40 steps were clipped. Raise max_norm.
   """
 
   level: str
@@ -41,6 +47,12 @@ class HealthLimits(NamedTuple):
     skip_fraction: share of steps that are rejected; of this package.
     zero_fraction: median share of zeros in the gradient; of this package.
     overfit: last validation loss over the best one, minus 1; Prechelt's criterion GL5.
+
+  Example:
+    >>> import clipjax
+    >>> limits = clipjax.HealthLimits(clip_fraction=0.9)
+    >>> limits.clip_fraction, limits.spike_sigma
+    (0.9, 6.0)
   """
 
   min_steps: int = 20

@@ -28,6 +28,18 @@ class HealthReport(NamedTuple):
     path: the file of the run.
     steps: how many steps it has.
     warmup_steps: how many of them, from the first on, were left out of medians and percentiles.
+
+  Example:
+    >>> import os, tempfile, jax.numpy as jnp, clipjax
+    >>> tx, path = clipjax.clip_by_global_norm(1.0), os.path.join(tempfile.mkdtemp(), "run.jsonl")
+    >>> state = tx.init(jnp.zeros(1))
+    >>> with clipjax.Recorder(path) as recorder:
+    ...   for step in range(40):
+    ...     _, state = tx.update(jnp.array([5.0]), state)
+    ...     recorder.push(step, state)
+    >>> report = clipjax.diagnose(clipjax.read_run(path))
+    >>> report.steps, [finding.name for finding in report.findings if finding.level == "WARN"]
+    (40, ['clipped-often'])
   """
 
   findings: tuple[Finding, ...]

@@ -41,6 +41,16 @@ class Run:
     weights: the histogram of log10|w| over the parameters: int64 (m,), steps; float64 (k + 1,), edges of its bins;
       float64 (m, k), counts. None where no parameters were given.
     parameters: number of the parameters; None where none were given.
+
+  Example:
+    >>> import os, tempfile, jax.numpy as jnp, clipjax
+    >>> tx, grads = clipjax.clip_by_leaf_norm(1.0), {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+    >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
+    >>> with clipjax.Recorder(path) as recorder:
+    ...   recorder.push(1, tx.update(grads, tx.init(grads))[1], loss=0.5)
+    >>> run = clipjax.read_run(path)
+    >>> len(run), "loss" in run, run["grad/norm"], run["grad/norm/w"]
+    (1, True, array([13.]), array([5.]))
   """
 
   path: str

@@ -41,6 +41,12 @@ class Suggestion(NamedTuple):
     reason: where it comes from, in a few sentences with numbers.
     alternatives: pairs `(max_norm, clip_fraction)` for p50, p75, p90 and p99 of these norms.
     notes: what else to know: how it stands to the rules of others, and what it holds for.
+
+  Example:
+    >>> import clipjax
+    >>> suggestion = clipjax.suggest_max_norm([float(norm) for norm in range(1, 102)], warmup_steps=0)
+    >>> suggestion.max_norm, suggestion.alternatives[0]
+    (91.0, (51.0, 0.49504950495049505))
   """
 
   max_norm: float
