@@ -8,6 +8,8 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
+import tomllib
 
 import pytest
 import typed_usage
@@ -17,12 +19,14 @@ from clipjax import rules
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXTRAS = ("matplotlib", "rich", "tensorboardX", "torch", "tensorflow", "flax", "IPython", "pandas")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PUBLIC = {f"clipjax.{name}": getattr(clipjax, name) for name in clipjax.__all__ if name != "rules"} | {
   f"clipjax.rules.{name}": value for name, value in vars(rules).items() if not name.startswith("_")
 }
-STATES = {name for name, value in PUBLIC.items() if inspect.isclass(value)} - {"clipjax.Recorder", "clipjax.rules.Rule"}
+STATES = {"ClipState", "SkipState", "WatchState"} | {f"rules.{name}" for name in vars(rules) if name.endswith("State")}
+STATES = {f"clipjax.{name}" for name in STATES | {"rules.Ring", "rules.StepCount"}}
 
 
 def loaded_after(code):
@@ -115,7 +119,54 @@ def test_readme_code_runs(index):
     exec(compile(code, f"README block {index}", "exec"), {"__name__": "readme"})
 
 
-def test_readme_has_every_public_name():
-  table = README[README.index("## API") :]
-  missing = [name for name in PUBLIC if f"`{name.removeprefix('clipjax.')}" not in table]
-  assert missing == []
+def api_table(text):
+  """The API table: the arguments by name of what is called, and the names of what one gets."""
+  table = text[text.index("| you want to | call |") :].split("\n\n")[0]
+  rows = [row.split(" | ") for row in table.splitlines()[2:]]
+  calls, results = ([span for row in rows for span in re.findall(r"`([^`]+)`", row[i])] for i in (1, 2))
+  return {f"clipjax.{call.partition('(')[0]}": re.findall(r"[(,] ?(\w+)", call) for call in calls}, {
+    f"clipjax.{name}" for name in results
+  }
+
+
+def test_api_table_of_the_readme_has_the_public_names_and_no_other():
+  calls, results = api_table(README)
+  assert set(calls) <= set(PUBLIC) <= set(calls) | results
+  for name, arguments in calls.items():
+    assert set(arguments) <= set(inspect.signature(PUBLIC[name]).parameters), name
+
+
+def test_comparison_with_the_api_table_can_fail():
+  calls, _ = api_table(README.replace("| `check(", "| `chek("))
+  assert set(calls) - set(PUBLIC) == {"clipjax.chek"}
+  calls, results = api_table(README.replace("`ClipState`, ", "").replace("a `Run`: ", ""))
+  assert set(PUBLIC) - set(calls) - results == {"clipjax.ClipState", "clipjax.Run"}
+
+
+def test_code_of_contributing_runs():
+  names = {"__name__": "contributing"}
+  for block in re.findall(r"^ *```python\n(.*?)```", CONTRIBUTING, re.DOTALL | re.MULTILINE):
+    exec(compile(textwrap.dedent(block), "a block of CONTRIBUTING.md", "exec"), names)
+  tests = [value for name, value in names.items() if name.startswith("test_")]
+  assert len(tests) == 1
+  tests[0]()
+
+
+def test_contributing_has_every_module_and_benchmark():
+  table = CONTRIBUTING[CONTRIBUTING.index("| module | subject |") :].split("\n\n")[0]
+  modules = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+  assert sorted(modules) == sorted(path.stem for path in (ROOT / "clipjax").glob("*.py"))
+  named = set(re.findall(r"`benchmarks/(\w+)\.py`", CONTRIBUTING))
+  programs = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")}
+  assert named == programs
+  for path in re.findall(r"`((?:tests|docs|clipjax|benchmarks|\.ci)/[\w./]+\w)`", CONTRIBUTING):
+    assert (ROOT / path).exists(), path
+
+
+def test_citation_and_changelog_have_the_version_and_the_project_its_authors():
+  citation = (ROOT / "CITATION.cff").read_text("utf-8")
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+  assert f"version: {clipjax.__version__}\n" in citation
+  assert re.search(rf"^## {re.escape(clipjax.__version__)} ", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+  assert re.findall(r'- name: "(.*)"', citation) == [author["name"] for author in project["authors"]]
+  assert f"license: {project['license']}\n" in citation
