@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import clipjax
 
@@ -51,6 +52,19 @@ def assert_bits_equal(got, want):
     a, b = np.asarray(a), np.asarray(b)
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
     assert a.tobytes() == b.tobytes()
+
+
+def train_on_one_device(loss_fn, params, batches, limit, optimizer):
+  """A loop that clips by hand in float64: the parameters after the batches, and the norms before the clip."""
+  gradient = jax.jit(jax.grad(loss_fn))
+  state, norms = optimizer.init(params), []
+  for batch in batches:
+    grads = gradient(params, *batch)
+    norms.append(oracle_norm(grads))
+    clipped = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), oracle_clip(grads, limit))
+    updates, state = optimizer.update(clipped, state, params)
+    params = optax.apply_updates(params, updates)
+  return params, norms
 
 
 def factories():

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import oracle_clip, oracle_norm
+from helpers import oracle_norm, train_on_one_device
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,19 +68,6 @@ def assert_prints(got, want):
   assert apart[0] == apart[1]
   numbers = [np.array(re.findall(NUMBER, text), float) for text in (got, want)]
   np.testing.assert_allclose(numbers[0], numbers[1], rtol=1e-3, atol=2e-3)
-
-
-def train_on_one_device(loss_fn, params, batches, limit, optimizer):
-  """The parameters after the batches, and the norms before the clip."""
-  gradient = jax.jit(jax.grad(loss_fn))
-  state, norms = optimizer.init(params), []
-  for batch in batches:
-    grads = gradient(params, *batch)
-    norms.append(oracle_norm(grads))
-    clipped = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), oracle_clip(grads, limit))
-    updates, state = optimizer.update(clipped, state, params)
-    params = optax.apply_updates(params, updates)
-  return params, norms
 
 
 def assert_trained_alike(params, opt_state, expected, norms, limit):
