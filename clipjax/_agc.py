@@ -87,6 +87,7 @@ def adaptive_grad_clip(
     check_state(state)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
+    state.labels.check_norms(state.norms)
     for leaf_name, x in zip(state.labels.leaves, flat.measured, strict=True):
       if axes_of_mesh := _leaves.varying_axes(x):
         raise ValueError(

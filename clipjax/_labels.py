@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import export
 
 from clipjax import _leaves
@@ -103,6 +104,15 @@ class Labels:
       f"`updates` must have as many floating leaves as `init` saw, {len(self.leaves)}, got {count}"
       f"{' (' + '; '.join(lists) + ')' if lists else ''}: call `init` with the parameters that you train."
     )
+
+  def check_norms(self, norms: Any) -> None:
+    """Raises where the norms of a state are those of another model: not every library checks the shapes it restores."""
+    got = () if isinstance(norms, tuple) else jnp.shape(norms)
+    if got != self.shape:
+      raise ValueError(
+        f"`state` must have norms of shape {self.shape}, as the one that `init` gave, got {got}: it was restored from "
+        "another model or configuration; call `init` with the parameters that you train."
+      )
 
   def _content(self) -> tuple[Any, ...]:
     return (self.name, self.unit, self.leaves, self.block_names, self.block_of)

@@ -368,6 +368,7 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
   """One step: updates in, norms, rule, factors, updates out."""
   flat = _leaves.flatten(updates, "updates")
   labels.check_count(updates, len(flat.measured))
+  labels.check_norms(state.norms)
   if config.clamp:
     _functional.check_real(updates, flat, "updates")
   spec = _norms.NormSpec(config.ord, labels.blocks, _leaves.resolve_axes(updates, config.axis_name))

@@ -147,6 +147,7 @@ def watch(
     _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
+    state.labels.check_norms(state.norms)
     axes = _leaves.resolve_axes(updates, axis_name)
     weights = [w for w in jax.tree.leaves(params) if _leaves.is_measured(w)] if param_norms else []
     if weights and len(weights) != len(flat.measured):

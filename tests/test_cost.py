@@ -93,3 +93,20 @@ def test_eager_transformation_compiles_nothing_new():
   again = clipjax.clip_by_leaf_norm(2.0)
   again.update(grads, again.init(grads))
   assert [f._cache_size() for f in (clipjax._transforms._measure, clipjax._functional.rescale_leaves_jit)] == sizes
+
+
+def test_watch_beside_a_clip_reads_the_gradient_no_second_time():
+  grads = [jnp.ones((64, 64)) for _ in range(4)]
+  both = optax.chain(clipjax.watch(history=8), clipjax.clip_by_global_norm(1.0))
+  alone = clipjax.clip_by_global_norm(1.0)
+
+  def reductions_of_leaves(tx):
+    text = jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    bodies = dict(re.findall(r"^%(\S+) \((.*?)^\}", text, re.M | re.S))
+    fused = [bodies[name] for name in re.findall(r"calls=%(\S+?)[,\s]", entry)]
+    in_fusions = sum("f32[64,64]" in body and " reduce(" in body for body in fused)
+    return in_fusions + len(re.findall(r" reduce\([^)]*f32\[64,64\]", entry))
+
+  assert reductions_of_leaves(alone) == len(grads)
+  assert reductions_of_leaves(both) == len(grads)

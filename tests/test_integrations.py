@@ -284,6 +284,26 @@ def test_changed_model_with_the_state_of_the_old_one(name, change):
   )
 
 
+@pytest.mark.parametrize("name", ["clip_by_leaf_norm", "adagc", "watch"])
+def test_state_of_another_model_that_flax_put_into_the_new_one(name):
+  tx = getattr(clipjax, name)(**({"max_norm": LIMIT} if name.startswith("clip") else {}))
+  larger = start() | {"middle": {"w": start()["up"]["w"]}}
+  restored = flax.serialization.from_bytes(tx.init(larger), flax.serialization.to_bytes(tx.init(start())))
+  with pytest.raises(ValueError, match="of shape") as error:
+    tx.update(larger, restored, larger)
+  assert str(error.value) == (
+    "`state` must have norms of shape (5,), as the one that `init` gave, got (4,): it was restored from another model "
+    "or configuration; call `init` with the parameters that you train."
+  )
+
+
+def test_state_by_leaf_in_a_watch_without_leaves():
+  by_leaf, as_one = clipjax.watch(), clipjax.watch(per_leaf=False)
+  state = by_leaf.init(start())._replace(labels=as_one.init(start()).labels)
+  with pytest.raises(ValueError, match=r"`state` must have norms of shape \(\), .* got \(4,\)"):
+    as_one.update(start(), state)
+
+
 # Wrappers of Optax --------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ KINDS = {  # What belongs into each folder of the sdist.
   "clipjax": {".py", ".typed"},
   "tests": {".py", ".json"},
   "benchmarks": {".py"},
-  "docs": {".md", ".png"},
+  "docs": {".md", ".png", ".json"},
   "notebooks": {".py", ".ipynb"},
 }
 

@@ -1,6 +1,7 @@
 """One contract for every exported clip, and what is particular to each `clip_by_*`."""
 
 import math
+from functools import partial
 
 import chex
 import jax
@@ -317,9 +318,10 @@ def test_gradient_that_is_not_reduced_is_an_error():
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   spec = jax.sharding.PartitionSpec
   tx = clipjax.clip_by_global_norm(1.0)
+  vary = partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary
 
   def step(w, x):
-    local = jax.lax.pcast(w, "x", to="varying")
+    local = vary(w, "x")
     grads = {"w": jax.grad(lambda w: jnp.sum(w * x[0]))(local)}
     return tx.update(grads, tx.init({"w": w}), {"w": w})[0]
 
