@@ -182,7 +182,7 @@ def through_orbax(saved, tx, params, folder):
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / "state", saved)
     checkpointer.wait_until_finished()
-    return checkpointer.restore(folder / "state", jax.eval_shape(lambda: (params, tx.init(params))))
+    return checkpointer.restore(folder / "state", (params, tx.init(params)))
 
 
 def through_flax(saved, tx, params, folder):
