@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from clipjax import rules as rules
   from clipjax._agc import adaptive_grad_clip as adaptive_grad_clip
-  from clipjax._findings import Finding as Finding
-  from clipjax._findings import HealthLimits as HealthLimits
   from clipjax._functional import clip_grad_norm as clip_grad_norm
   from clipjax._functional import clip_grad_per_example as clip_grad_per_example
   from clipjax._functional import clip_grad_value as clip_grad_value
   from clipjax._health import HealthReport as HealthReport
   from clipjax._health import diagnose as diagnose
+  from clipjax._health_findings import Finding as Finding
+  from clipjax._health_findings import HealthLimits as HealthLimits
   from clipjax._metrics import check as check
   from clipjax._metrics import metrics as metrics
   from clipjax._norms import global_norm as global_norm
@@ -45,9 +45,9 @@ __version__ = "0.1.0"
 
 _HOME = {
   "_agc": ("adaptive_grad_clip",),
-  "_findings": ("Finding", "HealthLimits"),
   "_functional": ("clip_grad_norm", "clip_grad_per_example", "clip_grad_value"),
   "_health": ("HealthReport", "diagnose"),
+  "_health_findings": ("Finding", "HealthLimits"),
   "_metrics": ("check", "metrics"),
   "_norms": ("global_norm", "leaf_norms"),
   "_published": ("adagc", "autoclip", "zclip"),

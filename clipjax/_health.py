@@ -1,8 +1,9 @@
 """A verdict on a recorded run: what is wrong, what to look at, and the numbers that practitioners ask for.
 
-numpy alone. What can be wrong is in `_checks` and `_loss_checks`, what is good to know in `_facts`: functions from what
-was recorded to findings, each silent where what it needs was not recorded. A finding says its number, the rule with its
-limit, where the rule comes from, and what to do next. The limits are the fields of `HealthLimits`.
+numpy alone. What can be wrong is in `_health_checks` and `_health_losses`, what is good to know in `_health_facts`:
+functions from what was recorded to findings, each silent where what it needs was not recorded. A finding says its
+number, the rule with its limit, where the rule comes from, and what to do next. The limits are the fields of
+`HealthLimits`.
 """
 
 import textwrap
@@ -10,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._checks import CHECKS
-from clipjax._facts import FACTS
-from clipjax._findings import Finding, HealthLimits, View
-from clipjax._raw_norms import check_warmup, main_name, norms_of_run
+from clipjax._health_checks import CHECKS
+from clipjax._health_facts import FACTS
+from clipjax._health_findings import Finding, HealthLimits, View
 from clipjax._run import Run
+from clipjax._run_norms import check_warmup, main_name, norms_of_run
 from clipjax._words import described
 
 _LEVELS = ("FAIL", "WARN", "INFO")

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import clipjax
-from clipjax import _leaves, _pack
-from clipjax._outputs import RunFile, Writer
-from clipjax._rows import Pushed, Rows
+from clipjax import _leaves, _record_pack
+from clipjax._record_outputs import RunFile, Writer
+from clipjax._record_rows import Pushed, Rows
 from clipjax._rule import check_whole
 from clipjax._run import FORMAT, RESERVED, merge
 
@@ -80,7 +80,7 @@ class Recorder:
     self._writers = [Writer(target) for target in writers]
     self._file = RunFile(path) if jax.process_index() == 0 else None
     self._is_alone = jax.process_count() == 1
-    self._packers: list[_pack.Packer] = []
+    self._packers: list[_record_pack.Packer] = []
     self._pending: list[Pushed] = []
     self._pushes = 0
     self._next_weights = 0
@@ -122,8 +122,8 @@ class Recorder:
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
       raise TypeError(_INSIDE_JIT.format("opt_state", "a traced one"))
     if not self._is_alone:
-      arrays = [_pack.first_shard(x) for x in arrays]
-      device = {key: _pack.first_shard(value) for key, value in device.items()}
+      arrays = [_record_pack.first_shard(x) for x in arrays]
+      device = {key: _record_pack.first_shard(value) for key, value in device.items()}
     vector, layout = packer.pack(arrays, device)
     by_leaf = self._pushes % self._every == 0
     self._pending.append(Pushed(now, number, host, packer, layout, vector, self._weights(params), by_leaf))
@@ -155,12 +155,12 @@ class Recorder:
   ) -> None:
     self.close()
 
-  def _packed(self, opt_state: Any) -> tuple[_pack.Packer, list[Any]]:
+  def _packed(self, opt_state: Any) -> tuple[_record_pack.Packer, list[Any]]:
     """The packer for this structure of state, and what it packs."""
     for packer in self._packers:
       if (arrays := packer.arrays(opt_state)) is not None:
         return packer, arrays
-    packer = _pack.Packer(opt_state)
+    packer = _record_pack.Packer(opt_state)
     arrays = packer.arrays(opt_state)
     if arrays is None:
       raise TypeError(
@@ -176,8 +176,8 @@ class Recorder:
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
       raise TypeError(_INSIDE_JIT.format("params", "a traced one"))
     self._next_weights = self._pushes + self._every
-    self._parameters = _pack.parameter_count(params)
-    return _pack.histogram(params)
+    self._parameters = _record_pack.parameter_count(params)
+    return _record_pack.histogram(params)
 
   def _read_batch(self) -> None:
     """Reads a batch that the device is through with; waits for it only where another one has gathered meanwhile."""

@@ -1,8 +1,8 @@
 """A recorded run as one HTML file, or its norm as one figure. Reads a `Run`: numpy, no JAX; matplotlib at the call.
 
-The file needs no network and runs no script: the verdict, the suggestion, the figures as SVG and the raw series as
-JSON are in it. The parts: `_series` takes the numbers out of the run, `_figures` draws, `_sections` words, `_page`
-escapes and styles.
+The file needs no network and runs no script: the verdict, the suggestion, the figures as SVG and the raw series as JSON
+are in it. The parts: `_report_series` takes the numbers out of the run, `_report_figures` draws, `_report_sections`
+words, `_report_page` escapes and styles.
 """
 
 import errno
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipjax import _health, _suggest
-from clipjax._raw_norms import main_name
+from clipjax._report_series import norm_series
 from clipjax._run import Run
-from clipjax._series import norm_series
+from clipjax._run_norms import main_name
 from clipjax._words import described, number, percent
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def plot_norms(run: Run) -> "Figure":
   series = norm_series(run)
   if series is None:
     raise ValueError(f"`run` must have a norm, got {sorted(run.columns)}: chain clipjax.watch() or a clip, and push.")
-  figure: Figure = _module("_figures").norms(series)
+  figure: Figure = _module("_report_figures").norms(series)
   return figure
 
 
@@ -125,7 +125,7 @@ def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
 
 def _page(run: Run) -> str:
   """The HTML of a run."""
-  page, sections = _module("_page"), _module("_sections")
+  page, sections = _module("_report_page"), _module("_report_sections")
   data, omitted = to_json(run, _LARGEST_DATA)
   title = f"Training run {os.path.basename(run.path)}"
   body = [f"<h1>{page.text(title)}</h1>", f'<p class="soft">{_subtitle(run)}</p>', sections.summary(run)]
@@ -172,7 +172,7 @@ def _suggestion(run: Run, page: Any) -> str:
 def _footer(run: Run, omitted: list[str], page: Any) -> str:
   said = ["Numbers are of all recorded steps. The series are in this file as JSON, 7 digits each: "]
   said += [page.code('<script type="application/json" id="clipjax-run">'), "."]
-  if len(run) > 2 * _module("_figures").bins_of(_module("_figures").NARROW):
+  if len(run) > 2 * _module("_report_figures").bins_of(_module("_report_figures").NARROW):
     said.append(" Lines are thinned for drawing: of each small part of the axis the least and the greatest are shown.")
   if omitted:
     said.append(f" Left out of the JSON for its size: {', '.join(map(page.code, omitted))}.")

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipjax._raw_norms import FEW, Norms, check_warmup, main_name, mean, norms_of_array, norms_of_run
 from clipjax._run import Floats, Run
+from clipjax._run_norms import FEW, Norms, check_warmup, main_name, mean, norms_of_array, norms_of_run
 from clipjax._words import described, number, percent
 
 PLAYBOOK = "Google's tuning playbook (github.com/google-research/tuning_playbook)"

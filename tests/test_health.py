@@ -12,7 +12,7 @@ import pytest
 from synthetic import N, bad, healthy, layered, only, run_of, with_spikes
 
 import clipjax
-from clipjax import _checks, _facts
+from clipjax import _health_checks, _health_facts
 from clipjax._words import number, percent
 
 
@@ -234,10 +234,12 @@ def test_the_checks_leave_the_run_as_it_was():
 
 
 def test_every_check_is_in_use():
-  names = [name for name in vars(_checks) if name.startswith("_") and "view" in _arguments(vars(_checks)[name])]
+  names = [
+    name for name in vars(_health_checks) if name.startswith("_") and "view" in _arguments(vars(_health_checks)[name])
+  ]
   helpers = {"_first_layers", "_clip_shares", "_clip_too_high", "_layer_ratios", "_zero_norm"}
-  assert set(names) - helpers == {check.__name__ for check in _checks.CHECKS if check.__name__.startswith("_")}
-  assert len(set(_checks.CHECKS + _facts.FACTS)) == len(_checks.CHECKS + _facts.FACTS)
+  assert set(names) - helpers == {check.__name__ for check in _health_checks.CHECKS if check.__name__.startswith("_")}
+  assert len(set(_health_checks.CHECKS + _health_facts.FACTS)) == len(_health_checks.CHECKS + _health_facts.FACTS)
 
 
 def _arguments(value):

@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 
 import clipjax
-from clipjax import _outputs, _pack
+from clipjax import _record_outputs, _record_pack
 
 ROOT = Path(__file__).parent.parent
 PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
@@ -461,10 +461,10 @@ def test_histogram_of_the_parameters(path):
 
 
 def test_histogram_of_a_leaf_larger_than_a_chunk(monkeypatch):
-  monkeypatch.setattr(_pack, "_CHUNK", 100)
+  monkeypatch.setattr(_record_pack, "_CHUNK", 100)
   w = np.random.default_rng(0).standard_normal(1234).astype(np.float32)
-  got = np.asarray(_pack.histogram({"chunked": jnp.asarray(w)}))
-  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), _pack.EDGES)
+  got = np.asarray(_record_pack.histogram({"chunked": jnp.asarray(w)}))
+  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), _record_pack.EDGES)
   np.testing.assert_array_equal(got, [[*want, 0, 0]])
 
 
@@ -639,7 +639,7 @@ def test_path_that_vanishes_is_said_once_and_rows_wait(tmp_path):
 
 def test_full_disk_in_the_middle_of_a_row(path, monkeypatch):
   states = dict(train(watched(), 6))
-  whole = _outputs._write_all
+  whole = _record_outputs._write_all
 
   def half(file, text):
     whole(file, text[: len(text) - 30])
@@ -648,18 +648,18 @@ def test_full_disk_in_the_middle_of_a_row(path, monkeypatch):
   with clipjax.Recorder(path, every=2) as recorder:
     recorder.push(1, states[1])
     recorder.flush()
-    monkeypatch.setattr(_outputs, "_write_all", half)
+    monkeypatch.setattr(_record_outputs, "_write_all", half)
     (caught,) = warnings_of(lambda: [(recorder.push(step, states[step]), recorder.flush()) for step in range(2, 5)])
     assert "No space left on device; the training goes on" in caught
     assert clipjax.read_run(path).steps.tolist() == [1]
-    monkeypatch.setattr(_outputs, "_write_all", whole)
+    monkeypatch.setattr(_record_outputs, "_write_all", whole)
     recorder.push(5, states[5])
   assert clipjax.read_run(path).steps.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_rows_that_wait_are_bounded(path, monkeypatch):
-  monkeypatch.setattr(_outputs, "_KEPT_BYTES", 2000)
-  file = _outputs.RunFile(path)
+  monkeypatch.setattr(_record_outputs, "_KEPT_BYTES", 2000)
+  file = _record_outputs.RunFile(path)
   path.unlink()
   path.mkdir()
   header = {"clipjax_run": 1, "leaves": {}}

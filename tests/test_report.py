@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import clipjax
-from clipjax import _figures, _health, _page, _report, _sections, _series, _words
+from clipjax import _health, _report, _report_figures, _report_page, _report_sections, _report_series, _words
 from clipjax._run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -211,7 +211,7 @@ def test_names_are_shown_and_are_no_markup(tmp_path, monkeypatch):
   assert f"Training run {os.path.basename(run.path)}" in page.text
   assert f"<script>{EVIL[0]}" in page.text
   for name in EVIL:
-    assert _series.plain(name) in page.text
+    assert _report_series.plain(name) in page.text
   assert "a\\u2028b\\u2029c\\nd\\u202ee" in page.text
   assert "\\ud800" in page.text
   assert "<b>loss</b> from 5 to 2, lowest 2" in page.alt("Line chart of the losses")
@@ -269,9 +269,9 @@ def test_sources_are_links_and_nothing_else_is():
     "arXiv 2504.02507": "https://arxiv.org/abs/2504.02507",
   }
   for words, address in links.items():
-    assert _page.prose(f"<({words})") == f'&lt;(<a href="{address}">{words}</a>)'
+    assert _report_page.prose(f"<({words})") == f'&lt;(<a href="{address}">{words}</a>)'
   for words in ("https://evil.example/a", "javascript:alert(1)", "github.com/evil/tuning_playbook"):
-    assert _page.prose(words) == words
+    assert _report_page.prose(words) == words
 
 
 def test_without_a_suggestion_the_page_says_why(tmp_path):
@@ -327,7 +327,7 @@ def test_thinning_keeps_ends_extremes_and_gaps(n):
   values = np.random.default_rng(n).normal(size=n)
   values[n // 3] = 100.0
   values[n // 2 : n // 2 + n // 5] = np.nan
-  kept = _series.thin(values, 10)
+  kept = _report_series.thin(values, 10)
   assert (np.diff(kept) > 0).all()
   assert {0, n - 1} <= set(kept.tolist())
   assert kept.size <= 22
@@ -341,17 +341,17 @@ def test_thinning_keeps_ends_extremes_and_gaps(n):
 
 def test_thinning_keeps_the_extremes_of_every_part():
   values = np.random.default_rng(3).normal(size=1000)
-  kept = set(values[_series.thin(values, 10)].tolist())
+  kept = set(values[_report_series.thin(values, 10)].tolist())
   for part in values.reshape(10, 100):
     assert {part.min(), part.max()} <= kept
-  assert _series.thin(np.full(1000, np.nan), 10).size == 11
+  assert _report_series.thin(np.full(1000, np.nan), 10).size == 11
 
 
 def test_thinned_marks_leave_no_part_out():
   mask = np.zeros(1000, np.bool_)
   mask[[3, 4, 555, 999]] = True
-  assert _series.thin_mask(mask, 10).tolist() == [3, 555, 999]
-  assert _series.thin_mask(mask[:3], 10).tolist() == []
+  assert _report_series.thin_mask(mask, 10).tolist() == [3, 555, 999]
+  assert _report_series.thin_mask(mask[:3], 10).tolist() == []
 
 
 def test_a_spike_of_one_step_in_many_is_drawn():
@@ -370,7 +370,7 @@ def test_the_heat_map_keeps_extremes_and_what_was_not_finite():
   steps = np.arange(0, 5000, 10) + 1
   values = np.ones((500, 3))
   values[321, 1], values[123, 2] = 9.0, np.nan
-  start, stop, grid = _series.time_grid(steps, values, 50)
+  start, stop, grid = _report_series.time_grid(steps, values, 50)
   assert (start, stop) == (-4, 4996)
   assert grid.shape == (3, 50)
   assert grid[1].argmax() == 321 // 10
@@ -379,32 +379,32 @@ def test_the_heat_map_keeps_extremes_and_what_was_not_finite():
 
 
 def test_the_heat_map_holds_what_was_last_recorded():
-  grid = _series.time_grid(np.array([1, 2, 3, 6]), np.array([[1.0], [2.0], [3.0], [6.0]]), 50).values
+  grid = _report_series.time_grid(np.array([1, 2, 3, 6]), np.array([[1.0], [2.0], [3.0], [6.0]]), 50).values
   assert grid.tolist() == [[1, 2, 3, 3, 3, 6]]
-  assert _series.time_grid(np.array([7]), np.array([[4.0]]), 50) == (6.5, 7.5, [[4.0]])
+  assert _report_series.time_grid(np.array([7]), np.array([[4.0]]), 50) == (6.5, 7.5, [[4.0]])
 
 
 def test_clipped_steps_are_known_with_and_without_a_scale():
   run = make([1.0, 3.0, 5.0, 1.0])
   run.columns["grad/scale"][:] = [1.0, 0.5, np.nan, np.nan]
-  assert _series.norm_series(run).clipped.tolist() == [False, True, True, False]
+  assert _report_series.norm_series(run).clipped.tolist() == [False, True, True, False]
 
 
 def test_a_rejected_step_has_the_norm_that_skip_steps_saw():
   run = make([1.0, 3.0, 3.0, 1.5], **{"grad/steps": [1, 2, 2, 3], "skip/consecutive": [0, 0, 1, 0]})
   run.columns["skip/norm"] = np.array([1.0, 3.0, 400.0, 1.5])
-  series = _series.norm_series(run)
+  series = _report_series.norm_series(run)
   assert series.norm.tolist() == [1.0, 3.0, 400.0, 1.5]
   assert series.rejected.tolist() == [False, False, True, False]
   assert series.clipped.tolist() == [False, True, False, False]
-  assert "1 of 4 (25%) steps rejected by skip_steps." in _sections.norm_words(series)
+  assert "1 of 4 (25%) steps rejected by skip_steps." in _report_sections.norm_words(series)
 
 
 def test_a_step_that_only_adds_to_a_larger_one_is_neither_rejected_nor_clipped():
   # As of optax.MultiSteps inside skip_steps: the clip sees one step in two.
   run = make([0.0, 3.0, 3.0, 5.0], **{"grad/steps": [0, 1, 1, 2], "skip/consecutive": [0, 0, 0, 0]})
   run.columns["skip/norm"] = np.array([2.0, 4.0, 7.0, 3.0])
-  series = _series.norm_series(run)
+  series = _report_series.norm_series(run)
   np.testing.assert_array_equal(series.norm, [np.nan, 3, np.nan, 5])
   assert not series.rejected.any() and not series.nonfinite.any()
   assert series.clipped.tolist() == [False, True, False, True]
@@ -414,25 +414,25 @@ def test_a_norm_out_of_the_history_of_a_watch_is_clipped_by_the_threshold_of_the
   run = make([1.0, 5.0, 1.0, 9.0])
   run.columns["grad/max_norm"] = np.array([2.0, np.nan, np.nan, 4.0])
   run.columns["grad/scale"] = np.array([1.0, np.nan, np.nan, 0.5])
-  assert _series.norm_series(run).clipped.tolist() == [False, True, False, True]
+  assert _report_series.norm_series(run).clipped.tolist() == [False, True, False, True]
 
 
 def test_worst_step_by_layer():
   run = make([1.0, 9.0, 2.0], names=("a", "b"), every=1)
-  worst = _series.worst_step(run, _series.norm_series(run))
+  worst = _report_series.worst_step(run, _report_series.norm_series(run))
   assert worst == (2, 9.0, (("b", 9.0), ("a", 4.5)))
   # Recorded only later, by the watch, which keeps the norms of its worst step.
   run.vectors.clear()
   run.columns["grad/worst_step"] = np.array([1.0, np.nan, 2.0])
   run.vectors["grad/worst_norm"] = np.array([1, 3]), np.array([[1.0, 1.0], [7.0, 3.0]])
-  assert _series.worst_step(run, _series.norm_series(run)).layers == (("a", 7.0), ("b", 3.0))
+  assert _report_series.worst_step(run, _report_series.norm_series(run)).layers == (("a", 7.0), ("b", 3.0))
   run.columns["grad/worst_step"][:] = 1.0
-  assert _series.worst_step(run, _series.norm_series(run)).layers == ()
+  assert _report_series.worst_step(run, _report_series.norm_series(run)).layers == ()
 
 
 def test_time_of_a_step_and_throughput():
   run = make([1.0] * 5, time=[10.0, 10.5, np.nan, 11.5, 11.0], tokens=[7.0, 8.0, 7.0, 9.0, 7.0])
-  steps, seconds = _series.seconds_per_step(run)
+  steps, seconds = _report_series.seconds_per_step(run)
   assert (steps.tolist(), seconds.tolist()) == ([2, 4], [0.5, 0.5])  # Two steps in a second; a clock set back.
 
 
@@ -441,12 +441,12 @@ def test_the_time_of_a_step_is_that_of_parts_of_the_run():
   time = np.arange(1001) * 0.5
   time[1::2] -= 0.499
   run = make(np.ones(1001), time=time, tokens=np.where(np.arange(1001) % 2, np.nan, 8.0))
-  assert _series.speed(run).step_time == pytest.approx(0.5, rel=0.03)
-  at, rate = _series.throughput(run, "tokens")
+  assert _report_series.speed(run).step_time == pytest.approx(0.5, rel=0.03)
+  at, rate = _report_series.throughput(run, "tokens")
   assert at.size == 50
   np.testing.assert_allclose(rate, 16.0, rtol=0.06)
-  assert _series.speed(make([1.0])) is None
-  assert _series.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
+  assert _report_series.speed(make([1.0])) is None
+  assert _report_series.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
 
 
 def test_the_speed_of_the_verdict_is_that_of_its_section(tmp_path):
@@ -462,9 +462,9 @@ def test_the_speed_of_the_verdict_is_that_of_its_section(tmp_path):
 
 def test_thresholds_by_group_are_named_as_such():
   run = make([1.0, 3.0])
-  assert not _series.norm_series(run).by_block
+  assert not _report_series.norm_series(run).by_block
   run.columns["grad/max_norm/decoder"] = np.ones(2)
-  assert "Smallest threshold of a leaf or group 2." in _sections.norm_words(_series.norm_series(run))
+  assert "Smallest threshold of a leaf or group 2." in _report_sections.norm_words(_report_series.norm_series(run))
   assert clipjax.plot_norms(run).axes[0].lines[-1].get_label() == "smallest threshold 2"
 
 
@@ -486,25 +486,25 @@ def test_layers_of_a_rejected_step_are_not_known(tmp_path):
   ],
 )
 def test_labels_leave_out_what_all_share(names, want):
-  assert _series.without_common(names) == want
+  assert _report_series.without_common(names) == want
 
 
 @pytest.mark.parametrize(
   ("x", "text"), [(0.001, "0.001"), (2000.0, "2,000"), (1e6, "1e6"), (1e-5, "1e-5"), (0.5, "0.5"), (1e-300, "1e-300")]
 )
 def test_ticks_are_short(x, text):
-  assert _figures._tick(x) == text
+  assert _report_figures._tick(x) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.0123, "12.3 ms"), (60.0, "60 s"), (120.0, "2 min"), (1e5, "27.8 h")])
 def test_long_times_have_a_long_unit(seconds, text):
-  assert _sections._total(seconds) == text
+  assert _report_sections._total(seconds) == text
 
 
 def test_short_names_keep_both_ends():
-  assert _series.short("params/layers_12/attention/kernel", 18) == "params/lay…/kernel"
-  assert _series.short("a" * 18, 18) == "a" * 18
-  assert len(_series.short("x" * 200, 36)) == 36
+  assert _report_series.short("params/layers_12/attention/kernel", 18) == "params/lay…/kernel"
+  assert _report_series.short("a" * 18, 18) == "a" * 18
+  assert len(_report_series.short("x" * 200, 36)) == 36
 
 
 # Figures ------------------------------------------------------------------------------------------------------------
@@ -517,14 +517,14 @@ def test_plot_norms_is_a_figure_with_the_norm_on_a_log_axis():
   assert (axes.get_yscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "step", "grad/norm")
 
 
-@pytest.mark.parametrize("width", [_figures.WIDE, _figures.NARROW])
+@pytest.mark.parametrize("width", [_report_figures.WIDE, _report_figures.NARROW])
 @pytest.mark.parametrize("count", [1, 3, 40, 300])
 def test_labels_of_layers_do_not_touch(count, width):
   names = tuple(f"params/layers_{i}/kernel" for i in range(count))
-  figure = _figures.layers(_series.vectors(full(names=names), "grad/norm"), width)
+  figure = _report_figures.layers(_report_series.vectors(full(names=names), "grad/norm"), width)
   FigureCanvasAgg(figure).draw()
   labels = figure.axes[0].get_yticklabels()
-  wanted = "layers_0" if count > 1 else _series.short(names[0], 36 if width == _figures.WIDE else 18)
+  wanted = "layers_0" if count > 1 else _report_series.short(names[0], 36 if width == _report_figures.WIDE else 18)
   assert labels[0].get_text() == wanted
   boxes = [label.get_window_extent() for label in labels]
   assert all(below.y1 < above.y0 for above, below in itertools.pairwise(boxes))
@@ -540,7 +540,7 @@ def test_subnormal_norms_have_a_page(tmp_path):
 @pytest.mark.parametrize("span", [1.0, 1.5, 20.0, 1e8])
 def test_log_axes_have_a_few_labels_around_the_data(low, span):
   axes = Figure().add_subplot()
-  _figures._log_axis(axes, np.array([low, np.nan, low * span]))
+  _report_figures._log_axis(axes, np.array([low, np.nan, low * span]))
   bottom, top = axes.get_ylim()
   ticks = [x for x in axes.get_yticks() if bottom <= x <= top]
   assert bottom < low <= min(low * span, 1e307) <= top
@@ -550,7 +550,7 @@ def test_log_axes_have_a_few_labels_around_the_data(low, span):
 def test_colours_of_the_page_are_variables(page_of):
   page = page_of("3 layers")
   drawn = page.source[page.source.index("<svg") : page.source.rindex("</svg>")]
-  assert _page.INK not in drawn
+  assert _report_page.INK not in drawn
   assert "var(--blue)" in drawn
   assert "currentColor" in drawn
   assert set(re.findall(r"var\(--(\w+)\)", page.source)) <= set(re.findall(r"--(\w+):", page.css))
@@ -643,6 +643,6 @@ def test_clipped_steps_are_those_that_the_clip_counted_where_rows_do_not_tell():
   run = full()
   marked = int(np.sum(run["grad/scale"] < 1))
   assert 0 < marked < 250
-  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", _sections.summary(run))
+  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", _report_sections.summary(run))
   run.columns["grad/clipped_steps"] = np.append(np.full(len(run) - 2, np.nan), [249.0, 250.0])
-  assert re.search(r"clipped steps</dt>\s*<dd>250<", _sections.summary(run))
+  assert re.search(r"clipped steps</dt>\s*<dd>250<", _report_sections.summary(run))

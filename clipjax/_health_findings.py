@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._raw_norms import Norms
 from clipjax._run import Floats, Ints, Run
+from clipjax._run_norms import Norms
 
 
 class Finding(NamedTuple):

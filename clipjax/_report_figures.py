@@ -2,7 +2,7 @@
 
 Each takes its `width` in inches, since the page has every figure twice, for a screen and for a phone. Text and axes
 have the colours of the caller's matplotlib style, which for the page is `_page.INK`. What is drawn is thinned by
-`_series.thin`; what is said in numbers is not drawn here.
+`_report_series.thin`; what is said in numbers is not drawn here.
 """
 
 import math
@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from clipjax import _series
+from clipjax import _report_series
+from clipjax._report_series import NormSeries, Vectors, short
 from clipjax._run import Floats, Ints
-from clipjax._series import NormSeries, Vectors, short
 from clipjax._words import number
 
 # Okabe and Ito's colours, which are told apart with any colour vision.
@@ -39,7 +39,7 @@ def norms(series: NormSeries, width: float = WIDE) -> Figure:
   bins = bins_of(width)
   _line(axes, steps, _positive(norm), bins, color=BLUE, label="norm before the clip")
   at = np.flatnonzero(series.clipped & (norm > 0))
-  at = at[_series.thin(norm[at], bins // 2)]
+  at = at[_report_series.thin(norm[at], bins // 2)]
   if at.size:
     size = 3.5 if at.size < 200 else 2
     axes.plot(steps[at], norm[at], color=ORANGE, label="clipped", linestyle="none", marker="v", markersize=size)
@@ -74,7 +74,7 @@ def layers(found: Vectors, width: float = WIDE) -> Figure:
   count = len(found.names)
   height = float(np.clip(0.17 * count + 1.4, 2.2, 8.5))
   figure, axes = _figure(width, height)
-  grid = _series.time_grid(found.steps, found.values, bins_of(width) // 3)
+  grid = _report_series.time_grid(found.steps, found.values, bins_of(width) // 3)
   axes.set_facecolor("none")
   image, handles = _draw_grid(axes, grid)
   bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.02, aspect=40, shrink=0.8, label="norm")
@@ -82,7 +82,7 @@ def layers(found: Vectors, width: float = WIDE) -> Figure:
   bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(10.0**x)))
   each = math.ceil(count / max(1, int((height - 1.2) / 0.16)))
   at = np.arange(0, count, each)
-  names = [short(name, 18 if width < WIDE else 36) for name in _series.without_common(found.names)[::each]]
+  names = [short(name, 18 if width < WIDE else 36) for name in _report_series.without_common(found.names)[::each]]
   axes.set_yticks(at, names, parse_math=False, fontsize=7.5)
   axes.grid(visible=False)
   _step_axis(axes, np.array([grid.start, grid.stop]), width)
@@ -198,7 +198,7 @@ def _positive(values: Floats) -> Floats:
 
 def _line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> None:
   """A thinned line; with dots where there are few points or where one stands between two gaps."""
-  kept = _series.thin(values, bins)
+  kept = _report_series.thin(values, bins)
   x, y = steps[kept], values[kept]
   alone = np.isfinite(y)
   alone[1:] &= ~np.isfinite(y[:-1])
@@ -213,11 +213,11 @@ def _draw_limit(axes: Axes, series: NormSeries, bins: int) -> None:
   if limits.size and limits.min() == limits.max() > 0:
     axes.axhline(limits[0], label=f"{what} {number(limits[0])}", **style)
   elif limits.size:
-    kept = _series.thin(series.limit, bins)
+    kept = _report_series.thin(series.limit, bins)
     axes.plot(series.steps[kept], _positive(series.limit[kept]), label=what, **style)
 
 
-def _draw_grid(axes: Axes, grid: _series.Grid) -> tuple[Any, list[Patch]]:
+def _draw_grid(axes: Axes, grid: _report_series.Grid) -> tuple[Any, list[Patch]]:
   """The heat map in log10, and a key for the layers that were not finite or zero."""
   log = np.log10(_positive(grid.values))
   known = log[np.isfinite(log)]
@@ -241,7 +241,7 @@ def _draw_grid(axes: Axes, grid: _series.Grid) -> tuple[Any, list[Patch]]:
 
 def _mark(axes: Axes, steps: Ints, mask: Any, bins: int, height: float, **style: Any) -> None:
   """Marks at a height of the axes, for values that have no place on the axis."""
-  at = _series.thin_mask(mask, bins // 2)
+  at = _report_series.thin_mask(mask, bins // 2)
   if at.size:
     transform = axes.get_xaxis_transform()
     axes.plot(

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from clipjax._findings import Finding, View
-from clipjax._loss_checks import nonfinite_loss, overfit, rising_loss
-from clipjax._raw_norms import acted
+from clipjax._health_findings import Finding, View
+from clipjax._health_losses import nonfinite_loss, overfit, rising_loss
 from clipjax._run import Floats
+from clipjax._run_norms import acted
 from clipjax._suggest import PLAYBOOK
 from clipjax._words import at_steps, number, percent, several
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from clipjax import _pack
-from clipjax._outputs import RunFile
+from clipjax import _record_pack
+from clipjax._record_outputs import RunFile
 from clipjax._run import merge, read_run
 
 # What may be inf without anything being wrong: no limit, or a step long ago.
@@ -24,8 +24,8 @@ class Pushed(NamedTuple):
   time: float
   step: int | None
   scalars: dict[str, Any]
-  packer: _pack.Packer
-  layout: _pack.Layout
+  packer: _record_pack.Packer
+  layout: _record_pack.Layout
   vector: jax.Array | None
   weights: jax.Array | None
   by_leaf: bool
@@ -51,7 +51,7 @@ class Rows:
 
   def of(self, pushed: Pushed, words: Any, counts: Any) -> list[dict[str, Any]]:
     """The rows of the steps in the rings of watches since the last push, then the row of this one."""
-    seen = pushed.layout.read(words) if words is not None else _pack.Seen(None, None, {}, {}, {}, {})
+    seen = pushed.layout.read(words) if words is not None else _record_pack.Seen(None, None, {}, {}, {}, {})
     user_step = pushed.step if pushed.step is not None else seen.user_step
     step = seen.step if seen.step is not None else user_step
     if step is None:  # It was on the device, and could not be read.
@@ -69,7 +69,7 @@ class Rows:
     if vectors and self._is_by_leaf_due(pushed.by_leaf, row, seen.metrics):
       row["leaf"] = {key: _numbers_or_none(vector) for key, vector in vectors.items()}
     if counts is not None:
-      row["weights"] = _pack.weights_row(counts)
+      row["weights"] = _record_pack.weights_row(counts)
     self._step = step
     return [*between, row]
 
@@ -103,7 +103,7 @@ class Rows:
       self._worst = worst
     return due
 
-  def _between(self, step: int, rings: dict[str, _pack.Ring]) -> list[dict[str, Any]]:
+  def _between(self, step: int, rings: dict[str, _record_pack.Ring]) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     last = self._step if self._step is not None and self._step <= step else None
     for name, (count, norms) in rings.items():
@@ -116,7 +116,7 @@ class Rows:
         self._report_gap(name, size, step - last)
       first = max(count - size + 1, 1) if last is None else max(count - size + 1, 1, last - lag + 1)
       for i in range(first, count):
-        norm = _pack.numbers(norms[(i - 1) % size : (i - 1) % size + 1])[0]
+        norm = _record_pack.numbers(norms[(i - 1) % size : (i - 1) % size + 1])[0]
         rows.setdefault(i + lag, {"step": i + lag})[f"{name}/norm"] = norm
     if rows and self._step is None and self._file is not None and self._file.had_rows:
       rows = _without_known(rows, str(self._file.path))
@@ -165,4 +165,4 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers_or_none(vector: Any) -> list[float | None]:
-  return [x if math.isfinite(x) else None for x in _pack.numbers(vector)]
+  return [x if math.isfinite(x) else None for x in _record_pack.numbers(vector)]

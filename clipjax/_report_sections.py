@@ -1,7 +1,7 @@
 """What the sections of a report say: for each a figure, an alt text that has the numbers, and how to read it.
 
 A section is a function of a `Run` that gives HTML, or a `Missing` that says what to record to get it. Numbers are of
-all steps. Everything that comes from the run is escaped by `_page`.
+all steps. Everything that comes from the run is escaped by `_report_page`.
 """
 
 from functools import partial
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax import _figures, _page, _series
-from clipjax._page import code, text
+from clipjax import _report_figures, _report_page, _report_series
+from clipjax._report_page import code, text
+from clipjax._report_series import NormSeries, Vectors, column, flag, short
 from clipjax._run import Bools, Floats, Ints, Run
-from clipjax._series import NormSeries, Vectors, column, flag, short
 from clipjax._words import counted, duration, number, percent
 
 _MOST_LAYERS = 5  # Named of the worst step.
@@ -30,7 +30,7 @@ Section = str | Missing
 
 def all_sections(run: Run) -> list[Section]:
   """The sections in the order of the page."""
-  series = _series.norm_series(run)
+  series = _report_series.norm_series(run)
   clip = code("clipjax.clip_by_global_norm(max_norm)")
   if series is None or not len(run):
     remedy = f"chain {clip} or {code('clipjax.watch()')} before the optimizer and call {code('recorder.push')}."
@@ -43,7 +43,7 @@ def _others(run: Run, name: str) -> list[Section]:
   return [_ratios(run), _losses(run), _weights(run), _speed(run), _table(run, name)]
 
 
-def _clipped_steps(run: Run, series: _series.NormSeries) -> int:
+def _clipped_steps(run: Run, series: _report_series.NormSeries) -> int:
   """What the clip has counted itself, where rows between two pushes cannot tell; else the rows that were clipped."""
   counted = run.columns.get(f"{series.name}/clipped_steps", np.zeros(0))
   counted = counted[np.isfinite(counted)]
@@ -55,7 +55,7 @@ def summary(run: Run) -> str:
   pairs = [("steps recorded", f"{len(run):,}")]
   if run.parameters is not None:
     pairs.append(("parameters", f"{run.parameters:,}"))
-  series = _series.norm_series(run)
+  series = _report_series.norm_series(run)
   if series is not None:
     finite = series.norm[np.isfinite(series.norm)]
     pairs += [("median norm", number(float(np.median(finite))) if finite.size else "none finite")]
@@ -63,10 +63,10 @@ def summary(run: Run) -> str:
   for key in [key for key in run.columns if key == "loss"]:
     known = run[key][np.isfinite(run[key])]
     pairs += [("last finite loss", number(float(known[-1])) if known.size else "none finite")]
-  speed = _series.speed(run)
+  speed = _report_series.speed(run)
   if speed is not None:
     pairs.append(("time of a step", duration(speed.step_time)))
-  return _page.numbers(pairs)
+  return _report_page.numbers(pairs)
 
 
 def _norm(series: NormSeries) -> Section:
@@ -78,7 +78,7 @@ def _norm(series: NormSeries) -> Section:
     caption += " Leaves or groups are clipped by thresholds of their own; the line is the smallest of them."
   if series.rejected.any():
     caption += " Squares are steps that skip_steps rejected; their norm is the one that it saw."
-  return _section("Gradient norm", partial(_figures.norms, series), norm_words(series), caption)
+  return _section("Gradient norm", partial(_report_figures.norms, series), norm_words(series), caption)
 
 
 def norm_words(series: NormSeries) -> str:
@@ -107,17 +107,17 @@ def _histogram(series: NormSeries) -> Section:
   if not (norm > 0).any():
     return Missing("Distribution of the norm", "no step had a finite norm above 0, so there is nothing to draw.")
   values = _percentiles(norm)
-  said = ", ".join(f"p{p} {number(x)}" for p, x in zip(_figures.PERCENTILES, values, strict=True))
+  said = ", ".join(f"p{p} {number(x)}" for p, x in zip(_report_figures.PERCENTILES, values, strict=True))
   alt = f"Histogram of log10 of {series.name}/norm over {np.isfinite(norm).sum():,} finite steps: {said}."
   caption = "How often each size of the norm occurred. The lines are percentiles over all finite steps; those of the "
   caption += "verdict leave the warm-up out."
   if (norm == 0).any():
     caption += f" {int((norm == 0).sum()):,} steps with norm 0 have no place on a log axis."
-  return _section("Distribution of the norm", partial(_figures.histogram, norm, values), alt, caption)
+  return _section("Distribution of the norm", partial(_report_figures.histogram, norm, values), alt, caption)
 
 
 def _layers(run: Run, name: str) -> list[Section]:
-  found = _series.vectors(run, f"{name}/norm")
+  found = _report_series.vectors(run, f"{name}/norm")
   title = "Layers over time"
   if found is None:
     return [Missing(title, f"chain {code('clipjax.watch()')} before the clip; the norm of every layer is then read.")]
@@ -132,11 +132,11 @@ def _layers(run: Run, name: str) -> list[Section]:
   said.append(f"{bad.size:,} layers were not finite at some step{': ' + names if bad.size else ''}.")
   caption = f"One row for each of {len(found.names):,} layers, the first on top. Names are shortened, and where there "
   caption += f"are many, not every row has one; all are in the table below. {code(f'{name}/norm')}, log scale."
-  return [_section(title, partial(_figures.layers, found), " ".join(said), caption)]
+  return [_section(title, partial(_report_figures.layers, found), " ".join(said), caption)]
 
 
 def _worst(run: Run, series: NormSeries) -> Section:
-  worst = _series.worst_step(run, series)
+  worst = _report_series.worst_step(run, series)
   if worst is None:
     return Missing("Worst step", "no norm was recorded.")
   size = number(worst.norm) if np.isfinite(worst.norm) else "not finite"
@@ -148,13 +148,13 @@ def _worst(run: Run, series: NormSeries) -> Section:
     body += f"<p>Its layers were not recorded: {code('clipjax.watch()')} first in the chain keeps them.</p>"
   else:
     rows = [(code(name), number(x) if np.isfinite(x) else "not finite") for name, x in worst.layers[:_MOST_LAYERS]]
-    body += _page.table(("layer", "norm"), rows, "layers")
+    body += _report_page.table(("layer", "norm"), rows, "layers")
   return f"<section><h2>Worst step</h2>{body}</section>"
 
 
 def _ratios(run: Run) -> Section:
   title, key = "Size of the updates", "update/ratio"
-  total, found = column(run, key), _series.vectors(run, key)
+  total, found = column(run, key), _report_series.vectors(run, key)
   if not (total > 0).any() and (found is None or not (found.values > 0).any()):
     watch = code('clipjax.watch(name="update")')
     return Missing(title, f"chain {watch} last, after the optimizer, and give {code('params')} to {code('update')}.")
@@ -162,11 +162,11 @@ def _ratios(run: Run) -> Section:
   alt = f"Line chart of update over parameters, {_span(run.steps)}, log axis: {_distribution(known)}."
   if found is not None:
     middle = _medians(found.values)
-    inside = int(((middle >= _figures.BAND[0]) & (middle <= _figures.BAND[1])).sum())
+    inside = int(((middle >= _report_figures.BAND[0]) & (middle <= _report_figures.BAND[1])).sum())
     alt += f" The median of {inside:,} of {len(found.names):,} layers lies in 1e-4 to 1e-2."
   caption = "Norm of the update over the norm of the parameters. About 1e-3 is usual with Adam-like optimizers; far "
   caption += "below, the layer hardly learns; far above, it is overwritten."
-  return _section(title, partial(_figures.ratios, (run.steps, total), found), alt, caption)
+  return _section(title, partial(_report_figures.ratios, (run.steps, total), found), alt, caption)
 
 
 def _losses(run: Run) -> Section:
@@ -186,7 +186,9 @@ def _losses(run: Run) -> Section:
     failed = f"not finite at {bad.size:,} steps" if bad.size else ""
     said.append(f"{short(key, 60)} {', '.join(filter(None, (course, failed)))}")
   alt = f"Line chart of the losses, {_span(run.steps)}: {'; '.join(said)}."
-  return _section("Loss", partial(_figures.losses, curves), alt, "Every recorded number with “loss” in its name.")
+  return _section(
+    "Loss", partial(_report_figures.losses, curves), alt, "Every recorded number with “loss” in its name."
+  )
 
 
 def _weights(run: Run) -> Section:
@@ -201,15 +203,15 @@ def _weights(run: Run) -> Section:
   alt = f"Histogram of log10 of the size of the weights at {steps.size:,} recorded steps: median about {middle[0]} at "
   alt += f"step {steps[0]:,} and {middle[1]} at step {steps[-1]:,}."
   caption = "Share of the weights by absolute value, on a log axis, at the first, the middle and the last recording."
-  return _section(title, partial(_figures.weights, steps, edges, counts), alt, caption)
+  return _section(title, partial(_report_figures.weights, steps, edges, counts), alt, caption)
 
 
 def _speed(run: Run) -> Section:
   title = "Speed"
-  found = _series.speed(run)
+  found = _report_series.speed(run)
   if found is None:
     return Missing(title, f"two calls of {code('recorder.push')} or more give the time of a step.")
-  steps, seconds = _series.seconds_per_step(run)
+  steps, seconds = _report_series.seconds_per_step(run)
   panels = [("ms per step", steps, 1e3 * seconds, 1e3 * found.step_time)]
   time = column(run, "time")
   total = _total(float(np.nanmax(time) - np.nanmin(time)))
@@ -217,7 +219,7 @@ def _speed(run: Run) -> Section:
   said += [f"from push to push median {duration(found.median)}, 99th percentile {duration(found.p99)}"]
   said += [f"{number(1 / found.step_time)} steps per second, {total} in all"]
   for key, mean in found.rates.items():
-    at, rate = _series.throughput(run, key)
+    at, rate = _report_series.throughput(run, key)
     if (rate > 0).any():
       panels.append((f"{key} per second", at, rate, mean))
       said.append(f"{counted(mean)} {key} per second")
@@ -225,14 +227,14 @@ def _speed(run: Run) -> Section:
   caption += "of a step over longer parts of the run, tells more. "
   if len(panels) == 1:
     caption += f"For the throughput give {code('tokens=')} or {code('examples=')}, the amount in a step, to push."
-  return _section(title, partial(_figures.speed, panels), "; ".join(said) + ".", caption)
+  return _section(title, partial(_report_figures.speed, panels), "; ".join(said) + ".", caption)
 
 
 def _table(run: Run, name: str) -> Section:
-  found = _series.vectors(run, f"{name}/norm")
+  found = _report_series.vectors(run, f"{name}/norm")
   if found is None:
     return ""
-  ratio = _series.vectors(run, "update/ratio")
+  ratio = _report_series.vectors(run, "update/ratio")
   shares = dict(zip(ratio.names, _medians(ratio.values), strict=True)) if ratio is not None else {}
   values, middle = found.values, _medians(found.values)
   rows = []
@@ -243,17 +245,17 @@ def _table(run: Run, name: str) -> Section:
     rows.append((code(layer), *cells, *([number(shares[layer])] if layer in shares else [""] if shares else [])))
   head = ["layer", "median norm", "largest", "not finite", *(["update ratio"] if shares else [])]
   label = f"Layers: {len(found.names):,}; steps at which they were recorded: {found.steps.size:,}"
-  inside = f"<details><summary>{label}</summary>{_page.table(head, rows, 'cards')}</details>"
+  inside = f"<details><summary>{label}</summary>{_report_page.table(head, rows, 'cards')}</details>"
   return f"<section><h2>All layers</h2>{inside}</section>"
 
 
 # Words --------------------------------------------------------------------------------------------------------------
 
 
-def _section(title: str, draw: _figures.Draw, alt: str, caption: str) -> str:
+def _section(title: str, draw: _report_figures.Draw, alt: str, caption: str) -> str:
   """A heading and a figure; the caption is HTML, the alt text is not, and is shown too, so that all can read it."""
   words = f"<details><summary>The figure in words</summary><p>{text(alt)}</p></details>"
-  return f"<section><h2>{text(title)}</h2>{_page.figure(draw, alt, caption)}{words}</section>"
+  return f"<section><h2>{text(title)}</h2>{_report_page.figure(draw, alt, caption)}{words}</section>"
 
 
 def _count(series: NormSeries) -> int:
@@ -261,7 +263,7 @@ def _count(series: NormSeries) -> int:
 
 
 def _percentiles(values: Floats) -> list[float]:
-  return [float(x) for x in np.percentile(values[np.isfinite(values)], _figures.PERCENTILES)]
+  return [float(x) for x in np.percentile(values[np.isfinite(values)], _report_figures.PERCENTILES)]
 
 
 def _distribution(values: Floats) -> str:

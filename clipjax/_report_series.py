@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._raw_norms import acted, main_name, norms_of_run
 from clipjax._run import Bools, Floats, Ints, Run
+from clipjax._run_norms import acted, main_name, norms_of_run
 
 
 class NormSeries(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax._findings import Finding, View
+from clipjax._health_findings import Finding, View
 from clipjax._run import Floats, Run
 from clipjax._words import at_steps, number, percent
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from clipjax._findings import Finding, View
-from clipjax._series import speed
+from clipjax._health_findings import Finding, View
+from clipjax._report_series import speed
 from clipjax._suggest import PLAYBOOK
 from clipjax._words import counted, duration, number, percent
 

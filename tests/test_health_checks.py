@@ -10,7 +10,7 @@ import pytest
 from synthetic import N, bad, healthy, layered, only, run_of, with_spikes
 
 import clipjax
-from clipjax import _checks
+from clipjax import _health_checks
 from clipjax._words import number
 
 
@@ -123,7 +123,7 @@ def test_the_limit_of_a_spike_is_that_of_the_rule_for_skip_steps():
 
   with jax.enable_x64(True):
     limits = jax.lax.scan(step, rule.init((), jnp.float64), jnp.asarray(norms))[1]
-  np.testing.assert_allclose(_checks._spike_bounds(norms, 6.0, 128), limits, rtol=1e-9)
+  np.testing.assert_allclose(_health_checks._spike_bounds(norms, 6.0, 128), limits, rtol=1e-9)
 
 
 def test_spikes_that_the_clip_or_skip_steps_caught_are_no_warning():
