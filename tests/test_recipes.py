@@ -10,10 +10,6 @@ import io
 import os
 import pathlib
 import re
-import socket
-import subprocess
-import sys
-import time
 from concurrent import futures
 from unittest import mock
 
@@ -25,13 +21,13 @@ import pytest
 from helpers import oracle_norm, train_on_one_device
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import outputs_of_processes
 
 import clipjax
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")
 NUMBER = r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]\d+)?(?!\w)"
-TIMEOUT = 120
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -185,44 +181,6 @@ def test_accumulation_equals_one_big_batch_and_the_clip_of_micro_batches_does_no
   params, opt_state = names["results"]["wrong, a clip per micro-batch"]
   assert np.abs(params["w"] - expected["w"]).max() > 1e-3
   assert clipjax.metrics(opt_state)["grad/steps"] == names["STEPS"] * names["MICRO"]
-
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
-
-
-def outputs_of_processes(code, processes, folder):
-  """What each of some processes that run a program together prints; their stderr where one fails or takes too long."""
-  folder.mkdir()
-  (folder / "two.py").write_text(code, encoding="utf-8")
-  env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-  address = f"127.0.0.1:{free_port()}"
-  running = []
-  with contextlib.ExitStack() as files:
-    for rank in range(processes):
-      out, err = (files.enter_context((folder / f"{rank}.{kind}").open("w")) for kind in ("out", "err"))
-      command = [sys.executable, "-W", "error", folder / "two.py", address, str(processes), str(rank)]
-      running.append(subprocess.Popen(command, stdout=out, stderr=err, env=env, cwd=folder))
-    deadline = time.monotonic() + TIMEOUT
-    try:
-      # One that fails leaves the others waiting for it.
-      while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
-        if time.monotonic() > deadline:
-          break
-        time.sleep(0.05)
-    finally:
-      codes = [p.poll() for p in running]
-      for p in running:
-        p.kill()
-        p.wait()
-  if any(codes) or None in codes:
-    errors = [f"process {rank}: {(folder / f'{rank}.err').read_text()}" for rank in range(processes)]
-    raise AssertionError(f"exit codes {codes} within {TIMEOUT} s\n" + "\n".join(errors))
-  outputs = [(folder / f"{rank}.out").read_text() for rank in range(processes)]
-  return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out in outputs]
 
 
 def test_two_processes_print_what_one_does_and_what_one_device_computes(tmp_path):

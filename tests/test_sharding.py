@@ -1,11 +1,6 @@
 """The same numbers wherever the leaves live: every transformation under jit, shard_map and pmap against one device."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -16,6 +11,7 @@ import pytest
 from helpers import factories
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import outputs_of_processes
 
 import clipjax
 from clipjax import rules
@@ -140,7 +136,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+jax.distributed.initialize(sys.argv[1], *map(int, sys.argv[2:]))
 assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
 import test_sharding
 want = test_sharding.run_on_one_device()
@@ -150,25 +146,9 @@ print("the same")
 """
 
 
-def test_two_processes_give_the_numbers_of_one_device():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  env["PYTHONPATH"] = str(Path(clipjax.__file__).parents[1])
-  command = [sys.executable, "-c", PROGRAM, address]
-  here = Path(__file__).parent
-  both = [
-    subprocess.Popen([*command, rank], cwd=here, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for rank in "01"
-  ]
-  try:
-    for process in both:
-      out, err = process.communicate(timeout=300)
-      assert out.splitlines()[-1:] == ["the same"], err[-3000:]  # Gloo prints, too.
-  finally:
-    for process in both:
-      process.kill()
+def test_two_processes_give_the_numbers_of_one_device(tmp_path):
+  outputs = outputs_of_processes(PROGRAM, 2, tmp_path / "two", timeout=300)
+  assert [out.splitlines()[-1] for out in outputs] == ["the same"] * 2
 
 
 def run_and_compare(mode, on_one_device):

@@ -1,0 +1,52 @@
+"""Programs that run in several processes together, as on several machines."""
+
+import contextlib
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+TESTS = pathlib.Path(__file__).parent
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def outputs_of_processes(code, processes, folder, timeout=120):
+  """What each process prints, without what Gloo does; raises with their stderr where one fails or takes too long.
+
+  Each gets the address of the first, the number of processes and its own number as arguments.
+  """
+  folder.mkdir()
+  (folder / "program.py").write_text(code, encoding="utf-8")
+  env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), env.get("PYTHONPATH", "")])
+  address = f"127.0.0.1:{free_port()}"
+  running = []
+  with contextlib.ExitStack() as files:
+    for rank in range(processes):
+      out, err = (files.enter_context((folder / f"{rank}.{kind}").open("w")) for kind in ("out", "err"))
+      command = [sys.executable, "-W", "error", folder / "program.py", address, str(processes), str(rank)]
+      running.append(subprocess.Popen(command, stdout=out, stderr=err, env=env, cwd=folder))
+    deadline = time.monotonic() + timeout
+    try:
+      # One that fails leaves the others waiting for it.
+      while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
+        if time.monotonic() > deadline:
+          break
+        time.sleep(0.05)
+    finally:
+      codes = [p.poll() for p in running]
+      for p in running:
+        p.kill()
+        p.wait()
+  if any(codes) or None in codes:
+    errors = [f"process {rank}: {(folder / f'{rank}.err').read_text()}" for rank in range(processes)]
+    raise AssertionError(f"exit codes {codes} within {timeout} s\n" + "\n".join(errors))
+  outputs = [(folder / f"{rank}.out").read_text() for rank in range(processes)]
+  return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out in outputs]
