@@ -192,7 +192,8 @@ for order, colour in ((1, GREEN), (2, BLUE), (4, "#CC79A7"), (jnp.inf, RED)):
 left.set(aspect="equal", xlabel="first entry", ylabel="second entry", ylim=(-1.2, 2.1), xlim=(-1.8, 1.8))
 left.set_title("Gradients of length 3, clipped to a p-norm of 1")
 left.legend(loc="upper center", fontsize=8)
-right.set(xlabel="number of entries, all of them 1", ylabel="norm", title="Norms grow with the model, but for ord = inf")
+right.set_title("Norms grow with the model, but for ord = inf")
+right.set(xlabel="number of entries, all of them 1", ylabel="norm")
 right.legend()
 plt.show()
 
