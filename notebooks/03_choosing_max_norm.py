@@ -36,14 +36,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from IPython.display import Markdown, display
+from IPython.display import Image, Markdown
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from sklearn.datasets import load_digits
 
 import clipjax
 
 os.chdir(tempfile.mkdtemp())  # For the files of the recorded run.
-UNITS, LENGTH, WIDTH, HEADS, STEPS, FINAL, HE, SMALL = 64, 40, 32, 4, 200, 10, math.sqrt(2), 0.1
+UNITS, LENGTH, WIDTH, HEADS, STEPS, FINAL, HE, SMALL = 64, 40, 32, 4, 150, 10, math.sqrt(2), 0.1
 plt.rcParams.update({"figure.dpi": 90, "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 prose = "\n".join(topics.topics[name] for name in sorted(topics.topics))
 codes = jnp.asarray(np.frombuffer(prose.encode("ascii", "replace"), np.uint8), jnp.int32)
@@ -51,12 +51,10 @@ images, labels = map(jnp.asarray, load_digits(return_X_y=True))
 
 
 def text_batch(key):
-  """Windows of the text."""
-  return codes[jax.random.randint(key, (16, 1), 0, codes.size - LENGTH) + jnp.arange(LENGTH + 1)]
+  return codes[jax.random.randint(key, (8, 1), 0, codes.size - LENGTH) + jnp.arange(LENGTH + 1)]
 
 
 def digits_batch(key):
-  """Images and labels."""
   rows = jax.random.randint(key, (64,), 0, labels.size)
   return images[rows] / 16, labels[rows]
 
@@ -72,8 +70,6 @@ def matrices(**shapes):
 
 
 def rnn_loss(params, windows):
-  """One layer of tanh units."""
-
   def cell(state, x):
     state = jnp.tanh(x + state @ params["recurrent"])
     return state, state
@@ -84,7 +80,6 @@ def rnn_loss(params, windows):
 
 
 def transformer_loss(params, windows):
-  """A decoder of two blocks that normalize before attention and feed-forward part."""
   x = params["embed"][windows[:, :-1]] + params["positions"]
   for i in "12":
     qkv = (jax.nn.standardize(x) @ params["qkv" + i]).reshape(*x.shape[:2], 3, HEADS, -1)
@@ -95,7 +90,6 @@ def transformer_loss(params, windows):
 
 
 def mlp_loss(params, batch):
-  """Two hidden layers."""
   hidden = jax.nn.relu(jax.nn.relu(batch[0] @ params["first"]) @ params["second"])
   return cross_entropy(hidden @ params["out"], batch[1]).mean()
 
@@ -135,13 +129,11 @@ MODELS = {  # The initial weights, the loss, the batches, and the rule of thumb 
 
 # %%
 def optimizer(max_norm, rate):
-  """The clip before SGD with momentum."""
   return optax.chain(clipjax.clip_by_global_norm(max_norm), optax.sgd(rate, momentum=0.9))
 
 
 @partial(jax.jit, static_argnames="name")
 def step(name, params, opt_state, i, max_norm, rate):
-  """One training step of a model."""
   _, loss_fn, batch, _ = MODELS[name]
   loss, grads = jax.value_and_grad(loss_fn)(params, batch(jax.random.fold_in(jax.random.key(1), i)))
   updates, opt_state = optimizer(max_norm, rate).update(grads, opt_state, params)
@@ -164,7 +156,9 @@ print(report)
 # page.
 
 # %%
-display(clipjax.write_report(run, "report.html").name, clipjax.plot_norms(run))
+clipjax.write_report(run, "report.html")
+clipjax.plot_norms(run).savefig("norms.png", dpi=90)
+Image("norms.png")
 
 # %% [markdown]
 # ## Ask for a threshold
@@ -179,10 +173,11 @@ print(clipjax.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.5).r
 # %% [markdown]
 # ## 16 runs at once
 #
-# Is it a good one? The way to know is to try. Thresholds are numbers in the optimizer, so `jax.vmap` trains 16 of them
-# at once, in one compiled program. First come 16 learning rates without a clip: the best of them is the *base rate* of
-# the model, and its norms are what the rules may look at. Then come 16 thresholds at the base rate, and 16 at ten times
-# that, where a clip has something to do. The last 16 are the rules themselves.
+# Is it a good one? The way to know is to try. Thresholds are numbers in the optimizer, so `jax.vmap` trains many of
+# them at once, in one compiled program: 16 thresholds, a factor of 2 apart, and beside them the suggestion, the middle
+# of the rule of thumb, and no clip. Each model first takes as many learning rates without a clip. The best of them is
+# its *base rate*, and the norms of that run are all that the suggestion may look at. Then come the thresholds, at the
+# base rate and at ten times that, where a clip has something to do.
 
 
 # %%
@@ -198,7 +193,7 @@ def train(name, max_norms, rates):
     params = MODELS[name][0](jax.random.key(0))
     return jax.lax.scan(advance, (params, optimizer(max_norm, rate).init(params)), jnp.arange(STEPS))[1]
 
-  return jax.vmap(one)(*jnp.broadcast_arrays(max_norms, rates))
+  return jax.vmap(one)(max_norms, rates)
 
 
 def final(losses):
@@ -206,18 +201,18 @@ def final(losses):
   return np.nan_to_num(np.asarray(losses)[:, -FINAL:].mean(axis=1), nan=np.inf, posinf=np.inf)
 
 
-RATES, THRESHOLDS, FACTORS = 2.0 ** np.arange(-7.5, 0.5, 0.5), 2.0 ** np.arange(-10, 6), (1, 10)
+THRESHOLDS, RATES, FACTORS = 2.0 ** np.arange(-10, 6), 2.0 ** np.arange(-7.5, 2, 0.5), (1, 10)
 curves, rules = {}, {}
 for name, (*_, (low, high)) in MODELS.items():
-  losses, norms = train(name, np.full(16, np.inf), RATES)
+  losses, norms = train(name, np.full(RATES.size, np.inf), RATES)
   best = int(final(losses).argmin())
   base = RATES[best]
   for k in FACTORS:
-    curves[name, k] = final(train(name, THRESHOLDS, k * base)[0])
     advice = clipjax.suggest_max_norm(norms[best], learning_rate=base, new_learning_rate=k * base, model=name)
     assert f"{low:g} to {high:g}" in str(advice)  # The rule of thumb, as the suggestion quotes it.
     tried = np.array([advice.max_norm, math.sqrt(low * high), np.inf])
-    rules[name, k] = base, tried, final(train(name, np.resize(tried, 16), k * base)[0])[:3]
+    ends = final(train(name, np.append(THRESHOLDS, tried), np.full(RATES.size, k * base))[0])
+    curves[name, k], rules[name, k] = ends[: THRESHOLDS.size], (base, tried, ends[THRESHOLDS.size :])
 
 # %%
 fig, panels = plt.subplots(2, 2, figsize=(11, 8))
@@ -233,9 +228,12 @@ fig.suptitle("The good thresholds move with the learning rate, the rule of thumb
 plt.show()
 
 # %% [markdown]
-# The suggestion (stars) sits in the valley of its own curve, since it knows the norms and the rate. The grey band of
-# the rule of thumb knows neither. In the table a threshold *holds* where its loss is at most 5% or 0.05 nats above the
-# best of the 16, whichever is more.
+# Stars are the suggestion, which knows the norms and the rate. At ten times the base rate they lie in the narrow
+# valleys. At the base rate no clip is needed: the suggestion shortens a tenth of the steps, which is a guard against
+# worse ones and may cost a little. The grey band, the rule of thumb, knows neither the norms nor the rate.
+#
+# In the table a threshold *holds* where its loss is at most 5% or 0.05 nats above the best of the 16, whichever is
+# more.
 
 # %%
 rows, held = [], []
@@ -244,21 +242,23 @@ for (name, k), (_, tried, losses) in rules.items():
   limit = best + max(0.05 * best, 0.05)
   good = THRESHOLDS[curves[name, k] <= limit]
   held.append(losses <= limit)
+  assert held[-1][2] == (k == 1)  # No clip holds at the base rate, and only there.
+  assert k == 1 or (good.max() < 1 and not held[-1][1])  # Nor does the rule of thumb hold at the high one.
   cells = [f"{c:.2g}: {loss:.3g}{' holds' * bool(ok)}" for c, loss, ok in zip(tried, losses, held[-1], strict=True)]
   rows.append(f"| {name} | {k} | {best:.3g} | {good.min():.2g} to {good.max():.2g} | " + " | ".join(cells) + " |")
 head = "| model | rate | best loss | thresholds that hold | suggested: loss | rule of thumb, middle: loss | no clip |"
 suggested, thumb, none = np.sum(held, axis=0)
-assert suggested >= len(rows) - 1  # A single seed may be unlucky once.
-assert suggested > max(thumb, none)
+assert suggested >= len(rows) - 2  # A single seed may be unlucky.
+assert suggested > max(thumb, none) + 1
 summary = f"Of {len(rows)} cells the suggestion holds in {suggested}, the rule of thumb in {thumb}, no clip in {none}."
 Markdown("\n".join([head, "|" + "---|" * 7, *rows, "", summary]))
 
 # %% [markdown]
 # What you see:
 #
-# - At the base rate nearly everything holds that is not far too small. A rule of thumb is easily right where a clip is
-#   not needed.
-# - At ten times the rate the valley has moved to the left. A table by model family cannot know that.
+# - At the base rate every threshold will do that is large enough, and so will no clip at all. A rule of thumb is easily
+#   right where a clip is not needed.
+# - At ten times the rate only thresholds below 1 hold, on all four models. A table by model family cannot know that.
 # - To the left of the valley training is slow, to the right it breaks. If in doubt, go lower.
 #
 # This is one seed and SGD with momentum. The same study with five seeds, two fast rates, and Adam, under which the
