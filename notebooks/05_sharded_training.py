@@ -145,7 +145,8 @@ def map_step(params, opt_state, x, y):
 def train(step, params, batches):
   opt_state, rows = tx.init(params), []
   for batch in batches:
-    params, opt_state, loss = step(params, opt_state, *batch)
+    # One step at a time: devices made of one CPU share its threads, and two steps in flight can wait for each other.
+    params, opt_state, loss = jax.block_until_ready(step(params, opt_state, *batch))
     rows.append({"loss": loss} | clipjax.metrics(opt_state))
   return params, {key: np.array([row[key] for row in rows]) for key in rows[0]}
 

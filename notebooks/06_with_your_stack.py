@@ -158,7 +158,8 @@ with SummaryWriter(str(folder / "board")) as board, clipjax.Recorder(folder / "r
   uninterrupted, seen["plain JAX"] = train(new_run(start), STEPS, recorder)
 
 # %% [markdown]
-# `tensorboard --logdir` on that folder shows the curves. Here we read the event file itself, and draw what is in it.
+# `tensorboard --logdir` on that folder shows the curves. Here we read the event file itself, and draw what is in it. A
+# row is numbered by the updates that the clip has seen, from 1 on, so the broken batch stands one further to the right.
 
 # %%
 (events,) = (folder / "board").glob("events*")
