@@ -171,7 +171,7 @@ print(clipjax.suggest_max_norm(run, model="rnn"), end="\n\n")
 print(clipjax.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.5).reason)
 
 # %% [markdown]
-# ## 16 runs at once
+# ## 16 thresholds at once
 #
 # Is it a good one? The way to know is to try. Thresholds are numbers in the optimizer, so `jax.vmap` trains many of
 # them at once, in one compiled program: 16 thresholds, a factor of 2 apart, and beside them the suggestion, the middle
@@ -219,9 +219,10 @@ fig, panels = plt.subplots(2, 2, figsize=(11, 8))
 for axis, (name, (*_, (low, high))) in zip(panels.flat, MODELS.items(), strict=True):
   axis.axvspan(low, high, color="grey", alpha=0.25, label="rule of thumb")
   for k, colour in zip(FACTORS, ("#0072B2", "#D55E00"), strict=True):
-    base, (x, *_rest), (y, *_rest) = rules[name, k]
+    base, tried, losses = rules[name, k]
     axis.loglog(THRESHOLDS, np.minimum(curves[name, k], 1e3), "o-", color=colour, label=f"{k} times the base rate")
-    axis.plot(x, y, "*", color=colour, markersize=17, markeredgecolor="black", label=f"suggested for {k} times")
+    star = {"markersize": 17, "markeredgecolor": "black", "label": f"suggested for {k} times"}
+    axis.plot(tried[0], losses[0], "*", color=colour, **star)
   axis.set(title=f"{name}, base rate {base:.3g}", xlabel="max_norm", ylabel="final loss (nats)")
 panels[0, 0].legend(fontsize=8)
 fig.suptitle("The good thresholds move with the learning rate, the rule of thumb does not")

@@ -215,8 +215,8 @@ plt.show()
 # Grey is the gradient that came, blue what the optimizer was given, green the limit. Where blue covers grey, nothing
 # was changed. Look at how the limits move:
 #
-# - **AutoClip** lies *under* most norms: it is the tenth percentile of the norms so far, and would clip nine steps in ten
-#   if the norms did not fall. So it is rather a normalisation.
+# - **AutoClip** lies *under* most norms: it is the tenth percentile of the norms so far, and would clip nine steps in
+#   ten if the norms did not fall. So it is rather a normalisation.
 # - **Quantile tracking** aims at one step in ten, with a single number for memory; it wanders around its quantile.
 # - **ZClip** has no limit in its first 25 steps. Then it lies just above the norms, and a spike is pulled down almost
 #   to the mean.
