@@ -204,9 +204,9 @@ assert at_start["scale 0.5"][-1] < 1e-9 < at_start["scale 1.5"][-1] < 1 < at_sta
 # Note that the scale at which the product grows is above 1: tanh flattens large states, and that shrinks each factor.
 #
 # On the right, the two runs, on the same batch. They start in the narrow band. One step before its explosion the
-# unclipped network still has a product near 1; the next step makes it explode, and the gradient with it. The giant step
-# that follows drives the units to where tanh is flat, and each factor is close to zero there. At the end its product is
-# gone within ten steps: what the network could still learn from reaches back a few characters only.
+# unclipped network still has a product of ordinary size. At that step it explodes, and the gradient with it. The giant
+# step that follows drives the units to where tanh is flat, and each factor is close to zero there. At the end its
+# product is gone within ten steps: what the network could still learn from reaches back a few characters only.
 #
 # The product of the clipped run shrinks as well, though far more slowly. A clip does not keep long memories alive.
 #
@@ -290,5 +290,5 @@ assert silent > 0.9
 # - Watch the norms of your own run with `clipjax.watch()` and `clipjax.metrics(opt_state, per_leaf=True)`.
 #
 # The threshold 0.5 fell from the sky here. How to choose one:
-# [03_choosing_max_norm](03_choosing_max_norm.ipynb). The same network with a live table: `clipjax demo`, in the
-# [README](../README.md).
+# [03_choosing_max_norm](03_choosing_max_norm.ipynb). A network of this kind with a live table: `clipjax demo`, in
+# the [README](../README.md).

@@ -230,8 +230,8 @@ plt.show()
 
 # %% [markdown]
 # Stars are the suggestion, which knows the norms and the rate. At ten times the base rate they lie in the valleys,
-# which are narrow. At the base rate no clip is needed: the suggestion shortens a tenth of the steps, which is a guard against
-# worse ones and may cost a little. The grey band, the rule of thumb, knows neither the norms nor the rate.
+# which are narrow. At the base rate no clip is needed: the suggestion shortens a tenth of the steps, which is a guard
+# against worse ones and may cost a little. The grey band, the rule of thumb, knows neither the norms nor the rate.
 #
 # In the table a threshold *holds* where its loss is at most 5% or 0.05 nats above the best of the 16, whichever is
 # more.

@@ -18,7 +18,7 @@
 # over eight devices, no device has all entries. Who adds them up, and what happens if nobody does?
 #
 # This notebook makes eight devices out of one CPU, so it runs anywhere. That has to be said before JAX is imported; on
-# real hardware leave these two lines out.
+# real hardware leave out the two lines with `os.environ`.
 
 # %%
 import os
@@ -104,7 +104,7 @@ plt.show()
 # ## `jax.jit`: nothing changes
 #
 # The step is the one you would write for a single device. Place the parameters and the batch; XLA adds the partial sums
-# of the norm, and every device gets the same factor. Here is the step on one device and on eight.
+# of the norm, and every device gets the same factor. Below it runs on one device and on eight.
 
 # %%
 tx = optax.chain(clipjax.clip_by_global_norm(MAX_NORM), optax.sgd(0.5, momentum=0.9))
