@@ -6,6 +6,7 @@ import numpy as np
 
 from clipjax._run import Floats, Ints, Run
 from clipjax._run_norms import Norms
+from clipjax._words import described
 
 
 class Finding(NamedTuple):
@@ -68,6 +69,26 @@ class HealthLimits(NamedTuple):
   skip_fraction: float = 0.05
   zero_fraction: float = 0.5
   overfit: float = 0.05
+
+
+# The smallest value of a field; one that is not here may be 0.
+_LEAST = {"min_steps": 1, "spike_window": 2}
+
+
+def check_limits(limits: HealthLimits) -> None:
+  """Raises for a field that is no number in its range; inf switches a finding off."""
+  for field, value in limits._asdict().items():
+    low = _LEAST.get(field, 0)
+    what, kind = ("a whole number", int | np.integer) if field in _LEAST else ("a number", _NUMBER)
+    rule = f"`limits.{field}` must be {what} >= {low}"
+    remedy = f"pass one such as {HealthLimits._field_defaults[field]}"
+    if isinstance(value, bool) or not isinstance(value, kind):
+      raise TypeError(f"{rule}, got {described(value)}: {remedy}.")
+    if not value >= low:
+      raise ValueError(f"{rule}, got {value}: {remedy}.")
+
+
+_NUMBER = int | float | np.integer | np.floating
 
 
 class View(NamedTuple):

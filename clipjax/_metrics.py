@@ -12,8 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from clipjax import _leaves
 from clipjax._norms import norm_dtype
+from clipjax._rule import check_flag
 from clipjax._skip import SkipState
 from clipjax._transforms import ClipState
 from clipjax._watch import WatchState
@@ -46,6 +49,9 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
   Returns:
     A dict of arrays of shape () (with leading axes for a state under `vmap`), on the device.
 
+  Raises:
+    TypeError: for a transformation in the place of its state, or a `per_leaf` that is no bool.
+
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
     >>> tx = optax.chain(clipjax.clip_by_global_norm(1.0), optax.adam(1e-3))
@@ -62,6 +68,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     grad/nonfinite_steps 0
     grad/steps 1
   """
+  check_flag(per_leaf, "per_leaf")
   out: dict[str, jax.Array] = {}
   for name, state in named_states(opt_state):
     for quantity, value in global_numbers(state).items():
@@ -147,6 +154,7 @@ def check(opt_state: Any) -> None:
 
   Raises:
     FloatingPointError: if the last step of any clip or watch was not finite, or too many were rejected.
+    TypeError: for a transformation in the place of its state, or inside jit.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -161,6 +169,11 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
   """
   problems: dict[str, str] = {}
   for name, state in named_states(opt_state):
+    if isinstance(state.steps, jax.core.Tracer):
+      raise TypeError(
+        "`opt_state` must be of arrays with values, got traced ones: call `check` outside jit, with what the jitted "
+        "step returns."
+      )
     if isinstance(state, SkipState):
       # Without the wrapped state, which is large and not asked for.
       text = _skip_problem(name, jax.device_get(state._replace(inner_state=())))
@@ -220,6 +233,7 @@ def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
 
   A clip and a watch may have one name: they are of the same updates.
   """
+  _check_opt_state(opt_state)
   taken: set[tuple[bool, str]] = set()
   for path, state in found_states((), getattr(opt_state, "opt_state", opt_state)):
     is_watch = isinstance(state, WatchState)
@@ -230,6 +244,21 @@ def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
       name = f"{base}_{copy}"
     taken.add((is_watch, name))
     yield name, jax.tree.map(unwrapped, state, is_leaf=is_wrapper)
+
+
+def _check_opt_state(opt_state: Any) -> None:
+  """Raises for a transformation in the place of its state, and for what is no tree of arrays at all."""
+  tree = getattr(opt_state, "opt_state", opt_state)
+  for part in jax.tree.leaves(tree, is_leaf=_is_transformation):
+    if _is_transformation(part) or (part is tree and _leaves.is_plain(part)):
+      raise TypeError(
+        f"`opt_state` must be the state of an optimizer, got {_leaves.describe(part)}: pass what `init` or `update` "
+        "returned."
+      )
+
+
+def _is_transformation(x: Any) -> bool:
+  return isinstance(x, optax.GradientTransformation)
 
 
 def found_states(prefix: tuple[Any, ...], tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -276,7 +276,13 @@ def histogram(params: Any) -> jax.Array | None:
 
 def _weight_leaves(params: Any) -> list[Any]:
   leaves = jax.tree.leaves(params, is_leaf=is_wrapper)
-  return [x for x in leaves if _leaves.is_measured(unwrapped(x))]
+  weights = [x for x in leaves if _leaves.is_measured(unwrapped(x))]
+  if leaves and not weights:
+    raise TypeError(
+      f"`params` must have floating or complex leaves, got {_leaves.describe(unwrapped(leaves[0]))}: pass the "
+      "parameters that you train."
+    )
+  return weights
 
 
 def first_shard(x: Any) -> Any:
