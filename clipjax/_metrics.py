@@ -6,7 +6,7 @@ every clipjax state in any nesting: chain, masked, multi_transform, MultiSteps, 
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from clipjax import _leaves
+from clipjax._labels import Labels
 from clipjax._norms import norm_dtype
 from clipjax._rule import check_flag
 from clipjax._skip import SkipState
@@ -37,7 +38,9 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
   `nonfinite` and `worst_norm`. A watch goes together with the clip of its name, and the first in the chain gives what
   both have. Those of `clipjax.skip_steps`: `norm`, `loss`, `max_norm`, `max_loss`, `fraction`, `consecutive`, `steps`.
 
-  A second clip, or watch, of one name is `<name>_2`; one inside `optax.multi_transform` is `<name>_<label>`.
+  Where a label is also the name of a leaf, of other entries, in a watch or clip of the same name, the numbers by group
+  go by `<name>_group/norm/<label>` and so on. A second clip, or watch, of one name is `<name>_2`; one inside
+  `optax.multi_transform` is `<name>_<label>`.
 
   Before the first step the norms are 0 and the scale is 1. A step that was not finite shows its norm as it was, inf
   or NaN. A state with `track=False` has nothing to show; a state without any clip gives an empty dict.
@@ -70,14 +73,27 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
   """
   check_flag(per_leaf, "per_leaf")
   out: dict[str, jax.Array] = {}
-  for name, state in named_states(opt_state):
+  states = list(named_states(opt_state))
+  labels = [(name, state.labels) for name, state in states]
+  for name, state in states:
     for quantity, value in global_numbers(state).items():
       out.setdefault(f"{name}/{quantity}", value)
     if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
+      by = blocks_name(name, state.labels, labels)
       for quantity, vector in vectors_of(state).items():
         for i, label in enumerate(state.labels.block_names):
-          out.setdefault(f"{name}/{quantity}/{label}", vector[..., i])
+          out.setdefault(f"{by}/{quantity}/{label}", vector[..., i])
   return out
+
+
+def blocks_name(name: str, labels: Labels, states: Iterable[tuple[str, Labels]]) -> str:
+  """What numbers by block go by: `name`, unless a label is the name of a leaf, of other entries, in another state."""
+  if labels.unit == "group":
+    shared = [set(other.block_names) for base, other in states if base == name and other.unit == "leaf"]
+    for label, block in zip(labels.block_names, labels.blocks, strict=True):
+      if [labels.leaves[i] for i in block] != [label] and any(label in names for names in shared):
+        return f"{name}_group"
+  return name
 
 
 def global_numbers(state: Any) -> dict[str, jax.Array]:

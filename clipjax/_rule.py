@@ -150,7 +150,7 @@ def ask(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tup
     got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else _leaves.describe(answer)
     raise TypeError(f"a rule's `update` must return (limit, target, state), got {got}: return all three.")
   limit, target, new = answer
-  if _outline(new) != _outline(state) or jax.tree.structure(new) != jax.tree.structure(state):
+  if not _is_like(new, state):
     raise ValueError(
       f"a rule's `update` must return a state like the one that it was given, {_outline(state)}, got {_outline(new)}: "
       "keep its structure and shapes."
@@ -188,11 +188,16 @@ class StateCheck:
     if shape not in self._wanted:
       self._wanted[shape] = jax.eval_shape(lambda: self._rule.init(shape, _norms.norm_dtype()))
     wanted = self._wanted[shape]
-    if _outline(state) != _outline(wanted) or jax.tree.structure(state) != jax.tree.structure(wanted):
+    if not _is_like(state, wanted):
       raise ValueError(
         f"`state.{self._field}` must be as the rule's `init` gave it, {_outline(wanted)}, got {_outline(state)}: pass "
         "the state of this transformation, or call `init` anew."
       )
+
+
+def _is_like(state: Any, wanted: Any) -> bool:
+  structures: list[Any] = [jax.tree.structure(x) for x in (state, wanted)]
+  return _outline(state) == _outline(wanted) and bool(structures[0] == structures[1])
 
 
 def _outline(state: Any) -> str:
