@@ -53,6 +53,10 @@ class HealthReport(NamedTuple):
 
   def table(self, width: int = 100) -> str:
     """The findings as text of `width` columns, 60 or more; a long word may reach beyond."""
+    if isinstance(width, bool) or not isinstance(width, int):
+      raise TypeError(
+        f"`width` must be a whole number, got {described(width)}: pass how many columns the text may have."
+      )
     counts = [f"{sum(f.level == level for f in self.findings)} {level}" for level in _LEVELS]
     title = f"{self.path!r}: {self.steps} steps, {', '.join(counts)}; warm-up {self.warmup_steps} steps"
     indent = max((len(finding.name) for finding in self.findings), default=0) + 8

@@ -106,9 +106,9 @@ class View(NamedTuple):
   norms: Norms
   limits: HealthLimits
 
-  def enough(self, count: int) -> bool:
-    """Whether statistics of so many numbers say something."""
-    return count >= self.limits.min_steps
+  def enough(self, count: int, parts: int = 1) -> bool:
+    """Whether statistics of so many numbers, split into parts, say something."""
+    return count >= max(self.limits.min_steps, parts)
 
   def column(self, key: str) -> Floats:
     """The finite values of a column after the warm-up; none where it was not recorded."""

@@ -127,6 +127,10 @@ class Recorder:
       arrays = [_record_pack.first_shard(x) for x in arrays]
       device = {key: _record_pack.first_shard(value) for key, value in device.items()}
     vector, layout = packer.pack(arrays, device)
+    if isinstance(vector, jax.core.Tracer):  # Of a state that is no argument of the traced function.
+      raise TypeError(
+        "`push` must be called outside jit, got a call in a traced function: push what the jitted step returns."
+      )
     by_leaf = self._pushes % self._every == 0
     self._pending.append(Pushed(now, number, host, packer, layout, vector, self._weights(params), by_leaf))
     self._pushes += 1

@@ -92,6 +92,8 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
   target = pathlib.Path(checked_path(path))
   if target.exists() and os.path.exists(run.path) and target.samefile(run.path):
     raise ValueError(f"`path` must be another file than that of the run, got {str(path)!r}: name one for the page.")
+  if target.is_dir():
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   if not target.parent.is_dir():
     raise FileNotFoundError(errno.ENOENT, "the directory of the report does not exist, make it first", str(path))
   _write(target, _page(run).encode("ascii", "xmlcharrefreplace"))
@@ -187,7 +189,7 @@ def _footer(run: Run, omitted: list[str], page: Any) -> str:
 
 def _write(target: pathlib.Path, content: bytes) -> None:
   """All of it or nothing, through a file beside it; straight where the path is no file, as /dev/stdout."""
-  is_special = target.exists() and not target.is_file() and not target.is_dir()
+  is_special = target.exists() and not target.is_file()
   beside = target if is_special else target.with_name(f".clipjax-{os.getpid()}-{target.name}"[:200])
   try:
     beside.write_bytes(content)

@@ -533,7 +533,7 @@ def test_update_that_fails_changes_nothing(case):
   for update in (tx.update, jax.jit(tx.update)):
     with pytest.raises(kind) as error:
       update(*given)
-    message = str(error.value).replace("traced ", "").replace("a JitTracer", "a NoneType")
+    message = str(error.value).replace("traced ", "")
     assert (type(error.value), message) == (kind, text)
   assert_bits_equal(jax.tree.map(np.array, (state, given)), before)
 
