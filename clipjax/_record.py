@@ -126,6 +126,9 @@ class Recorder:
     if not self._is_alone:
       arrays = [_record_pack.first_shard(x) for x in arrays]
       device = {key: _record_pack.first_shard(value) for key, value in device.items()}
+    params = params if self._pushes >= self._next_weights else None
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+      raise TypeError(_INSIDE_JIT.format("params", "a traced one"))
     vector, layout = packer.pack(arrays, device)
     if isinstance(vector, jax.core.Tracer):  # Of a state that is no argument of the traced function.
       raise TypeError(
@@ -177,10 +180,8 @@ class Recorder:
     return packer, arrays
 
   def _weights(self, params: Any) -> jax.Array | None:
-    if params is None or self._pushes < self._next_weights:
+    if params is None:
       return None
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
-      raise TypeError(_INSIDE_JIT.format("params", "a traced one"))
     parameters, counts = _record_pack.parameter_count(params), _record_pack.histogram(params)
     self._next_weights = self._pushes + self._every
     self._parameters = parameters

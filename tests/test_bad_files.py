@@ -167,7 +167,7 @@ PUSHES = {
   ),
   "a step inside jit": (lambda r: inside_jit(r, step=...), TypeError, TRACED.format("step")),
   "a loss inside jit": (lambda r: inside_jit(r, loss=...), TypeError, TRACED.format("loss")),
-  "parameters inside jit": (lambda r: inside_jit(r, params=...), TypeError, IN_JIT),
+  "parameters inside jit": (lambda r: inside_jit(r, params=...), TypeError, TRACED.format("params")),
   "a call inside jit of what is outside": (inside_jit, TypeError, IN_JIT),
   "a state inside jit": (
     lambda r: jax.jit(lambda s: (r.push(9, s), s)[1])(STATES[2]), TypeError, TRACED.format("opt_state"),
@@ -220,7 +220,7 @@ def test_a_push_that_fails_leaves_no_trace_and_the_next_ones_are_written(case, t
   with clipjax.Recorder(path, every=2) as recorder:
     assert error_of(kind, lambda: push(recorder)) == text  # First of all.
     recorder.push(1, STATES[1], loss=0.5, params=GRADS)
-    if not case.startswith("parameters that"):  # They are looked at once in `every` pushes.
+    if not case.startswith("parameters"):  # They are looked at once in `every` pushes.
       assert error_of(kind, lambda: push(recorder)) == text  # With a push waiting.
     recorder.push(2, STATES[2], loss=0.25)
     recorder.push(3, STATES[3])

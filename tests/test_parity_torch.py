@@ -80,6 +80,15 @@ def test_a_small_gradient_is_left_alone(p):
     assert np.array_equal(ours, given) and np.array_equal(theirs.grad.numpy(), given)
 
 
+@pytest.mark.parametrize("p", ORDERS)
+def test_a_norm_about_as_small_as_what_is_added_to_it(p):
+  grads = gradients((4, 4), (7,), scale=1e-6)
+  params = parameters(grads)
+  torch.nn.utils.clip_grad_norm_(params, 1e-7, norm_type=p)
+  clipped, _ = clipjax.clip_grad_norm(grads, 1e-7, p, eps=1e-6)
+  assert_close(clipped, after(params))
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
