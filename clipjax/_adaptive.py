@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import export
 
 from clipjax import _norms
-from clipjax._rule import Rule, check_choice, check_number, check_whole
+from clipjax._rule import Rule, check_choice, check_flag, check_number, check_whole
 
 
 class Ring(NamedTuple):
@@ -95,6 +95,7 @@ def percentile(percentile: float, *, window: int = 1000, include_current: bool =
   check_number(percentile, "percentile", 0, 100)
   check_whole(window, "window", 1)
   check_whole(min_count, "min_count", 1, window)
+  check_flag(include_current, "include_current")
 
   def init(shape: tuple[int, ...], dtype: Any) -> Ring:
     return Ring.empty(window, shape, dtype)
@@ -124,8 +125,8 @@ def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: f
 
   Args:
     quantile: the share of norms that should be at or under the threshold, between 0 and 1.
-    learning_rate: step in log C, > 0.
-    initial: C at the first step, > 0.
+    learning_rate: step in log C, > 0 and finite.
+    initial: C at the first step, > 0 and finite.
 
   Returns:
     A `Rule` whose state is C.
@@ -150,8 +151,8 @@ def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: f
     section 2, the geometric update, without its noise.
   """
   check_number(quantile, "quantile", 0, 1)
-  check_number(learning_rate, "learning_rate", 0, math.inf, open_low=True)
-  check_number(initial, "initial", 0, math.inf, open_low=True)
+  check_number(learning_rate, "learning_rate", 0, math.inf, open_low=True, finite=True)
+  check_number(initial, "initial", 0, math.inf, open_low=True, finite=True)
 
   def init(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.full(shape, initial, dtype)
@@ -295,10 +296,10 @@ def rolling_sigma(
   norms nothing is clipped.
 
   Args:
-    sigma: standard deviations above the mean, >= 0.
+    sigma: standard deviations above the mean, >= 0 and finite.
     window: norms to look back on; memory is `4 * window` bytes for each norm.
     ddof: 1 for the sample's standard deviation, 0 for the population's.
-    std_floor: the standard deviation is at least this, >= 0.
+    std_floor: the standard deviation is at least this, >= 0 and finite.
     min_count: norms to see before the first clip, the current one included; None is `max(2, window // 2)`; at most
       `window + 1`.
 
@@ -322,10 +323,10 @@ def rolling_sigma(
     OLMo-core's `SkipStepOptimizer`, https://github.com/allenai/OLMo-core, which skips above 6 sigma over 128 steps;
     Levanter's update clipping, https://github.com/marin-community/levanter, which rescales.
   """
-  check_number(sigma, "sigma", 0, math.inf)
+  check_number(sigma, "sigma", 0, math.inf, finite=True)
   check_whole(ddof, "ddof", 0, 1)
   check_whole(window, "window", 1 + ddof)
-  check_number(std_floor, "std_floor", 0, math.inf)
+  check_number(std_floor, "std_floor", 0, math.inf, finite=True)
   if min_count is None:
     min_count = max(2, window // 2)
   check_whole(min_count, "min_count", 1, window + 1)

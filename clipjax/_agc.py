@@ -76,6 +76,7 @@ def adaptive_grad_clip(
   _functional.check_policy(on_nonfinite)
   axis = _checked_axis(axis)
   label = partial(Labels.of, name=check_name(name), unit="leaf")
+  unlabelled = label(())
 
   def init(params: optax.Params) -> ClipState:
     return empty_state(label(params), rule=())
@@ -84,10 +85,14 @@ def adaptive_grad_clip(
     updates: optax.Updates, state: ClipState, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, ClipState]:
     del extra_args
-    check_state(state)
+    check_state(state, unlabelled)
+    if not isinstance(state.rule, tuple) or state.rule:
+      raise ValueError(
+        f"`state` must have no rule, as the one that `init` gave, got {_leaves.describe(state.rule)}: pass the state "
+        "of this transformation, or call `init` anew."
+      )
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
-    state.labels.check_norms(state.norms)
     for leaf_name, x in zip(state.labels.leaves, flat.measured, strict=True):
       if axes_of_mesh := _leaves.varying_axes(x):
         raise ValueError(
@@ -125,6 +130,7 @@ def _clip_units(
     least = jnp.maximum(jnp.asarray(eps).astype(real), 0)
     norms = unit_norms(wide, unit)
     limit = share.astype(real) * jnp.maximum(unit_norms(_norms.upcast(w), unit).astype(real), least)
+    limit = jnp.where(share == jnp.inf, jnp.inf, limit)  # Of parameters that are 0 too.
     units = _functional.Limits(norms, limit, limit)
     out.append(_functional.multiply(jnp.asarray(x), *_functional.safe_factors_of(units, jnp.zeros((), jnp.bool_))))
     # Norms of a leaf from those of its units, each of which counts once.

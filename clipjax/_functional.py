@@ -212,10 +212,10 @@ def check_eps(eps: Any) -> Any:
 
 def check_policy(on_nonfinite: Any) -> None:
   """Raises unless `on_nonfinite` names a policy."""
-  if on_nonfinite not in POLICIES:
+  if not isinstance(on_nonfinite, str) or on_nonfinite not in POLICIES:
     names = ", ".join(f'"{name}"' for name in POLICIES)
     raise ValueError(
-      f"`on_nonfinite` must be one of {names}, got {on_nonfinite!r}: "
+      f"`on_nonfinite` must be one of {names}, got {_leaves.describe_choice(on_nonfinite)}: "
       'pass "zero" to drop such steps or "propagate" to make them visible.'
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from clipjax._health_checks import CHECKS
 from clipjax._health_facts import FACTS
-from clipjax._health_findings import Finding, HealthLimits, View
+from clipjax._health_findings import Finding, HealthLimits, View, check_limits
 from clipjax._run import Run
 from clipjax._run_norms import check_warmup, main_name, norms_of_run
 from clipjax._words import described
@@ -53,6 +53,10 @@ class HealthReport(NamedTuple):
 
   def table(self, width: int = 100) -> str:
     """The findings as text of `width` columns, 60 or more; a long word may reach beyond."""
+    if isinstance(width, bool) or not isinstance(width, int):
+      raise TypeError(
+        f"`width` must be a whole number, got {described(width)}: pass how many columns the text may have."
+      )
     counts = [f"{sum(f.level == level for f in self.findings)} {level}" for level in _LEVELS]
     title = f"{self.path!r}: {self.steps} steps, {', '.join(counts)}; warm-up {self.warmup_steps} steps"
     indent = max((len(finding.name) for finding in self.findings), default=0) + 8
@@ -94,8 +98,9 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
     A `HealthReport`, whose `findings` are in the order FAIL, WARN, INFO, and whose `str()` is a table.
 
   Raises:
-    TypeError: if `run` is no `Run`, `limits` no `HealthLimits`, or `warmup_steps` no whole number.
-    ValueError: if `warmup_steps` is negative.
+    TypeError: if `run` is no `Run`, `limits` no `HealthLimits`, a field of it no number, or `warmup_steps` no whole
+      number.
+    ValueError: if `warmup_steps` is negative, or a field of `limits` out of its range.
 
   Example:
     >>> import json, tempfile, clipjax
@@ -116,6 +121,7 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
     raise TypeError(
       f"`limits` must be a HealthLimits, got {described(limits)}: pass one such as HealthLimits(clip_fraction=0.9)."
     )
+  check_limits(limits or HealthLimits())
   check_warmup(warmup_steps)
   name = main_name(run)
   norms = norms_of_run(run, name, warmup_steps)

@@ -212,7 +212,7 @@ def _spike_bounds(values: Floats, sigma: float, window: int) -> Floats:
 
 def _rising_norm(view: View) -> Iterator[Finding]:
   typical = view.norms.typical
-  if not view.enough(typical.size):
+  if not view.enough(typical.size, parts=4):
     return
   _, _, third, last = (float(np.median(part)) for part in np.array_split(typical, 4))
   if last <= view.limits.rise * third:

@@ -76,7 +76,8 @@ def _loss(view: View) -> Iterator[Finding]:
   loss = loss[np.isfinite(loss)]
   if not view.enough(loss.size):
     return
-  first, *_, last = (float(np.median(part)) for part in np.array_split(loss, 10))
+  parts = np.array_split(loss, min(10, loss.size))  # `min_steps` may be less than 10.
+  first, last = float(np.median(parts[0])), float(np.median(parts[-1]))
   yield Finding("INFO", "loss", f"The loss went from {number(first)} to {number(last)}, medians of tenths.", "")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from clipjax._run import Floats, Ints, Run
 from clipjax._run_norms import Norms
+from clipjax._words import described
 
 
 class Finding(NamedTuple):
@@ -70,6 +71,26 @@ class HealthLimits(NamedTuple):
   overfit: float = 0.05
 
 
+# The smallest value of a field; one that is not here may be 0.
+_LEAST = {"min_steps": 1, "spike_window": 2}
+
+
+def check_limits(limits: HealthLimits) -> None:
+  """Raises for a field that is no number in its range; inf switches a finding off."""
+  for field, value in limits._asdict().items():
+    low = _LEAST.get(field, 0)
+    what, kind = ("a whole number", int | np.integer) if field in _LEAST else ("a number", _NUMBER)
+    rule = f"`limits.{field}` must be {what} >= {low}"
+    remedy = f"pass one such as {HealthLimits._field_defaults[field]}"
+    if isinstance(value, bool) or not isinstance(value, kind):
+      raise TypeError(f"{rule}, got {described(value)}: {remedy}.")
+    if not value >= low:
+      raise ValueError(f"{rule}, got {value}: {remedy}.")
+
+
+_NUMBER = int | float | np.integer | np.floating
+
+
 class View(NamedTuple):
   """What a check looks at.
 
@@ -85,9 +106,9 @@ class View(NamedTuple):
   norms: Norms
   limits: HealthLimits
 
-  def enough(self, count: int) -> bool:
-    """Whether statistics of so many numbers say something."""
-    return count >= self.limits.min_steps
+  def enough(self, count: int, parts: int = 1) -> bool:
+    """Whether statistics of so many numbers, split into parts, say something."""
+    return count >= max(self.limits.min_steps, parts)
 
   def column(self, key: str) -> Floats:
     """The finite values of a column after the warm-up; none where it was not recorded."""

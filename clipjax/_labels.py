@@ -65,7 +65,7 @@ class Labels:
         if label not in order:
           raise ValueError(
             f"`max_norm` must have a threshold for every label, got none for '{label}' of leaf '{leaf}' (it has "
-            f"{', '.join(map(repr, order))}): add it, with None to exempt the group."
+            f"{', '.join(map(repr, order)) or 'none'}): add it, with None to exempt the group."
           )
       for label in order:
         if label not in found:
@@ -105,6 +105,20 @@ class Labels:
       f"{' (' + '; '.join(lists) + ')' if lists else ''}: call `init` with the parameters that you train."
     )
 
+  def check_kind(self, unlabelled: "Labels") -> None:
+    """Raises where a state is that of another kind of clip, or of thresholds by other labels."""
+    if self.unit != unlabelled.unit:
+      raise ValueError(
+        f"`state` must be of norms by {_UNITS[unlabelled.unit]}, as the one that `init` gave, got one of norms by "
+        f"{_UNITS[self.unit]}: pass the state of this transformation, or call `init` anew."
+      )
+    known = unlabelled.block_names
+    if known and self.leaves and self.block_names != known:
+      raise ValueError(
+        f"`state` must have the labels of `max_norm`, {', '.join(map(repr, known))}, in this order, got "
+        f"{', '.join(map(repr, self.block_names))}: pass the state of this transformation, or call `init` anew."
+      )
+
   def check_norms(self, norms: Any) -> None:
     """Raises where the norms of a state are those of another model: not every library checks the shapes it restores."""
     got = () if isinstance(norms, tuple) else jnp.shape(norms)
@@ -139,6 +153,9 @@ class Labels:
     """The static part is the whole."""
     del children
     return aux
+
+
+_UNITS = {"global": "the whole tree", "group": "group", "leaf": "leaf"}
 
 
 def _group_labels(tree: Any, names: tuple[str, ...], groups: Any) -> list[str]:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from clipjax._words import caller_level
+
 Axes: TypeAlias = tuple[Hashable, ...]
 
 # What to tell somebody whose number became a tracer inside optax.inject_hyperparams.
@@ -112,20 +114,17 @@ def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...]:
         "inside pmap and shard_map(check_vma=False) the types do not say which leaves are sharded, so that every "
         "device takes a norm of its own: pass `axis_name=` the mesh axes that leaves are sharded over, or "
         "`axis_name=()` where every device holds them whole.",
-        stacklevel=3,
+        stacklevel=caller_level(),
       )
     return tuple(map(varying_axes, measured))
-  rule = "`axis_name` must be a name, a tuple of names or a prefix tree of them"
-  names, treedef = jax.tree.flatten(axis_name, is_leaf=_is_axes)
-  for some in names:
-    if not _is_axes(some):
-      raise TypeError(f"{rule}, got {describe(some)}: pass the names as strings.")
+  names, treedef = check_axis_name(axis_name)
   try:  # Numbers in place of the names: an empty tuple in the tree is no leaf, and is not taken for a name then.
     places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(names))), tree))
   except ValueError as error:
-    raise ValueError(f"{rule}, got {axis_name!r}: {error}") from None
+    raise ValueError(f"{_AXIS_RULE}, got {axis_name!r}: {error}") from None
   per_leaf = [names[place] for place in places]
   given = [_as_axes(n) for n, leaf in zip(per_leaf, jax.tree.leaves(tree), strict=True) if is_measured(leaf)]
+  _check_in_scope(given)
   if not manual_axes() or _types_are_silent():
     return tuple(given)
   known = set(manual_axes())
@@ -133,6 +132,33 @@ def resolve_axes(tree: Any, axis_name: Any) -> tuple[Axes, ...]:
     tuple(axis for axis in axes if axis not in known or axis in varying_axes(x))
     for axes, x in zip(given, measured, strict=True)
   )
+
+
+_AXIS_RULE = "`axis_name` must be a name, a tuple of names or a prefix tree of them"
+
+
+def check_axis_name(axis_name: Any) -> tuple[list[Any], Any]:
+  """The names as `jax.tree.flatten` gives them; raises for what is no name."""
+  names, treedef = jax.tree.flatten(axis_name, is_leaf=_is_axes)
+  for some in names:
+    if not _is_axes(some):
+      raise TypeError(f"{_AXIS_RULE}, got {describe(some)}: pass the names as strings.")
+    if len(set(_as_axes(some))) < len(_as_axes(some)):
+      raise ValueError(f"`axis_name` must name each axis once, got {some!r}: leave out what is there twice.")
+  return names, treedef
+
+
+def _check_in_scope(given: Sequence[Axes]) -> None:
+  """Raises for an axis that nothing around binds: JAX says so with a `NameError`, or with no word at all."""
+  for axis in dict.fromkeys(axis for axes in given for axis in axes):
+    try:
+      lax.axis_size(axis)
+    except NameError:
+      around = f"only {', '.join(map(repr, manual_axes()))} here" if manual_axes() else "none here"
+      raise ValueError(
+        f"`axis_name` must name axes of the shard_map, pmap or vmap around, got {axis!r}, and there is {around}: "
+        "correct the name, or leave `axis_name` out under plain jit."
+      ) from None
 
 
 def varying_axes(x: Any) -> Axes:
@@ -203,6 +229,16 @@ def describe(x: Any) -> str:
   if isinstance(x, int | float | complex | str):
     return f"{x!r} ({kind})"
   return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def is_plain(x: Any) -> bool:
+  """Whether this is a text, a number or a function, none of which is a tree of arrays."""
+  return isinstance(x, str | bytes | int | float | complex) or callable(x)
+
+
+def describe_choice(x: Any) -> str:
+  """A text for what should be one of some strings."""
+  return describe(x) if hasattr(x, "shape") else repr(x)
 
 
 def _dtype(leaf: Any) -> Any:

@@ -6,14 +6,18 @@ every clipjax state in any nesting: chain, masked, multi_transform, MultiSteps, 
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from clipjax import _leaves
+from clipjax._labels import Labels
 from clipjax._norms import norm_dtype
+from clipjax._rule import check_flag
 from clipjax._skip import SkipState
 from clipjax._transforms import ClipState
 from clipjax._watch import WatchState
@@ -34,7 +38,9 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
   `nonfinite` and `worst_norm`. A watch goes together with the clip of its name, and the first in the chain gives what
   both have. Those of `clipjax.skip_steps`: `norm`, `loss`, `max_norm`, `max_loss`, `fraction`, `consecutive`, `steps`.
 
-  A second clip, or watch, of one name is `<name>_2`; one inside `optax.multi_transform` is `<name>_<label>`.
+  Where a label is also the name of a leaf, of other entries, in a watch or clip of the same name, the numbers by group
+  go by `<name>_group/norm/<label>` and so on. A second clip, or watch, of one name is `<name>_2`; one inside
+  `optax.multi_transform` is `<name>_<label>`.
 
   Before the first step the norms are 0 and the scale is 1. A step that was not finite shows its norm as it was, inf
   or NaN. A state with `track=False` has nothing to show; a state without any clip gives an empty dict.
@@ -45,6 +51,9 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
 
   Returns:
     A dict of arrays of shape () (with leading axes for a state under `vmap`), on the device.
+
+  Raises:
+    TypeError: for a transformation in the place of its state, or a `per_leaf` that is no bool.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -62,15 +71,29 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     grad/nonfinite_steps 0
     grad/steps 1
   """
+  check_flag(per_leaf, "per_leaf")
   out: dict[str, jax.Array] = {}
-  for name, state in named_states(opt_state):
+  states = list(named_states(opt_state))
+  labels = [(name, state.labels) for name, state in states]
+  for name, state in states:
     for quantity, value in global_numbers(state).items():
       out.setdefault(f"{name}/{quantity}", value)
     if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
+      by = blocks_name(name, state.labels, labels)
       for quantity, vector in vectors_of(state).items():
         for i, label in enumerate(state.labels.block_names):
-          out.setdefault(f"{name}/{quantity}/{label}", vector[..., i])
+          out.setdefault(f"{by}/{quantity}/{label}", vector[..., i])
   return out
+
+
+def blocks_name(name: str, labels: Labels, states: Iterable[tuple[str, Labels]]) -> str:
+  """What numbers by block go by: `name`, unless a label is the name of a leaf, of other entries, in another state."""
+  if labels.unit == "group":
+    shared = [set(other.block_names) for base, other in states if base == name and other.unit == "leaf"]
+    for label, block in zip(labels.block_names, labels.blocks, strict=True):
+      if [labels.leaves[i] for i in block] != [label] and any(label in names for names in shared):
+        return f"{name}_group"
+  return name
 
 
 def global_numbers(state: Any) -> dict[str, jax.Array]:
@@ -147,6 +170,7 @@ def check(opt_state: Any) -> None:
 
   Raises:
     FloatingPointError: if the last step of any clip or watch was not finite, or too many were rejected.
+    TypeError: for a transformation in the place of its state, or inside jit.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -161,6 +185,11 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
   """
   problems: dict[str, str] = {}
   for name, state in named_states(opt_state):
+    if isinstance(state.steps, jax.core.Tracer):
+      raise TypeError(
+        "`opt_state` must be of arrays with values, got traced ones: call `check` outside jit, with what the jitted "
+        "step returns."
+      )
     if isinstance(state, SkipState):
       # Without the wrapped state, which is large and not asked for.
       text = _skip_problem(name, jax.device_get(state._replace(inner_state=())))
@@ -220,6 +249,7 @@ def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
 
   A clip and a watch may have one name: they are of the same updates.
   """
+  _check_opt_state(opt_state)
   taken: set[tuple[bool, str]] = set()
   for path, state in found_states((), getattr(opt_state, "opt_state", opt_state)):
     is_watch = isinstance(state, WatchState)
@@ -230,6 +260,21 @@ def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
       name = f"{base}_{copy}"
     taken.add((is_watch, name))
     yield name, jax.tree.map(unwrapped, state, is_leaf=is_wrapper)
+
+
+def _check_opt_state(opt_state: Any) -> None:
+  """Raises for a transformation in the place of its state, and for what is no tree of arrays at all."""
+  tree = getattr(opt_state, "opt_state", opt_state)
+  for part in jax.tree.leaves(tree, is_leaf=_is_transformation):
+    if _is_transformation(part) or (part is tree and _leaves.is_plain(part)):
+      raise TypeError(
+        f"`opt_state` must be the state of an optimizer, got {_leaves.describe(part)}: pass what `init` or `update` "
+        "returned."
+      )
+
+
+def _is_transformation(x: Any) -> bool:
+  return isinstance(x, optax.GradientTransformation)
 
 
 def found_states(prefix: tuple[Any, ...], tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:

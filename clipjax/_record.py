@@ -22,6 +22,7 @@ from clipjax._record_outputs import RunFile, Writer
 from clipjax._record_rows import Pushed, Rows
 from clipjax._rule import check_whole
 from clipjax._run import FORMAT, RESERVED, merge
+from clipjax._words import caller_level
 
 
 class Recorder:
@@ -55,7 +56,7 @@ class Recorder:
   Raises:
     OSError: if the file cannot be written to.
     ValueError: if it is one that no Recorder wrote, or for an `every` below 1.
-    TypeError: for an object among the writers that is none.
+    TypeError: for an object among the writers that is none, or a `path` or `every` of another type.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, optax, clipjax
@@ -103,9 +104,10 @@ class Recorder:
         Python numbers or arrays of shape (), which are not waited for. May be inf or NaN.
 
     Raises:
-      TypeError: for a value that is no number, or inside jit.
-      ValueError: for an array that is no scalar, a key of `clipjax.metrics` or of the file's own, an optimizer state
-        with leading axes, or after `close`.
+      TypeError: for a value that is no number, a transformation in the place of its state, `params` without a
+        floating leaf, or inside jit.
+      ValueError: for an array that is no scalar, a step beyond an int64, a key of `clipjax.metrics` or of the file's
+        own, an optimizer state with leading axes, or after `close`.
     """
     if self._is_closed:
       raise ValueError("`push` must be called before `close`, got a closed Recorder: make another, of the same path.")
@@ -124,7 +126,14 @@ class Recorder:
     if not self._is_alone:
       arrays = [_record_pack.first_shard(x) for x in arrays]
       device = {key: _record_pack.first_shard(value) for key, value in device.items()}
+    params = params if self._pushes >= self._next_weights else None
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+      raise TypeError(_INSIDE_JIT.format("params", "a traced one"))
     vector, layout = packer.pack(arrays, device)
+    if isinstance(vector, jax.core.Tracer):  # Of a state that is no argument of the traced function.
+      raise TypeError(
+        "`push` must be called outside jit, got a call in a traced function: push what the jitted step returns."
+      )
     by_leaf = self._pushes % self._every == 0
     self._pending.append(Pushed(now, number, host, packer, layout, vector, self._weights(params), by_leaf))
     self._pushes += 1
@@ -171,13 +180,12 @@ class Recorder:
     return packer, arrays
 
   def _weights(self, params: Any) -> jax.Array | None:
-    if params is None or self._pushes < self._next_weights:
+    if params is None:
       return None
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
-      raise TypeError(_INSIDE_JIT.format("params", "a traced one"))
+    parameters, counts = _record_pack.parameter_count(params), _record_pack.histogram(params)
     self._next_weights = self._pushes + self._every
-    self._parameters = _record_pack.parameter_count(params)
-    return _record_pack.histogram(params)
+    self._parameters = parameters
+    return counts
 
   def _read_batch(self) -> None:
     """Reads a batch that the device is through with; waits for it only where another one has gathered meanwhile."""
@@ -268,6 +276,8 @@ def _step(step: Any) -> int | None:
   if isinstance(step, jax.core.Tracer):
     raise TypeError(_INSIDE_JIT.format("step", "a traced one"))
   if isinstance(step, numbers.Integral) and not isinstance(step, bool):
+    if abs(int(step)) >= 2**63:
+      raise ValueError("`step` must be in the range of an int64, got a larger integer: pass the number of the step.")
     return int(step)
   if isinstance(step, jax.Array | np.ndarray) and step.shape == () and jnp.issubdtype(step.dtype, jnp.integer):
     return None if isinstance(step, jax.Array) else int(step)
@@ -289,6 +299,6 @@ def _fetched(arrays: list[jax.Array | None]) -> list[Any]:
       f"{sum(a is not None and b is None for a, b in zip(arrays, out, strict=True))} pushes could not be read from the "
       f"device ({str(error).splitlines()[0]}): they are left out.",
       RuntimeWarning,
-      stacklevel=2,
+      stacklevel=caller_level(),
     )
     return out

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clipjax._run import RESERVED, is_run
+from clipjax._run import RESERVED, checked_path, is_run
+from clipjax._words import caller_level
 
 _KEPT_BYTES = 2**24  # Of rows that could not be written, until the disk takes them.
 
@@ -26,7 +27,7 @@ class RunFile:
 
   def __init__(self, path: str | os.PathLike[str]):
     # Absolute, because the training may change the working directory.
-    self.path = Path(os.fspath(path)).absolute()
+    self.path = Path(checked_path(path)).absolute()
     with self.path.open("ab") as file:
       size = file.tell()
     if not is_run(str(self.path)):
@@ -80,7 +81,7 @@ class RunFile:
       f"cannot write {self.path}: {error.strerror or error}; the training goes on, and the last "
       f"{_KEPT_BYTES >> 20} MiB of rows are kept to be written when it is possible again: make room, or mend the path.",
       RuntimeWarning,
-      stacklevel=2,
+      stacklevel=caller_level(),
     )
 
 
@@ -136,7 +137,7 @@ class Writer:
         f"the writer {type(self._target).__name__} raised {type(error).__name__}: {error}; it is given nothing more, "
         "and the training and the other outputs go on.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=caller_level(),
       )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from clipjax import _leaves
-from clipjax._metrics import found_states, global_numbers, is_wrapper, named_states, unwrapped, vectors_of
+from clipjax._metrics import blocks_name, found_states, global_numbers, is_wrapper, named_states, unwrapped, vectors_of
 from clipjax._watch import WatchState
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
@@ -168,9 +168,10 @@ class Packer:
       for quantity, value in global_numbers(state).items():
         out.setdefault(("metric", f"{source.name}/{quantity}"), value)
       if state.labels.unit == "group":
+        by = blocks_name(source.name, source.labels, [(s.name, s.labels) for s in self._sources])
         for quantity, vector in vectors.items():
           for i, label in enumerate(state.labels.block_names):
-            out.setdefault(("metric", f"{source.name}/{quantity}/{label}"), vector[i])
+            out.setdefault(("metric", f"{by}/{quantity}/{label}"), vector[i])
       for quantity, vector in vectors.items():
         out.setdefault(("vector", f"{source.leaves_name(self._sources)}/{quantity}"), vector)
       if isinstance(state, WatchState) and not isinstance(state.history, tuple):
@@ -276,7 +277,13 @@ def histogram(params: Any) -> jax.Array | None:
 
 def _weight_leaves(params: Any) -> list[Any]:
   leaves = jax.tree.leaves(params, is_leaf=is_wrapper)
-  return [x for x in leaves if _leaves.is_measured(unwrapped(x))]
+  weights = [x for x in leaves if _leaves.is_measured(unwrapped(x))]
+  if leaves and not weights:
+    raise TypeError(
+      f"`params` must have floating or complex leaves, got {_leaves.describe(unwrapped(leaves[0]))}: pass the "
+      "parameters that you train."
+    )
+  return weights
 
 
 def first_shard(x: Any) -> Any:

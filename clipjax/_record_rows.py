@@ -12,6 +12,7 @@ import jax
 from clipjax import _record_pack
 from clipjax._record_outputs import RunFile
 from clipjax._run import merge, read_run
+from clipjax._words import caller_level
 
 # What may be inf without anything being wrong: no limit, or a step long ago.
 _MAY_BE_INF = frozenset({"max_norm", "max_loss", "worst_norm"})
@@ -129,7 +130,7 @@ class Rows:
         f"`history` of the watch '{name}' must reach from one push to the next, got {size} for {steps} steps: those "
         f"before are not recorded; pass watch(history={steps}).",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=caller_level(),
       )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from clipjax import _health, _suggest
 from clipjax._report_series import norm_series
-from clipjax._run import Run
+from clipjax._run import Run, checked_path
 from clipjax._run_norms import main_name
 from clipjax._words import described, number, percent
 
@@ -75,7 +75,8 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
     `path`, as a `pathlib.Path`.
 
   Raises:
-    TypeError: if `run` is no `Run`.
+    TypeError: if `run` is no `Run`, or `path` no path.
+    ValueError: if `path` is the file of the run itself.
     OSError: if the file cannot be written; its directory must exist.
     ImportError: without matplotlib, the extra `report`.
 
@@ -88,7 +89,11 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
     'run.html'
   """
   _check(run)
-  target = pathlib.Path(path)
+  target = pathlib.Path(checked_path(path))
+  if target.exists() and os.path.exists(run.path) and target.samefile(run.path):
+    raise ValueError(f"`path` must be another file than that of the run, got {str(path)!r}: name one for the page.")
+  if target.is_dir():
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   if not target.parent.is_dir():
     raise FileNotFoundError(errno.ENOENT, "the directory of the report does not exist, make it first", str(path))
   _write(target, _page(run).encode("ascii", "xmlcharrefreplace"))
@@ -184,17 +189,17 @@ def _footer(run: Run, omitted: list[str], page: Any) -> str:
 
 def _write(target: pathlib.Path, content: bytes) -> None:
   """All of it or nothing, through a file beside it; straight where the path is no file, as /dev/stdout."""
-  if target.exists() and not target.is_file() and not target.is_dir():
-    target.write_bytes(content)
-    return
-  beside = target.with_name(f".clipjax-{os.getpid()}-{target.name}"[:200])
+  is_special = target.exists() and not target.is_file()
+  beside = target if is_special else target.with_name(f".clipjax-{os.getpid()}-{target.name}"[:200])
   try:
     beside.write_bytes(content)
-    os.replace(beside, target)
-  except OSError as error:  # It names the file beside, which nobody has asked for.
+    if not is_special:
+      os.replace(beside, target)
+  except OSError as error:  # It names no file, or the one beside, which nobody has asked for.
     raise OSError(error.errno, error.strerror, str(target)) from error
   finally:
-    beside.unlink(missing_ok=True)
+    if not is_special:
+      beside.unlink(missing_ok=True)
 
 
 def _numbers(values: Any, digits: int = 7) -> str:

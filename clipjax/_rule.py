@@ -14,7 +14,7 @@ import optax
 from jax import export
 from jax.typing import ArrayLike
 
-from clipjax import _functional, _leaves
+from clipjax import _functional, _leaves, _norms
 
 
 class _Init(Protocol):
@@ -125,6 +125,12 @@ def schedule(fn: optax.Schedule) -> Rule:
 def as_rule(value: Any, argument: str) -> Rule:
   """The rule that a number, an array, a schedule or a rule stands for: the door through which all thresholds come."""
   if isinstance(value, Rule):
+    for field in value._fields:
+      if not callable(getattr(value, field)):
+        raise TypeError(
+          f"`{argument}` must be a Rule of two functions, got {_leaves.describe(getattr(value, field))} as its "
+          f"`{field}`: see clipjax.rules.Rule."
+        )
     return value
   if callable(value):
     return schedule(value)
@@ -137,8 +143,29 @@ def as_rule(value: Any, argument: str) -> Rule:
   return _of_count(lambda _: number)
 
 
-def check_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
+def ask(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+  """The limit, the target and the next state, checked: a rule may be the user's own."""
+  answer = rule.update(norms, state, global_norm=global_norm)
+  if not isinstance(answer, tuple) or len(answer) != 3:
+    got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else _leaves.describe(answer)
+    raise TypeError(f"a rule's `update` must return (limit, target, state), got {got}: return all three.")
+  limit, target, new = answer
+  if not _is_like(new, state):
+    raise ValueError(
+      f"a rule's `update` must return a state like the one that it was given, {_outline(state)}, got {_outline(new)}: "
+      "keep its structure and shapes."
+    )
+  return _checked_limit(limit, norms, "limit"), _checked_limit(target, norms, "target"), new
+
+
+def _checked_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
   """What a rule answered, in the dtype of the norms; raises where its shape is neither () nor theirs."""
+  number = isinstance(answer, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(answer, bool)
+  if not number or jnp.iscomplexobj(answer):
+    raise TypeError(
+      f"a rule's `{what}` must be a real number or an array of them, got {_leaves.describe(answer)}: compute it from "
+      "`norms`, with jnp.inf for no limit."
+    )
   value: jax.Array = jnp.asarray(answer).astype(norms.dtype)
   if value.shape not in ((), norms.shape):
     raise ValueError(
@@ -146,6 +173,49 @@ def check_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
       "compute it from `norms` element by element."
     )
   return value
+
+
+class StateCheck:
+  """Compares states with what the `init` of a rule gives, which it is asked for once for each shape."""
+
+  def __init__(self, rule: Rule, field: str):
+    self._rule = rule
+    self._field = field
+    self._wanted: dict[tuple[int, ...], Any] = {}
+
+  def check(self, state: Any, shape: tuple[int, ...]) -> None:
+    """Raises for the state of another rule, or of one with another window."""
+    if shape not in self._wanted:
+      self._wanted[shape] = jax.eval_shape(lambda: self._rule.init(shape, _norms.norm_dtype()))
+    wanted = self._wanted[shape]
+    if not _is_like(state, wanted):
+      raise ValueError(
+        f"`state.{self._field}` must be as the rule's `init` gave it, {_outline(wanted)}, got {_outline(state)}: pass "
+        "the state of this transformation, or call `init` anew."
+      )
+
+
+def _is_like(state: Any, wanted: Any) -> bool:
+  structures: list[Any] = [jax.tree.structure(x) for x in (state, wanted)]
+  if structures[0] != structures[1]:
+    return False
+  return all(  # An eager `update` asks this at every step: the usual case is two attributes.
+    getattr(x, "shape", ()) == getattr(y, "shape", ())
+    and (getattr(x, "dtype", None) == getattr(y, "dtype", float) or _kind(x) == _kind(y))
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True)
+  )
+
+
+def _outline(state: Any) -> str:
+  """The type of a state, and kind and shape of its arrays, as in "Ring(float(1000,), int(), int())"."""
+  kind = "array" if jax.tree_util.all_leaves([state]) else type(state).__name__
+  return f"{kind}({', '.join(f'{_kind(x)}{jnp.shape(x)}' for x in jax.tree.leaves(state))})"
+
+
+def _kind(x: Any) -> str:
+  dtype = jax.dtypes.result_type(x)
+  kinds = {"float": np.floating, "int": np.integer, "bool": np.bool_}
+  return next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), str(dtype))
 
 
 def keep_where(bad: jax.Array, old: Any, new: Any) -> Any:
@@ -215,8 +285,8 @@ def lower(rule_a: Rule | ArrayLike, rule_b: Rule | ArrayLike) -> Rule:
   def update(
     norms: jax.Array, state: tuple[Any, Any], *, global_norm: jax.Array
   ) -> tuple[jax.Array, jax.Array, tuple[Any, Any]]:
-    limit_a, target_a, state_a = a.update(norms, state[0], global_norm=global_norm)
-    limit_b, target_b, state_b = b.update(norms, state[1], global_norm=global_norm)
+    limit_a, target_a, state_a = ask(a, norms, state[0], global_norm)
+    limit_b, target_b, state_b = ask(b, norms, state[1], global_norm)
     limit = jnp.minimum(limit_a, limit_b)
     target_a = jnp.where(norms > limit_a, jnp.minimum(target_a, limit), limit)
     target_b = jnp.where(norms > limit_b, jnp.minimum(target_b, limit), limit)
@@ -261,7 +331,7 @@ def after(n: int, rule: Rule | ArrayLike) -> Rule:
     norms: jax.Array, state: tuple[jax.Array, Any], *, global_norm: jax.Array
   ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, Any]]:
     seen, inner_state = state
-    limit, target, inner_state = inner.update(norms, inner_state, global_norm=global_norm)
+    limit, target, inner_state = ask(inner, norms, inner_state, global_norm)
     open_ = seen < n
     limit = jnp.where(open_, jnp.inf, limit)
     return limit, jnp.where(open_, jnp.inf, target), (jnp.minimum(seen + 1, n), inner_state)
@@ -272,15 +342,18 @@ def after(n: int, rule: Rule | ArrayLike) -> Rule:
 # Checks of the arguments of rules: Python numbers are held to their range, what is traced is not ---------------------
 
 
-def check_number(value: Any, argument: str, low: float, high: float, *, open_low: bool = False) -> None:
+def check_number(
+  value: Any, argument: str, low: float, high: float, *, open_low: bool = False, finite: bool = False
+) -> None:
   """Raises unless `value` is a number in its range, or an array."""
   if isinstance(value, jax.Array):
     return
   below = f"> {low:g}" if open_low else f">= {low:g}"
-  rule = f"`{argument}` must be a number {below}" + ("" if math.isinf(high) else f" and <= {high:g}")
+  rule = f"`{argument}` must be a {'finite ' if finite else ''}number {below}"
+  rule += "" if math.isinf(high) else f" and <= {high:g}"
   if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
     raise TypeError(f"{rule}, got {_leaves.describe(value)}: pass a float.")
-  if not (low < value if open_low else low <= value) or not value <= high:
+  if not (low < value if open_low else low <= value) or not value <= high or (finite and math.isinf(value)):
     raise ValueError(f"{rule}, got {value}: choose one in that range.")
 
 
@@ -297,6 +370,12 @@ def check_whole(value: Any, argument: str, low: int, high: int | None = None) ->
 
 def check_choice(value: Any, argument: str, choices: tuple[str, ...]) -> None:
   """Raises unless `value` is one of some strings."""
-  if value not in choices:
+  if not isinstance(value, str) or value not in choices:
     names = ", ".join(f'"{name}"' for name in choices)
-    raise ValueError(f"`{argument}` must be one of {names}, got {value!r}: choose one of them.")
+    raise ValueError(f"`{argument}` must be one of {names}, got {_leaves.describe_choice(value)}: choose one of them.")
+
+
+def check_flag(value: Any, argument: str) -> None:
+  """Raises unless `value` is a Python bool."""
+  if not isinstance(value, bool):
+    raise TypeError(f"`{argument}` must be True or False, got {_leaves.describe(value)}: pass one of them.")

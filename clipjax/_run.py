@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from clipjax._words import described
+
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
@@ -114,6 +116,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
   Raises:
     FileNotFoundError: if there is no such file.
+    TypeError: for what is no path.
     ValueError: for a directory, an empty file, a file that no `Recorder` wrote, or one of a later format.
 
   Example:
@@ -129,14 +132,16 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     >>> run.steps, run["grad/norm"], run["loss"][0]
     (array([1, 2, 3]), array([5., 5., 5.]), np.float64(0.5))
   """
-  name = os.fspath(path)
+  name = checked_path(path)
   entries = _entries(_lines(name))
   headers = [entry for entry in entries if "clipjax_run" in entry]
-  for header in headers:
-    _check_format(header, name)
   other = f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, which has {{}}: {_REMEDY}"
   if not headers:
     raise ValueError(other.format("no header of one"))
+  for header in headers:
+    if type(header["clipjax_run"]) is not int or header["clipjax_run"] < 1:
+      raise ValueError(other.format("a header of another kind"))
+    _check_format(header, name)
   try:
     return _run(name, *_merged(entries))
   except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:  # Anything may be in a file.
@@ -144,6 +149,16 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 
 _REMEDY = "pass the path that the Recorder was given."
+
+
+def checked_path(path: Any) -> str:
+  """The path as a string; raises for what is none."""
+  name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+  if not isinstance(name, str):
+    raise TypeError(f"`path` must be a string or a pathlib.Path, got {described(path)}: pass the name of a file.")
+  if not name or "\0" in name:
+    raise ValueError(f"`path` must be the name of a file, got {name!r}: pass one such as 'run.jsonl'.")
+  return name
 
 
 def is_run(path: str) -> bool:
@@ -176,7 +191,7 @@ def _entries(lines: list[bytes]) -> list[dict[str, Any]]:
   entries = []
   for line in lines:
     try:
-      entry = json.loads(line)
+      entry = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
       continue
     if isinstance(entry, dict):
@@ -199,7 +214,7 @@ def _merged(entries: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, di
 
 def _check_format(header: dict[str, Any], name: str) -> None:
   number = header["clipjax_run"]
-  if type(number) is not int or number > FORMAT:
+  if number > FORMAT:
     raise ValueError(
       f"`path` must be a file of format {FORMAT} or below, got {name!r} of format {number!r}: read it with the version "
       f"of clipjax that wrote it, {header.get('version')}, or a later one."
@@ -254,9 +269,13 @@ def _run(name: str, header: dict[str, Any], rows: dict[int, dict[str, Any]]) -> 
         columns[key] = np.full(steps.shape, np.nan)
       if isinstance(value, int | float):
         columns[key][i] = value
+      elif value is not None:
+        raise TypeError("a value must be a number or null")
     for key in row.get("nonfinite") or ():
       flags.setdefault(key, np.zeros(steps.shape, np.bool_))[i] = True
   leaves = {key: tuple(map(str, labels)) for key, labels in (header.get("leaves") or {}).items()}
+  if any(isinstance(labels, str) for labels in (header.get("leaves") or {}).values()):
+    raise TypeError("the names of leaves must be a list")
   ordered = [rows[step] for step in steps.tolist()]
   parameters = header.get("parameters")
   if not isinstance(parameters, int | None):

@@ -94,7 +94,7 @@ def norms_of_array(norms: Any, warmup_steps: int | None) -> Norms:
   """
   try:
     array = np.asarray(norms)
-  except ValueError:  # A list of lists of several lengths.
+  except (ValueError, TypeError):  # A list of lists of several lengths; inside jit.
     array = np.asarray(None)
   # Beside those of numpy, the 16-bit and 8-bit floats of JAX, whose kind is "V".
   if array.dtype.kind not in "fiu" and not (array.dtype.kind == "V" and "float" in array.dtype.name):

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import export
 from jax.typing import ArrayLike
 
 from clipjax import _leaves, _norms
 from clipjax._labels import Labels
-from clipjax._rule import Rule, as_rule, check_limit, check_whole, keep_where
+from clipjax._rule import Rule, StateCheck, as_rule, ask, check_whole, keep_where
 
 _NO_LIMIT = 2**31 - 1
 
@@ -87,7 +88,8 @@ def skip_steps(
   Raises:
     ValueError: for a negative or NaN Python number; in `update`, without `value=` where there is a `loss_rule`, and for
       another number of leaves than `init` saw.
-    TypeError: for what is no rule or no transformation; in `update`, for an integer or bool leaf, with its path.
+    TypeError: for what is no rule or no transformation; in `update`, for an integer or bool leaf, with its path, and
+      for a `value` that is no number.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -112,7 +114,9 @@ def skip_steps(
   protected = optax.with_extra_args_support(inner)
   norms = as_rule(jnp.inf if norm_rule is None else norm_rule, "norm_rule")
   losses = as_rule(jnp.inf if loss_rule is None else loss_rule, "loss_rule")
+  _leaves.check_axis_name(axis_name)
   label = partial(Labels.of, name="skip", unit="global")
+  norm_check, loss_check = StateCheck(norms, "norm_rule"), StateCheck(losses, "loss_rule")
 
   def init(params: optax.Params) -> SkipState:
     dtype = _norms.norm_dtype()
@@ -135,6 +139,8 @@ def skip_steps(
     updates: optax.Updates, state: SkipState, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, SkipState]:
     _leaves.check_state(state, SkipState)
+    norm_check.check(state.norm_rule, ())
+    loss_check.check(state.loss_rule, ())
     _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
@@ -142,9 +148,8 @@ def skip_steps(
     spec = _norms.NormSpec(2.0, state.labels.blocks, _leaves.resolve_axes(updates, axis_name))
     norm = _norms.block_norms_jit(spec, flat.measured)[0]
     loss = _loss(extra_args, loss_rule is not None, dtype)
-    max_norm, _, norm_state = norms.update(norm, state.norm_rule, global_norm=norm)
-    max_loss, _, loss_state = losses.update(loss, state.loss_rule, global_norm=norm)
-    max_norm, max_loss = check_limit(max_norm, norm, "limit"), check_limit(max_loss, loss, "limit")
+    max_norm, _, norm_state = ask(norms, norm, state.norm_rule, norm)
+    max_loss, _, loss_state = ask(losses, loss, state.loss_rule, norm)
     bad = ~jnp.isfinite(norm) | jnp.isnan(max_norm) | jnp.isnan(max_loss)
     if loss_rule is not None:
       bad = bad | ~jnp.isfinite(loss)
@@ -179,11 +184,13 @@ def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:
         "`value` must be given where there is a `loss_rule`, got None: call update(grads, state, params, value=loss)."
       )
     return jnp.zeros((), dtype)
-  loss: jax.Array = jnp.asarray(value)
-  if loss.shape != () or jnp.iscomplexobj(loss):
+  is_number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+  if not is_number or jnp.shape(value) != () or jnp.iscomplexobj(value):
     if not needed:  # It may be meant for the wrapped transformation.
       return jnp.zeros((), dtype)
-    raise ValueError(f"`value` must be a scalar loss, got {_leaves.describe(loss)}: pass its mean over the batch.")
+    error = ValueError if is_number else TypeError
+    raise error(f"`value` must be a scalar loss, got {_leaves.describe(value)}: pass its mean over the batch.")
+  loss: jax.Array = jnp.asarray(value)
   if axes := _leaves.varying_axes(loss):
     if not needed:
       return jnp.zeros((), dtype)

@@ -270,7 +270,7 @@ def _check_options(learning_rate: Any, new_learning_rate: Any, scale_free: Any, 
   for rate, name in ((learning_rate, "learning_rate"), (new_learning_rate, "new_learning_rate")):
     if rate is None:
       continue
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number):
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.integer | np.floating):
       raise TypeError(f"`{name}` must be a number, got {described(rate)}: pass a float such as 0.1.")
     if not 0 < rate < math.inf:
       raise ValueError(f"`{name}` must be > 0 and finite, got {rate}: pass a float such as 0.1.")

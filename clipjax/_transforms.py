@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from clipjax import _functional, _leaves, _norms
 from clipjax._labels import Labels
-from clipjax._rule import Rule, as_rule, check_limit, keep_where
+from clipjax._rule import Rule, StateCheck, as_rule, ask, check_flag, keep_where
 
 MaxNorm: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike] | Rule
 
@@ -237,7 +237,7 @@ def clip_by_group_norm(
     >>> print(clipjax.metrics(state)["grad/norm/body"])
     5.0
   """
-  if isinstance(groups, jax.Array | np.generic | int | float):
+  if groups is None or isinstance(groups, jax.Array | np.generic | int | float):
     raise TypeError(
       f"`groups` must be a function (path, leaf) -> label or a tree of labels, got {_leaves.describe(groups)}: "
       f"pass it as the second argument; {_leaves.STATIC_ARGS_REMEDY}."
@@ -345,6 +345,8 @@ def _clip(
   config = _Config(_norms.check_ord(ord, for_clip=True), label, **options)
   _functional.check_policy(config.on_nonfinite)
   config = config._replace(eps=_functional.check_eps(config.eps))
+  _leaves.check_axis_name(config.axis_name)
+  unlabelled, rule_state = label(()), StateCheck(rule, "rule")
 
   def init(params: optax.Params) -> ClipState:
     labels = label(params)
@@ -356,7 +358,8 @@ def _clip(
     del extra_args
     _leaves.check_reduced(updates, params)
     if track:
-      check_state(state)
+      check_state(state, unlabelled)
+      rule_state.check(state.rule, state.labels.shape)
       return _update(config, rule, updates, state, state.labels)
     fresh = init(updates)
     return _update(config, rule, updates, fresh, fresh.labels)[0], state
@@ -368,7 +371,6 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
   """One step: updates in, norms, rule, factors, updates out."""
   flat = _leaves.flatten(updates, "updates")
   labels.check_count(updates, len(flat.measured))
-  labels.check_norms(state.norms)
   if config.clamp:
     _functional.check_real(updates, flat, "updates")
   spec = _norms.NormSpec(config.ord, labels.blocks, _leaves.resolve_axes(updates, config.axis_name))
@@ -377,8 +379,7 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
   norms = block_norms.measured[0] if is_global else _norms.stack(block_norms.measured)
   global_norm = norms if is_global else _norms.vector_norm(_norms.stack(block_norms.norms), config.ord)
 
-  limit, target, rule_state = rule.update(norms, state.rule, global_norm=global_norm)
-  limit, target = check_limit(limit, norms, "limit"), check_limit(target, norms, "target")
+  limit, target, rule_state = ask(rule, norms, state.rule, global_norm)
   limit = jnp.maximum(limit, 0)
   bad = ~jnp.isfinite(norms).all() | ~jnp.isfinite(global_norm) | jnp.isnan(limit).any() | jnp.isnan(target).any()
   whole = _limits(config, norms, jnp.broadcast_to(limit, norms.shape), target)
@@ -448,10 +449,12 @@ def next_state(
   )
 
 
-def check_state(state: Any) -> None:
-  """Raises where `update` is given the state of something else."""
+def check_state(state: Any, unlabelled: Labels) -> None:
+  """Raises where `update` is given the state of something else; `unlabelled` are the labels of no leaves."""
   or_else = ", or `track=False` to go on with a checkpoint of optax.clip_by_global_norm"
   _leaves.check_state(state, ClipState, or_else=or_else)
+  state.labels.check_kind(unlabelled)
+  state.labels.check_norms(state.norms)
 
 
 class _Measured(NamedTuple):
@@ -484,7 +487,7 @@ def _by_label(thresholds: Mapping[str, Any]) -> Rule:
     return tuple(rule.init((), dtype) for rule in each)
 
   def update(norms: jax.Array, state: Any, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-    outs = [rule.update(norms[i], state[i], global_norm=global_norm) for i, rule in enumerate(each)]
+    outs = [ask(rule, norms[i], state[i], global_norm) for i, rule in enumerate(each)]
     limits, targets, states = zip(*outs, strict=True)
     return _norms.stack(limits), _norms.stack(targets), states
 
@@ -505,6 +508,7 @@ def _check_label(label: Any, where: str) -> None:
 
 def _check_track(track: bool, *thresholds: Any) -> None:
   """Raises where a threshold that needs a state is to have none."""
+  check_flag(track, "track")
   if not track and any(isinstance(value, Rule) or callable(value) for value in thresholds):
     raise ValueError(
       "`track=False` keeps no state, so that `max_norm` must be a number or an array, got a schedule or a rule: "

@@ -18,7 +18,7 @@ from jax import export, lax
 from clipjax import _leaves, _norms
 from clipjax._labels import Labels
 from clipjax._leaves import Axes
-from clipjax._rule import check_whole
+from clipjax._rule import check_flag, check_whole
 from clipjax._transforms import check_name
 
 # Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
@@ -131,10 +131,11 @@ def watch(
     update/ratio/w 0.01
   """
   check_whole(history, "history", 0)
-  for argument, value in (("per_leaf", per_leaf), ("param_norms", param_norms)):
-    if not isinstance(value, bool):
-      raise TypeError(f"`{argument}` must be True or False, got {_leaves.describe(value)}: pass one of them.")
+  check_flag(per_leaf, "per_leaf")
+  check_flag(param_norms, "param_norms")
+  _leaves.check_axis_name(axis_name)
   label = partial(Labels.of, name=check_name(name), unit="leaf" if per_leaf else "global")
+  unlabelled = label(())
 
   def init(params: optax.Params) -> WatchState:
     return _empty_state(label(params), history)
@@ -144,6 +145,8 @@ def watch(
   ) -> tuple[optax.Updates, WatchState]:
     del extra_args
     _leaves.check_state(state, WatchState)
+    state.labels.check_kind(unlabelled)
+    _check_history(state, history)
     _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
@@ -159,6 +162,15 @@ def watch(
     return updates, _watched(_Spread(axes, of_params), flat.measured, weights, state)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_history(state: WatchState, history: int) -> None:
+  got = 0 if isinstance(state.history, tuple) else jnp.shape(state.history)[-1]
+  if got != history:
+    raise ValueError(
+      f"`state` must have a history of {history} norms, as the one that `init` gave, got {got}: pass the state of this "
+      "transformation, or call `init` anew."
+    )
 
 
 def _empty_state(labels: Labels, history: int) -> WatchState:
