@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax._norms import norm_dtype
+from clipjax._norms import norm_dtype, quotient
 from clipjax._skip import SkipState
 from clipjax._transforms import ClipState
 from clipjax._watch import WatchState
@@ -126,7 +126,7 @@ def vectors_of(state: Any) -> dict[str, Any]:
 def _ratio(norm: Any, param_norm: Any) -> jax.Array:
   """A norm over that of the parameters, 0 where that is 0 or not known."""
   known = param_norm > 0
-  return jnp.where(known, norm, 0) / jnp.where(known, param_norm, 1)
+  return quotient(jnp.where(known, norm, 0), jnp.where(known, param_norm, 1))
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
