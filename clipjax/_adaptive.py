@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import export
+from jax import export, lax
 
 from clipjax import _norms
 from clipjax._rule import Rule, check_choice, check_flag, check_number, check_whole
@@ -37,7 +37,7 @@ class Ring(NamedTuple):
     """The ring with one row more, or the oldest one replaced."""
     window = self.values.shape[0]
     return Ring(
-      jax.lax.dynamic_update_index_in_dim(self.values, norms, self.next, 0),
+      lax.dynamic_update_index_in_dim(self.values, norms, self.next, 0),
       (self.next + 1) % window,
       jnp.minimum(self.filled + 1, window),
     )
@@ -254,11 +254,11 @@ def zscore(
     del global_norm
     z_limit, past = jnp.asarray(z_thresh, norms.dtype), jnp.asarray(decay, norms.dtype)
     warm = state.seen < warmup_steps
-    std = jnp.sqrt(state.variance)
+    std = _norms.root_or_zero(state.variance)
     limit = jnp.where(warm, jnp.inf, state.mean + z_limit * (std + 1e-6))
     clipped = norms > limit
     if mode == "reciprocal":
-      z = jnp.where(clipped, norms - state.mean, 1) / (std + 1e-6)
+      z = jnp.where(clipped, _norms.quotient(norms - state.mean, std + 1e-6), 1)
       target = state.mean + z_limit * (z_limit / z) * std
     else:
       target = state.mean if mode == "mean" else state.mean + z_limit * std
@@ -342,11 +342,11 @@ def rolling_sigma(
     anchor = ring.values[0]
     distance = jnp.where(ring.is_filled, ring.values - anchor[None], 0)
     largest = jnp.max(jnp.abs(distance), axis=0)
-    unit = jnp.where(largest > 0, largest, 1)
+    unit = lax.stop_gradient(jnp.where(largest > 0, largest, 1))  # It cancels.
     distance = distance / unit[None]
     mean = jnp.sum(distance, axis=0) / jnp.maximum(n, 1)
     about = jnp.where(ring.is_filled, distance - mean[None], 0)
-    std = unit * jnp.sqrt(jnp.sum(jnp.square(about), axis=0) / jnp.maximum(n - ddof, 1))
+    std = unit * _norms.root_or_zero(jnp.sum(jnp.square(about), axis=0) / jnp.maximum(n - ddof, 1))
     width = jnp.asarray(sigma, norms.dtype) * jnp.maximum(std, jnp.asarray(std_floor, norms.dtype))
     limit = anchor + unit * mean + width
     enough = (ring.filled + 1 >= min_count) & (ring.filled > ddof)
@@ -422,6 +422,7 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
     warm = state.seen < warmup_steps
     over = global_norm > most
     # A zero norm is under every limit, so 0 for its limit clips nothing.
+    most = jnp.where(over, most, 1)
     global_limit = jnp.where(over, _norms.divide(norms, jnp.where(over, global_norm, 1)) * most, jnp.inf)
     has_ema = state.ema > 0
     limit = jnp.where(warm | ~has_ema, global_limit, jnp.asarray(ratio, norms.dtype) * state.ema)

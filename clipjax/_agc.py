@@ -132,7 +132,7 @@ def _clip_units(
     limit = share.astype(real) * jnp.maximum(unit_norms(_norms.upcast(w), unit).astype(real), least)
     limit = jnp.where(share == jnp.inf, jnp.inf, limit)  # Of parameters that are 0 too.
     units = _functional.Limits(norms, limit, limit)
-    out.append(_functional.multiply(jnp.asarray(x), *_functional.safe_factors_of(units, jnp.zeros((), jnp.bool_))))
+    out.extend(_functional.rescale((0,), [jnp.asarray(x)], [units], jnp.zeros((), jnp.bool_)))
     # Norms of a leaf from those of its units, each of which counts once.
     before.append(_norms.vector_norm(norms.ravel().astype(dtype), 2.0))
     after.append(_norms.vector_norm(_functional.norm_after(norms, units).ravel().astype(dtype), 2.0))

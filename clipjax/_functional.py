@@ -6,7 +6,7 @@ gradient next.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -305,19 +305,36 @@ def _clip_examples(
   norms = jax.vmap(lambda rows: _norms.block_norms(spec, rows)[0])(xs)
   limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
   usable = jnp.isfinite(norms) & ~jnp.isnan(limit)
-  # Without a norm an example counts as one of norm 0: its factor is 1, and `where` takes it out before any product.
-  limits = Limits(jnp.where(usable, norms, 0), limit, limit)
-  _, shrink, factor = safe_factors_of(limits, jnp.zeros((), jnp.bool_))
-
   if not norms.size:
     return [jnp.sum(x, axis=0) for x in xs], norms
+  # Without a norm an example counts as one of norm 0: its factor is 1, and `where` takes it out before any product.
+  return _sum_examples(usable, Limits(jnp.where(usable, norms, 0), limit, limit), xs), norms
+
+
+@jax.custom_jvp
+def _sum_examples(usable: jax.Array, limits: Limits, xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """The sum of the usable examples of each leaf, each rescaled as its norm asks for."""
+  _, shrink, factor = safe_factors_of(limits, jnp.zeros((), jnp.bool_))
   if any(map(_is_split_by_type, xs)):
-    return _sum_at_once(usable, shrink, factor, xs), norms
+    return _sum_at_once(usable, shrink, factor, xs)
   # A weighted sum is a product of a vector and a matrix, which writes no clipped copy of the batch. It cannot leave out
   # an example that is not finite, nor multiply twice: what needs that takes one example after the other.
   plain = usable.all() & (shrink == 1).all()
   one_by_one = partial(_sum_one_by_one, usable, shrink, factor)
-  return lax.cond(plain, partial(_weighted_sum, factor), one_by_one, xs), norms
+  chosen: list[jax.Array] = lax.cond(plain, partial(_weighted_sum, factor), one_by_one, xs)
+  return chosen
+
+
+@_sum_examples.defjvp
+def _sum_examples_jvp(primals: Any, tangents: Any) -> Any:
+  (usable, limits, xs), (_, dlimits, dxs) = primals, tangents
+
+  def change(keep: jax.Array, norm: jax.Array, dnorm: jax.Array, x: jax.Array, dx: jax.Array) -> jax.Array:
+    x, dx = (_norms.by_parts(lambda part: jnp.where(keep, part, 0), v) for v in (x, dx))
+    return _change(x, dx, limits._replace(norm=norm), dlimits._replace(norm=dnorm), jnp.zeros((), jnp.bool_))
+
+  changes = [jax.vmap(change)(usable, limits.norm, dlimits.norm, x, dx) for x, dx in zip(xs, dxs, strict=True)]
+  return _sum_examples(usable, limits, xs), [jnp.sum(c, axis=0) for c in changes]
 
 
 def _weighted_sum(factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -381,7 +398,7 @@ def rescale_leaves(
     limits: what holds for each block.
     bad: shape (), bool: the step is not finite.
   """
-  scaled = _rescale(block_of, [jnp.asarray(x) for x in leaves], list(limits), bad)
+  scaled = rescale(block_of, [jnp.asarray(x) for x in leaves], list(limits), bad)
   return [jnp.where(bad, jnp.zeros((), y.dtype), y) for y in scaled] if policy == "zero" else scaled
 
 
@@ -391,25 +408,28 @@ rescale_leaves_jit = jax.jit(rescale_leaves, static_argnums=(0, 1), inline=True)
 def scale_of(limits: Limits) -> jax.Array:
   """The factor `min(1, target / norm)` where the norm is above the limit, else 1; element by element."""
   clipped = limits.norm > limits.limit
-  return jnp.where(clipped, limits.target, 1) / jnp.where(clipped, limits.norm, 1)
+  return _norms.quotient(jnp.where(clipped, limits.target, 1), jnp.where(clipped, limits.norm, 1))
 
 
 def norm_after(norms: jax.Array, limits: Limits) -> jax.Array:
   """The norm that is left: not `norm * scale`, which is 0 where the scale is subnormal. Element by element."""
   clipped = limits.norm > limits.limit
-  share = jnp.where(clipped, norms, 1) / jnp.where(clipped, limits.norm, 1)  # Below 1 by `eps`.
+  share = _norms.quotient(jnp.where(clipped, norms, 1), jnp.where(clipped, limits.norm, 1))  # Below 1 by `eps`.
   return jnp.where(clipped, jnp.where(clipped, limits.target, 0) * share, norms)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _rescale(
-  block_of: tuple[int, ...], leaves: list[jax.Array], limits: list[Limits], bad: jax.Array
+def rescale(
+  block_of: tuple[int, ...], leaves: Sequence[jax.Array], limits: Sequence[Limits], bad: jax.Array
 ) -> list[jax.Array]:
+  """Each leaf times the factor of its block, NaN where `bad`; the norm of a block may be that of each of its rows."""
   factors = [factors_of(block, bad) for block in limits]
   return [multiply(x, *factors[b]) for x, b in zip(leaves, block_of, strict=True)]
 
 
-def factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def factors_of(
+  limits: Limits, bad: jax.Array, divide: Callable[[jax.Array, jax.Array], jax.Array] = jnp.divide
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`(touched, shrink, factor)`: a touched leaf becomes `(x * shrink) * factor`.
 
   A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first; with a
@@ -422,14 +442,14 @@ def factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, ja
   far = jnp.maximum(target * 2.0**100, 1)
   shrink = lax.select(norm > far, jnp.full_like(norm, 2.0**-100), jnp.ones_like(norm))
   touched = ~(norm <= from_bad)
-  return touched, shrink, nan / jnp.where(touched, norm * shrink, 1)
+  return touched, shrink, divide(nan, jnp.where(touched, norm * shrink, 1))
 
 
 def safe_factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`factors_of` with a factor of 1, and finite derivatives, where nothing is touched."""
   clipped = limits.norm > limits.limit
   norm, target = jnp.where(clipped, limits.norm, 1), jnp.where(clipped, limits.target, 1)
-  _, shrink, factor = factors_of(Limits(norm, limits.limit, target), bad)
+  _, shrink, factor = factors_of(Limits(norm, limits.limit, target), bad, _norms.quotient)
   return clipped | bad, shrink, factor
 
 
@@ -449,18 +469,26 @@ def _times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
   return _norms.by_parts(product, wide)
 
 
-@_rescale.defjvp
+@rescale.defjvp
 def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
-  # y = x t / n, so dy = (t / n) (dx - (x / n) dn) + (x / n) dt: written so, no product leaves the range of float32,
-  # which differentiating the factor does from n = 1e20 on, and from 1e-20 down.
   leaves, limits, bad = primals
   dleaves, dlimits, _ = tangents
   out = []
   for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
-    block, dblock = limits[b], dlimits[b]
-    touched, shrink, factor = safe_factors_of(block, bad)
-    wide, dwide = _norms.upcast(x), _norms.upcast(dx)
-    unit = _norms.divide(wide, jnp.where(block.norm > block.limit, block.norm, 1).astype(wide.real.dtype))
-    dy = _times(dwide - _times(unit, dblock.norm), shrink, factor) + _times(unit, dblock.target)
-    out.append(jnp.where(touched, dy.astype(dx.dtype), dx))
-  return _rescale(block_of, leaves, limits, bad), out
+    dy = _change(_norms.upcast(x), _norms.upcast(dx), limits[b], dlimits[b], bad)
+    out.append(jnp.where((limits[b].norm > limits[b].limit) | bad, dy.astype(dx.dtype), dx))
+  return rescale(block_of, leaves, limits, bad), out
+
+
+def _change(x: jax.Array, dx: jax.Array, block: Limits, dblock: Limits, bad: jax.Array) -> jax.Array:
+  """How `x t / n` changes with x, n and t: `(t / n) (dx - (x / n) dn) + (x / n) dt`, and dx where nothing is touched.
+
+  Written so, no product leaves the range of float32, which differentiating the factor does from n = 1e20 on, and from
+  1e-20 down.
+  """
+  _, shrink, factor = safe_factors_of(block, bad)
+  clipped = block.norm > block.limit
+  norm = jnp.where(clipped, block.norm, 1).astype(x.real.dtype)
+  # Where nothing is clipped the product is not used, but its own derivative must not be inf.
+  unit = _norms.divide(_norms.by_parts(lambda part: jnp.where(clipped, part, 0), x), norm)
+  return _times(dx - _times(unit, dblock.norm), shrink, factor) + _times(unit, dblock.target)

@@ -16,7 +16,7 @@ import optax
 
 from clipjax import _leaves
 from clipjax._labels import Labels
-from clipjax._norms import norm_dtype
+from clipjax._norms import norm_dtype, quotient
 from clipjax._rule import check_flag
 from clipjax._skip import SkipState
 from clipjax._transforms import ClipState
@@ -149,7 +149,7 @@ def vectors_of(state: Any) -> dict[str, Any]:
 def _ratio(norm: Any, param_norm: Any) -> jax.Array:
   """A norm over that of the parameters, 0 where that is 0 or not known."""
   known = param_norm > 0
-  return jnp.where(known, norm, 0) / jnp.where(known, param_norm, 1)
+  return quotient(jnp.where(known, norm, 0), jnp.where(known, param_norm, 1))
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:

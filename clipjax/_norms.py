@@ -144,23 +144,39 @@ def check_ord(ord: Any, *, for_clip: bool) -> float:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def block_norms(spec: NormSpec, leaves: Sequence[Any]) -> tuple[jax.Array, ...]:
   """The norm of each block of `spec`, each of shape () and of `norm_dtype()`."""
+  # A rule for vmap does not know the name of its axis, so that a collective over it has no meaning there.
+  manual = set(_leaves.manual_axes())
+  return _block_norms(spec, leaves, _again_where if all(map(manual.issuperset, spec.axes)) else _again_if)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _block_norms_beside_derivatives(spec: NormSpec, leaves: Sequence[Any]) -> tuple[jax.Array, ...]:
+  """`block_norms` without `custom_vmap`, of which JAX takes no derivative where it drops ours: twice through a scan."""
+  return _block_norms(spec, leaves, _again_if)
+
+
+def _block_norms(spec: NormSpec, leaves: Sequence[Any], choose: Callable[..., Any]) -> tuple[jax.Array, ...]:
   xs = [jnp.asarray(x) for x in leaves]
   axes = spec.axes
   wide = {i for i, x in enumerate(xs) if _is_wide(x)}
   if not wide or len(wide) == len(xs):
-    return tuple(_uniform_block_norms(spec.ord, spec.blocks, xs, axes))
+    return tuple(_uniform_block_norms(spec.ord, spec.blocks, xs, axes, choose))
   # Leaves summed in float32 and in float64 have different ranges: first apart, then the norm of the two norms.
   narrow_blocks = [tuple(i for i in block if i not in wide) for block in spec.blocks]
   wide_blocks = [tuple(i for i in block if i in wide) for block in spec.blocks]
-  halves = _uniform_block_norms(spec.ord, [*narrow_blocks, *wide_blocks], xs, axes)
+  halves = _uniform_block_norms(spec.ord, [*narrow_blocks, *wide_blocks], xs, axes, choose)
   pairs = zip(halves[: len(spec.blocks)], halves[len(spec.blocks) :], strict=True)
   return tuple(vector_norm(jnp.stack(pair), spec.ord) for pair in pairs)
 
 
 def _uniform_block_norms(
-  p: float, blocks: Sequence[tuple[int, ...]], xs: Sequence[jax.Array], axes: Sequence[Axes]
+  p: float,
+  blocks: Sequence[tuple[int, ...]],
+  xs: Sequence[jax.Array],
+  axes: Sequence[Axes],
+  choose: Callable[..., Any],
 ) -> list[jax.Array]:
-  """Norms of blocks whose leaves are each of one width."""
+  """Norms of blocks whose leaves are each of one width; `choose` is one of `_again_if` and `_again_where`."""
   totals = _block_sums(p, blocks, xs, axes)
   norms = [_root(total, p) for total in totals]
   if p <= 1 or math.isinf(p):  # Here a power sum leaves its range only where the norm does.
@@ -169,9 +185,6 @@ def _uniform_block_norms(
   second_pass = _rescaled_square_norms if p == 2 else partial(_rescaled_power_norms, p)
   together = stack(totals)
   suspects = (together == jnp.inf) | (together < np.array(floors).astype(together.dtype))
-  # A rule for vmap does not know the name of its axis, so that a collective over it has no meaning there.
-  manual = set(_leaves.manual_axes())
-  choose = _again_where if all(map(manual.issuperset, axes)) else _again_if
   for chunk in _chunks([sum(xs[i].size for i in block) for block in blocks]):
     doubtful = suspects[np.array(chunk)].any() if len(chunk) < len(blocks) else suspects.any()
     members = [i for b in chunk for i in blocks[b]]
@@ -202,16 +215,16 @@ def _block_sums(
   return [_total(values, p) for values in by_block]
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def plain_block_norms(spec: NormSpec, leaves: Sequence[Any]) -> tuple[jax.Array, ...]:
   """`block_norms` without a second pass, which compiles faster: in float32 right from about 1e-19 to 1e19, and at 0."""
   totals = _block_sums(spec.ord, spec.blocks, [jnp.asarray(x) for x in leaves], spec.axes)
   return tuple(_root(total, spec.ord) for total in totals)
 
 
-@block_norms.defjvp
-def _block_norms_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
+def _block_norms_jvp(measure: Callable[..., Any], spec: NormSpec, primals: Any, tangents: Any) -> Any:
   (leaves,), (dleaves,) = primals, tangents
-  norms = block_norms(spec, leaves)
+  norms = measure(spec, leaves)
   xs = [upcast(x) for x in leaves]
   axes = spec.axes
   block_of = {i: b for b, block in enumerate(spec.blocks) for i in block}
@@ -224,6 +237,11 @@ def _block_norms_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
     counts = [jnp.maximum(_total([ties[i] for i in block], 1.0), 1) for block in spec.blocks]
     dnorms = [dn / lax.stop_gradient(count) for dn, count in zip(dnorms, counts, strict=True)]
   return norms, tuple(dnorms)
+
+
+block_norms.defjvp(partial(_block_norms_jvp, _block_norms_beside_derivatives))
+_block_norms_beside_derivatives.defjvp(partial(_block_norms_jvp, _block_norms_beside_derivatives))
+plain_block_norms.defjvp(partial(_block_norms_jvp, plain_block_norms))
 
 
 def first_nonfinite(spec: NormSpec, leaves: Sequence[Any]) -> jax.Array:
@@ -499,7 +517,39 @@ def _rescaled_power_norms(
 def divide(x: jax.Array, n: jax.Array) -> jax.Array:
   """`x / n` for a real scalar n: XLA multiplies with 1 / n, which is subnormal, and flushed to 0, above 2^126."""
   shrink = jnp.where(n > 2.0**64, 2.0**-64, 1).astype(n.dtype)
-  return by_parts(lambda part: (part * shrink) / (n * shrink), x)
+  return by_parts(lambda part: quotient(part * shrink, n * shrink), x)
+
+
+@jax.custom_jvp
+def quotient(x: jax.Array, n: jax.Array) -> jax.Array:
+  """`x / n` of real arrays, whose derivative is right wherever itself is: that of JAX squares n."""
+  return x / n
+
+
+@quotient.defjvp
+def _quotient_jvp(primals: Any, tangents: Any) -> Any:
+  # Tangents are multiplied, not divided: backwards, a division of a tangent is again JAX's own.
+  (x, n), (dx, dn) = primals, tangents
+  ratio = quotient(x, n)
+  shrink = jnp.where(n > 2.0**64, 2.0**-64, 1).astype(n.dtype)
+  return ratio, (dx - ratio * dn) * shrink * _reciprocal(n * shrink)
+
+
+@jax.custom_jvp
+def _reciprocal(n: jax.Array) -> jax.Array:
+  return 1 / n
+
+
+@_reciprocal.defjvp
+def _reciprocal_jvp(primals: Any, tangents: Any) -> Any:
+  inverse = _reciprocal(*primals)
+  return inverse, -(inverse * tangents[0]) * inverse
+
+
+def root_or_zero(x: jax.Array) -> jax.Array:
+  """The square root, with the derivative 0 at 0."""
+  is_zero = x == 0
+  return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
 
 def by_parts(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -513,17 +563,39 @@ def _direction(x: jax.Array, norm: jax.Array, p: float) -> jax.Array:
   usable = n > 0
   if p == 2:
     return divide(jnp.where(usable, x, 0), jnp.where(usable, n, 1))
-  sign = jnp.sign(x)
   if p == 0:
     return jnp.zeros_like(x)
+  magnitude = _magnitude(x)
+  # Not `jnp.sign` of a complex number, whose derivative JAX takes for 0.
+  nonzero = magnitude > 0
+  sign = (
+    by_parts(lambda part: quotient(part, jnp.where(nonzero, magnitude, 1)), x) if jnp.iscomplexobj(x) else jnp.sign(x)
+  )
   if p == 1:
     return sign
   if math.isinf(p):
-    return jnp.where(jnp.abs(x) == n, sign, 0)
-  ratio = divide(jnp.abs(x), jnp.where(usable, n, 1))
+    return jnp.where(magnitude == n, sign, 0)
+  ratio = divide(magnitude, jnp.where(usable, n, 1))
   nonzero = usable & (ratio > 0)
   weight = jnp.where(nonzero, jnp.where(nonzero, ratio, 1) ** (p - 1), 0)
   return by_parts(lambda part: part * weight, sign)
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+  return _modulus(x) if jnp.iscomplexobj(x) else jnp.abs(x)
+
+
+@jax.custom_jvp
+def _modulus(z: jax.Array) -> jax.Array:
+  return jnp.abs(z)
+
+
+@_modulus.defjvp
+def _modulus_jvp(primals: Any, tangents: Any) -> Any:
+  (z,), (dz,) = primals, tangents
+  modulus = _modulus(z)
+  safe = jnp.where(modulus > 0, modulus, 1)
+  return modulus, quotient(z.real, safe) * dz.real + quotient(z.imag, safe) * dz.imag
 
 
 def _real_inner(g: jax.Array, dx: jax.Array) -> jax.Array:

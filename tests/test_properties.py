@@ -1,80 +1,355 @@
-"""Properties that hold for every tree: hypothesis draws the leaves, the orders and the thresholds."""
+"""Properties that hold for every tree: hypothesis draws the leaves, the orders and the thresholds.
+
+The profile "suite" is quick and always the same; `HYPOTHESIS_PROFILE=long` draws many more examples, anew each time.
+What XLA on CPU does is part of the oracle: an entry, a norm or a factor below the smallest normal number is 0 to it.
+"""
 
 import math
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import assert_bits_equal, oracle_norm
-from hypothesis import given, settings
+import pytest
+from helpers import assert_bits_equal
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import clipjax
 
-settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True)
-settings.load_profile("suite")
+CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+settings.register_profile("suite", max_examples=24, deadline=None, derandomize=True, suppress_health_check=CHECKS)
+settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True, suppress_health_check=CHECKS)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "suite")
+settings.load_profile(PROFILE)
+LONG = PROFILE == "long"
 
 ORDERS = st.sampled_from([0.5, 1.0, 2.0, 3.0, math.inf])
+if LONG:
+  ORDERS |= st.floats(0.2, 60.0) | st.integers(1, 200).map(float)
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "complex64")
 # Shapes are few, so that the examples share their compilations.
 SHAPES = st.sampled_from([(3,), (2, 2), (), (0,)])
+if LONG:
+  SHAPES |= st.lists(st.integers(0, 5), max_size=4).map(tuple)
+
+
+class Pair(NamedTuple):
+  left: object
+  right: object
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Layer:
+  kernel: object
+  bias: object
+
+
+def info_of(dtype):
+  return jnp.finfo(jnp.float32 if dtype == "complex64" else jnp.float64 if dtype == "complex128" else dtype)
 
 
 @st.composite
-def trees(draw, dtypes=("float32", "bfloat16", "float16")):
-  """A dict of one to three leaves, each with a magnitude of its own; zeros and signed zeros are frequent."""
-  out = {}
-  for i in range(draw(st.integers(1, 3))):
-    shape, dtype = draw(SHAPES), draw(st.sampled_from(dtypes))
-    exponent = draw(st.integers(-30, 30)) if dtype != "float16" else draw(st.integers(-3, 3))
-    entries = st.sampled_from([0.0, -0.0, 1.0, -1.5, 0.3, 7.0])
-    x = np.array([draw(entries) for _ in range(math.prod(shape))]).reshape(shape) * 10.0**exponent
-    out[f"leaf{i}"] = jnp.asarray(x.astype(np.float32)).astype(dtype)
-  return out
+def leaves(draw, dtype, shape=None):
+  """An array whose entries lie within some decades of a magnitude from the whole range of the dtype."""
+  info, shape = info_of(dtype), draw(SHAPES) if shape is None else shape
+  low, high = math.log2(float(info.smallest_subnormal)), math.log2(float(info.max))
+  top = draw(st.floats(low, high) | st.sampled_from([low, high, 0.0, math.log2(float(info.tiny))]))
+  mantissas = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.7, -0.3, 2.0**-12, -0.99]) | st.floats(-1, 1)
+  parts = [draw(mantissas) for _ in range(math.prod(shape) * (2 if dtype.startswith("complex") else 1))]
+  # The largest number of the dtype itself is hit by a mantissa of 1 at the top.
+  magnitude = float(info.max) if top >= high else 2.0**top
+  wide = np.array([magnitude * part for part in parts], np.float64)
+  if dtype.startswith("complex"):
+    return (wide[::2] + 1j * wide[1::2]).reshape(shape).astype(dtype)
+  return np.clip(wide, -float(info.max), float(info.max)).astype(jnp.dtype(dtype)).reshape(shape)
 
 
-@given(tree=trees(), p=ORDERS)
-def test_norm_is_that_of_the_oracle(tree, p):
-  np.testing.assert_allclose(clipjax.global_norm(tree, p), oracle_norm(tree, p), rtol=2e-6)
-  for name, norm in clipjax.leaf_norms(tree, p).items():
-    np.testing.assert_allclose(norm, oracle_norm(tree[name], p), rtol=2e-6)
+@st.composite
+def trees(draw, dtypes=DTYPES, most=3):
+  """One to three leaves in some nesting: dict, list, tuple, NamedTuple, dataclass, None beside them."""
+  xs = [jnp.asarray(draw(leaves(draw(st.sampled_from(dtypes))))) for _ in range(draw(st.integers(1, most)))]
+  first, rest = xs[0], xs[1:]
+  shapes = [
+    lambda: {"a": first, "b": {"c": rest, "none": None}},
+    lambda: [first, tuple(rest), None],
+    lambda: Pair(first, Pair(rest, None)),
+    lambda: Layer(first, {"x": rest}),
+    lambda: (Layer(None, first), *rest),
+  ]
+  return draw(st.sampled_from(shapes))()
 
 
-@given(tree=trees(), p=ORDERS, share=st.sampled_from([0.0, 1e-6, 0.5, 0.999, 1.0, 2.0]))
-def test_norm_after_is_at_most_the_limit_and_clipping_twice_is_clipping_once(tree, p, share):
-  max_norm = np.float32(share * oracle_norm(tree, p))
-  once, norm = clipjax.clip_grad_norm(tree, max_norm, p)
-  if norm <= max_norm:
-    assert_bits_equal(once, tree)
+# The oracle: float64, with the flushing of subnormal numbers to zero that XLA on CPU does -----------------------------
+
+
+def flushed(x):
+  """The entries in float64 as XLA on CPU reads them: those that are subnormal in 32 bits or more are 0."""
+  x = np.asarray(x)
+  if x.dtype in (np.float32, np.complex64, np.float64, jnp.bfloat16):
+    tiny = float(jnp.finfo(x.dtype).tiny)
+    parts = np.stack([x.real, x.imag], -1).astype(np.float64)
+    parts = np.where(np.abs(parts) < tiny, 0.0 * parts, parts)
+    return parts[..., 0] + 1j * parts[..., 1] if np.iscomplexobj(x) else parts[..., 0]
+  return x.astype(np.float64)
+
+
+def oracle(tree, p):
+  """The p-norm in float64; inf where it is above the largest float32."""
+  entries = [np.abs(flushed(x)).ravel() for x in jax.tree.leaves(tree)]
+  entries = np.concatenate([np.zeros(0), *entries])
+  if p == 0:
+    return float(np.count_nonzero(entries))
+  if p == -math.inf:
+    return float(entries.min(initial=math.inf))
+  largest = float(entries.max(initial=0.0))
+  if largest == 0 or p == math.inf:
+    norm = largest
   else:
-    rounding = max(float(jnp.finfo(x.dtype).eps) for x in tree.values())
+    ratios = entries / largest
+    with np.errstate(under="ignore"):
+      norm = largest * math.fsum(ratios**p) ** (1 / p)
+  return norm
+
+
+TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def assert_norm(got, want, p, err_msg=""):
+  """Right to 1e-6, for p < 1 to 1e-6 / p; what rounds to a subnormal number may be 0, above the largest it is inf."""
+  rtol = 2e-6 / min(p, 1) if p > 0 else 2e-6
+  if want > HUGE * (1 - rtol):
+    assert got == math.inf or np.isclose(got, want, rtol=rtol), (got, want, err_msg)
+  elif want < TINY * (1 + rtol):
+    assert 0 <= got <= TINY * (1 + 2 * rtol), (got, want, err_msg)
+  else:
+    np.testing.assert_allclose(got, want, rtol=rtol, err_msg=err_msg)
+
+
+def as_wide(x):
+  x = np.asarray(x)
+  return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def assert_scaled(got, x, factor):
+  """A clipped leaf: every entry times the factor, rounded once to its dtype, signs kept."""
+  info = info_of(str(jnp.asarray(x).dtype))
+  rtol = max(float(info.eps), 4e-6)
+  atol = float(info.smallest_subnormal) + (float(info.tiny) if float(info.tiny) <= TINY else 0)
+  for a, b in zip(parts_of(as_wide(got)), parts_of(as_wide(x)), strict=True):
+    np.testing.assert_allclose(a, b * factor, rtol=rtol, atol=atol)
+    assert (np.signbit(a) == np.signbit(b)).all()
+
+
+def parts_of(x):
+  return (x.real, x.imag) if np.iscomplexobj(x) else (x,)
+
+
+# Properties -----------------------------------------------------------------------------------------------------------
+
+
+@given(tree=trees(), p=ORDERS | st.sampled_from([0.0, -math.inf]))
+def test_norms_are_those_of_the_oracle(tree, p):
+  assert_norm(float(clipjax.global_norm(tree, p)), oracle(tree, p), p)
+  norms = clipjax.leaf_norms(tree, p)
+  assert jax.tree.structure(norms) == jax.tree.structure(tree)
+  for x, norm in zip(jax.tree.leaves(tree), jax.tree.leaves(norms), strict=True):
+    assert norm.shape == () and norm.dtype == jnp.float32
+    assert_norm(float(norm), oracle(x, p), p)
+
+
+SHARES = st.sampled_from([0.0, 1e-30, 1e-6, 0.5, 0.999, 1.0, 1.001, 2.0, math.inf])
+if LONG:
+  SHARES |= st.floats(0, 4)
+
+
+def limit_at(share, norm):
+  """The share of a norm as a float32 >= 0."""
+  if share in (0.0, math.inf):
+    return np.float32(share)
+  return np.float32(min(share * norm, HUGE))
+
+
+def check_clip(clipped, tree, norm, limit):
+  """What holds for leaves that were clipped together from a finite norm to a limit."""
+  if norm <= limit:
+    assert_bits_equal(clipped, tree)
+    return
+  assert jax.tree.structure(clipped) == jax.tree.structure(tree)
+  for got, x in zip(jax.tree.leaves(clipped), jax.tree.leaves(tree), strict=True):
+    assert (got.shape, got.dtype) == (x.shape, x.dtype)
+    assert_scaled(got, x, float(limit) / float(norm))
+
+
+@given(tree=trees(), p=ORDERS, share=SHARES)
+def test_clip(tree, p, share):
+  limit = limit_at(share, oracle(tree, p))
+  clipped, norm = clipjax.clip_grad_norm(tree, limit, p)
+  assert_norm(float(norm), oracle(tree, p), p)
+  if not np.isfinite(norm):
+    assert all(np.isnan(as_wide(x)).all() for x in jax.tree.leaves(clipped))
+    return
+  check_clip(clipped, tree, norm, limit)
+  after = oracle(clipped, p)
+  xs = jax.tree.leaves(tree)
+  if p >= 1:
+    rounding = max(2e-6, *(float(info_of(str(x.dtype)).eps) for x in xs))
     # An entry that comes out subnormal may be rounded up by half of the dtype's smallest step.
-    steps = sum(x.size * float(jnp.finfo(x.dtype).smallest_subnormal) for x in tree.values())
-    assert oracle_norm(once, p) <= max_norm * (1 + max(rounding, 1e-6)) + steps
-  twice, _ = clipjax.clip_grad_norm(once, np.float32(max_norm * 1.01), p)
-  for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True):
-    np.testing.assert_allclose(np.asarray(b, np.float32), np.asarray(a, np.float32), rtol=0.02)
+    steps = sum(x.size * float(info_of(str(x.dtype)).smallest_subnormal) for x in xs)
+    assert after <= limit * (1 + rounding) + steps
+  again, norm_after = clipjax.clip_grad_norm(clipped, limit, p)
+  check_clip(again, clipped, norm_after, limit)  # Nothing, but for what rounding brought above the limit.
 
 
-@given(tree=trees(dtypes=("float32",)), p=ORDERS)
-def test_splitting_and_permuting_leaves_changes_nothing(tree, p):
-  pieces = [row for x in tree.values() for row in jnp.ravel(x)[::-1]][::-1]
-  np.testing.assert_allclose(clipjax.global_norm(pieces, p), clipjax.global_norm(tree, p), rtol=2e-6)
+@given(tree=trees(("float32", "complex64")), p=ORDERS, power=st.integers(-40, 40), share=SHARES)
+def test_order_and_cuts_of_leaves_and_powers_of_two_change_nothing(tree, p, power, share):
+  norm = oracle(tree, p)
+  assume(TINY * 2.0**60 < norm < HUGE / 2.0**60)
+  pieces = [row for x in jax.tree.leaves(tree) for row in jnp.ravel(x)[::-1]][::-1]
+  assert_norm(float(clipjax.global_norm(pieces, p)), norm, p)
+  limit = limit_at(share, norm)
+  clipped, _ = clipjax.clip_grad_norm(tree, limit, p)
+  scaled = jax.tree.map(lambda x: x * jnp.asarray(2.0**power, x.dtype), tree)
+  same, scaled_norm = clipjax.clip_grad_norm(scaled, limit * np.float32(2.0**power), p)
+  assert_norm(float(scaled_norm), norm * 2.0**power, p)
+  for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(clipped), strict=True):
+    for got, want in zip(parts_of(as_wide(a)), parts_of(as_wide(b)), strict=True):
+      # Entries that are subnormal before or after the scaling are lost.
+      np.testing.assert_allclose(got, want * 2.0**power, rtol=1e-5 / min(p, 1), atol=TINY * max(2.0**power, 1))
 
 
-@given(tree=trees(dtypes=("float32",)), p=ORDERS, power=st.integers(-20, 20))
-def test_scaling_by_a_power_of_two_scales_the_norm(tree, p, power):
-  scaled = {name: x * jnp.float32(2.0**power) for name, x in tree.items()}
-  np.testing.assert_allclose(
-    clipjax.global_norm(scaled, p), np.float64(clipjax.global_norm(tree, p)) * 2.0**power, rtol=2e-6
-  )
+@pytest.mark.slow
+@given(tree=trees(), p=ORDERS, share=SHARES)
+@settings(max_examples=max(settings().max_examples // 4, 5))
+def test_jit_scan_and_vmap_are_the_eager_clip(tree, p, share):
+  limit = limit_at(share, oracle(tree, p))
+
+  def clip(tree):
+    return clipjax.clip_grad_norm(tree, limit, p)
+
+  eager = clip(tree)
+  assert_alike(jax.jit(clip)(tree), eager)
+  stacked = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x), x]), tree)
+  for mapped in (jax.vmap(clip)(stacked), jax.lax.scan(lambda c, t: (c, clip(t)), 0, stacked)[1]):
+    for lane, want in ((0, eager), (1, clip(jax.tree.map(jnp.zeros_like, tree))), (2, eager)):
+      assert_alike(jax.tree.map(lambda x, i=lane: x[i], mapped), want)
 
 
-@given(tree=trees(), max_norm=st.floats(1e-20, 1e20))
-def test_direction_and_signs_are_kept(tree, max_norm):
-  clipped, norm = clipjax.clip_grad_norm(tree, max_norm)
-  factor = min(1.0, max_norm / float(norm)) if norm > 0 else 1.0
-  for name, x in tree.items():
-    got, want = np.asarray(clipped[name], np.float64), np.asarray(x, np.float64) * factor
-    info = jnp.finfo(x.dtype)
-    np.testing.assert_allclose(got, want, rtol=max(float(info.eps), 2e-6), atol=2 * float(info.tiny))
-    assert (np.signbit(got) == np.signbit(want)).all()
+def assert_alike(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    info = info_of(str(b.dtype))
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    rtol = max(1e-5, float(info.eps))
+    np.testing.assert_allclose(as_wide(a), as_wide(b), rtol=rtol, atol=max(float(info.smallest_subnormal), TINY))
+
+
+@pytest.mark.slow
+@given(tree=trees(tuple(d for d in DTYPES if d != "complex64"), most=2), share=SHARES)
+@settings(max_examples=max(settings().max_examples // 4, 5))
+def test_transformations_clip_their_blocks(tree, share):
+  xs = jax.tree.leaves(tree)
+  limit = limit_at(share, max([oracle(x, 2) for x in xs]))
+  assume(all(n == 0 or n > TINY * 2**20 for n in (oracle(x, 2) / math.sqrt(max(x.size, 1)) for x in xs)))
+  assume(oracle(tree, 2) < HUGE)
+
+  def run(tx):
+    updates, state = tx.update(tree, tx.init(tree))
+    assert jax.tree.structure(updates) == jax.tree.structure(tree)
+    return jax.tree.leaves(updates), state
+
+  by_leaf, state = run(clipjax.clip_by_leaf_norm(limit))
+  for x, got, norm in zip(xs, by_leaf, state.norms, strict=True):
+    assert_norm(float(norm), oracle(x, 2), 2)
+    check_clip(got, x, norm, limit)
+  by_rms, state = run(clipjax.clip_by_rms(limit))
+  for x, got, rms in zip(xs, by_rms, state.norms, strict=True):
+    np.testing.assert_allclose(rms, oracle(x, 2) / math.sqrt(max(x.size, 1)), rtol=2e-6)
+    check_clip(got, x, rms, limit)
+  by_value, state = run(clipjax.clip_by_value(limit))
+  assert_norm(float(state.norm), oracle(tree, math.inf), math.inf)
+  for x, got in zip(xs, by_value, strict=True):
+    bound = float(limit) if x.dtype.itemsize == 1 else float(np.asarray(jnp.asarray(limit).astype(x.dtype), np.float64))
+    want = np.clip(as_wide(x), -bound, bound).astype(x.dtype)
+    np.testing.assert_array_equal(as_wide(got), as_wide(want))
+    kept = np.abs(as_wide(x)) <= bound
+    assert_bits_equal(np.asarray(got)[kept], np.asarray(x)[kept])
+
+
+@given(tree=trees(("float32", "float16")), share=SHARES)
+@settings(max_examples=settings().max_examples // 2)
+def test_groups_are_clipped_apart(tree, share):
+  xs = dict(enumerate(jax.tree.leaves(tree)))
+  label = lambda path, leaf: "even" if int(path) % 2 == 0 else "odd"  # noqa: E731
+  even = [x for i, x in xs.items() if i % 2 == 0]
+  limit = limit_at(share, oracle(even, 2))
+  assume(oracle(list(xs.values()), 2) < HUGE)
+  limits = {"even": limit, "odd": None} if len(xs) > 1 else {"even": limit}
+  tx = clipjax.clip_by_group_norm(limits, label)
+  updates, state = tx.update(xs, tx.init(xs))
+  norms = clipjax.metrics(state)
+  check_clip([updates[i] for i in xs if i % 2 == 0], even, norms["grad/norm/even"], limit)
+  assert_bits_equal([updates[i] for i in xs if i % 2], [x for i, x in xs.items() if i % 2])
+
+
+@given(data=st.data(), dtype=st.sampled_from(["float32", "float16", "bfloat16", "complex64"]), share=SHARES)
+@settings(max_examples=settings().max_examples // 2)
+def test_each_example_is_clipped_by_itself(data, dtype, share):
+  batch = jnp.stack([jnp.asarray(data.draw(leaves(dtype, shape=(2, 2)))) for _ in range(3)])
+  norms = [oracle(x, 2) for x in batch]
+  limit = limit_at(share, sorted(norms)[1])
+  total, got = clipjax.clip_grad_per_example({"x": batch}, limit)
+  want = np.zeros((2, 2), np.complex128)
+  for x, norm, measured in zip(batch, norms, got, strict=True):
+    assert_norm(float(measured), norm, 2)
+    if np.isfinite(measured):
+      want += flushed(x) * (float(limit) / float(measured) if measured > limit else 1)
+  size = np.abs(want).max() + sum(min(float(limit), norm) for norm in norms if norm < HUGE)
+  if size < HUGE:
+    np.testing.assert_allclose(as_wide(total["x"]), want, rtol=1e-5, atol=4e-6 * size + 4 * TINY)
+
+
+@given(data=st.data(), p=ORDERS, share=SHARES)
+@settings(max_examples=settings().max_examples // 2)
+def test_float64_leaves_are_clipped_in_float64(data, p, share):
+  with jax.enable_x64(True):
+    tree = {"a": jnp.asarray(data.draw(leaves("float64"))), "b": jnp.asarray(data.draw(leaves("float32")))}
+    entries = np.concatenate([np.abs(flushed(x)).ravel() for x in tree.values()]).astype(np.longdouble)
+    largest = entries.max(initial=0)
+    ratios = entries / (largest if largest > 0 else 1)
+    norm = float(largest if p == math.inf else largest * np.sum(ratios ** np.longdouble(p)) ** (1 / np.longdouble(p)))
+    assume(norm == 0 or 1e-290 < norm < 1e300)
+    limit = float(share * norm) if 0 < share < math.inf else share
+    clipped, got = clipjax.clip_grad_norm(tree, limit, p)
+    rtol = 1e-6 if np.any(np.asarray(tree["b"])) else 1e-13 / min(p, 1)
+    np.testing.assert_allclose(float(got), norm, rtol=rtol)
+    if got <= limit:
+      assert_bits_equal(clipped, tree)
+    else:
+      assert clipped["a"].dtype == jnp.float64 and clipped["b"].dtype == jnp.float32
+      np.testing.assert_allclose(clipped["a"], np.asarray(tree["a"]) * (limit / float(got)), rtol=1e-14, atol=1e-307)
+
+
+@given(data=st.data(), p=st.sampled_from([2.0, 3.0]), share=SHARES)
+@settings(max_examples=settings().max_examples // 2)
+def test_sharded_leaves_are_clipped_as_whole_ones_and_stay_where_they_are(data, p, share):
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+  tree = {"w": rng.standard_normal((8, 4)), "b": rng.standard_normal(8), "s": rng.standard_normal(3)}
+  magnitude = 2.0 ** data.draw(st.integers(-140, 120))
+  tree = jax.tree.map(lambda x: jnp.asarray(x * magnitude, jnp.float32), tree)
+  specs = {"w": ("x", "y"), "b": ("y",), "s": ()}
+  put = {k: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*specs[k]))) for k, x in tree.items()}
+  limit = limit_at(share, oracle(tree, p))
+  clipped, norm = CLIP_SHARDED[p](put, limit)
+  assert_norm(float(norm), oracle(tree, p), p)
+  for key, x in clipped.items():
+    assert x.sharding.is_equivalent_to(put[key].sharding, x.ndim)
+  if np.isfinite(norm):
+    check_clip(clipped, tree, norm, limit)
+
+
+CLIP_SHARDED = {p: jax.jit(lambda tree, limit, p=p: clipjax.clip_grad_norm(tree, limit, p)) for p in (2.0, 3.0)}
