@@ -140,7 +140,9 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike, *, axis_name: Any = N
   are the work of a library such as jax-privacy, to which sum and norms can be handed on. The sensitivity of the sum to
   one example is `max_norm` within rounding, about 1e-6 of it.
 
-  Inside `shard_map` each device sums the examples that it has; `jax.lax.psum` of the sums is the sum of all.
+  Inside `shard_map` each device sums the examples that it has; `jax.lax.psum` of the sums is the sum of all. JAX below
+  0.9 cannot batch the sum over `axis_name` there but with `check_vma=False`, and below 0.10.2 refuses examples that an
+  explicit mesh axis splits.
 
   Args:
     grads: pytree of floating or complex arrays of shape (batch, ...), such as `jax.vmap(jax.grad(loss), (None, 0))`

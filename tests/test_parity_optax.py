@@ -93,7 +93,7 @@ def test_complex_and_none_leaves_and_structures(ours, theirs, standard_promotion
 
 # AGC ----------------------------------------------------------------------------------------------------------------
 
-SHAPES = [(), (5,), (1, 5), (5, 1), (4, 3), (2, 4, 3), (2, 3, 4, 5), (2, 2, 3, 2, 3)]
+SHAPES = [(), (5,), (1, 5), (5, 1), (4, 3), (2, 4, 3), (2, 3, 4, 5)]  # Rank 5 is in test_agc.py.
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -300,12 +300,12 @@ def test_examples_are_clipped_where_they_are():
     return jax.lax.psum(total, "a"), norms
 
   out_specs = ({"split": P("b"), "whole": P()}, P("a"))
-  for check_vma in (True, False):
+  for check_vma in (True, False) if jax.__version_info__ >= (0, 9) else (False,):  # The docstring says why.
     run = jax.shard_map(tensor_parallel, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=check_vma)
     chex.assert_trees_all_close(run(grads), (want, want_norms), rtol=1e-5)
   with pytest.raises(ValueError, match=r"`axis_name` must be given where leaves vary over different mesh axes, got "):
     jax.shard_map(data_parallel, mesh=mesh, in_specs=(specs,), out_specs=out_specs)(grads)
-  for mode in ("auto", "explicit"):
+  for mode in ("auto", "explicit") if jax.__version_info__ >= (0, 10, 2) else ("auto",):
     mesh = mesh_of(mode)
     placed = on_mesh(mesh, grads, specs)
     with jax.set_mesh(mesh):
