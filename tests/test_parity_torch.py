@@ -111,8 +111,9 @@ def test_error_if_nonfinite(p, bad, place, foreach):
 @pytest.mark.parametrize("p", ORDERS)
 def test_a_finite_gradient_raises_nothing(p):
   grads = gradients((4,), (5,))
-  torch.nn.utils.clip_grad_norm_(parameters(grads), 1.0, norm_type=p, error_if_nonfinite=True)
-  clipjax.clip_grad_norm(grads, 1.0, p, on_nonfinite="error")
+  theirs = torch.nn.utils.clip_grad_norm_(parameters(grads), 1.0, norm_type=p, error_if_nonfinite=True)
+  _, ours = clipjax.clip_grad_norm(grads, 1.0, p, on_nonfinite="error")
+  np.testing.assert_allclose(ours, theirs.item(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "bfloat16", "float32"), ("bfloat16",)])
