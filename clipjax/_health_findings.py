@@ -73,6 +73,7 @@ class HealthLimits(NamedTuple):
 
 # The smallest value of a field; one that is not here may be 0.
 _LEAST = {"min_steps": 1, "spike_window": 2}
+_NUMBER = int | float | np.integer | np.floating
 
 
 def check_limits(limits: HealthLimits) -> None:
@@ -86,9 +87,6 @@ def check_limits(limits: HealthLimits) -> None:
       raise TypeError(f"{rule}, got {described(value)}: {remedy}.")
     if not value >= low:
       raise ValueError(f"{rule}, got {value}: {remedy}.")
-
-
-_NUMBER = int | float | np.integer | np.floating
 
 
 class View(NamedTuple):

@@ -105,8 +105,13 @@ class Labels:
       f"{' (' + '; '.join(lists) + ')' if lists else ''}: call `init` with the parameters that you train."
     )
 
-  def check_kind(self, unlabelled: "Labels") -> None:
-    """Raises where a state is that of another kind of clip, or of thresholds by other labels."""
+  def check_state(self, unlabelled: "Labels", norms: Any) -> None:
+    """Raises where the state of these labels is that of another kind of clip, of other thresholds or another model.
+
+    Args:
+      unlabelled: what the transformation would call no leaves at all.
+      norms: those of the state; not every library checks the shapes that it restores.
+    """
     if self.unit != unlabelled.unit:
       raise ValueError(
         f"`state` must be of norms by {_UNITS[unlabelled.unit]}, as the one that `init` gave, got one of norms by "
@@ -118,9 +123,6 @@ class Labels:
         f"`state` must have the labels of `max_norm`, {', '.join(map(repr, known))}, in this order, got "
         f"{', '.join(map(repr, self.block_names))}: pass the state of this transformation, or call `init` anew."
       )
-
-  def check_norms(self, norms: Any) -> None:
-    """Raises where the norms of a state are those of another model: not every library checks the shapes it restores."""
     got = () if isinstance(norms, tuple) else jnp.shape(norms)
     if got != self.shape:
       raise ValueError(

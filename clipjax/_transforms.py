@@ -453,8 +453,7 @@ def check_state(state: Any, unlabelled: Labels) -> None:
   """Raises where `update` is given the state of something else; `unlabelled` are the labels of no leaves."""
   or_else = ", or `track=False` to go on with a checkpoint of optax.clip_by_global_norm"
   _leaves.check_state(state, ClipState, or_else=or_else)
-  state.labels.check_kind(unlabelled)
-  state.labels.check_norms(state.norms)
+  state.labels.check_state(unlabelled, state.norms)
 
 
 class _Measured(NamedTuple):

@@ -145,12 +145,11 @@ def watch(
   ) -> tuple[optax.Updates, WatchState]:
     del extra_args
     _leaves.check_state(state, WatchState)
-    state.labels.check_kind(unlabelled)
+    state.labels.check_state(unlabelled, state.norms)
     _check_history(state, history)
     _leaves.check_reduced(updates, params)
     flat = _leaves.flatten(updates, "updates")
     state.labels.check_count(updates, len(flat.measured))
-    state.labels.check_norms(state.norms)
     axes = _leaves.resolve_axes(updates, axis_name)
     weights = [w for w in jax.tree.leaves(params) if _leaves.is_measured(w)] if param_norms else []
     if weights and len(weights) != len(flat.measured):
