@@ -170,14 +170,8 @@ class Recorder:
       if (arrays := packer.arrays(opt_state)) is not None:
         return packer, arrays
     packer = _record_pack.Packer(opt_state)
-    arrays = packer.arrays(opt_state)
-    if arrays is None:
-      raise TypeError(
-        f"`opt_state` must be made of tuples, dicts and objects with attributes, got {type(opt_state).__name__}: push "
-        "the part of it that holds the clip."
-      )
     self._packers.insert(0, packer)
-    return packer, arrays
+    return packer, packer.arrays(opt_state) or []
 
   def _weights(self, params: Any) -> jax.Array | None:
     if params is None:

@@ -119,7 +119,12 @@ class Packer:
     self._program = jax.jit(self._pack)
     self._layouts: dict[Any, Layout] = {}
     self._is_scattered = False
-    arrays = self.arrays(opt_state) or []
+    arrays = self.arrays(opt_state)
+    if arrays is None:
+      raise TypeError(
+        f"`opt_state` must be made of tuples, dicts and objects with attributes, got {_leaves.describe(opt_state)}: push "
+        "the part of it that holds the clip."
+      )
     shapes = jax.eval_shape(self._entries, arrays, {})
     self.metric_keys = frozenset(key for kind, key in shapes if kind == "metric")
 

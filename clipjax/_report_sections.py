@@ -111,8 +111,8 @@ def _histogram(series: NormSeries) -> Section:
   alt = f"Histogram of log10 of {series.name}/norm over {np.isfinite(norm).sum():,} finite steps: {said}."
   caption = "How often each size of the norm occurred. The lines are percentiles over all finite steps; those of the "
   caption += "verdict leave the warm-up out."
-  if (norm == 0).any():
-    caption += f" {int((norm == 0).sum()):,} steps with norm 0 have no place on a log axis."
+  if zeros := int((norm == 0).sum()):
+    caption += f" {zeros:,} step{'s' if zeros > 1 else ''} of norm 0 cannot be drawn on a log axis."
   return _section("Distribution of the norm", partial(_report_figures.histogram, norm, values), alt, caption)
 
 

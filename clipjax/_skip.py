@@ -155,7 +155,11 @@ def skip_steps(
       bad = bad | ~jnp.isfinite(loss)
     skip = bad | (norm > max_norm) | (loss > max_loss)
 
-    new, inner_state = protected.update(updates, state.inner_state, params, **extra_args)
+    try:
+      new, inner_state = protected.update(updates, state.inner_state, params, **extra_args)
+    except Exception as error:
+      _check_inner_state(protected, state.inner_state, updates if params is None else params, error)
+      raise
     new = jax.tree.map(lambda u: u if _leaves.is_float0(u) else jnp.where(skip, jnp.zeros_like(u), u), new)
     return new, SkipState(
       norm=norm,
@@ -173,6 +177,22 @@ def skip_steps(
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_inner_state(inner: optax.GradientTransformation, state: Any, tree: Any, error: Exception) -> None:
+  """Raises, from the error of an update, where the state that it was given is not what `init` gives."""
+  wanted = jax.eval_shape(lambda: inner.init(tree))
+  if jax.tree.structure(state) != jax.tree.structure(wanted):
+    raise ValueError(
+      f"`state.inner_state` must be as the `init` of what is wrapped gives it, {_outline(wanted)}, got "
+      f"{_outline(state)}: pass the state of this transformation, or call `init` anew."
+    ) from error
+
+
+def _outline(state: Any) -> str:
+  """The types of a state and the number of its arrays, as in "(TraceState, EmptyState) of 2 arrays"."""
+  kinds = f"({', '.join(type(s).__name__ for s in state)})" if type(state) is tuple else type(state).__name__
+  return f"{kinds} of {len(jax.tree.leaves(state))} arrays"
 
 
 def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:

@@ -410,6 +410,18 @@ UPDATES = {
     clipjax.skip_steps(MOMENTUM, norm_rule=rules.quantile_tracking(0.5)), lambda s: (TREE, SKIP.init(TREE), TREE),
     ValueError, f"`state.norm_rule` must be as the rule's `init` gave it, array(float()), got StepCount(int()): {ANEW}",
   ),
+  "skip_steps with the state of another optimizer": (
+    SKIP, lambda s: (TREE, s._replace(inner_state=optax.adam(1.0).init(TREE)), TREE),
+    ValueError,
+    "`state.inner_state` must be as the `init` of what is wrapped gives it, (TraceState, EmptyState) of 2 arrays, got "
+    f"(ScaleByAdamState, EmptyState) of 5 arrays: {ANEW}",
+  ),
+  "skip_steps with the state of an optimizer that is no chain": (
+    SKIP, lambda s: (TREE, s._replace(inner_state=optax.trace(0.5).init(TREE))),
+    ValueError,
+    "`state.inner_state` must be as the `init` of what is wrapped gives it, (TraceState, EmptyState) of 2 arrays, got "
+    f"TraceState of 2 arrays: {ANEW}",
+  ),
   "the state of another model": (
     LEAF, lambda s: (TREE, s._replace(norms=jnp.zeros(3))),
     ValueError,

@@ -283,6 +283,7 @@ def test_a_verdict_loads_numpy_and_not_jax(run):
   assert python("-c", code, str(run)).stdout == b"False\n"
 
 
+@pytest.mark.slow  # It asks the clock.
 @pytest.mark.parametrize("args", [["--help"], ["report", "--help"], ["suggest", "--help"]])
 def test_help_takes_under_half_a_second(args):
   def seconds(*command):

@@ -78,6 +78,7 @@ CLIPS = {
 TRANSFORMATIONS = {
   "clip_by_global_norm": Steps(clipjax.clip_by_global_norm),
   "clip_by_leaf_norm": Steps(clipjax.clip_by_leaf_norm),
+  "clip_by_leaf_norm inf": Steps(lambda m: clipjax.clip_by_leaf_norm(m, ord=math.inf)),
   "clip_by_group_norm": Steps(lambda m: clipjax.clip_by_group_norm({"a": m, "b": None}, lambda path, leaf: path[0])),
   "clip_by_rms": Steps(clipjax.clip_by_rms),
   "clip_by_value": Steps(clipjax.clip_by_value),

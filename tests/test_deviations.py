@@ -77,9 +77,9 @@ ROWS = {
     lambda _: gradient_at_zero(optax.clip_by_global_norm(1.0)),
     lambda: gradient_at_zero(clipjax.clip_by_global_norm(1.0)),
   ),
-  ("Optax", "`global_norm` of 3000 bfloat16 leaves `[1]`"): (
-    lambda _: optax.tree.norm([jnp.ones(1, jnp.bfloat16)] * 3000),
-    lambda: clipjax.global_norm([jnp.ones(1, jnp.bfloat16)] * 3000),
+  ("Optax", "`global_norm` of 300 bfloat16 leaves `[1]`"): (
+    lambda _: optax.tree.norm([jnp.ones(1, jnp.bfloat16)] * 300),
+    lambda: clipjax.global_norm([jnp.ones(1, jnp.bfloat16)] * 300),
   ),
   ("Optax", "`clip_by_block_rms(0)` of zeros"): (
     lambda _: optax_clip(optax.clip_by_block_rms(0.0), [0.0, 0.0]),

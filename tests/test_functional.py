@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import DTYPES, assert_bits_equal, oracle_clip, oracle_norm, random_leaves
+from helpers import DTYPES, assert_bits_equal, factories, oracle_clip, oracle_norm, random_leaves
 from jax.experimental import checkify
 
 import clipjax
@@ -22,6 +22,31 @@ def test_example_that_everyone_starts_from():
   assert norm == 13
   np.testing.assert_allclose(clipped["w"], [1.1538, 1.5385], atol=5e-5)
   np.testing.assert_allclose(clipped["b"], [4.6154], atol=5e-5)
+
+
+def test_a_weakly_typed_leaf_comes_back_as_a_strong_one_of_its_dtype():
+  # One answer under and over the limit, and for every clip: a step is traced again at most once.
+  weak = {"w": jax.grad(lambda x: x * x)(1.5)}
+  assert weak["w"].weak_type
+  outputs = [
+    clip(weak, limit)
+    for limit in (1.0, 9.0)
+    for clip in (lambda g, c: clipjax.clip_grad_norm(g, c)[0], jax.jit(clipjax.clip_grad_value))
+  ]
+  outputs += [tx.update(weak, tx.init(weak))[0] for tx in factories().values()]
+  for got in outputs:
+    assert (got["w"].dtype, got["w"].weak_type) == (jnp.float32, False)
+  assert [float(got["w"]) for got in outputs[:4]] == [1.0, 1.0, 3.0, 3.0]
+
+  tx = optax.chain(clipjax.clip_by_global_norm(1.0), optax.sgd(0.25))
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(jax.grad(lambda p: p * p)(params), state)
+    return (optax.apply_updates(params, updates), state), None
+
+  (trained, _), _ = jax.lax.scan(step, (1.5, tx.init(1.5)), length=4)
+  assert float(trained) == 0.5 and trained.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, math.inf])

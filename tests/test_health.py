@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -246,9 +247,8 @@ def _arguments(value):
   return getattr(getattr(value, "__code__", None), "co_varnames", ())[:1]
 
 
+@pytest.mark.slow  # It asks the clock.
 def test_fifty_thousand_steps_take_under_two_seconds():
-  import time  # noqa: PLC0415
-
   run = run_of(healthy(n=50_000))
   start = time.perf_counter()
   clipjax.diagnose(run)

@@ -125,6 +125,26 @@ def test_nothing_to_find():
   assert clipjax.check(optax.EmptyState()) is None
 
 
+def test_check_names_a_norm_of_the_whole_that_no_leaf_explains():
+  tx = clipjax.clip_by_leaf_norm(1.0)
+  grads = {"a": jnp.array([3e38]), "b": jnp.array([3e38])}
+  _, state = tx.update(grads, tx.init(grads))
+  with pytest.raises(FloatingPointError) as error:
+    clipjax.check(state)
+  assert str(error.value) == (
+    "step 1 of 'grad' was not finite: norm inf, above the largest number of its dtype. 1 of 1 steps were not finite: "
+    'lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.'
+  )
+
+
+def test_the_labels_of_a_state_are_shown_can_be_keys_and_equal_nothing_else():
+  labels = clipjax.clip_by_leaf_norm(1.0).init({"w": jnp.ones(2), "b": jnp.ones(1)}).labels
+  assert repr(labels) == "Labels('grad', 'leaf', 2 leaves)"
+  other = clipjax.clip_by_leaf_norm(1.0).init({"w": jnp.ones(2), "v": jnp.ones(1)}).labels
+  assert {labels: 1}[labels] == 1 and labels != other
+  assert labels != "Labels('grad', 'leaf', 2 leaves)"
+
+
 def test_under_vmap():
   tx = clipjax.clip_by_leaf_norm(1.0)
   grads = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 0 * x]), PARAMS)

@@ -279,6 +279,38 @@ def test_transformations_clip_their_blocks(tree, share):
     assert_bits_equal(np.asarray(got)[kept], np.asarray(x)[kept])
 
 
+@pytest.mark.slow
+@given(data=st.data(), dtype=st.sampled_from(["float32", "bfloat16", "float16"]), shape=SHAPES, share=SHARES)
+@settings(max_examples=settings().max_examples // 2)
+def test_units_are_clipped_to_a_share_of_their_parameters(data, dtype, shape, share):
+  grads, params = (jnp.asarray(data.draw(leaves(dtype, shape))) for _ in range(2))
+  axes = tuple(range(len(shape))) if len(shape) < 2 else (0,) if len(shape) < 4 else (0, 1, 2)
+  over, of_params = (unit_oracle(x, axes) for x in (grads, params))
+  eps = 2.0 ** data.draw(st.integers(-60, 0))
+  clipping = limit_at(share, float((over / np.maximum(of_params, eps)).max(initial=0.0)))
+  limits = float(clipping) * np.maximum(of_params, eps)
+  # Right at a limit, or where a norm or a limit leaves float32, either answer will do.
+  close = np.isclose(over, limits, rtol=1e-5) & (over > 0)
+  assume(not close.any() and over.max(initial=0.0) < HUGE / 2 and of_params.max(initial=0.0) < HUGE / 2)
+  assume(all(v == 0 or v > TINY * 2.0**30 for v in [*limits.ravel(), *over.ravel(), *of_params.ravel()]))
+  tx = clipjax.adaptive_grad_clip(clipping, eps)
+  got, _ = tx.update(grads, tx.init(params), params)
+  kept = np.broadcast_to(over <= limits, shape)
+  assert (got.shape, got.dtype) == (grads.shape, grads.dtype)
+  assert_bits_equal(np.asarray(got)[kept], np.asarray(grads)[kept])
+  factor = np.broadcast_to(np.minimum(limits, HUGE) / np.where(over > 0, over, 1), shape)
+  assert_scaled(np.asarray(got)[~kept], np.asarray(grads)[~kept], factor[~kept])
+
+
+def unit_oracle(x, axes):
+  """The 2-norm over some axes in float64, these kept."""
+  x = np.abs(flushed(x))
+  largest = x.max(axis=axes, keepdims=True, initial=0.0)
+  ratios = x / np.where(largest > 0, largest, 1)
+  with np.errstate(under="ignore"):
+    return largest * np.sqrt(np.sum(ratios**2, axis=axes, keepdims=True))
+
+
 @given(tree=trees(("float32", "float16")), share=SHARES)
 @settings(max_examples=settings().max_examples // 2)
 def test_groups_are_clipped_apart(tree, share):

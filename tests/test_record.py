@@ -582,6 +582,52 @@ def test_file_torn_in_its_header_is_resumed(path):
   assert len(record(path, watched(), 2)) == 2
 
 
+def test_a_ring_that_is_restored_beside_a_torn_header_is_recorded_whole(path):
+  path.write_bytes(b'{"clipjax_run": 1, "ver')
+  with clipjax.Recorder(path) as recorder:
+    recorder.push(4, dict(train(watched(history=4), 4))[4])
+  np.testing.assert_allclose(clipjax.read_run(path)["grad/norm"], 13 * np.arange(1, 5), rtol=1e-6)
+
+
+def test_a_ring_under_a_new_name_replaces_what_was_recorded_without_it(path):
+  with clipjax.Recorder(path) as recorder:
+    for step, state in train(watched(history=4), 5):
+      recorder.push(step, state)
+  with clipjax.Recorder(path) as recorder:
+    recorder.push(6, dict(train(clipjax.watch(history=4, name="raw"), 6))[6])
+  run = clipjax.read_run(path)
+  assert run.steps.tolist() == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(run["raw/norm"], [np.nan, np.nan, *(13.0 * np.arange(3, 7))], rtol=1e-6)
+
+
+@jax.tree_util.register_pytree_node_class
+class Opaque:
+  """A node without keys: JAX numbers its children, and nothing can be looked up by the number."""
+
+  def __init__(self, child):
+    self.child = child
+
+  def tree_flatten(self):
+    return (self.child,), None
+
+  @classmethod
+  def tree_unflatten(cls, _, children):
+    return cls(*children)
+
+
+def test_a_state_in_a_node_without_keys_is_told(path):
+  (_, state), *_ = train(watched(), 1)
+  with clipjax.Recorder(path) as recorder:
+    with pytest.raises(TypeError) as error:
+      recorder.push(1, Opaque(state))
+    recorder.push(1, state)
+  assert str(error.value) == (
+    "`opt_state` must be made of tuples, dicts and objects with attributes, got an Opaque: push the part of it that "
+    "holds the clip."
+  )
+  assert len(rows_of(path)) == 1
+
+
 KILLED = """
 import os, signal, sys, jax, jax.numpy as jnp, clipjax
 tx = clipjax.clip_by_global_norm(1.0)

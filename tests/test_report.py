@@ -468,6 +468,23 @@ def test_thresholds_by_group_are_named_as_such():
   assert clipjax.plot_norms(run).axes[0].lines[-1].get_label() == "smallest threshold 2"
 
 
+def test_a_threshold_that_moves_is_a_line_and_zeros_and_rejected_steps_are_told(tmp_path):
+  run = make([0.0, 1.0, 9.0, 2.0, 0.0], **{"skip/consecutive": [0, 0, 1, 0, 0]})
+  run.columns["grad/max_norm"] = np.array([1.0, 2.0, 4.0, 3.0, 3.0])
+  page = written(run, tmp_path)
+  assert "Threshold between 1 and 4, 3 in the end." in page.alt("Line chart of grad/norm")
+  assert "1 of 5 (20%) steps rejected by skip_steps." in page.alt("Line chart of grad/norm")
+  assert "Squares are steps that skip_steps rejected; their norm is the one that it saw." in page.text
+  assert "2 steps of norm 0 cannot be drawn on a log axis." in page.text
+  (line,) = [line for line in clipjax.plot_norms(run).axes[0].lines if line.get_label() == "threshold"]
+  assert list(line.get_ydata()) == [1.0, 2.0, 4.0, 3.0, 3.0]
+
+
+def test_a_run_without_a_finite_norm_has_no_histogram(tmp_path):
+  text = written(make([1.0, 2.0], bad=[0, 1]), tmp_path).text
+  assert "no step had a finite norm above 0, so there is nothing to draw." in text
+
+
 def test_layers_of_a_rejected_step_are_not_known(tmp_path):
   run = make([1.0, 9.0, 2.0], names=("a", "b"), **{"skip/consecutive": [0, 1, 0]})
   text = written(run, tmp_path).text

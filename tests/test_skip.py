@@ -152,10 +152,19 @@ def test_one_structure_under_scan_vmap_donation_and_multisteps():
   for _ in range(2):
     _, state = donated(GRADS, state, PARAMS, value=1.0)
   many = optax.MultiSteps(adam(norm_rule=10.0), 2)
-  state = many.init(PARAMS)
+  state, update = many.init(PARAMS), jax.jit(many.update)
   for _ in range(4):
-    _, state = many.update(GRADS, state, PARAMS)
+    _, state = update(GRADS, state, PARAMS)
   assert clipjax.metrics(state)["skip/steps"] == 2
+
+
+def test_an_error_of_what_is_wrapped_is_not_changed():
+  def fail(updates, state, params=None):
+    raise KeyError("the user's own")
+
+  tx = clipjax.skip_steps(optax.GradientTransformation(optax.sgd(1.0, momentum=0.9).init, fail))
+  with pytest.raises(KeyError, match="the user's own"):
+    tx.update(GRADS, tx.init(PARAMS), PARAMS)
 
 
 def message(call, kind):
