@@ -122,8 +122,8 @@ class Packer:
     arrays = self.arrays(opt_state)
     if arrays is None:
       raise TypeError(
-        f"`opt_state` must be made of tuples, dicts and objects with attributes, got {_leaves.describe(opt_state)}: push "
-        "the part of it that holds the clip."
+        f"`opt_state` must be made of tuples, dicts and objects with attributes, got {_leaves.describe(opt_state)}: "
+        "push the part of it that holds the clip."
       )
     shapes = jax.eval_shape(self._entries, arrays, {})
     self.metric_keys = frozenset(key for kind, key in shapes if kind == "metric")
