@@ -304,13 +304,35 @@ def _clip_examples(
   if not xs:
     return [], jnp.zeros((0,), dtype)
   spec = _norms.NormSpec(2.0, (tuple(range(len(xs))),), axes)
-  norms = jax.vmap(lambda rows: _norms.block_norms(spec, rows)[0])(xs)
+  norms = _example_norms(spec, xs)
   limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
   usable = jnp.isfinite(norms) & ~jnp.isnan(limit)
   if not norms.size:
     return [jnp.sum(x, axis=0) for x in xs], norms
-  # Without a norm an example counts as one of norm 0: its factor is 1, and `where` takes it out before any product.
+  # Without a norm an example counts as one of norm 0: its factor is 1, and it is taken out before any product.
   return _sum_examples(usable, Limits(jnp.where(usable, norms, 0), limit, limit), xs), norms
+
+
+def _rows_norms(spec: _norms.NormSpec, xs: Sequence[jax.Array]) -> jax.Array:
+  norms: jax.Array = jax.vmap(lambda rows: _norms.block_norms(spec, rows)[0])(xs)
+  return norms
+
+
+_example_norms = jax.custom_jvp(_rows_norms, nondiff_argnums=(0,))
+
+
+@_example_norms.defjvp
+def _example_norms_jvp(spec: _norms.NormSpec, primals: Any, tangents: Any) -> Any:
+  """The derivative of a norm that is not finite is 0, not NaN: the example adds nothing to the sum."""
+  norms = _example_norms(spec, *primals)
+  usable = jnp.isfinite(norms)
+  xs, dxs = ([jax.vmap(_kept)(x, usable) for x in leaves] for (leaves,) in (primals, tangents))
+  return norms, jax.jvp(partial(_rows_norms, spec), (xs,), (dxs,))[1]
+
+
+def _kept(x: jax.Array, keep: jax.Array) -> jax.Array:
+  """The example or, without a product that NaN would survive, zeros."""
+  return _norms.by_parts(lambda part: jnp.where(keep, part, 0), x)
 
 
 @jax.custom_jvp
@@ -332,8 +354,7 @@ def _sum_examples_jvp(primals: Any, tangents: Any) -> Any:
   (usable, limits, xs), (_, dlimits, dxs) = primals, tangents
 
   def change(keep: jax.Array, norm: jax.Array, dnorm: jax.Array, x: jax.Array, dx: jax.Array) -> jax.Array:
-    x, dx = (_norms.by_parts(lambda part: jnp.where(keep, part, 0), v) for v in (x, dx))
-    return _change(x, dx, limits._replace(norm=norm), dlimits._replace(norm=dnorm), jnp.zeros((), jnp.bool_))
+    return _change(_kept(x, keep), _kept(dx, keep), limits._replace(norm=norm), dlimits._replace(norm=dnorm), jnp.zeros((), jnp.bool_))
 
   changes = [jax.vmap(change)(usable, limits.norm, dlimits.norm, x, dx) for x, dx in zip(xs, dxs, strict=True)]
   return _sum_examples(usable, limits, xs), [jnp.sum(c, axis=0) for c in changes]
@@ -364,8 +385,8 @@ def _sum_at_once(keep: jax.Array, shrink: jax.Array, factor: jax.Array, xs: Sequ
 
 
 def _contribution(x: jax.Array, keep: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
-  """What an example adds; `where` takes it out before any product."""
-  return _times(_norms.by_parts(lambda part: jnp.where(keep, part, 0), x), shrink, factor)
+  """What an example adds."""
+  return _times(_kept(x, keep), shrink, factor)
 
 
 def _is_split_by_type(x: jax.Array) -> bool:

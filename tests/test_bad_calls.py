@@ -5,6 +5,7 @@ What a function is given at once is in `test_messages.py`; files and the command
 
 import math
 import pathlib
+import types
 import warnings
 
 import jax
@@ -221,6 +222,10 @@ ARGUMENTS = {
   "a rule without an update": (
     lambda: clipjax.skip_steps(optax.sgd(1.0), norm_rule=rules.Rule(print, None)),
     TypeError, "`norm_rule` must be a Rule of two functions, got a NoneType as its `update`: see clipjax.rules.Rule.",
+  ),
+  "an optimizer of another library to be protected": (
+    lambda: clipjax.skip_steps(types.SimpleNamespace(init=lambda params: ())),
+    TypeError, "`inner` must be an Optax transformation, got a SimpleNamespace: pass one such as optax.adam(1e-3).",
   ),
   "a factory to be protected": (
     lambda: clipjax.skip_steps(optax.sgd),

@@ -319,6 +319,23 @@ def test_where_a_sum_leaves_its_range_only_with_the_norm_there_is_no_second_pass
   assert "cond[" in str(jax.make_jaxpr(lambda x: clipjax.global_norm(x, 2))(jnp.ones(3)))
 
 
+@pytest.mark.parametrize("n", [1e-30, 0.5, 3.0, 1e19, 5e37])  # 1 / n is a normal number.
+def test_a_quotient_and_its_derivatives_up_to_the_third(n):
+  # In n itself, in units of n: x / n, -x / n, 2 x / n, -6 x / n.
+  fn, x = lambda s: _norms.quotient(jnp.float32(0.75 * n), n * s), jnp.float32(1.0)
+  for want in (0.75, -0.75, 1.5, -4.5):
+    np.testing.assert_allclose(fn(x), want, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(fn)(x), want, rtol=1e-6)
+    fn = jax.grad(fn)
+
+
+@pytest.mark.parametrize("n", [1e-37, 1e-3, 2.0**64, 2.0**65, 1e30, 3e38])
+def test_divide_is_right_for_every_normal_divisor(n):
+  x = jnp.array([0.5 * n, -n, 0.0, n / 3 + 1j * n / 4])
+  for got in (_norms.divide(x, jnp.float32(n)), jax.jit(_norms.divide)(x, jnp.float32(n))):
+    np.testing.assert_allclose(got, np.array([0.5, -1, 0, 1 / 3 + 0.25j]), rtol=1e-6)
+
+
 def test_shards_are_summed_inside_shard_map():
   mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   p = jax.sharding.PartitionSpec

@@ -63,6 +63,23 @@ def test_example_that_is_not_finite_contributes_zero(bad):
     np.testing.assert_allclose(total[key], want[key], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_derivatives_pass_over_a_broken_example(bad):
+  grads = {key: x.at[2].set(bad) for key, x in batch().items()}
+  keep = jnp.arange(len(grads["0"])) != 2
+
+  def total(grads, max_norm):
+    return sum(x.sum() for x in clipjax.clip_grad_per_example(grads, max_norm)[0].values())
+
+  for derivative in (jax.grad, jax.jacfwd):
+    got, of_limit = derivative(total, argnums=(0, 1))(grads, 1.0)
+    want, of_limit_without = derivative(total, argnums=(0, 1))({key: x[keep] for key, x in grads.items()}, 1.0)
+    np.testing.assert_allclose(of_limit, of_limit_without, rtol=1e-5)
+    for key, x in want.items():
+      np.testing.assert_allclose(got[key][keep], x, rtol=1e-5, atol=1e-6)
+      np.testing.assert_array_equal(got[key][2], np.zeros_like(got[key][2]))
+
+
 def test_numbers_of_optax():
   leaves = list(batch().values())
   for max_norm in (0.5, 4.0, 100.0):

@@ -158,6 +158,17 @@ def test_one_structure_under_scan_vmap_donation_and_multisteps():
   assert clipjax.metrics(state)["skip/steps"] == 2
 
 
+@pytest.mark.parametrize("which", ["norm_rule", "loss_rule"])
+def test_a_limit_that_is_nan_rejects_the_step(which):
+  limits = {"norm_rule": 1e6, "loss_rule": 1e6, which: lambda count: jnp.where(count == 1, jnp.nan, 1e6)}
+  tx = adam(**limits)
+  state = tx.init(PARAMS)
+  for skipped in (0, 1, 1):
+    _, state = tx.update(GRADS, state, PARAMS, value=1.0)
+    assert state.skipped_steps == skipped
+  assert state.steps == 3 and state.consecutive == 0
+
+
 def test_an_error_of_what_is_wrapped_is_not_changed():
   def fail(updates, state, params=None):
     raise KeyError("the user's own")

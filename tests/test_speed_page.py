@@ -80,7 +80,7 @@ def test_the_page_of_a_quick_run(quick):
   assert text == speed_page.render(data)
   assert list(data["sections"]) == ["norm", "eager"]
   assert "A quick run" in text
-  assert out.with_suffix(".png").stat().st_size > 10_000
+  assert not out.with_suffix(".png").exists()  # Only the section "growth" has one.
   for line in text.splitlines():
     assert "nan" not in line.split()
   tables = [block for block in text.split("\n\n") if block.startswith("|")]

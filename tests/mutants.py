@@ -1,0 +1,206 @@
+"""Mutation testing: breaks a module in one small way after another, and tells the ways that no test notices.
+
+The operators are those of cosmic-ray (the extra `mutation`), and some for array code, where `jnp.where` is the branch.
+Each mutant meets the tests of `TESTS`, until one fails, in a process that is forked after JAX is imported and before it
+has started. Which test runs which line would be no guide: JAX traces a function once, for whoever comes first.
+
+  python tests/mutants.py _skip.py _rule.py --sample 0.5
+
+A survivor wants a new test, or a reason.
+"""
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from cosmic_ray import plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+
+ROOT = Path(__file__).parent.parent
+TESTS = {
+  "_norms.py": "norms derivatives sharding functional",
+  "_functional.py": "messages bad_calls functional per_example norms transforms parity derivatives",
+  "_transforms.py": "messages bad_calls transforms adaptive metrics integrations",
+  "_rule.py": "messages bad_calls rules adaptive transforms vectors",
+  "_adaptive.py": "bad_calls adaptive vectors rules derivatives messages",
+  "_skip.py": "skip bad_calls metrics vectors",
+}
+BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul LShift_RShift BitAnd_BitOr BitOr_BitAnd"
+COMPARISONS = "Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is"
+OTHERS = (
+  "AddNot ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue "
+  "ReplaceContinueWithBreak NumberReplacer RemoveDecorator ZeroIterationForLoop"
+)
+OPERATORS = (
+  *(f"ReplaceBinaryOperator_{pair}" for pair in BINARY.split()),
+  *(f"ReplaceComparisonOperator_{pair}" for pair in COMPARISONS.split()),
+  *(f"ReplaceUnaryOperator_{pair}" for pair in ("USub_UAdd", "Delete_Invert", "Delete_Not")),
+  *OTHERS.split(),
+)
+TWINS = [("minimum", "maximum"), ("max", "min"), ("isnan", "isinf"), ("any", "all"), ("pmax", "pmin")]
+TWIN = {**dict(TWINS), **{b: a for a, b in TWINS}, "isfinite": "isnan", "psum": "pmax", "argmax": "argmin"}
+
+
+def mutants(source: str) -> Iterator[tuple[int, str, str]]:
+  """`(line, operator, source)` of every mutant that is another program."""
+  seen = {ast.dump(ast.parse(source))}
+  for line, operator, code in [*_of_cosmic_ray(source), *_of_arrays(source)]:
+    try:
+      tree = ast.dump(ast.parse(code))
+    except SyntaxError:
+      continue
+    if tree not in seen:
+      seen.add(tree)
+      yield line, operator, code
+
+
+def _of_cosmic_ray(source: str) -> Iterator[tuple[int, str, str]]:
+  typed = [span for node in ast.walk(ast.parse(source)) for span in _annotations(node)]
+  nodes = list(ast_nodes(get_ast(source)))
+  for name in OPERATORS:
+    operator = plugins.get_operator(f"core/{name}")()
+    places = [place for node in nodes for place in operator.mutation_positions(node)]
+    for i, (start, end) in enumerate(places):
+      code = mutate_code(source, operator, i)
+      is_separator = "/," in code.replace(" ", "") and "/," not in source.replace(" ", "")  # The star of keyword-only.
+      if not is_separator and not any(a <= start and end <= b for a, b in typed):
+        yield start[0], name, code
+
+
+def _annotations(node: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+  """Where the types are, which do nothing."""
+  found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+  for x in filter(None, found):
+    yield (x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset)
+
+
+def _of_arrays(source: str) -> Iterator[tuple[int, str, str]]:
+  """One side of a `where` for both, the twin of a reduction, and what is done without a call or an argument."""
+  starts = [0]
+  for line in source.splitlines(keepends=True):
+    starts.append(starts[-1] + len(line))
+
+  def span(first: ast.AST, last: ast.AST | None = None) -> tuple[int, int]:
+    last = last or first
+    return starts[first.lineno - 1] + first.col_offset, starts[last.end_lineno - 1] + last.end_col_offset
+
+  def text(node: ast.AST) -> str:
+    return source[slice(*span(node))]
+
+  def put(place: tuple[int, int], new: str) -> str:
+    return source[: place[0]] + new + source[place[1] :]
+
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+      yield node.lineno, "DropCall", put(span(node), "pass")
+    if not isinstance(node, ast.Call):
+      continue
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if name == "where" and len(node.args) == 3:
+      yield node.lineno, "WhereFirst", put(span(node.args[2]), text(node.args[1]))
+      yield node.lineno, "WhereSecond", put(span(node.args[1]), text(node.args[2]))
+    if name in ("stop_gradient", "optimization_barrier"):
+      yield node.lineno, "Unwrap", put(span(node), text(node.args[0]))
+    if name in TWIN:
+      yield node.lineno, "Twin", put(span(node.func), text(node.func).removesuffix(name) + TWIN[name])
+    for keyword in node.keywords:
+      if keyword.arg is not None:
+        start, end = span(keyword, keyword.value)
+        start = len(source[:start].rstrip().removesuffix(","))
+        yield keyword.lineno, "DropKeyword", put((start, end), "")
+
+
+def outcome(folder: Path, tests: list[str], limit: float) -> tuple[int | None, str]:
+  """The exit code of pytest, None where it ran into the limit, and the test that failed."""
+  log = folder / "log"
+  start, child = time.monotonic(), os.fork()
+  if child == 0:
+    os.setsid()
+    os.chdir(folder)
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    code = 3
+    try:
+      import pytest  # noqa: PLC0415
+
+      code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", *tests]))
+    finally:
+      os._exit(code)
+  while time.monotonic() - start < limit:
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+      lines = log.read_text(errors="replace").splitlines()
+      failed = next((x for x in lines if x.startswith("FAILED")), "")
+      return os.waitstatus_to_exitcode(status), failed.removeprefix("FAILED ").split(" - ")[0]
+    time.sleep(0.02)
+  os.killpg(child, signal.SIGKILL)
+  os.waitpid(child, 0)
+  return None, ""
+
+
+def main() -> None:
+  """Runs what the command line asks for; a file that is there is gone on with."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="MODULE", help=f"of {' '.join(TESTS)}")
+  parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
+  parser.add_argument("--sample", type=float, default=1.0, help="share of the mutants, drawn at random")
+  parser.add_argument("--limit", type=float, default=300, help="seconds for each mutant")
+  args = parser.parse_args()
+  known = {}
+  if args.out.exists():
+    known = {(x["module"], x["diff"]): x for x in map(json.loads, args.out.read_text().splitlines())}
+  with tempfile.TemporaryDirectory() as name:
+    folder = copy_of_project(Path(name))
+    sys.path.insert(0, str(folder))
+    os.environ["CLIPJAX_TESTS_CACHE"] = str(folder / "cache")
+    sys.dont_write_bytecode = True  # Two mutants of one second and size would share it.
+    import optax  # noqa: F401, PLC0415  (before the fork)
+
+    for module in args.modules:
+      source = (ROOT / "clipjax" / module).read_text()
+      files = [f"tests/test_{subject}.py" for subject in TESTS[module].split()]
+      if outcome(folder, files, 10 * args.limit)[0] != 0:
+        raise SystemExit("the tests must pass before anything is broken\n" + (folder / "log").read_text())
+      found = list(mutants(source))
+      random.Random(0).shuffle(found)
+      for line, operator, code in found[: round(len(found) * args.sample)]:
+        diff = "\n".join(list(difflib.unified_diff(source.splitlines(), code.splitlines(), lineterm="", n=0))[3:])
+        if (module, diff) in known:
+          continue
+        # What noticed others most often comes first.
+        noticed = Counter(x["by"] for x in known.values() if x["by"] and x["module"] == module)
+        (folder / "clipjax" / module).write_text(code)
+        status, by = outcome(folder, [*(test for test, _ in noticed.most_common(20)), *files], args.limit)
+        (folder / "clipjax" / module).write_text(source)
+        row = {"module": module, "line": line, "operator": operator, "diff": diff, "survived": status == 0, "by": by}
+        known[module, diff] = row
+        with args.out.open("a") as file:
+          file.write(json.dumps(row) + "\n")
+        if status == 0:
+          print(f"{module}:{line} {operator}\n{diff}\n", flush=True)
+  print(f"{len(known)} mutants, {sum(x['survived'] for x in known.values())} of them survived")
+
+
+def copy_of_project(folder: Path) -> Path:
+  """The package, to be broken, with all that its tests read beside it."""
+  shutil.copytree(ROOT / "clipjax", folder / "clipjax", ignore=shutil.ignore_patterns("__pycache__"))
+  for name in ("tests", "benchmarks", "docs", "README.md", "pyproject.toml"):
+    (folder / name).symlink_to(ROOT / name)
+  return folder
+
+
+if __name__ == "__main__":
+  main()
