@@ -100,6 +100,25 @@ def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, x64):
   assert {x.dtype for x in jax.tree.leaves(state.rule)} <= {jnp.dtype("int32"), state.norm.dtype}
 
 
+# ZClip adds 1e-6 to a standard deviation, which it takes of squares.
+@pytest.mark.parametrize(("name", "magnitudes"), [
+  ("percentile", (1e-30, 1.0, 1e30)), ("quantile_tracking", (1e-30, 1.0, 1e30)), ("rolling_sigma", (1e-30, 1.0, 1e30)),
+  ("ema_ratio", (1e-30, 1.0, 1e30)), ("zscore", (1.0, 1e3, 1e12)),
+])  # fmt: skip
+def test_each_norm_has_a_limit_in_its_own_magnitude(name, magnitudes):
+  rule = rules.ema_ratio(1.1, decay=0.9, warmup_steps=0, max_norm=math.inf) if name == "ema_ratio" else RULES[name]()
+  rng = np.random.default_rng(0)
+  norms = jnp.asarray(rng.lognormal(sigma=0.3, size=(30, 3)) * np.array(magnitudes), jnp.float32)
+
+  def limits_of(norms):
+    state = rule.init(norms.shape[1:], norms.dtype)
+    return jax.lax.scan(lambda s, x: rule.update(x, s, global_norm=jnp.linalg.norm(x))[::-2], state, norms)[1]
+
+  together, alone = limits_of(norms), [limits_of(norms[:, i]) for i in range(3)]
+  np.testing.assert_allclose(together, np.stack(alone, axis=1), rtol=1e-5)
+  assert np.isfinite(together[-1]).all()
+
+
 @pytest.mark.parametrize("window", [1, 3, 50])
 @pytest.mark.parametrize("include_current", [True, False])
 @pytest.mark.parametrize("q", [0.0, 10.0, 50.0, 99.0, 100.0])
@@ -127,6 +146,8 @@ def test_rolling_sigma_is_that_of_numpy(window, ddof):
 
 
 def test_min_count_holds_back_the_first_clips():
+  got = limits(rules.rolling_sigma(2.0, window=2, ddof=0, min_count=3), [1.0] * 4)
+  assert np.isfinite(got).tolist() == [False, False, True, True]
   got = limits(rules.percentile(50.0, window=8, min_count=4), [1.0] * 6)
   np.testing.assert_array_equal(got, [math.inf] * 3 + [1.0] * 3)
   got = limits(rules.rolling_sigma(window=8), [1.0] * 6)
