@@ -309,8 +309,8 @@ def _clip_examples(
   usable = jnp.isfinite(norms) & ~jnp.isnan(limit)
   if not norms.size:
     return [jnp.sum(x, axis=0) for x in xs], norms
-  # Without a norm an example counts as one of norm 0: its factor is 1, and it is taken out before any product.
-  return _sum_examples(usable, Limits(jnp.where(usable, norms, 0), limit, limit), xs), norms
+  # An example without a norm is taken out before any product, whatever its factor.
+  return _sum_examples(usable, Limits(norms, limit, limit), xs), norms
 
 
 def _rows_norms(spec: _norms.NormSpec, xs: Sequence[jax.Array]) -> jax.Array:

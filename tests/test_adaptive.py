@@ -145,6 +145,18 @@ def test_rolling_sigma_is_that_of_numpy(window, ddof):
     np.testing.assert_allclose(got[i], want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("max_norm", [0.5, 1.0, 2.5])
+def test_the_warm_up_of_adagc_clips_the_whole_gradient_to_max_norm(max_norm):
+  tx = clipjax.clip_by_leaf_norm(rules.ema_ratio(1.1, decay=0.9, warmup_steps=9, max_norm=max_norm))
+  grads = [jnp.array([3.0]), jnp.array([4.0])]
+  clipped, state = tx.update(grads, tx.init(grads))
+  np.testing.assert_allclose(clipped, [[0.6 * max_norm], [0.8 * max_norm]], rtol=1e-6)
+  np.testing.assert_allclose(state.max_norm, [0.6 * max_norm, 0.8 * max_norm], rtol=1e-6)
+  small = [jnp.array([0.03]), jnp.array([0.04])]
+  kept, state = tx.update(small, state)
+  assert kept == small and np.isinf(state.max_norm).all()
+
+
 def test_min_count_holds_back_the_first_clips():
   got = limits(rules.rolling_sigma(2.0, window=2, ddof=0, min_count=3), [1.0] * 4)
   assert np.isfinite(got).tolist() == [False, False, True, True]

@@ -334,6 +334,31 @@ def test_divide_is_right_for_every_normal_divisor(n):
   x = jnp.array([0.5 * n, -n, 0.0, n / 3 + 1j * n / 4])
   for got in (_norms.divide(x, jnp.float32(n)), jax.jit(_norms.divide)(x, jnp.float32(n))):
     np.testing.assert_allclose(got, np.array([0.5, -1, 0, 1 / 3 + 0.25j]), rtol=1e-6)
+  # The derivative in x is 1 / n, which itself may be too small to be a number.
+  _, change = jax.jvp(lambda x: _norms.divide(x, jnp.float32(n)), (x.real,), (jnp.full(4, 0.25 * n),))
+  np.testing.assert_allclose(change, np.full(4, 0.25), rtol=1e-6)
+
+
+def test_small_numbers_survive_a_large_divisor():
+  np.testing.assert_allclose(_norms.divide(jnp.array([1e-30, 1e-33]), jnp.float32(1000)), [1e-33, 1e-36], rtol=1e-6)
+
+
+def test_the_root_of_zero_has_the_derivatives_zero():
+  for fn in (jax.grad(_norms.root_or_zero), jax.grad(jax.grad(_norms.root_or_zero))):
+    assert fn(jnp.float32(0)) == 0
+  assert jax.grad(_norms.root_or_zero)(jnp.float32(4)) == 0.25
+
+
+@pytest.mark.parametrize("ord", [1.5, 3.0])
+def test_an_entry_that_adds_nothing_to_the_norm_has_the_derivative_zero(ord):
+  got = jax.grad(lambda x: clipjax.global_norm(x, ord))(jnp.array([1e-30, 1e30]))
+  np.testing.assert_allclose(got, [0.0, 1.0], atol=1e-25)
+
+
+@pytest.mark.parametrize("ord", [0.5, 1.5, 3.0])
+def test_second_derivatives_at_zero_and_beside_it_are_no_nan(ord):
+  for x in (jnp.zeros(2), jnp.array([0.0, 2.0])):
+    assert np.isfinite(jax.hessian(lambda x: clipjax.global_norm(x, ord))(x)).all()
 
 
 def test_shards_are_summed_inside_shard_map():

@@ -111,7 +111,7 @@ def test_worked_steps():
 def test_empty_batch_empty_tree_thresholds_and_jit():
   total, norms = clipjax.clip_grad_per_example({"a": jnp.zeros((0, 3)), "n": None}, 1.0)
   assert norms.shape == (0,)
-  np.testing.assert_array_equal(total["a"], np.zeros(3))
+  assert total["a"].shape == (3,) and not total["a"].any()
   assert clipjax.clip_grad_per_example({}, 1.0)[0] == {}
   grads = batch()
   assert not jax.jit(clipjax.clip_grad_per_example)(grads, jnp.nan)[0]["0"].any()

@@ -275,6 +275,20 @@ def test_number_array_schedule_and_rule_share_one_state(make):
   np.testing.assert_allclose(np.min(state.max_norm), 1.5)
 
 
+@pytest.mark.parametrize(
+  ("values", "leaf"),
+  [((1, math.inf, math.nan, math.nan), 2), ((math.nan, 1, math.inf, 1), 0), ((1, math.inf, 1, math.inf), 1), ((1,), -1)],
+)
+@pytest.mark.parametrize("make", [clipjax.clip_by_global_norm, clipjax.clip_by_leaf_norm])
+def test_the_leaf_that_is_named_is_the_first_that_is_nan_or_else_inf(make, values, leaf):
+  grads = [jnp.array([x, 1.0]) for x in values]
+  tx = make(1.0)
+  _, state = tx.update(grads, tx.init(grads))
+  assert state.nonfinite_leaf == leaf
+  norm = math.nan if math.nan in values else math.inf if leaf >= 0 else math.sqrt(2)
+  np.testing.assert_allclose(state.norm, norm, rtol=1e-6)
+
+
 def test_schedule_counts_steps_that_are_not_finite():
   tx = clipjax.clip_by_global_norm(lambda count: count + 1)
   state = tx.init(jnp.ones(2))
