@@ -354,7 +354,13 @@ def _sum_examples_jvp(primals: Any, tangents: Any) -> Any:
   (usable, limits, xs), (_, dlimits, dxs) = primals, tangents
 
   def change(keep: jax.Array, norm: jax.Array, dnorm: jax.Array, x: jax.Array, dx: jax.Array) -> jax.Array:
-    return _change(_kept(x, keep), _kept(dx, keep), limits._replace(norm=norm), dlimits._replace(norm=dnorm), jnp.zeros((), jnp.bool_))
+    return _change(
+      _kept(x, keep),
+      _kept(dx, keep),
+      limits._replace(norm=norm),
+      dlimits._replace(norm=dnorm),
+      jnp.zeros((), jnp.bool_),
+    )
 
   changes = [jax.vmap(change)(usable, limits.norm, dlimits.norm, x, dx) for x, dx in zip(xs, dxs, strict=True)]
   return _sum_examples(usable, limits, xs), [jnp.sum(c, axis=0) for c in changes]

@@ -278,7 +278,7 @@ def vector_norm(norms: jax.Array, p: float) -> jax.Array:
 def _vector_norm(p: float, norms: jax.Array) -> jax.Array:
   largest = jnp.max(norms, initial=0.0)
   usable = (largest > 0) & (largest < jnp.inf)  # False for NaN too.
-  ratios = divide(jnp.where(usable, norms, 1), jnp.where(usable, largest, 1))
+  ratios = divide(norms, jnp.where(usable, largest, 1))
   if math.isinf(p):
     return largest
   return jnp.where(usable, largest * _root(_power_sum(ratios, p), p), largest)
@@ -565,7 +565,7 @@ def _direction(x: jax.Array, norm: jax.Array, p: float) -> jax.Array:
     return divide(jnp.where(usable, x, 0), jnp.where(usable, n, 1))
   if p == 0:
     return jnp.zeros_like(x)
-  magnitude = _magnitude(x)
+  magnitude = jnp.abs(x)
   # Not `jnp.sign` of a complex number, whose derivative JAX takes for 0.
   nonzero = magnitude > 0
   sign = (
@@ -579,23 +579,6 @@ def _direction(x: jax.Array, norm: jax.Array, p: float) -> jax.Array:
   nonzero = usable & (ratio > 0)
   weight = jnp.where(nonzero, jnp.where(nonzero, ratio, 1) ** (p - 1), 0)
   return by_parts(lambda part: part * weight, sign)
-
-
-def _magnitude(x: jax.Array) -> jax.Array:
-  return _modulus(x) if jnp.iscomplexobj(x) else jnp.abs(x)
-
-
-@jax.custom_jvp
-def _modulus(z: jax.Array) -> jax.Array:
-  return jnp.abs(z)
-
-
-@_modulus.defjvp
-def _modulus_jvp(primals: Any, tangents: Any) -> Any:
-  (z,), (dz,) = primals, tangents
-  modulus = _modulus(z)
-  safe = jnp.where(modulus > 0, modulus, 1)
-  return modulus, quotient(z.real, safe) * dz.real + quotient(z.imag, safe) * dz.imag
 
 
 def _real_inner(g: jax.Array, dx: jax.Array) -> jax.Array:

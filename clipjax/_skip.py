@@ -182,7 +182,8 @@ def skip_steps(
 def _check_inner_state(inner: optax.GradientTransformation, state: Any, tree: Any, error: Exception) -> None:
   """Raises, from the error of an update, where the state that it was given is not what `init` gives."""
   wanted = jax.eval_shape(lambda: inner.init(tree))
-  if jax.tree.structure(state) != jax.tree.structure(wanted):
+  structures: list[Any] = [jax.tree.structure(x) for x in (state, wanted)]
+  if structures[0] != structures[1]:
     raise ValueError(
       f"`state.inner_state` must be as the `init` of what is wrapped gives it, {_outline(wanted)}, got "
       f"{_outline(state)}: pass the state of this transformation, or call `init` anew."

@@ -277,7 +277,12 @@ def test_number_array_schedule_and_rule_share_one_state(make):
 
 @pytest.mark.parametrize(
   ("values", "leaf"),
-  [((1, math.inf, math.nan, math.nan), 2), ((math.nan, 1, math.inf, 1), 0), ((1, math.inf, 1, math.inf), 1), ((1,), -1)],
+  [
+    ((1, math.inf, math.nan, math.nan), 2),
+    ((math.nan, 1, math.inf, 1), 0),
+    ((1, math.inf, 1, math.inf), 1),
+    ((1,), -1),
+  ],
 )
 @pytest.mark.parametrize("make", [clipjax.clip_by_global_norm, clipjax.clip_by_leaf_norm])
 def test_the_leaf_that_is_named_is_the_first_that_is_nan_or_else_inf(make, values, leaf):
@@ -285,8 +290,25 @@ def test_the_leaf_that_is_named_is_the_first_that_is_nan_or_else_inf(make, value
   tx = make(1.0)
   _, state = tx.update(grads, tx.init(grads))
   assert state.nonfinite_leaf == leaf
-  norm = math.nan if math.nan in values else math.inf if leaf >= 0 else math.sqrt(2)
-  np.testing.assert_allclose(state.norm, norm, rtol=1e-6)
+  np.testing.assert_allclose(state.norm, np.linalg.norm(np.array(grads)), rtol=1e-6)
+
+
+def fixed_rule(limit, target):
+  return rules.Rule(lambda shape, dtype: (), lambda norms, state, *, global_norm: (limit, target, state))
+
+
+def test_a_target_that_is_nan_for_one_leaf_is_a_step_that_is_not_finite():
+  tx = clipjax.clip_by_leaf_norm(fixed_rule(1.0, jnp.array([1.0, jnp.nan])))
+  grads = [jnp.array([3.0]), jnp.array([0.5])]
+  updates, state = tx.update(grads, tx.init(grads))
+  assert state.nonfinite_steps == 1 and np.isnan(updates).all()
+
+
+def test_at_the_limit_the_target_of_a_rule_has_no_meaning():
+  tx = clipjax.clip_by_global_norm(fixed_rule(5.0, 1.0), eps=1e-6)
+  grads = jnp.array([3.0, 4.0])
+  np.testing.assert_allclose(tx.update(grads, tx.init(grads))[0], grads, rtol=1e-6)
+  np.testing.assert_allclose(tx.update(2 * grads, tx.init(grads))[0], [0.6, 0.8], rtol=1e-6)
 
 
 def test_schedule_counts_steps_that_are_not_finite():
