@@ -78,6 +78,9 @@ def transformations(axis_name=None):
   }
 
 
+FEW = ["clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value", "autoclip", "watch", "skip_steps"]
+
+
 def without_rules():
   """The clips and wrappers with which leaves are measured in every way: a rule sees norms, which know of no mesh."""
   return [name for name in transformations() if not name.startswith("rule_")]
@@ -155,13 +158,13 @@ import pickle
 import test_sharding
 want = pickle.loads(pathlib.Path("../want").read_bytes())
 for mode in ("auto", "shard_map"):
-  test_sharding.run_and_compare(mode, test_sharding.without_rules(), want)
+  test_sharding.run_and_compare(mode, test_sharding.FEW, want)
 print("the same")
 """
 
 
 def test_two_processes_give_the_numbers_of_one_device(tmp_path, on_one_device):
-  (tmp_path / "want").write_bytes(pickle.dumps(leaves_of(on_one_device, without_rules())))
+  (tmp_path / "want").write_bytes(pickle.dumps(leaves_of(on_one_device, FEW)))
   outputs = outputs_of_processes(PROGRAM, 2, tmp_path / "two", timeout=300)
   assert [out.splitlines()[-1] for out in outputs] == ["the same"] * 2
 
@@ -328,11 +331,8 @@ def test_examples_are_clipped_where_they_are():
     chex.assert_trees_all_close(got, (want, want_norms), rtol=1e-5)
 
 
-TRANSFORMATIONS = ["clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value", "autoclip", "watch", "skip_steps"]
-
-
 @pytest.mark.parametrize("axis_name", [None, "b"])
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize("name", FEW)
 def test_a_gradient_that_is_not_reduced_is_an_error(name, axis_name):
   tx = transformations(axis_name)[name]
   params = {"w": jnp.ones(3)}
