@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training import dynamic_scale, train_state
-from helpers import assert_bits_equal, oracle_clip, oracle_norm, train_on_one_device
+from helpers import assert_bits_equal, factories, oracle_clip, oracle_norm, train_on_one_device
 from jax.experimental import checkify
 
 import clipjax
@@ -443,6 +443,25 @@ def test_float_checks_of_checkify_find_nothing_in_a_finite_step(magnitude):
   error, (updates, _) = checked(grads, tx.init(start()))
   assert error.get() is None
   assert_alike(updates, jax.tree.map(lambda g: oracle_clip(g, LIMIT), grads), rtol=1e-6)
+
+
+EXPORTED = {
+  **factories(),
+  "watch": clipjax.watch(history=2),
+  "skip_steps": clipjax.skip_steps(clipjax.clip_by_global_norm(1.0), norm_rule=rules.lower(rules.zscore(), 1.0)),
+  "adaptive_grad_clip": clipjax.adaptive_grad_clip(),
+  "rolling_sigma": clipjax.clip_by_leaf_norm(rules.rolling_sigma()),
+  "quantile_tracking": clipjax.clip_by_leaf_norm(rules.quantile_tracking(0.5)),
+  "after": clipjax.clip_by_leaf_norm(rules.after(2, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_every_state_goes_through_an_exported_program(name):
+  params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+  state = EXPORTED[name].init(params)
+  program = jax.export.deserialize(jax.export.export(jax.jit(lambda s: s))(state).serialize())
+  chex.assert_trees_all_equal(program.call(state), state)
 
 
 def test_export_of_a_training_step_with_any_batch_size():
