@@ -412,7 +412,8 @@ def _clamp(x: jax.Array, limit: jax.Array) -> jax.Array:
   if x.dtype.itemsize == 1:  # float8: no arithmetic of its own.
     return _clamp(x.astype(jnp.float32), limit).astype(x.dtype)
   bound = limit.astype(x.dtype)
-  return lax.clamp(-bound, x, bound)
+  # XLA on CPU makes 0 of a subnormal entry that it computes with, not of one that it passes on.
+  return jnp.where(jnp.abs(x) < bound, x, lax.clamp(-bound, x, bound))
 
 
 def rescale_leaves(

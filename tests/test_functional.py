@@ -24,6 +24,15 @@ def test_example_that_everyone_starts_from():
   np.testing.assert_allclose(clipped["b"], [4.6154], atol=5e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormal_entries_within_the_interval_are_bit_identical(dtype):
+  info = jnp.finfo(dtype)
+  x = jnp.asarray(np.array([info.smallest_subnormal, -info.smallest_subnormal, info.tiny, 2.0, -0.0]).astype(dtype))
+  for clip in (clipjax.clip_grad_value, jax.jit(clipjax.clip_grad_value)):
+    assert_bits_equal(clip(x, 1.0)[jnp.array([0, 1, 2, 4])], x[jnp.array([0, 1, 2, 4])])
+    assert clip(x, 1.0)[3] == 1
+
+
 def test_a_weakly_typed_leaf_comes_back_as_a_strong_one_of_its_dtype():
   # One answer under and over the limit, and for every clip: a step is traced again at most once.
   weak = {"w": jax.grad(lambda x: x * x)(1.5)}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_bits_equal
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import clipjax
@@ -152,13 +152,16 @@ def parts_of(x):
 
 
 @given(tree=trees(), p=ORDERS | st.sampled_from([0.0, -math.inf]))
+@example(tree=[jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0**-127], jnp.bfloat16)], p=0.0)
 def test_norms_are_those_of_the_oracle(tree, p):
-  assert_norm(float(clipjax.global_norm(tree, p)), oracle(tree, p), p)
-  norms = clipjax.leaf_norms(tree, p)
+  norm, norms = clipjax.global_norm(tree, p), clipjax.leaf_norms(tree, p)
   assert jax.tree.structure(norms) == jax.tree.structure(tree)
-  for x, norm in zip(jax.tree.leaves(tree), jax.tree.leaves(norms), strict=True):
+  for x, norm in [(tree, norm), *zip(jax.tree.leaves(tree), jax.tree.leaves(norms), strict=True)]:
     assert norm.shape == () and norm.dtype == jnp.float32
-    assert_norm(float(norm), oracle(x, p), p)
+    if p == 0:  # Whether a subnormal entry is one of those that are not 0 depends on what XLA makes of the comparison.
+      assert oracle(x, p) <= float(norm) <= sum(np.count_nonzero(np.asarray(leaf)) for leaf in jax.tree.leaves(x))
+    else:
+      assert_norm(float(norm), oracle(x, p), p)
 
 
 SHARES = st.sampled_from([0.0, 1e-30, 1e-6, 0.5, 0.999, 1.0, 1.001, 2.0, math.inf])
@@ -199,7 +202,7 @@ def test_clip(tree, p, share):
     rounding = max(2e-6, *(float(info_of(str(x.dtype)).eps) for x in xs))
     # An entry that comes out subnormal may be rounded up by half of the dtype's smallest step.
     steps = sum(x.size * float(info_of(str(x.dtype)).smallest_subnormal) for x in xs)
-    assert after <= limit * (1 + rounding) + steps
+    assert after <= float(limit) * (1 + rounding) + steps
   again, norm_after = clipjax.clip_grad_norm(clipped, limit, p)
   check_clip(again, clipped, norm_after, limit)  # Nothing, but for what rounding brought above the limit.
 
@@ -249,6 +252,7 @@ def assert_alike(got, want):
 
 @pytest.mark.slow
 @given(tree=trees(tuple(d for d in DTYPES if d != "complex64"), most=2), share=SHARES)
+@example(tree=[jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0**-127])], share=1e-30)
 @settings(max_examples=max(settings().max_examples // 4, 5))
 def test_transformations_clip_their_blocks(tree, share):
   xs = jax.tree.leaves(tree)
