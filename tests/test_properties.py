@@ -154,9 +154,9 @@ def parts_of(x):
 @given(tree=trees(), p=ORDERS | st.sampled_from([0.0, -math.inf]))
 @example(tree=[jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0**-127], jnp.bfloat16)], p=0.0)
 def test_norms_are_those_of_the_oracle(tree, p):
-  norm, norms = clipjax.global_norm(tree, p), clipjax.leaf_norms(tree, p)
+  whole, norms = clipjax.global_norm(tree, p), clipjax.leaf_norms(tree, p)
   assert jax.tree.structure(norms) == jax.tree.structure(tree)
-  for x, norm in [(tree, norm), *zip(jax.tree.leaves(tree), jax.tree.leaves(norms), strict=True)]:
+  for x, norm in [(tree, whole), *zip(jax.tree.leaves(tree), jax.tree.leaves(norms), strict=True)]:
     assert norm.shape == () and norm.dtype == jnp.float32
     if p == 0:  # Whether a subnormal entry is one of those that are not 0 depends on what XLA makes of the comparison.
       assert oracle(x, p) <= float(norm) <= sum(np.count_nonzero(np.asarray(leaf)) for leaf in jax.tree.leaves(x))
