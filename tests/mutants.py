@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -49,6 +50,7 @@ OPERATORS = (
   *(f"ReplaceUnaryOperator_{pair}" for pair in ("USub_UAdd", "Delete_Invert", "Delete_Not")),
   *OTHERS.split(),
 )
+UNSEEN = re.compile(r"\b(strict|inline)=True")  # Lengths are always equal; a program is the same, told in another way.
 TWINS = [("minimum", "maximum"), ("max", "min"), ("isnan", "isinf"), ("any", "all"), ("pmax", "pmin")]
 TWIN = {**dict(TWINS), **{b: a for a, b in TWINS}, "isfinite": "isnan", "psum": "pmax", "argmax": "argmin"}
 
@@ -56,12 +58,13 @@ TWIN = {**dict(TWINS), **{b: a for a, b in TWINS}, "isfinite": "isnan", "psum": 
 def mutants(source: str) -> Iterator[tuple[int, str, str]]:
   """`(line, operator, source)` of every mutant that is another program."""
   seen = {ast.dump(ast.parse(source))}
+  unseen = len(UNSEEN.findall(source))
   for line, operator, code in [*_of_cosmic_ray(source), *_of_arrays(source)]:
     try:
       tree = ast.dump(ast.parse(code))
     except SyntaxError:
       continue
-    if tree not in seen:
+    if tree not in seen and len(UNSEEN.findall(code)) == unseen:
       seen.add(tree)
       yield line, operator, code
 
@@ -74,7 +77,9 @@ def _of_cosmic_ray(source: str) -> Iterator[tuple[int, str, str]]:
     places = [place for node in nodes for place in operator.mutation_positions(node)]
     for i, (start, end) in enumerate(places):
       code = mutate_code(source, operator, i)
-      is_separator = "/," in code.replace(" ", "") and "/," not in source.replace(" ", "")  # The star of keyword-only.
+      is_separator = code.replace(" ", "").count("/,") > source.replace(" ", "").count(
+        "/,"
+      )  # The star of keyword-only.
       if not is_separator and not any(a <= start and end <= b for a, b in typed):
         yield start[0], name, code
 
