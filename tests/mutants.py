@@ -36,7 +36,7 @@ TESTS = {
   "_transforms.py": "messages bad_calls transforms adaptive metrics integrations",
   "_rule.py": "messages bad_calls rules adaptive transforms vectors",
   "_adaptive.py": "bad_calls adaptive vectors rules derivatives messages",
-  "_skip.py": "skip bad_calls metrics vectors",
+  "_skip.py": "skip bad_calls metrics vectors integrations sharding",
 }
 BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul LShift_RShift BitAnd_BitOr BitOr_BitAnd"
 COMPARISONS = "Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is"

@@ -169,6 +169,18 @@ def test_a_limit_that_is_nan_rejects_the_step(which):
   assert state.steps == 3 and state.consecutive == 0
 
 
+@pytest.mark.parametrize("value", ["a text", jnp.ones(3), 1j, None])
+def test_without_a_rule_for_it_a_value_that_is_no_loss_is_for_what_is_wrapped(value):
+  def update(updates, state, params=None, *, value=None):
+    seen.append(value)
+    return updates, state
+
+  seen = []
+  tx = clipjax.skip_steps(optax.GradientTransformationExtraArgs(optax.init_empty_state, update))
+  _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, value=value)
+  assert seen[0] is value and state.loss == 0 and state.skipped_steps == 0
+
+
 def test_an_error_of_what_is_wrapped_is_not_changed():
   def fail(updates, state, params=None):
     raise KeyError("the user's own")
