@@ -195,9 +195,14 @@ class StateCheck:
       )
 
 
-def _is_like(state: Any, wanted: Any) -> bool:
+def same_structure(state: Any, wanted: Any) -> bool:
+  """Whether two states are trees of one structure, whatever their leaves are."""
   structures: list[Any] = [jax.tree.structure(x) for x in (state, wanted)]
-  if structures[0] != structures[1]:
+  return bool(structures[0] == structures[1])
+
+
+def _is_like(state: Any, wanted: Any) -> bool:
+  if not same_structure(state, wanted):
     return False
   return all(  # An eager `update` asks this at every step: the usual case is two attributes.
     getattr(x, "shape", ()) == getattr(y, "shape", ())

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from clipjax import _leaves, _norms
 from clipjax._labels import Labels
-from clipjax._rule import Rule, StateCheck, as_rule, ask, check_whole, keep_where
+from clipjax._rule import Rule, StateCheck, as_rule, ask, check_whole, keep_where, same_structure
 
 _NO_LIMIT = 2**31 - 1
 
@@ -182,8 +182,7 @@ def skip_steps(
 def _check_inner_state(inner: optax.GradientTransformation, state: Any, tree: Any, error: Exception) -> None:
   """Raises, from the error of an update, where the state that it was given is not what `init` gives."""
   wanted = jax.eval_shape(lambda: inner.init(tree))
-  structures: list[Any] = [jax.tree.structure(x) for x in (state, wanted)]
-  if structures[0] != structures[1]:
+  if not same_structure(state, wanted):
     raise ValueError(
       f"`state.inner_state` must be as the `init` of what is wrapped gives it, {_outline(wanted)}, got "
       f"{_outline(state)}: pass the state of this transformation, or call `init` anew."

@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,9 +78,8 @@ def _of_cosmic_ray(source: str) -> Iterator[tuple[int, str, str]]:
     places = [place for node in nodes for place in operator.mutation_positions(node)]
     for i, (start, end) in enumerate(places):
       code = mutate_code(source, operator, i)
-      is_separator = code.replace(" ", "").count("/,") > source.replace(" ", "").count(
-        "/,"
-      )  # The star of keyword-only.
+      slashes, before = (len(re.findall(r"/\s*,", text)) for text in (code, source))
+      is_separator = slashes > before  # The star before arguments by keyword, taken for a product.
       if not is_separator and not any(a <= start and end <= b for a, b in typed):
         yield start[0], name, code
 
@@ -142,7 +142,10 @@ def outcome(folder: Path, tests: list[str], limit: float) -> tuple[int | None, s
       import pytest  # noqa: PLC0415
 
       code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", *tests]))
+    except BaseException:  # It would be lost, and with it the reason.
+      traceback.print_exc()
     finally:
+      sys.stderr.flush()
       os._exit(code)
   while time.monotonic() - start < limit:
     done, status = os.waitpid(child, os.WNOHANG)
