@@ -141,7 +141,8 @@ def test_the_labels_of_a_state_are_shown_can_be_keys_and_equal_nothing_else():
   labels = clipjax.clip_by_leaf_norm(1.0).init({"w": jnp.ones(2), "b": jnp.ones(1)}).labels
   assert repr(labels) == "Labels('grad', 'leaf', 2 leaves)"
   other = clipjax.clip_by_leaf_norm(1.0).init({"w": jnp.ones(2), "v": jnp.ones(1)}).labels
-  assert {labels: 1}[labels] == 1 and labels != other
+  again = clipjax.clip_by_leaf_norm(2.0).init({"w": jnp.ones(2), "b": jnp.ones(1)}).labels
+  assert again is not labels and {labels: 1}[again] == 1 and labels != other
   assert labels != "Labels('grad', 'leaf', 2 leaves)"
 
 
