@@ -141,7 +141,7 @@ def _clip_units(
   by_leaf, limit, scale = _norms.stack(before), _norms.stack(limits), _norms.stack(scales)
   norm = _norms.vector_norm(by_leaf, 2.0)
   bad = ~jnp.isfinite(by_leaf).all() | ~jnp.isfinite(norm) | jnp.isnan(limit).any()
-  fill = jnp.zeros((), dtype) if policy == "zero" else jnp.full((), jnp.nan, dtype)
+  fill = jnp.zeros((), dtype) if policy == "zero" else _functional.nan_if(bad, dtype)
   out = [jnp.where(bad, fill.astype(y.dtype), y) for y in out]
   return out, {
     "norm": norm,

@@ -464,22 +464,30 @@ def factors_of(
 
   A factor below 2^-100 would soon be subnormal, and flushed to zero: then an exact power of two comes first; with a
   norm up to 1 the target would be subnormal before the factor is. A factor of NaN makes every entry NaN. Where nothing
-  is touched the factor means nothing, but is finite, since `checkify` looks at it. What does not depend on the norm
-  comes first: XLA's time to compile a clip of each leaf grows with the operations that follow it.
+  is touched the factor is 0, since `checkify` looks at the product: `inf * 0` of an infinite target would be NaN. What
+  does not depend on the norm comes first: XLA's time to compile a clip of each leaf grows with the operations that
+  follow it.
   """
   norm, limit, target = limits
-  from_bad, nan = jnp.where(bad, -1, limit).astype(norm.dtype), jnp.where(bad, jnp.nan, target).astype(norm.dtype)
+  from_bad = jnp.where(bad, -1, limit).astype(norm.dtype)
+  finite = jnp.minimum(target.astype(norm.dtype), jnp.finfo(norm.dtype).max)
+  target_or_nan = jnp.where(bad, nan_if(bad, norm.dtype), finite)
   far = jnp.maximum(target * 2.0**100, 1)
   shrink = lax.select(norm > far, jnp.full_like(norm, 2.0**-100), jnp.ones_like(norm))
   touched = ~(norm <= from_bad)
-  return touched, shrink, divide(nan, jnp.where(touched, norm * shrink, 1))
+  return touched, shrink, divide(target_or_nan, jnp.where(touched, norm * shrink, jnp.inf))
+
+
+def nan_if(bad: jax.Array, dtype: Any) -> jax.Array:
+  """NaN if `bad`, else 0, without a NaN on the way, at which `jax_debug_nans` would stop where there is no jit."""
+  return lax.select(bad, np.full((), np.nan, dtype), np.zeros((), dtype))
 
 
 def safe_factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`factors_of` with a factor of 1, and finite derivatives, where nothing is touched."""
   clipped = limits.norm > limits.limit
   norm, target = jnp.where(clipped, limits.norm, 1), jnp.where(clipped, limits.target, 1)
-  _, shrink, factor = factors_of(Limits(norm, limits.limit, target), bad, _norms.quotient)
+  _, shrink, factor = factors_of(Limits(norm, jnp.zeros_like(norm), target), bad, _norms.quotient)
   return clipped | bad, shrink, factor
 
 

@@ -270,18 +270,19 @@ block_norms_jit: Callable[[NormSpec, Sequence[Any]], tuple[jax.Array, ...]] = ja
 
 
 def vector_norm(norms: jax.Array, p: float) -> jax.Array:
-  """The p-norm of norms, shape (n,): rescaled by the largest, so right at every magnitude, with the derivatives."""
+  """The p-norm of p-norms, shape (n,): rescaled by the largest, so right at every magnitude, with the derivatives."""
   return _vector_norm(p, norms)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _vector_norm(p: float, norms: jax.Array) -> jax.Array:
+  if p in (0, 1):  # For 0 they are counts.
+    return jnp.sum(norms)
+  if math.isinf(p):
+    return _power_sum(norms, p)
   largest = jnp.max(norms, initial=0.0)
   usable = (largest > 0) & (largest < jnp.inf)  # False for NaN too.
-  ratios = divide(norms, jnp.where(usable, largest, 1))
-  if math.isinf(p):
-    return largest
-  return jnp.where(usable, largest * _root(_power_sum(ratios, p), p), largest)
+  return largest * _root(_power_sum(divide(norms, jnp.where(usable, largest, 1)), p), p)
 
 
 @_vector_norm.defjvp
@@ -507,8 +508,7 @@ def _rescaled_power_norms(
   usable = [(m > 0) & (m < jnp.inf) for m in largest]
   units = [jnp.where(ok, m, 1) for ok, m in zip(usable, largest, strict=True)]
   again = _block_sums(p, blocks, xs, axes, lambda x, b, _: divide(jnp.abs(x), units[b].astype(x.real.dtype)))
-  scaled = [unit * _root(total, p) for unit, total in zip(units, again, strict=True)]
-  return [jnp.where(ok, norm, m) for ok, norm, m in zip(usable, scaled, largest, strict=True)]
+  return [unit * _root(total, p) for unit, total in zip(units, again, strict=True)]
 
 
 # Derivatives --------------------------------------------------------------------------------------------------------

@@ -337,9 +337,7 @@ def after(n: int, rule: Rule | ArrayLike) -> Rule:
   ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, Any]]:
     seen, inner_state = state
     limit, target, inner_state = ask(inner, norms, inner_state, global_norm)
-    open_ = seen < n
-    limit = jnp.where(open_, jnp.inf, limit)
-    return limit, jnp.where(open_, jnp.inf, target), (jnp.minimum(seen + 1, n), inner_state)
+    return jnp.where(seen < n, jnp.inf, limit), target, (jnp.minimum(seen + 1, n), inner_state)
 
   return Rule(init, update)
 

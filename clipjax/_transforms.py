@@ -393,7 +393,7 @@ def _update(config: _Config, rule: Rule, updates: Any, state: ClipState, labels:
     new = _functional.rescale_leaves_jit(labels.block_of, config.on_nonfinite, flat.measured, parts, bad)
     if config.on_nonfinite == "error":
       _functional.raise_nonfinite(bad, global_norm, updates)
-    fill = 0.0 if config.on_nonfinite == "zero" else jnp.nan
+    fill = 0.0 if config.on_nonfinite == "zero" else _functional.nan_if(bad, norms.dtype)
     scale = jnp.where(bad, fill, _functional.scale_of(whole))
     after = _functional.norm_after(norms, whole)
     if config.rms:

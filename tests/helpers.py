@@ -16,6 +16,10 @@ def oracle_norm(tree, p=2.0):
   """The p-norm of all entries in float64, rescaled by the largest, so that nothing can overflow."""
   parts = [np.abs(_wide(x)).ravel() for x in jax.tree.leaves(tree)]
   entries = np.concatenate([np.zeros(0), *parts])
+  if p == 0:
+    return float(np.count_nonzero(entries))
+  if p == -math.inf:
+    return float(entries.min(initial=math.inf))
   largest = entries.max(initial=0.0)
   if largest == 0 or not np.isfinite(largest) or p == math.inf:
     return float(largest)

@@ -1,8 +1,9 @@
 """Mutation testing: breaks a module in one small way after another, and tells the ways that no test notices.
 
 The operators are those of cosmic-ray (the extra `mutation`), and some for array code, where `jnp.where` is the branch.
-Each mutant meets the tests of `TESTS`, until one fails, in a process that is forked after JAX is imported and before it
-has started. Which test runs which line would be no guide: JAX traces a function once, for whoever comes first.
+Each mutant meets the tests that noticed others most often, then all of `TESTS`, until one fails, in a process that is
+forked after JAX is imported and before it has started. Which test runs which line would be no guide: JAX traces a
+function once, for whoever comes first.
 
   python tests/mutants.py _skip.py _rule.py --sample 0.5
 
@@ -141,7 +142,9 @@ def outcome(folder: Path, tests: list[str], limit: float) -> tuple[int | None, s
     try:
       import pytest  # noqa: PLC0415
 
-      code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", *tests]))
+      without = [x for plugin in ("cacheprovider", "xdist", "cov") for x in ("-p", f"no:{plugin}")]
+      # What starts processes of its own takes a minute.
+      code = int(pytest.main(["-x", "-q", *without, "-k", "not two_processes", *tests]))
     except BaseException:  # It would be lost, and with it the reason.
       traceback.print_exc()
     finally:
@@ -169,37 +172,53 @@ def main() -> None:
   args = parser.parse_args()
   known = {}
   if args.out.exists():
-    known = {(x["module"], x["diff"]): x for x in map(json.loads, args.out.read_text().splitlines())}
+    known = {(x["module"], x["diff"], x["nth"]): x for x in map(json.loads, args.out.read_text().splitlines())}
   with tempfile.TemporaryDirectory() as name:
     folder = copy_of_project(Path(name))
     sys.path.insert(0, str(folder))
-    os.environ["CLIPJAX_TESTS_CACHE"] = str(folder / "cache")
+    os.environ.setdefault("CLIPJAX_TESTS_CACHE", str(folder / "cache"))
     sys.dont_write_bytecode = True  # Two mutants of one second and size would share it.
     import optax  # noqa: F401, PLC0415  (before the fork)
 
     for module in args.modules:
       source = (ROOT / "clipjax" / module).read_text()
       files = [f"tests/test_{subject}.py" for subject in TESTS[module].split()]
-      if outcome(folder, files, 10 * args.limit)[0] != 0:
+      if outcome(folder, ["--durations=0", "--durations-min=0", *files], 10 * args.limit)[0] != 0:
         raise SystemExit("the tests must pass before anything is broken\n" + (folder / "log").read_text())
-      found = list(mutants(source))
-      random.Random(0).shuffle(found)
-      for line, operator, code in found[: round(len(found) * args.sample)]:
+      tests = quickest_first((folder / "log").read_text())
+      found, times = [], Counter()
+      for line, operator, code in mutants(source):
         diff = "\n".join(list(difflib.unified_diff(source.splitlines(), code.splitlines(), lineterm="", n=0))[3:])
-        if (module, diff) in known:
+        times[diff] += 1  # Lines that are alike are broken alike.
+        found.append((line, operator, code, diff, times[diff]))
+      random.Random(0).shuffle(found)
+      for line, operator, code, diff, nth in found[: round(len(found) * args.sample)]:
+        if (module, diff, nth) in known:
           continue
-        # What noticed others most often comes first.
-        noticed = Counter(x["by"] for x in known.values() if x["by"] and x["module"] == module)
+        noticed = Counter(x["by"] for x in known.values() if x["by"] in tests).most_common(60)
         (folder / "clipjax" / module).write_text(code)
-        status, by = outcome(folder, [*(test for test, _ in noticed.most_common(20)), *files], args.limit)
+        status, by = outcome(folder, list(dict.fromkeys([*(test for test, _ in noticed), *tests])), args.limit)
+        if status == 4:  # A test has another name now.
+          status, by = outcome(folder, files, args.limit)
         (folder / "clipjax" / module).write_text(source)
-        row = {"module": module, "line": line, "operator": operator, "diff": diff, "survived": status == 0, "by": by}
-        known[module, diff] = row
+        place = {"module": module, "line": line, "operator": operator, "diff": diff, "nth": nth}
+        row = {**place, "survived": status == 0, "by": by, "status": status}
+        known[module, diff, nth] = row
         with args.out.open("a") as file:
           file.write(json.dumps(row) + "\n")
         if status == 0:
           print(f"{module}:{line} {operator}\n{diff}\n", flush=True)
   print(f"{len(known)} mutants, {sum(x['survived'] for x in known.values())} of them survived")
+
+
+def quickest_first(log: str) -> list[str]:
+  """The tests by the time that they took, those first that are the quickest of the ones with their name."""
+  took: Counter[str] = Counter()
+  for seconds, test in re.findall(r"^([\d.]+)s (?:setup|call|teardown) +(.*)$", log, re.MULTILINE):
+    took[test] += float(seconds)
+  by_time = sorted(took, key=took.__getitem__)
+  first = set({test.split("[")[0]: test for test in reversed(by_time)}.values())
+  return sorted(by_time, key=lambda test: test not in first)
 
 
 def copy_of_project(folder: Path) -> Path:

@@ -341,6 +341,12 @@ def test_target_has_no_meaning_under_the_limit_whatever_eps():
 def test_after_counts_finite_steps():
   states = run(rules.after(2, 1.0), [3.0, math.nan, 3.0, 3.0])
   assert [int(s.clipped_steps) for s in states] == [0, 0, 0, 1]
+  assert not run(rules.after(2**31 - 1, 1.0), [3.0])[-1].clipped_steps
+
+
+def test_after_keeps_the_target_of_its_rule():
+  rule = rules.Rule(lambda s, d: (), lambda n, s, *, global_norm: (1.0, 0.5, s))
+  np.testing.assert_allclose([s.norm_clipped for s in run(rules.after(1, rule), [3.0, 3.0])], [3.0, 0.5], rtol=1e-6)
 
 
 def test_numbers_may_be_injected(standard_promotion):

@@ -246,6 +246,19 @@ def test_no_nan_on_the_way_for_finite_input():
           assert np.isfinite(x).all()
 
 
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e30])
+def test_no_nan_on_the_way_without_jit(magnitude, max_norm):
+  # Every operation is looked at, not what comes out alone; leaves of every width, and with an entry 0.
+  def total(leaves, p):
+    return sum(jnp.sum(x.real.astype(jnp.float32)) for x in clipjax.clip_grad_norm(leaves, max_norm, p)[0])
+
+  with jax.enable_x64(True), jax.disable_jit(), jax.debug_nans(True):
+    leaves = [jnp.array([magnitude, 0.0], dtype) for dtype in ("float32", "float64", "bfloat16", "complex64")]
+    for p in (0.5, 2.0, 3.0, math.inf):
+      assert all(np.isfinite(np.asarray(x, np.complex128)).all() for x in jax.grad(total)(leaves, p))
+
+
 def test_eager_call_does_not_trace_again():
   grads = random_leaves(3, seed=5)
   clipjax.clip_grad_norm(grads, 1.25)

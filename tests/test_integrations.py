@@ -445,6 +445,38 @@ def test_float_checks_of_checkify_find_nothing_in_a_finite_step(magnitude):
   assert_alike(updates, jax.tree.map(lambda g: oracle_clip(g, LIMIT), grads), rtol=1e-6)
 
 
+LOOKED_AT = {
+  **factories(),
+  "watch": clipjax.watch(history=2),
+  "a threshold of 0": clipjax.clip_by_global_norm(0.0),
+  "an infinite threshold": clipjax.clip_by_leaf_norm(math.inf),
+  "another order": clipjax.clip_by_global_norm(1.0, ord=3),
+  "eps": clipjax.clip_by_global_norm(1.0, eps=1e-6),
+  "adaptive_grad_clip": clipjax.adaptive_grad_clip(),
+  "adaptive_grad_clip without eps": clipjax.adaptive_grad_clip(eps=0.0),
+  "skip_steps": clipjax.skip_steps(optax.sgd(1.0), norm_rule=rules.zscore(warmup_steps=1)),
+  "rolling_sigma": clipjax.clip_by_global_norm(rules.rolling_sigma(window=3)),
+  "quantile_tracking": clipjax.clip_by_leaf_norm(rules.quantile_tracking(0.5)),
+  "lower": clipjax.clip_by_global_norm(rules.lower(rules.zscore(warmup_steps=1), 1.0)),
+  "after": clipjax.clip_by_leaf_norm(rules.after(1, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_every_operation_of_a_finite_step_is_finite_enough(name):
+  # Thresholds are infinite while a rule warms up; `inf * 0` would be a NaN that nobody asked for.
+  tx, params = LOOKED_AT[name], {"w": jnp.ones((2, 2)), "b": jnp.zeros(2, jnp.bfloat16)}
+  checked = jax.jit(checkify.checkify(tx.update, errors=checkify.float_checks))
+  for magnitude in (0.0, 1e-30, 1.0, 1e30):
+    grads = {"w": jnp.array([[magnitude, 0.0], [magnitude, -magnitude]]), "b": jnp.full(2, magnitude, jnp.bfloat16)}
+    states = [tx.init(params), tx.init(params)]
+    for _ in range(3):
+      error, (_, states[0]) = checked(grads, states[0], params)
+      assert error.get() is None
+      with jax.disable_jit(), jax.debug_nans(True):
+        _, states[1] = tx.update(grads, states[1], params)
+
+
 EXPORTED = {
   **factories(),
   "watch": clipjax.watch(history=2),

@@ -148,12 +148,13 @@ def test_float64_leaves_at_their_own_range(p):
       np.testing.assert_allclose(clipjax.global_norm(leaves, p), oracle_norm(leaves, p), rtol=1e-13)
 
 
-@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("p", [*ORDERS, 0.0, -math.inf])
 def test_float32_beside_float64(p):
   with jax.enable_x64(True):
-    for small, large in ((1e-30, 1e-30), (1e30, 1e30), (1e-30, 1e-200), (1e30, 1e200), (0.0, 1e-100)):
+    for small, large in ((1e-30, 1e-30), (1e30, 1e30), (1e-30, 1e-200), (1e30, 1e200), (0.0, 1e-100), (1.0, math.inf)):
       leaves = [jnp.full(5, small, jnp.float32), jnp.full(7, large, jnp.float64)]
       np.testing.assert_allclose(clipjax.global_norm(leaves, p), oracle_norm(leaves, p), rtol=1e-6)
+      assert np.isnan(clipjax.global_norm([*leaves, jnp.full(2, math.nan)], p)) or p == 0
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -204,6 +205,17 @@ def test_no_nan_on_the_way_for_finite_input(magnitude):
       jax.block_until_ready(jax.jit(jax.value_and_grad(lambda x, p=p: clipjax.global_norm(x, p)))(leaves))
       norms = jax.block_until_ready(clipjax.leaf_norms(leaves, p))
       assert all(np.isfinite(n) for n in norms)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e30])
+def test_no_nan_on_the_way_without_jit(magnitude):
+  # Every operation is looked at, not what comes out alone; leaves of every width, and with an entry 0.
+  with jax.enable_x64(True), jax.disable_jit(), jax.debug_nans(True):
+    leaves = [jnp.array([magnitude, 0.0], dtype) for dtype in ("float32", "float64", "complex64")]
+    for p in (*ORDERS, 0.0, -math.inf):
+      norm, grad = jax.value_and_grad(clipjax.global_norm)(leaves, p)
+      assert np.isfinite(norm) and all(np.isfinite(x).all() for x in grad)
+      assert all(np.isfinite(n) for n in clipjax.leaf_norms(leaves, p))
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
@@ -311,6 +323,14 @@ def test_a_batch_of_some_leaves_is_measured_beside_the_others():
     got = jax.vmap(lambda xs, p=p: clipjax.leaf_norms(mixed(xs), p))(xs)
     want = [clipjax.leaf_norms(mixed([x[i] for x in xs]), p) for i in range(4)]
     np.testing.assert_allclose(np.transpose([np.broadcast_to(n, 4) for n in got]), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+def test_a_batch_of_one_of_two_leaves(p):
+  # Each leaf is a part of the second pass of its own, and one of them has no batch.
+  x, y = jnp.array([[3e-30, 4e-30], [3.0, 4.0]]), jnp.array([5e-30, 0.0])
+  got = jax.vmap(lambda x: clipjax.leaf_norms([x, y], p))(x)
+  np.testing.assert_allclose(got, [[oracle_norm(row, p) for row in x], [oracle_norm(y, p)] * 2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("ord", [0, 0.5, 1, math.inf, -math.inf])

@@ -89,7 +89,7 @@ def trees(draw, dtypes=DTYPES, most=3):
 def flushed(x):
   """The entries in float64 as XLA on CPU reads them: those that are subnormal in 32 bits or more are 0."""
   x = np.asarray(x)
-  if x.dtype in (np.float32, np.complex64, np.float64, jnp.bfloat16):
+  if x.dtype in (np.float32, np.complex64, np.float64, np.complex128, jnp.bfloat16):
     tiny = float(jnp.finfo(x.dtype).tiny)
     parts = np.stack([x.real, x.imag], -1).astype(np.float64)
     parts = np.where(np.abs(parts) < tiny, 0.0 * parts, parts)
@@ -98,7 +98,7 @@ def flushed(x):
 
 
 def oracle(tree, p):
-  """The p-norm in float64; inf where it is above the largest float32."""
+  """The p-norm in float64."""
   entries = [np.abs(flushed(x)).ravel() for x in jax.tree.leaves(tree)]
   entries = np.concatenate([np.zeros(0), *entries])
   if p == 0:
@@ -106,7 +106,7 @@ def oracle(tree, p):
   if p == -math.inf:
     return float(entries.min(initial=math.inf))
   largest = float(entries.max(initial=0.0))
-  if largest == 0 or p == math.inf:
+  if largest in (0, math.inf) or p == math.inf:
     norm = largest
   else:
     ratios = entries / largest
@@ -118,13 +118,13 @@ def oracle(tree, p):
 TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
-def assert_norm(got, want, p, err_msg=""):
+def assert_norm(got, want, p, err_msg="", tiny=TINY, huge=HUGE):
   """Right to 1e-6, for p < 1 to 1e-6 / p; what rounds to a subnormal number may be 0, above the largest it is inf."""
   rtol = 2e-6 / min(p, 1) if p > 0 else 2e-6
-  if want > HUGE * (1 - rtol):
+  if want > huge * (1 - rtol):
     assert got == math.inf or np.isclose(got, want, rtol=rtol), (got, want, err_msg)
-  elif want < TINY * (1 + rtol):
-    assert 0 <= got <= TINY * (1 + 2 * rtol), (got, want, err_msg)
+  elif want < tiny * (1 + rtol):
+    assert 0 <= got <= tiny * (1 + 2 * rtol), (got, want, err_msg)
   else:
     np.testing.assert_allclose(got, want, rtol=rtol, err_msg=err_msg)
 
@@ -151,17 +151,34 @@ def parts_of(x):
 # Properties -----------------------------------------------------------------------------------------------------------
 
 
-@given(tree=trees(), p=ORDERS | st.sampled_from([0.0, -math.inf]))
-@example(tree=[jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0**-127], jnp.bfloat16)], p=0.0)
-def test_norms_are_those_of_the_oracle(tree, p):
+def check_norms(tree, p, dtype):
   whole, norms = clipjax.global_norm(tree, p), clipjax.leaf_norms(tree, p)
   assert jax.tree.structure(norms) == jax.tree.structure(tree)
   for x, norm in [(tree, whole), *zip(jax.tree.leaves(tree), jax.tree.leaves(norms), strict=True)]:
-    assert norm.shape == () and norm.dtype == jnp.float32
+    assert norm.shape == () and norm.dtype == dtype
     if p == 0:  # Whether a subnormal entry is one of those that are not 0 depends on what XLA makes of the comparison.
       assert oracle(x, p) <= float(norm) <= sum(np.count_nonzero(np.asarray(leaf)) for leaf in jax.tree.leaves(x))
     else:
-      assert_norm(float(norm), oracle(x, p), p)
+      # A power of a subnormal entry is not always flushed, and leaves of 32 bits and less are summed in float32.
+      has_subnormal = any((flushed(leaf) != as_wide(leaf)).any() for leaf in jax.tree.leaves(x))
+      narrow = [leaf for leaf in jax.tree.leaves(x) if leaf.dtype not in (np.float64, np.complex128)]
+      info = np.finfo(np.float32 if oracle(narrow, p) > HUGE / 2 else dtype)
+      assert_norm(float(norm), oracle(x, p), p, tiny=TINY if has_subnormal else float(info.tiny), huge=float(info.max))
+
+
+ALL_ORDERS = ORDERS | st.sampled_from([0.0, -math.inf])
+
+
+@given(tree=trees(), p=ALL_ORDERS)
+@example(tree=[jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0**-127], jnp.bfloat16)], p=0.0)
+def test_norms_are_those_of_the_oracle(tree, p):
+  check_norms(tree, p, "float32")
+
+
+@given(data=st.data(), p=ALL_ORDERS)
+def test_norms_of_leaves_of_every_width_together(data, p):
+  with jax.enable_x64(True):
+    check_norms(data.draw(trees((*DTYPES, "float64", "float64", "complex128"))), p, "float64")
 
 
 SHARES = st.sampled_from([0.0, 1e-30, 1e-6, 0.5, 0.999, 1.0, 1.001, 2.0, math.inf])
