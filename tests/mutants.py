@@ -33,11 +33,11 @@ from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-  "_norms.py": "norms derivatives sharding functional",
+  "_norms.py": "norms derivatives sharding functional transforms",
   "_functional.py": "messages bad_calls functional per_example norms transforms parity derivatives",
   "_transforms.py": "messages bad_calls transforms adaptive metrics integrations",
   "_rule.py": "messages bad_calls rules adaptive transforms vectors",
-  "_adaptive.py": "bad_calls adaptive vectors rules derivatives messages",
+  "_adaptive.py": "bad_calls adaptive vectors rules derivatives messages integrations",
   "_skip.py": "skip bad_calls metrics vectors integrations sharding",
 }
 BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul LShift_RShift BitAnd_BitOr BitOr_BitAnd"

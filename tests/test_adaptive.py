@@ -333,6 +333,12 @@ def test_rolling_sigma_at_every_magnitude(scale):
   np.testing.assert_allclose(got[2:], want, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "min_count"), [(2, 2), (4, 2), (5, 2), (6, 3), (9, 4)])
+def test_rolling_sigma_waits_for_half_its_window(window, min_count):
+  got = limits(rules.rolling_sigma(window=window, ddof=0), np.arange(1.0, 9.0))
+  np.testing.assert_array_equal(np.isinf(got), np.arange(8) + 1 < min_count)
+
+
 def test_target_has_no_meaning_under_the_limit_whatever_eps():
   rule = rules.Rule(lambda s, d: (), lambda n, s, *, global_norm: (1.0, jnp.where(n > 1, 0.5, -7.0), s))
   np.testing.assert_allclose(run(rule, [0.95], eps=0.1)[-1].norm_clipped, 0.95 / 1.05, rtol=1e-6)

@@ -455,6 +455,7 @@ LOOKED_AT = {
   "adaptive_grad_clip": clipjax.adaptive_grad_clip(),
   "adaptive_grad_clip without eps": clipjax.adaptive_grad_clip(eps=0.0),
   "skip_steps": clipjax.skip_steps(optax.sgd(1.0), norm_rule=rules.zscore(warmup_steps=1)),
+  "percentile of the past": clipjax.clip_by_global_norm(rules.percentile(50.0, include_current=False)),
   "rolling_sigma": clipjax.clip_by_global_norm(rules.rolling_sigma(window=3)),
   "quantile_tracking": clipjax.clip_by_leaf_norm(rules.quantile_tracking(0.5)),
   "lower": clipjax.clip_by_global_norm(rules.lower(rules.zscore(warmup_steps=1), 1.0)),
