@@ -168,8 +168,10 @@ def main() -> None:
   parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="MODULE", help=f"of {' '.join(TESTS)}")
   parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
   parser.add_argument("--sample", type=float, default=1.0, help="share of the mutants, drawn at random")
+  parser.add_argument("--share", default="0/1", metavar="K/N", help="every Nth of them, from the Kth: for N processes")
   parser.add_argument("--limit", type=float, default=300, help="seconds for each mutant")
   args = parser.parse_args()
+  first, step = map(int, args.share.split("/"))
   known = {}
   if args.out.exists():
     known = {(x["module"], x["diff"], x["nth"]): x for x in map(json.loads, args.out.read_text().splitlines())}
@@ -192,7 +194,7 @@ def main() -> None:
         times[diff] += 1  # Lines that are alike are broken alike.
         found.append((line, operator, code, diff, times[diff]))
       random.Random(0).shuffle(found)
-      for line, operator, code, diff, nth in found[: round(len(found) * args.sample)]:
+      for line, operator, code, diff, nth in found[: round(len(found) * args.sample)][first::step]:
         if (module, diff, nth) in known:
           continue
         noticed = Counter(x["by"] for x in known.values() if x["by"] in tests).most_common(60)

@@ -1,5 +1,6 @@
 """The adaptive rules: numpy beside them, the known traps, and their arguments."""
 
+import inspect
 import itertools
 import math
 
@@ -420,3 +421,25 @@ def test_argument_of_another_type():
     with pytest.raises(TypeError) as error:
       call()
     assert str(error.value) == text
+
+
+PUBLISHED = {
+  clipjax.autoclip: {"percentile": 10.0, "window": 1000, "include_current": True},
+  clipjax.adagc: {"ratio": 1.04, "decay": 0.99, "warmup_steps": 100, "max_norm": 1.0},
+  clipjax.adaptive_grad_clip: {"clipping": 0.01, "eps": 0.001, "axis": None},
+  clipjax.zclip: {
+    "z_thresh": 2.5, "decay": 0.97, "warmup_steps": 25, "mode": "reciprocal", "max_norm": None, "record": "clipped",
+    "restart_after": None,
+  },
+  rules.zscore: {"z_thresh": 2.5, "decay": 0.97, "warmup_steps": 25, "mode": "reciprocal", "record": "clipped"},
+  rules.percentile: {"window": 1000, "include_current": True, "min_count": 1},
+  rules.rolling_sigma: {"sigma": 6.0, "window": 128, "ddof": 1, "std_floor": 0.0, "min_count": None},
+  rules.quantile_tracking: {"learning_rate": 0.2, "initial": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", PUBLISHED, ids=lambda fn: fn.__name__)
+def test_defaults_are_those_that_the_docstring_gives_the_source_of(fn):
+  defaults = {name: argument.default for name, argument in inspect.signature(fn).parameters.items()}
+  for name, value in PUBLISHED[fn].items():
+    assert defaults[name] == value and type(defaults[name]) is type(value), name
