@@ -174,7 +174,8 @@ def main() -> None:
   first, step = map(int, args.share.split("/"))
   known = {}
   if args.out.exists():
-    known = {(x["module"], x["diff"], x["nth"]): x for x in map(json.loads, args.out.read_text().splitlines())}
+    rows = [x for x in map(json.loads, args.out.read_text().splitlines()) if x["status"] is not None]
+    known = {(x["module"], x["diff"], x["nth"]): x for x in rows}  # What ran into the limit is tried again.
   with tempfile.TemporaryDirectory() as name:
     folder = copy_of_project(Path(name))
     sys.path.insert(0, str(folder))
@@ -197,9 +198,9 @@ def main() -> None:
       for line, operator, code, diff, nth in found[: round(len(found) * args.sample)][first::step]:
         if (module, diff, nth) in known:
           continue
-        noticed = Counter(x["by"] for x in known.values() if x["by"] in tests).most_common(60)
+        noticed = {test for test, _ in Counter(x["by"] for x in known.values()).most_common(60)}
         (folder / "clipjax" / module).write_text(code)
-        status, by = outcome(folder, list(dict.fromkeys([*(test for test, _ in noticed), *tests])), args.limit)
+        status, by = outcome(folder, sorted(tests, key=lambda test: test not in noticed), args.limit)
         if status == 4:  # A test has another name now.
           status, by = outcome(folder, files, args.limit)
         (folder / "clipjax" / module).write_text(source)
@@ -208,19 +209,18 @@ def main() -> None:
         known[module, diff, nth] = row
         with args.out.open("a") as file:
           file.write(json.dumps(row) + "\n")
-        if status == 0:
-          print(f"{module}:{line} {operator}\n{diff}\n", flush=True)
-  print(f"{len(known)} mutants, {sum(x['survived'] for x in known.values())} of them survived")
+        if status in (0, None):
+          print(f"{module}:{line} {operator}{'' if status == 0 else ' ran into the limit'}\n{diff}\n", flush=True)
+  survived, late = (sum(x["status"] == status for x in known.values()) for status in (0, None))
+  print(f"{len(known)} mutants: {survived} survived, {late} ran into the limit")
 
 
 def quickest_first(log: str) -> list[str]:
-  """The tests by the time that they took, those first that are the quickest of the ones with their name."""
+  """The tests by the time that they took: most mutants fail one that takes none."""
   took: Counter[str] = Counter()
   for seconds, test in re.findall(r"^([\d.]+)s (?:setup|call|teardown) +(.*)$", log, re.MULTILINE):
     took[test] += float(seconds)
-  by_time = sorted(took, key=took.__getitem__)
-  first = set({test.split("[")[0]: test for test in reversed(by_time)}.values())
-  return sorted(by_time, key=lambda test: test not in first)
+  return sorted(took, key=took.__getitem__)
 
 
 def copy_of_project(folder: Path) -> Path:
