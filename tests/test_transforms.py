@@ -361,7 +361,7 @@ def test_gradient_that_is_not_reduced_is_an_error():
     grads = {"w": jax.grad(lambda w: jnp.sum(w * x[0]))(local)}
     return tx.update(grads, tx.init({"w": w}), {"w": w})[0]
 
-  run = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("x")), out_specs={"w": spec()})
+  run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("x")), out_specs={"w": spec()}))
   with pytest.raises(ValueError, match=r"got 'w' varying over \['x'\]: reduce it with jax.lax.pmean or psum first"):
     run(jnp.ones(3), jnp.ones((8, 3)))
 
