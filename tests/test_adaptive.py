@@ -96,7 +96,9 @@ def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, x64):
   state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init([g[0] for g in grads]), grads)
   one = clipjax.clip_by_global_norm(rule)
   each = jnp.asarray(norms)[..., None]
-  alone, _ = jax.lax.scan(lambda s, g: (jax.vmap(one.update)(g, s)[1], None), jax.vmap(one.init)(each[0]), each)
+  alone, _ = jax.lax.scan(
+    lambda s, g: (jax.vmap(one.update)(g, s)[1], None), jax.jit(jax.vmap(one.init))(each[0]), each
+  )
   np.testing.assert_allclose(state.max_norm, alone.max_norm, rtol=1e-5)
   assert {x.dtype for x in jax.tree.leaves(state.rule)} <= {jnp.dtype("int32"), state.norm.dtype}
 

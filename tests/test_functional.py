@@ -103,6 +103,11 @@ def test_subnormal_factor(norm, max_norm):
   np.testing.assert_allclose(clipped["b"], [1e-6 * max_norm], rtol=1e-6)
 
 
+def test_tiny_entries_beside_large_ones_are_scaled_as_they_are():
+  clipped, _ = clipjax.clip_grad_norm(jnp.array([4.0, 4e-30]), 1.0)
+  np.testing.assert_allclose(clipped, [1.0, 1e-30], rtol=1e-6)
+
+
 def test_sixteen_bit_leaves_are_rounded_once():
   x = jnp.asarray(np.random.default_rng(0).standard_normal(1000), jnp.bfloat16)
   clipped, norm = clipjax.clip_grad_norm(x, 1.0)
@@ -144,6 +149,8 @@ def test_nonfinite_policies(bad, jitted):
   clipped, norm = clip("propagate")
   assert not np.isfinite(norm)
   assert all(np.isnan(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(clipped))
+  only_measured, _ = jax.jit(clipjax.clip_grad_norm)(grads, jnp.inf)
+  assert np.isnan(only_measured["a"]).all()
   clipped, norm = clip("zero")
   assert not np.isfinite(norm)
   chex.assert_trees_all_equal(clipped, jax.tree.map(jnp.zeros_like, grads))
@@ -153,6 +160,7 @@ def test_nan_threshold_is_a_nonfinite_step():
   clipped, norm = jax.jit(clipjax.clip_grad_norm)(EXAMPLE, jnp.nan)
   assert norm == 13
   assert np.isnan(clipped["w"]).all()
+  assert np.isnan(jax.jit(clipjax.clip_grad_norm)(jnp.array([0.3, 0.4]), jnp.nan)[0]).all()
   zeros, _ = jax.jit(lambda g, m: clipjax.clip_grad_norm(g, m, on_nonfinite="zero"))(EXAMPLE, jnp.nan)
   assert not zeros["w"].any()
 

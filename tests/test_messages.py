@@ -23,6 +23,11 @@ def update(tx, grads, params=TREE):
   return tx.update(grads, tx.init(params))
 
 
+def broken_leaves(count):
+  leaves = [jnp.full(2, jnp.nan)] * count + [jnp.ones(2)]
+  return clipjax.clip_grad_norm(leaves, 1.0, on_nonfinite="error")
+
+
 CASES = {
   "negative": (
     lambda: clipjax.clip_by_global_norm(-1.0),
@@ -313,6 +318,23 @@ CASES = {
     FloatingPointError,
     "the gradient is not finite (norm nan) in 'a': lower the learning rate, or pass on_nonfinite=\"zero\" to drop such "
     "steps.",
+  ),
+  "eager error of ten leaves": (
+    lambda: broken_leaves(10),
+    FloatingPointError,
+    "the gradient is not finite (norm nan) in '0', '1', '2', '3', '4', '5', '6', '7', '8', '9': lower the learning "
+    "rate, or pass on_nonfinite=\"zero\" to drop such steps.",
+  ),
+  "eager error of more": (
+    lambda: broken_leaves(11),
+    FloatingPointError,
+    "the gradient is not finite (norm nan) in '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', ...: lower the "
+    "learning rate, or pass on_nonfinite=\"zero\" to drop such steps.",
+  ),
+  "eager error of a norm that is given": (
+    lambda: clipjax.clip_grad_norm(jnp.ones(2), 1.0, norm=jnp.inf, on_nonfinite="error"),
+    FloatingPointError,
+    "the gradient is not finite (norm inf): lower the learning rate, or pass on_nonfinite=\"zero\" to drop such steps.",
   ),
 }  # fmt: skip
 

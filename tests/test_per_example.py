@@ -35,6 +35,16 @@ def test_oracle(dtype, share, scale):
     np.testing.assert_allclose(x, want[key], rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("huge", range(3))
+def test_one_huge_example_among_others(huge):
+  grads = jnp.array([[0.3, 0.4], [0.0, -0.5], [6.0, 8.0]]).at[huge].set(jnp.array([3e30, 4e30]))
+  total, norms = clipjax.clip_grad_per_example({"w": grads}, 1e-3)
+  examples = np.asarray(grads, np.float64)
+  np.testing.assert_allclose(norms, np.linalg.norm(examples, axis=1), rtol=1e-6)
+  want = 1e-3 * (examples / np.linalg.norm(examples, axis=1, keepdims=True)).sum(axis=0)
+  np.testing.assert_allclose(total["w"], want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_every_magnitude(scale):
   grads = batch(scale=scale)
@@ -118,6 +128,7 @@ def test_empty_batch_empty_tree_thresholds_and_jit():
   grads = batch()
   assert not jax.jit(clipjax.clip_grad_per_example)(grads, jnp.nan)[0]["0"].any()
   assert not clipjax.clip_grad_per_example(grads, 0.0)[0]["0"].any()
+  assert not jax.jit(clipjax.clip_grad_per_example)(grads, -1.0)[0]["0"].any()
   np.testing.assert_allclose(clipjax.clip_grad_per_example(grads, math.inf)[0]["2"], grads["2"].sum(), rtol=1e-5)
 
 
@@ -131,7 +142,7 @@ def test_messages():
     "`grads` must have a leading batch axis in every leaf, got float32[] at 'b': take them with "
     "jax.vmap(jax.grad(loss), (None, 0))."
   )
-  assert message({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}) == (
+  assert message({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4))}) == (
     "`grads` must have one batch size in every leaf, got 2 at 'a' and 3 at 'b': the batch is the leading axis."
   )
   assert message(jnp.ones((2, 3)), -1.0).startswith("`max_norm` must be >= 0, got -1.0")

@@ -303,7 +303,7 @@ def test_meshes_of_other_shapes_with_axes_of_size_one(shape):
 def test_examples_are_clipped_where_they_are():
   mesh = mesh_of("auto")
   rng = np.random.default_rng(0)
-  grads = {"split": jnp.asarray(rng.standard_normal((8, 6)) * 3), "whole": jnp.asarray(rng.standard_normal((8, 2)))}
+  grads = {"split": jnp.asarray(rng.standard_normal((8, 6)) * 3), "whole": jnp.asarray(rng.standard_normal(8))}
   want, want_norms = clipjax.clip_grad_per_example(grads, 2.0)
   specs = {"split": P("a"), "whole": P("a")}
 
@@ -325,7 +325,11 @@ def test_examples_are_clipped_where_they_are():
   for check_vma in (True, False) if jax.__version_info__ >= (0, 9) else (False,):  # The docstring says why.
     run = jax.shard_map(tensor_parallel, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=check_vma)
     chex.assert_trees_all_close(jax.jit(run)(grads), (want, want_norms), rtol=1e-5)
-  with pytest.raises(ValueError, match=r"`axis_name` must be given where leaves vary over different mesh axes, got "):
+  message = (
+    r"^`axis_name` must be given where leaves vary over different mesh axes, got 'split' over \['a', 'b'\] and 'whole' "
+    r"over \['a'\]: pass the axes over which the gradient of one example is sharded\."
+  )
+  with pytest.raises(ValueError, match=message):
     jax.jit(jax.shard_map(data_parallel, mesh=mesh, in_specs=(specs,), out_specs=out_specs))(grads)
   for mode in ("auto", "explicit") if jax.__version_info__ >= (0, 10, 2) else ("auto",):
     mesh = mesh_of(mode)

@@ -145,7 +145,7 @@ def test_one_structure_under_scan_vmap_donation_and_multisteps():
   )
   assert (state.steps, state.skipped_steps) == (3, 1)
   stacked = jax.tree.map(lambda x: jnp.stack([x, x * jnp.nan]), GRADS)
-  _, mapped = jax.vmap(lambda g: tx.update(g, tx.init(PARAMS), PARAMS, value=1.0))(stacked)
+  _, mapped = jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(PARAMS), PARAMS, value=1.0)))(stacked)
   np.testing.assert_array_equal(mapped.skipped_steps, [0, 1])
   donated = jax.jit(tx.update, donate_argnums=(1,))
   state = tx.init(PARAMS)

@@ -61,8 +61,8 @@ def test_eager_jit_scan_and_vmap_agree(name):
   assert update._cache_size() == 1  # No compilation for a state that the update itself returned.
   stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(grads_at, range(3)))
   last, scanned = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(TREE), stacked)
-  first = jax.vmap(tx.init)(stacked)
-  mapped, mapped_state = jax.vmap(tx.update)(stacked, first)
+  first = jax.jit(jax.vmap(tx.init))(stacked)
+  mapped, mapped_state = jax.jit(jax.vmap(tx.update))(stacked, first)
   for step in range(3):
     chex.assert_trees_all_close(jitted[step], eager[step], rtol=1e-6)
     chex.assert_trees_all_close(jax.tree.map(lambda x, i=step: x[i], scanned), eager[step][0], rtol=1e-6)
@@ -388,7 +388,8 @@ def test_inject_hyperparams_as_it_stands(standard_promotion):
       updates, state = jax.jit(tx.update)(tree, state, tree)
       chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree)
       assert oracle_norm(updates) < oracle_norm(tree)
-      jax.lax.scan(lambda s, _, tx=tx, tree=tree: (tx.update(tree, s, tree)[1], None), state, None, length=2)
+      step = partial(lambda tx, tree, state, _: (tx.update(tree, state, tree)[1], None), tx, tree)
+      jax.eval_shape(lambda state, step=step: jax.lax.scan(step, state, None, length=2), state)
 
 
 def test_inject_hyperparams_changes_the_threshold():
