@@ -297,6 +297,25 @@ def fixed_rule(limit, target):
   return rules.Rule(lambda shape, dtype: (), lambda norms, state, *, global_norm: (limit, target, state))
 
 
+@pytest.mark.parametrize("make", [clipjax.clip_by_global_norm, clipjax.clip_by_leaf_norm, clipjax.clip_by_value])
+def test_a_limit_or_a_target_below_zero_counts_as_zero(make):
+  grads = [jnp.array([3.0, -4.0])]
+  tx = make(lambda count: -1.0)
+  updates, state = tx.update(grads, tx.init(grads))
+  assert not updates[0].any() and state.max_norm == 0 and state.clipped_steps == 1
+  if make is not clipjax.clip_by_value:  # Whose limit is its target.
+    tx = make(fixed_rule(1.0, -1.0))
+    updates, state = tx.update(grads, tx.init(grads))
+    assert not updates[0].any() and state.norm_clipped == 0 and state.scale == 0
+
+
+def test_a_limit_that_is_nan_for_one_leaf_is_a_step_that_is_not_finite():
+  tx = clipjax.clip_by_leaf_norm(fixed_rule(jnp.array([1.0, jnp.nan]), 1.0))
+  grads = [jnp.array([3.0]), jnp.array([0.5])]
+  updates, state = tx.update(grads, tx.init(grads))
+  assert state.nonfinite_steps == 1 and np.isnan(updates).all()
+
+
 def test_a_target_that_is_nan_for_one_leaf_is_a_step_that_is_not_finite():
   tx = clipjax.clip_by_leaf_norm(fixed_rule(1.0, jnp.array([1.0, jnp.nan])))
   grads = [jnp.array([3.0]), jnp.array([0.5])]
