@@ -103,9 +103,10 @@ def test_subnormal_factor(norm, max_norm):
   np.testing.assert_allclose(clipped["b"], [1e-6 * max_norm], rtol=1e-6)
 
 
-def test_tiny_entries_beside_large_ones_are_scaled_as_they_are():
-  clipped, _ = clipjax.clip_grad_norm(jnp.array([4.0, 4e-30]), 1.0)
-  np.testing.assert_allclose(clipped, [1.0, 1e-30], rtol=1e-6)
+@pytest.mark.parametrize("norm", [4.0, 1e6, 1e25])
+def test_tiny_entries_beside_large_ones_are_scaled_as_they_are(norm):
+  clipped, _ = clipjax.clip_grad_norm(jnp.array([norm, norm * 1e-34]), 1.0)
+  np.testing.assert_allclose(clipped, [1.0, 1e-34], rtol=1e-6)
 
 
 def test_sixteen_bit_leaves_are_rounded_once():
@@ -160,7 +161,8 @@ def test_nan_threshold_is_a_nonfinite_step():
   clipped, norm = jax.jit(clipjax.clip_grad_norm)(EXAMPLE, jnp.nan)
   assert norm == 13
   assert np.isnan(clipped["w"]).all()
-  assert np.isnan(jax.jit(clipjax.clip_grad_norm)(jnp.array([0.3, 0.4]), jnp.nan)[0]).all()
+  for small in ([0.3, 0.4], [0.0, 0.0]):
+    assert np.isnan(jax.jit(clipjax.clip_grad_norm)(jnp.array(small), jnp.nan)[0]).all()
   zeros, _ = jax.jit(lambda g, m: clipjax.clip_grad_norm(g, m, on_nonfinite="zero"))(EXAMPLE, jnp.nan)
   assert not zeros["w"].any()
 
