@@ -338,7 +338,7 @@ def _kept(x: jax.Array, keep: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _sum_examples(usable: jax.Array, limits: Limits, xs: Sequence[jax.Array]) -> list[jax.Array]:
   """The sum of the usable examples of each leaf, each rescaled as its norm asks for."""
-  _, shrink, factor = safe_factors_of(limits, jnp.zeros((), jnp.bool_))
+  shrink, factor = safe_factors_of(limits, jnp.zeros((), jnp.bool_))
   if any(map(_is_split_by_type, xs)):
     return _sum_at_once(usable, shrink, factor, xs)
   # A weighted sum is a product of a vector and a matrix, which writes no clipped copy of the batch. It cannot leave out
@@ -409,7 +409,7 @@ def clamp_leaves(leaves: Sequence[Any], max_value: Any) -> list[jax.Array]:
 
 
 def _clamp(x: jax.Array, limit: jax.Array) -> jax.Array:
-  if x.dtype.itemsize == 1:  # float8: no arithmetic of its own.
+  if x.dtype.itemsize == 1:  # A float8 may have no inf: a bound above its range would be NaN.
     return _clamp(x.astype(jnp.float32), limit).astype(x.dtype)
   bound = limit.astype(x.dtype)
   # XLA on CPU makes 0 of a subnormal entry that it computes with, not of one that it passes on.
@@ -483,12 +483,12 @@ def nan_if(bad: jax.Array, dtype: Any) -> jax.Array:
   return lax.select(bad, np.full((), np.nan, dtype), np.zeros((), dtype))
 
 
-def safe_factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`factors_of` with a factor of 1, and finite derivatives, where nothing is touched."""
+def safe_factors_of(limits: Limits, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`(shrink, factor)` of `factors_of`, but a factor of 1, and finite derivatives, where nothing is touched."""
   clipped = limits.norm > limits.limit
   norm, target = jnp.where(clipped, limits.norm, 1), jnp.where(clipped, limits.target, 1)
   _, shrink, factor = factors_of(Limits(norm, jnp.zeros_like(norm), target), bad, _norms.quotient)
-  return clipped | bad, shrink, factor
+  return shrink, factor
 
 
 def multiply(x: jax.Array, touched: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
@@ -524,7 +524,7 @@ def _change(x: jax.Array, dx: jax.Array, block: Limits, dblock: Limits, bad: jax
   Written so, no product leaves the range of float32, which differentiating the factor does from n = 1e20 on, and from
   1e-20 down.
   """
-  _, shrink, factor = safe_factors_of(block, bad)
+  shrink, factor = safe_factors_of(block, bad)
   clipped = block.norm > block.limit
   norm = jnp.where(clipped, block.norm, 1).astype(x.real.dtype)
   # Where nothing is clipped the product is not used, but its own derivative must not be inf.

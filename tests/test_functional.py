@@ -286,3 +286,10 @@ def test_clip_by_value_is_elementwise(dtype):
   assert np.isnan(np.asarray(clipjax.clip_grad_value(jnp.asarray([jnp.nan], dtype), 1.0), np.float32)).all()
   assert_bits_equal(clipjax.clip_grad_value(x[:4], 3.0), x[:4])
   assert not np.asarray(clipjax.clip_grad_value(x, 0.0), np.float32).any()
+
+
+@pytest.mark.parametrize("bound", [1e9, math.inf])
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_bound_above_the_dtype_clips_nothing(dtype, bound):
+  x = jnp.asarray([0.5, -3.0, 100.0], dtype)
+  assert_bits_equal(clipjax.clip_grad_value(x, bound), x)
