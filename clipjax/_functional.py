@@ -256,7 +256,7 @@ def raise_nonfinite(bad: jax.Array, norm: jax.Array, grads: Any) -> None:
   if isinstance(bad, jax.core.Tracer):
     checkify.check(~bad, text + ': see `on_nonfinite="error"` in the docstring of clipjax.clip_grad_norm', norm=norm)
   elif bool(bad):
-    leaves = [np.isfinite(np.asarray(n)).all() for n in jax.tree.leaves(_norms.leaf_norms(grads, jnp.inf))]
+    leaves = [np.isfinite(norm) for norm in jax.tree.leaves(_norms.leaf_norms(grads, jnp.inf))]
     names = [n for n, finite in zip(_leaves.leaf_names(grads, lambda _: True), leaves, strict=True) if not finite]
     where = ", ".join(f"'{name}'" for name in names[:10]) + (", ..." if len(names) > 10 else "")
     raise FloatingPointError(

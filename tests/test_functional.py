@@ -157,6 +157,14 @@ def test_nonfinite_policies(bad, jitted):
   chex.assert_trees_all_equal(clipped, jax.tree.map(jnp.zeros_like, grads))
 
 
+@pytest.mark.parametrize("policy", ["propagate", "zero", "error"])
+def test_a_policy_does_nothing_to_a_finite_gradient(policy):
+  clipped, norm = clipjax.clip_grad_norm(jnp.array([3.0, 4.0]), 1.0, on_nonfinite=policy)
+  assert norm == 5
+  np.testing.assert_allclose(clipped, [0.6, 0.8], rtol=1e-6)
+  assert_bits_equal(clipjax.clip_grad_norm(jnp.array([3.0, 4.0]), 5.0, on_nonfinite=policy)[0], jnp.array([3.0, 4.0]))
+
+
 def test_nan_threshold_is_a_nonfinite_step():
   clipped, norm = jax.jit(clipjax.clip_grad_norm)(EXAMPLE, jnp.nan)
   assert norm == 13

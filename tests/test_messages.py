@@ -236,6 +236,11 @@ CASES = {
     TypeError,
     "`updates` must have real leaves to clip by value, got complex64[1] at '1': clip complex leaves by norm.",
   ),
+  "complex by value in a function": (
+    lambda: clipjax.clip_grad_value([jnp.ones(1), jnp.ones(1, jnp.complex64)], 1.0),
+    TypeError,
+    "`grads` must have real leaves to clip by value, got complex64[1] at '1': clip complex leaves by norm.",
+  ),
   "fewer leaves": (
     lambda: update(clipjax.clip_by_global_norm(1.0), {"layer": {"w": jnp.ones(2)}}),
     ValueError,

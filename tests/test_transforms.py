@@ -186,6 +186,16 @@ def test_checks_of_floats_find_nothing_where_the_gradient_is_finite(name, scale)
   assert err.get() is None
 
 
+@pytest.mark.parametrize("policy", ["propagate", "zero"])
+def test_a_step_under_the_limit_has_a_scale_of_one(policy):
+  tx = clipjax.clip_by_leaf_norm(6.0, on_nonfinite=policy)
+  grads = [jnp.array([3.0, 4.0]), jnp.array([6.0, 8.0])]
+  updates, state = tx.update(grads, tx.init(grads))
+  np.testing.assert_allclose(state.scale, [1.0, 0.6], rtol=1e-6)
+  np.testing.assert_allclose(state.norm_clipped, np.sqrt(5.0**2 + 6.0**2), rtol=1e-6)
+  np.testing.assert_allclose(updates, [[3.0, 4.0], [3.6, 4.8]], rtol=1e-6)
+
+
 def test_global_against_the_oracle_with_statistics():
   tx = clipjax.clip_by_global_norm(0.7)
   leaves = random_leaves(6)
