@@ -191,6 +191,12 @@ def test_complex_derivative_agrees_with_jax(p):
   np.testing.assert_allclose(jax.grad(clipjax.global_norm)(z, p), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, math.inf])
+def test_a_complex_entry_of_zero_has_the_derivative_zero(p):
+  got = jax.grad(lambda x: clipjax.global_norm(x, p))(jnp.array([3 + 4j, 0j], jnp.complex64))
+  np.testing.assert_allclose(got, [0.6 - 0.8j, 0], rtol=1e-6)
+
+
 def test_second_derivative_is_that_of_the_norm():
   x = jnp.array([3.0, 4.0])
   want = (np.eye(2) - np.outer([0.6, 0.8], [0.6, 0.8])) / 5
@@ -232,6 +238,17 @@ def test_over_a_named_axis_of_vmap_it_is_the_norm_of_all(p, magnitude):
   batch = jnp.arange(12.0).reshape(4, 3) * magnitude
   norms = jax.vmap(lambda x: clipjax.global_norm(x, p, axis_name="i"), axis_name="i")(batch)
   np.testing.assert_allclose(norms, np.full(4, oracle_norm(batch, p)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e30, 1e-30])
+def test_one_leaf_over_a_named_axis_of_vmap_beside_one_that_is_whole(magnitude):
+  batch, whole = jnp.arange(12.0).reshape(4, 3) * magnitude, jnp.array([2.0, 3.0]) * magnitude
+
+  def norm(x):
+    return clipjax.global_norm({"split": x, "whole": whole}, axis_name={"split": "i", "whole": ()})
+
+  norms = jax.vmap(norm, axis_name="i")(batch)
+  np.testing.assert_allclose(norms, np.full(4, oracle_norm([batch, whole])), rtol=1e-6)
 
 
 @pytest.mark.parametrize("magnitude", [1e25, 1e-25])
@@ -396,7 +413,7 @@ def test_shards_are_summed_inside_shard_map():
   tree = {"ab": rng.standard_normal((8, 4)), "a": rng.standard_normal((8,)), "none": rng.standard_normal(3)}
   tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
   specs = {"ab": p("a", "b"), "a": p("a"), "none": p()}
-  for ord in (1.0, 2.0, 3.0, math.inf):
+  for ord in (1.0, 2.0, 3.0, math.inf, 0.0, -math.inf):
     both = jax.shard_map(
       lambda t, ord=ord: (clipjax.global_norm(t, ord), clipjax.leaf_norms(t, ord)),
       mesh=mesh, in_specs=(specs,), out_specs=(p(), p()),

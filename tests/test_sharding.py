@@ -339,6 +339,17 @@ def test_examples_are_clipped_where_they_are():
     chex.assert_trees_all_close(got, (want, want_norms), rtol=1e-5)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="JAX of before cannot sum what an explicit axis splits")
+@pytest.mark.parametrize("shape", [(8,), (8, 6)])
+def test_examples_that_an_explicit_axis_splits(shape):
+  mesh = mesh_of("explicit")
+  grads = jnp.asarray(np.random.default_rng(0).standard_normal(shape) * 3, jnp.float32)
+  want = clipjax.clip_grad_per_example(grads, 2.0)
+  with jax.set_mesh(mesh):
+    got = jax.jit(clipjax.clip_grad_per_example)(jax.device_put(grads, NamedSharding(mesh, P("a"))), 2.0)
+  chex.assert_trees_all_close(got, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("axis_name", [None, "b"])
 @pytest.mark.parametrize("name", [*FEW, "skip_steps of an optimizer of Optax"])
 def test_a_gradient_that_is_not_reduced_is_an_error(name, axis_name):

@@ -108,7 +108,20 @@ def test_zero_gradient_and_empty_tree(name):
   updates, state = tx.update(zeros, tx.init(zeros))
   assert_bits_equal(updates, zeros)
   assert state.norm == 0 and state.clipped_steps == 0
-  assert tx.update({}, tx.init({}))[0] == {}
+  updates, state = tx.update({}, tx.init({}))
+  assert updates == {} and state.steps == 1
+
+
+def test_zeros_under_a_limit_of_zero_have_a_scale_of_one():
+  tx = clipjax.clip_by_global_norm(0.0)
+  updates, state = tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)))
+  assert not updates.any() and state.scale == 1 and state.clipped_steps == 0
+
+
+def test_an_empty_tree_and_a_limit_that_is_nan():
+  tx = clipjax.clip_by_global_norm(lambda count: jnp.nan)
+  updates, state = tx.update({}, tx.init({}))
+  assert updates == {} and state.nonfinite_steps == 1 and state.nonfinite_leaf == -1
 
 
 @every_factory
@@ -324,6 +337,7 @@ def test_a_limit_that_is_nan_for_one_leaf_is_a_step_that_is_not_finite():
   grads = [jnp.array([3.0]), jnp.array([0.5])]
   updates, state = tx.update(grads, tx.init(grads))
   assert state.nonfinite_steps == 1 and np.isnan(updates).all()
+  assert state.nonfinite_leaf == -1  # It is the limit.
 
 
 def test_a_target_that_is_nan_for_one_leaf_is_a_step_that_is_not_finite():
