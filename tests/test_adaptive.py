@@ -182,6 +182,11 @@ def test_quantile_tracking_finds_the_quantile():
   np.testing.assert_allclose(np.median(seen[1000:]), np.quantile(norms, 0.9), rtol=0.1)
 
 
+def test_quantile_tracking_takes_a_norm_at_the_threshold_for_one_under_it():
+  state = run(rules.quantile_tracking(0.5), [1.0])
+  np.testing.assert_allclose(state.rule, math.exp(-0.2 * (1 - 0.5)), rtol=1e-6)
+
+
 def test_quantile_tracking_worked_steps():
   state = run(rules.quantile_tracking(0.5), [5.0, 0.5])
   np.testing.assert_allclose(state[1].max_norm, math.exp(0.1), rtol=1e-6)

@@ -128,7 +128,8 @@ def test_norm_above_the_largest_float32_is_inf():
 def test_order_zero_counts_and_minus_inf_takes_the_smallest():
   tree = {"a": jnp.array([0.0, 2.0, -3.0]), "b": jnp.array([[1.0, 0.0]])}
   assert clipjax.global_norm(tree, 0) == 3
-  assert clipjax.global_norm({"a": tree["a"][1:]}, -math.inf) == 2
+  for other in (1.0, 7.0):
+    assert clipjax.global_norm({"a": tree["a"][1:], "c": jnp.full(2, other)}, -math.inf) == min(2, other)
   assert clipjax.leaf_norms(tree, 0)["b"] == 1
 
 
@@ -189,6 +190,14 @@ def test_complex_derivative_agrees_with_jax(p):
   z = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2)) @ np.array([1, 1j]), jnp.complex64)
   want = jax.grad(lambda z: jnp.sum(jnp.abs(z) ** p) ** (1 / p))(z)
   np.testing.assert_allclose(jax.grad(clipjax.global_norm)(z, p), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("values", "want"), [((3.0, -1.0), (1, 0)), ((3.0, -3.0), (0.5, -0.5)), ((0.0, 0.0), (0, 0))])
+def test_the_derivative_of_the_largest_entry_where_each_leaf_is_measured(values, want):
+  tx = clipjax.clip_by_leaf_norm(1.0, math.inf)
+  leaves = list(map(jnp.array, values))
+  got = jax.grad(lambda leaves: clipjax.metrics(tx.update(leaves, tx.init(leaves))[1])["grad/norm"])(leaves)
+  assert tuple(got) == want
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, math.inf])
