@@ -183,7 +183,7 @@ def test_quantile_tracking_finds_the_quantile():
 
 
 def test_quantile_tracking_takes_a_norm_at_the_threshold_for_one_under_it():
-  state = run(rules.quantile_tracking(0.5), [1.0])
+  state = run(rules.quantile_tracking(0.5), [1.0])[-1]
   np.testing.assert_allclose(state.rule, math.exp(-0.2 * (1 - 0.5)), rtol=1e-6)
 
 
