@@ -391,6 +391,13 @@ def test_small_numbers_survive_a_large_divisor():
   np.testing.assert_allclose(_norms.divide(jnp.array([1e-30, 1e-33]), jnp.float32(1000)), [1e-33, 1e-36], rtol=1e-6)
 
 
+@pytest.mark.parametrize("divisor", [2.0, 1e3, 1e10])
+def test_small_tangents_survive_a_large_divisor(divisor):
+  quotient = lambda x: _norms.quotient(x, jnp.float32(divisor))  # noqa: E731
+  _, got = jax.jvp(quotient, (jnp.float32(1),), (jnp.float32(1e-27),))
+  np.testing.assert_allclose(got, 1e-27 / divisor, rtol=1e-6)
+
+
 def test_the_root_of_zero_has_the_derivatives_zero():
   np.testing.assert_array_equal(_norms.root_or_zero(jnp.array([0.0, 4.0])), [0.0, 2.0])
   with jax.debug_nans(True):
