@@ -87,7 +87,7 @@ def test_state_is_that_of_the_norm_dtype(name, x64):
 
 @every_factory
 def test_donated_state_and_updates(name, standard_promotion):
-  tx = optax.chain(FACTORIES[name], optax.sgd(1e-3))
+  tx = optax.chain(FACTORIES[name], optax.adam(1e-3))
 
   def step(params, state, grads):
     updates, state = tx.update(grads, state, params)
