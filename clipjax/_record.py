@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import clipjax
-from clipjax import _leaves, _record_pack
+from clipjax import _record_pack
 from clipjax._record_outputs import RunFile, Writer
 from clipjax._record_rows import Pushed, Rows
-from clipjax._rule import check_whole
 from clipjax._run import FORMAT, RESERVED, merge
-from clipjax._words import caller_level
+from clipjax.checks import caller_level, check_whole, describe
 
 
 class Recorder:
@@ -260,9 +259,7 @@ def _python_number(key: str, value: Any) -> int | float:
 
 
 def _no_number(key: str, value: Any) -> TypeError:
-  return TypeError(
-    f"`{key}` must be a real number or an array of shape (), got {_leaves.describe(value)}: push numbers alone."
-  )
+  return TypeError(f"`{key}` must be a real number or an array of shape (), got {describe(value)}: push numbers alone.")
 
 
 def _step(step: Any) -> int | None:
@@ -275,7 +272,7 @@ def _step(step: Any) -> int | None:
     return int(step)
   if isinstance(step, jax.Array | np.ndarray) and step.shape == () and jnp.issubdtype(step.dtype, jnp.integer):
     return None if isinstance(step, jax.Array) else int(step)
-  raise TypeError(f"`step` must be an integer, got {_leaves.describe(step)}: pass the number of the step.")
+  raise TypeError(f"`step` must be an integer, got {describe(step)}: pass the number of the step.")
 
 
 def _fetched(arrays: list[jax.Array | None]) -> list[Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipjax._run import RESERVED, checked_path, is_run
-from clipjax._words import caller_level
+from clipjax.checks import caller_level
 
 _KEPT_BYTES = 2**24  # Of rows that could not be written, until the disk takes them.
 

@@ -14,9 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from clipjax import _leaves
-from clipjax._metrics import blocks_name, found_states, global_numbers, is_wrapper, named_states, unwrapped, vectors_of
-from clipjax._watch import WatchState
+from clipjax.checks import describe
+from clipjax.state_metrics import (
+  blocks_name,
+  found_states,
+  global_numbers,
+  is_wrapper,
+  named_states,
+  unwrapped,
+  vectors_of,
+)
+from clipjax.transforms.watch import WatchState
+from clipjax.trees import is_measured
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 Vector: TypeAlias = np.ndarray[Any, Any]
@@ -122,7 +131,7 @@ class Packer:
     arrays = self.arrays(opt_state)
     if arrays is None:
       raise TypeError(
-        f"`opt_state` must be made of tuples, dicts and objects with attributes, got {_leaves.describe(opt_state)}: "
+        f"`opt_state` must be made of tuples, dicts and objects with attributes, got {describe(opt_state)}: "
         "push the part of it that holds the clip."
       )
     shapes = jax.eval_shape(self._entries, arrays, {})
@@ -282,10 +291,10 @@ def histogram(params: Any) -> jax.Array | None:
 
 def _weight_leaves(params: Any) -> list[Any]:
   leaves = jax.tree.leaves(params, is_leaf=is_wrapper)
-  weights = [x for x in leaves if _leaves.is_measured(unwrapped(x))]
+  weights = [x for x in leaves if is_measured(unwrapped(x))]
   if leaves and not weights:
     raise TypeError(
-      f"`params` must have floating or complex leaves, got {_leaves.describe(unwrapped(leaves[0]))}: pass the "
+      f"`params` must have floating or complex leaves, got {describe(unwrapped(leaves[0]))}: pass the "
       "parameters that you train."
     )
   return weights

@@ -12,7 +12,7 @@ import jax
 from clipjax import _record_pack
 from clipjax._record_outputs import RunFile
 from clipjax._run import merge, read_run
-from clipjax._words import caller_level
+from clipjax.checks import caller_level
 
 # What may be inf without anything being wrong: no limit, or a step long ago.
 _MAY_BE_INF = frozenset({"max_norm", "max_loss", "worst_norm"})

@@ -1,10 +1,7 @@
-"""Numbers, names and steps as the texts of this package show them, and the line that a warning points at."""
+"""Numbers, names and steps as the texts of the run wing show them; it loads without JAX."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
-
-_NOT_THE_CALLER = ("clipjax", "jax", "optax")
 
 
 def described(x: Any) -> str:
@@ -13,14 +10,6 @@ def described(x: Any) -> str:
     return f"{x!r} ({type(x).__name__})"
   name = type(x).__name__
   return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
-
-
-def caller_level() -> int:
-  """The `stacklevel` of a warning that points at the line of the user, not at one of this package, JAX or Optax."""
-  level, frame = 1, sys._getframe(1)
-  while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
-    level, frame = level + 1, frame.f_back
-  return level
 
 
 def number(x: float) -> str:

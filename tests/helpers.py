@@ -77,9 +77,26 @@ def factories():
     "clip_by_global_norm": clipjax.clip_by_global_norm(0.5),
     "clip_by_leaf_norm": clipjax.clip_by_leaf_norm(0.5),
     "clip_by_group_norm": clipjax.clip_by_group_norm(0.5, lambda path, leaf: path[0]),
-    "clip_by_rms": clipjax.clip_by_rms(0.5),
+    "clip_by_block_rms": clipjax.clip_by_block_rms(0.5),
     "clip_by_value": clipjax.clip_by_value(0.5),
     "autoclip": clipjax.autoclip(0.0),
     "zclip": clipjax.zclip(max_norm=0.5),
     "adagc": clipjax.adagc(max_norm=0.5),
   }
+
+
+def conditionals(jaxpr, platform):
+  """How often a program branches on what a step computes, after the choice of a platform."""
+  found = 0
+  for eqn in jaxpr.eqns:
+    branches = eqn.params.get("branches", ())
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None:  # Which of them runs is known when the program is lowered.
+      branches = [b for b, own in zip(branches, platforms, strict=True) if own is None or platform in own][:1]
+    elif eqn.primitive.name in ("cond", "while"):
+      found += 1
+    inner = [v for k, v in eqn.params.items() if k != "branches"]
+    for value in jax.tree.leaves([inner, list(branches)], is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+      value = getattr(value, "jaxpr", value)
+      found += conditionals(value, platform) if hasattr(value, "eqns") else 0
+  return found

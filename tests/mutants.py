@@ -33,12 +33,26 @@ from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-  "_norms.py": "norms derivatives sharding functional transforms",
-  "_functional.py": "messages bad_calls functional per_example norms transforms parity derivatives",
-  "_transforms.py": "messages bad_calls transforms adaptive metrics integrations",
-  "_rule.py": "messages bad_calls rules adaptive transforms vectors",
-  "_adaptive.py": "bad_calls adaptive vectors rules derivatives messages integrations",
-  "_skip.py": "skip bad_calls metrics vectors integrations sharding",
+  "norms/sums.py": "norms cost derivatives sharding functional transforms",
+  "norms/derivatives.py": "derivatives norms sharding transforms",
+  "arithmetic.py": "norms derivatives functional adaptive",
+  "scaling.py": "functional per_example transforms derivatives parity norms",
+  "nonfinite.py": "functional transforms messages integrations",
+  "functional.py": "messages bad_calls functional norms parity",
+  "per_example.py": "per_example bad_calls messages derivatives sharding",
+  "transforms/engine.py": "messages bad_calls transforms adaptive metrics integrations",
+  "transforms/state.py": "transforms metrics bad_calls long_runs",
+  "transforms/by_norm.py": "messages bad_calls transforms adaptive metrics integrations",
+  "transforms/by_value.py": "functional transforms bad_calls parity",
+  "transforms/agc.py": "agc parity_optax bad_calls messages sharding",
+  "transforms/skip.py": "skip bad_calls metrics vectors integrations sharding",
+  "transforms/watch.py": "watch metrics sharding record",
+  "rules/base.py": "messages bad_calls rules adaptive transforms vectors",
+  "rules/combine.py": "bad_calls rules adaptive messages",
+  **{
+    f"rules/{name}.py": "bad_calls adaptive vectors rules derivatives messages integrations"
+    for name in ("ring", "percentile", "quantile_tracking", "zscore", "rolling_sigma", "ema_ratio")
+  },
 }
 BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Mul Mod_Mul LShift_RShift BitAnd_BitOr BitOr_BitAnd"
 COMPARISONS = "Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is"

@@ -19,8 +19,8 @@ RULES = {
   "zscore": lambda: rules.zscore(warmup_steps=3),
   "rolling_sigma": lambda: rules.rolling_sigma(2.0, window=5),
   "ema_ratio": lambda: rules.ema_ratio(1.1, decay=0.9, warmup_steps=2, max_norm=2.0),
-  "lower": lambda: rules.lower(rules.zscore(warmup_steps=3), 1.5),
-  "after": lambda: rules.after(2, rules.percentile(50.0, window=5)),
+  "lower": lambda: rules.minimum(rules.zscore(warmup_steps=3), 1.5),
+  "after": lambda: rules.delayed(2, rules.percentile(50.0, window=5)),
 }
 every_rule = pytest.mark.parametrize("name", sorted(RULES))
 
@@ -61,7 +61,7 @@ def test_a_norm_that_is_not_finite_changes_nothing_later(name, bad, at):
 # Without a threshold in the unit of the gradient; quantile_tracking has nothing else.
 SCALE_FREE = {name: rule for name, rule in RULES.items() if name != "quantile_tracking"} | {
   "ema_ratio": lambda: rules.ema_ratio(1.1, decay=0.9, warmup_steps=2, max_norm=math.inf),
-  "lower": lambda: rules.lower(rules.zscore(warmup_steps=3), rules.rolling_sigma(2.0, window=5)),
+  "lower": lambda: rules.minimum(rules.zscore(warmup_steps=3), rules.rolling_sigma(2.0, window=5)),
 }
 
 
@@ -300,7 +300,7 @@ def test_zclip_cap_holds_in_the_warm_up_and_is_not_recorded():
 
 def test_lower_takes_the_lower_target():
   wide = rules.Rule(lambda s, d: (), lambda n, s, *, global_norm: (10.0, 1.0, s))
-  for rule in (rules.lower(wide, 5.0), rules.lower(5.0, wide)):
+  for rule in (rules.minimum(wide, 5.0), rules.minimum(5.0, wide)):
     for norm, want in ((4.0, 4.0), (6.0, 5.0), (20.0, 1.0)):
       np.testing.assert_allclose(run(rule, [norm])[-1].norm_clipped, want, rtol=1e-6)
 
@@ -353,14 +353,14 @@ def test_target_has_no_meaning_under_the_limit_whatever_eps():
 
 
 def test_after_counts_finite_steps():
-  states = run(rules.after(2, 1.0), [3.0, math.nan, 3.0, 3.0])
+  states = run(rules.delayed(2, 1.0), [3.0, math.nan, 3.0, 3.0])
   assert [int(s.clipped_steps) for s in states] == [0, 0, 0, 1]
-  assert not run(rules.after(2**31 - 1, 1.0), [3.0])[-1].clipped_steps
+  assert not run(rules.delayed(2**31 - 1, 1.0), [3.0])[-1].clipped_steps
 
 
 def test_after_keeps_the_target_of_its_rule():
   rule = rules.Rule(lambda s, d: (), lambda n, s, *, global_norm: (1.0, 0.5, s))
-  np.testing.assert_allclose([s.norm_clipped for s in run(rules.after(1, rule), [3.0, 3.0])], [3.0, 0.5], rtol=1e-6)
+  np.testing.assert_allclose([s.norm_clipped for s in run(rules.delayed(1, rule), [3.0, 3.0])], [3.0, 0.5], rtol=1e-6)
 
 
 def test_numbers_may_be_injected(standard_promotion):
@@ -399,7 +399,7 @@ BAD_ARGUMENTS = {
   "sigma": (lambda: rules.rolling_sigma(-1.0), "`sigma` must be a finite number >= 0, got -1.0"),
   "ddof": (lambda: rules.rolling_sigma(ddof=2), "`ddof` must be an integer >= 0 and <= 1, got 2"),
   "ratio": (lambda: clipjax.adagc(0.0), "`ratio` must be a number > 0, got 0.0"),
-  "n": (lambda: rules.after(-1, 1.0), "`n` must be an integer >= 0, got -1"),
+  "n": (lambda: rules.delayed(-1, 1.0), "`n` must be an integer >= 0, got -1"),
 }
 
 
@@ -420,7 +420,7 @@ def test_argument_of_another_type():
       "`warmup_steps` must be an integer >= 1, got 2.5 (float): pass a Python integer.",
     ),
     (
-      lambda: rules.lower(None, 1.0),
+      lambda: rules.minimum(None, 1.0),
       "`rule_a` must be a number, a scalar array, a schedule or a clipjax.rules.Rule, got a NoneType: pass a float "
       "such as 1.0; a dict by label is for clip_by_group_norm.",
     ),

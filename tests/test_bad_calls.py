@@ -54,7 +54,7 @@ ARGUMENTS = {
     TypeError, f"`track` must be True or False, got 0 (int): {FLAG}",
   ),
   "track of rms": (
-    lambda: clipjax.clip_by_rms(1.0, track=np.True_),
+    lambda: clipjax.clip_by_block_rms(1.0, track=np.True_),
     TypeError, f"`track` must be True or False, got bool[]: {FLAG}",
   ),
   "axis_name in a factory": (
@@ -194,26 +194,18 @@ ARGUMENTS = {
     TypeError, f"`max_norm` must be a number >= 0, got a Rule: {FLOAT}",
   ),
   "after, arguments swapped": (
-    lambda: rules.after(rules.zscore(), 3),
+    lambda: rules.delayed(rules.zscore(), 3),
     TypeError, f"`n` must be an integer >= 0, got a Rule: {INTEGER}",
   ),
   "lower of nothing": (
-    lambda: rules.lower(None, 1.0),
+    lambda: rules.minimum(None, 1.0),
     TypeError,
     "`rule_a` must be a number, a scalar array, a schedule or a clipjax.rules.Rule, got a NoneType: pass a float such "
     "as 1.0; a dict by label is for clip_by_group_norm.",
   ),
   "lower of a negative number": (
-    lambda: rules.lower(1.0, -1.0),
+    lambda: rules.minimum(1.0, -1.0),
     ValueError, "`rule_b` must be >= 0, got -1.0: pass 0 to zero the gradient or `float('inf')` only to measure.",
-  ),
-  "a constant that is a schedule": (
-    lambda: rules.constant(lambda count: 1.0),
-    TypeError, f"`value` {THRESHOLD}, got a function: pass a float such as 1.0.",
-  ),
-  "a schedule that is a rule": (
-    lambda: rules.schedule(rules.zscore()),
-    TypeError, "`fn` must be a schedule, count -> number, got a Rule: for a number use rules.constant.",
   ),
   "a rule of no functions": (
     lambda: clipjax.clip_by_global_norm(rules.Rule(1, print)),
@@ -287,21 +279,23 @@ ARGUMENTS = {
     TypeError, f"`opt_state` {OPT_STATE}, got a GradientTransformationExtraArgs: {RETURNED}",
   ),
   "check of a transformation": (
-    lambda: clipjax.check(optax.GradientTransformation(print, print)),
+    lambda: clipjax.raise_if_nonfinite(optax.GradientTransformation(print, print)),
     TypeError, f"`opt_state` {OPT_STATE}, got a GradientTransformation: {RETURNED}",
   ),
   "metrics of a string": (
     lambda: clipjax.metrics("opt_state"), TypeError, f"`opt_state` {OPT_STATE}, got 'opt_state' (str): {RETURNED}",
   ),
-  "check of a number": (lambda: clipjax.check(0.5), TypeError, f"`opt_state` {OPT_STATE}, got 0.5 (float): {RETURNED}"),
+  "the check of a number": (
+    lambda: clipjax.raise_if_nonfinite(0.5), TypeError, f"`opt_state` {OPT_STATE}, got 0.5 (float): {RETURNED}",
+  ),
   "metrics of a function": (
     lambda: clipjax.metrics(clipjax.metrics), TypeError, f"`opt_state` {OPT_STATE}, got a function: {RETURNED}",
   ),
   "check inside jit": (
-    lambda: jax.jit(clipjax.check)(clipjax.clip_by_global_norm(1.0).init(TREE)),
+    lambda: jax.jit(clipjax.raise_if_nonfinite)(clipjax.clip_by_global_norm(1.0).init(TREE)),
     TypeError,
-    "`opt_state` must be of arrays with values, got traced ones: call `check` outside jit, with what the jitted step "
-    "returns.",
+    "`opt_state` must be of arrays with values, got traced ones: call `raise_if_nonfinite` outside jit, with what "
+    "the jitted step returns.",
   ),
 }  # fmt: skip
 

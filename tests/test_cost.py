@@ -1,5 +1,6 @@
 """What a clip adds to the compiled step: no copy of the gradient, no second read of it."""
 
+import math
 import re
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import conditionals, factories
 
 import clipjax
+from clipjax.norms.derivatives import measure_jit
+from clipjax.scaling import rescale_jit
 
 TREES = {
   "one leaf": [(1 << 20,)],
@@ -74,10 +78,10 @@ def test_the_clip_per_example_copies_no_batch():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_each_leaf_is_reduced_once_outside_of_the_second_pass():
-  shapes = [(512, 100 + i) for i in range(10)]
+  shapes = [(512, 200 + i) for i in range(10)]
   program, _ = compiled(clipjax.clip_by_global_norm(1.0), shapes)
   text = program.as_text()
-  sizes = [100 + i for i in range(10)]
+  sizes = [200 + i for i in range(10)]
   # One reduction of a leaf's shape in the step itself, one more in the branch.
   counts = [len(re.findall(rf"\n[^\n]*f32\[512,{n}\][^\n]*\n(?:[^\n]*\n)?[^\n]*reduce\(", text)) for n in sizes]
   assert max(counts) <= 2
@@ -89,10 +93,10 @@ def test_eager_transformation_compiles_nothing_new():
   grads = [jnp.asarray(x, jnp.float32) for x in np.eye(5)]
   state = tx.init(grads)
   _, state = tx.update(grads, state)
-  sizes = [f._cache_size() for f in (clipjax._transforms._measure, clipjax._functional.rescale_leaves_jit)]
+  sizes = [f._cache_size() for f in (measure_jit, rescale_jit)]
   again = clipjax.clip_by_leaf_norm(2.0)
   again.update(grads, again.init(grads))
-  assert [f._cache_size() for f in (clipjax._transforms._measure, clipjax._functional.rescale_leaves_jit)] == sizes
+  assert [f._cache_size() for f in (measure_jit, rescale_jit)] == sizes
 
 
 def test_watch_beside_a_clip_reads_the_gradient_no_second_time():
@@ -110,3 +114,43 @@ def test_watch_beside_a_clip_reads_the_gradient_no_second_time():
 
   assert reductions_of_leaves(alone) == len(grads)
   assert reductions_of_leaves(both) == len(grads)
+
+
+# What accelerators are given ------------------------------------------------------------------------------------------
+
+EVERYTHING = {
+  **factories(),
+  "watch": clipjax.watch(history=3),
+  "watch, global": clipjax.watch(per_leaf=False),
+  "skip_steps": clipjax.skip_steps(clipjax.clip_by_global_norm(1.0), norm_rule=clipjax.rules.rolling_sigma()),
+  "adaptive_grad_clip": clipjax.adaptive_grad_clip(),
+  "untracked": clipjax.clip_by_leaf_norm(1.0, track=False),
+  "order 1": clipjax.clip_by_global_norm(1.0, 1),
+  "order inf": clipjax.clip_by_leaf_norm(1.0, math.inf),
+  "order 3": clipjax.clip_by_global_norm(1.0, 3),
+}
+
+
+def branches(tx, platform, vmap=False):
+  """How many branches the program for a platform has."""
+  grads = {"w": jnp.ones((300, 300)), "b": jnp.ones(3, jnp.bfloat16), "h": jnp.ones(4, jnp.float16)}
+  step, args = tx.update, (grads, tx.init(grads), grads)
+  if vmap:
+    step, args = jax.vmap(step), jax.tree.map(lambda x: jnp.stack([x, x]), args)
+  return conditionals(jax.make_jaxpr(step)(*args).jaxpr, platform)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+@pytest.mark.parametrize("name", sorted(EVERYTHING))
+def test_accelerators_are_given_no_branch(name, platform):
+  assert branches(EVERYTHING[name], platform) == 0
+
+
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm", "watch", "adaptive_grad_clip"])
+def test_accelerators_are_given_no_branch_under_vmap(name):
+  assert branches(EVERYTHING[name], "tpu", vmap=True) == 0
+
+
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "watch", "adaptive_grad_clip"])
+def test_the_search_for_branches_finds_those_of_a_cpu(name):
+  assert branches(EVERYTHING[name], "cpu") >= 1

@@ -80,7 +80,7 @@ TRANSFORMATIONS = {
   "clip_by_leaf_norm": Steps(clipjax.clip_by_leaf_norm),
   "clip_by_leaf_norm inf": Steps(lambda m: clipjax.clip_by_leaf_norm(m, ord=math.inf)),
   "clip_by_group_norm": Steps(lambda m: clipjax.clip_by_group_norm({"a": m, "b": None}, lambda path, leaf: path[0])),
-  "clip_by_rms": Steps(clipjax.clip_by_rms),
+  "clip_by_block_rms": Steps(clipjax.clip_by_block_rms),
   "clip_by_value": Steps(clipjax.clip_by_value),
   "adaptive_grad_clip": Steps(lambda m: clipjax.adaptive_grad_clip(0.7, 0.01 * m), with_params=True),
   "autoclip": Steps(lambda m: clipjax.autoclip(40.0)),
@@ -93,8 +93,8 @@ TRANSFORMATIONS = {
   "zscore mean": with_rule(rules.zscore(1.5, warmup_steps=2, mode="mean", record="raw")),
   "rolling_sigma": with_rule(rules.rolling_sigma(1.5, window=3)),
   "ema_ratio": with_rule(rules.ema_ratio(1.2, decay=0.9, warmup_steps=1, max_norm=math.inf)),
-  "lower": with_rule(lambda m: rules.lower(rules.zscore(1.5, warmup_steps=3, mode="max"), m)),
-  "after": with_rule(lambda m: rules.after(3, m), clipjax.clip_by_leaf_norm),
+  "lower": with_rule(lambda m: rules.minimum(rules.zscore(1.5, warmup_steps=3, mode="max"), m)),
+  "after": with_rule(lambda m: rules.delayed(3, m), clipjax.clip_by_leaf_norm),
 }
 CASES = {**NORMS, **CLIPS, **TRANSFORMATIONS}
 FAR = (1e-30, 1.0, 1e30)
@@ -102,7 +102,7 @@ FAR = (1e-30, 1.0, 1e30)
 NEAR = dict.fromkeys(("zclip", "zscore mean", "lower", "watch"), (1e-3, 1.0, 1e15))
 # What shares its derivatives with another case runs with `-m slow`.
 ALIKE = {"global_norm 1.0", "global_norm 7.3", "clip_grad_norm 1.0", "clip_grad_norm 0.5", "clip_grad_norm inf"}
-ALIKE |= {"clip_grad_norm eps", "clip_by_value", "percentile", "zscore mean", "ema_ratio", "after", "clip_by_rms"}
+ALIKE |= {"clip_grad_norm eps", "clip_by_value", "percentile", "zscore mean", "ema_ratio", "after", "clip_by_block_rms"}
 
 
 def cases(names, slow):

@@ -83,10 +83,10 @@ ROWS = {
   ),
   ("Optax", "`clip_by_block_rms(0)` of zeros"): (
     lambda _: optax_clip(optax.clip_by_block_rms(0.0), [0.0, 0.0]),
-    lambda: optax_clip(clipjax.clip_by_rms(0.0), [0.0, 0.0]),
+    lambda: optax_clip(clipjax.clip_by_block_rms(0.0), [0.0, 0.0]),
   ),
   ("Optax", "`clip_by_block_rms(1)` of `[1, inf]`"): (
-    lambda _: optax_clip(optax.clip_by_block_rms(1.0), INF), lambda: optax_clip(clipjax.clip_by_rms(1.0), INF),
+    lambda _: optax_clip(optax.clip_by_block_rms(1.0), INF), lambda: optax_clip(clipjax.clip_by_block_rms(1.0), INF),
   ),
   ("Optax", "`clip(-1)` of `[3, 4]`"): (
     lambda _: optax_clip(optax.clip(-1.0), ONE), lambda: clipjax.clip_by_value(-1.0),

@@ -12,7 +12,7 @@ from helpers import DTYPES, assert_bits_equal, factories, oracle_clip, oracle_no
 from jax.experimental import checkify
 
 import clipjax
-from clipjax import _functional
+from clipjax import functional
 
 EXAMPLE = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
 
@@ -280,9 +280,9 @@ def test_no_nan_on_the_way_without_jit(magnitude, max_norm):
 def test_eager_call_does_not_trace_again():
   grads = random_leaves(3, seed=5)
   clipjax.clip_grad_norm(grads, 1.25)
-  before = _functional._clip_leaves._cache_size()
+  before = functional._clip._cache_size()
   clipjax.clip_grad_norm(grads, 2.5)
-  assert _functional._clip_leaves._cache_size() == before
+  assert functional._clip._cache_size() == before
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float8_e5m2"])

@@ -450,12 +450,12 @@ EXPORTED = {
   **factories(),
   "watch": clipjax.watch(history=2),
   "skip_steps": clipjax.skip_steps(
-    clipjax.clip_by_global_norm(1.0), norm_rule=rules.lower(rules.zscore(warmup_steps=1), 1.0)
+    clipjax.clip_by_global_norm(1.0), norm_rule=rules.minimum(rules.zscore(warmup_steps=1), 1.0)
   ),
   "adaptive_grad_clip": clipjax.adaptive_grad_clip(),
   "rolling_sigma": clipjax.clip_by_leaf_norm(rules.rolling_sigma(window=3)),
   "quantile_tracking": clipjax.clip_by_leaf_norm(rules.quantile_tracking(0.5)),
-  "after": clipjax.clip_by_leaf_norm(rules.after(1, 1.0)),
+  "after": clipjax.clip_by_leaf_norm(rules.delayed(1, 1.0)),
 }
 LOOKED_AT = {
   **EXPORTED,
@@ -466,7 +466,7 @@ LOOKED_AT = {
   "adaptive_grad_clip without eps": clipjax.adaptive_grad_clip(eps=0.0),
   "skip_steps of an optimizer of Optax": clipjax.skip_steps(optax.sgd(1.0), norm_rule=rules.zscore(warmup_steps=1)),
   "percentile of the past": clipjax.clip_by_global_norm(rules.percentile(50.0, include_current=False)),
-  "lower": clipjax.clip_by_global_norm(rules.lower(rules.zscore(warmup_steps=1), 1.0)),
+  "lower": clipjax.clip_by_global_norm(rules.minimum(rules.zscore(warmup_steps=1), 1.0)),
 }
 
 

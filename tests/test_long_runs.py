@@ -12,6 +12,7 @@ import pytest
 
 import clipjax
 from clipjax import rules
+from clipjax.rules.base import StepCount
 
 STEPS = 1_000_000
 LAST = 2**31 - 1
@@ -97,7 +98,7 @@ def test_quantile_tracking_is_at_its_quantile_after_a_million_steps(norms):
 
 @pytest.mark.usefixtures("standard_promotion")  # Adam needs it.
 def test_skips_of_a_million_steps(norms):
-  tx = clipjax.skip_steps(optax.adam(1e-3), norm_rule=rules.lower(1.0, rules.rolling_sigma(window=32)))
+  tx = clipjax.skip_steps(optax.adam(1e-3), norm_rule=rules.minimum(1.0, rules.rolling_sigma(window=32)))
   state = after(tx, norms)
   assert state.steps == STEPS
   assert state.skipped_steps >= (~(norms <= 1)).sum()
@@ -121,8 +122,8 @@ MANY = {
 
 def near_the_end(state):
   """The state with every count of steps 3 before the last int32."""
-  if isinstance(state, rules.StepCount):
-    return rules.StepCount(jnp.int32(LAST - 3))
+  if isinstance(state, StepCount):
+    return StepCount(jnp.int32(LAST - 3))
   if not hasattr(state, "_fields"):
     return state
   counts = {name: jnp.int32(LAST - 3) for name in COUNTS if name in state._fields}
@@ -141,7 +142,7 @@ def test_counts_stay_at_the_end_of_int32(name, bad):
   for key, value in clipjax.metrics(state).items():
     if key.endswith("fraction"):
       assert 0 <= value <= 1, key
-  if isinstance(getattr(state, "rule", None), rules.StepCount):
+  if isinstance(getattr(state, "rule", None), StepCount):
     assert state.rule.steps == LAST
 
 

@@ -122,7 +122,7 @@ def test_second_clip_of_a_name_and_labels():
 def test_nothing_to_find():
   assert clipjax.metrics(optax.adam(1e-3).init(PARAMS)) == {}
   assert clipjax.metrics(clipjax.clip_by_global_norm(1.0, track=False).init(PARAMS)) == {}
-  assert clipjax.check(optax.EmptyState()) is None
+  assert clipjax.raise_if_nonfinite(optax.EmptyState()) is None
 
 
 def test_check_names_a_norm_of_the_whole_that_no_leaf_explains():
@@ -130,7 +130,7 @@ def test_check_names_a_norm_of_the_whole_that_no_leaf_explains():
   grads = {"a": jnp.array([3e38]), "b": jnp.array([3e38])}
   _, state = tx.update(grads, tx.init(grads))
   with pytest.raises(FloatingPointError) as error:
-    clipjax.check(state)
+    clipjax.raise_if_nonfinite(state)
   assert str(error.value) == (
     "step 1 of 'grad' was not finite: norm inf, above the largest number of its dtype. 1 of 1 steps were not finite: "
     'lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.'
@@ -171,7 +171,7 @@ def test_flax_nnx_optimizer():
   assert got["grad/steps"] == 2 and got["grad/norm/kernel"] > 0.1 and got["grad/norm/bias"] > 0.1
   np.testing.assert_allclose(got["grad/norm_clipped"], 0.1 * np.sqrt(2), rtol=1e-6)
   assert values(optimizer.opt_state, per_leaf=True) == got
-  clipjax.check(optimizer)
+  clipjax.raise_if_nonfinite(optimizer)
 
 
 def test_flax_linen_train_state():
@@ -263,7 +263,7 @@ def test_check_names_leaves_groups_and_counts():
     for g in grads:
       _, state = tx.update(g, state)
     with pytest.raises(FloatingPointError) as error:
-      clipjax.check(state)
+      clipjax.raise_if_nonfinite(state)
     return str(error.value)
 
   assert text(clipjax.clip_by_global_norm(1.0), PARAMS, bad) == (
@@ -281,7 +281,7 @@ def test_check_names_leaves_groups_and_counts():
   tx = clipjax.clip_by_global_norm(1.0)
   _, state = tx.update(bad, tx.init(PARAMS))
   _, state = tx.update(PARAMS, state)
-  assert clipjax.check(state) is None
+  assert clipjax.raise_if_nonfinite(state) is None
 
 
 def test_metrics_inside_jit_and_states_pickle():

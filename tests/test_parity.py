@@ -90,7 +90,7 @@ def test_optax(max_norm):
   state = optax.EmptyState()
   pairs = (
     (clipjax.clip_by_global_norm(max_norm), optax.clip_by_global_norm(max_norm)),
-    (clipjax.clip_by_rms(max_norm), optax.clip_by_block_rms(max_norm)),
+    (clipjax.clip_by_block_rms(max_norm), optax.clip_by_block_rms(max_norm)),
     (clipjax.clip_by_value(max_norm), optax.clip(max_norm)),
   )
   for ours, theirs in pairs:

@@ -286,7 +286,7 @@ def test_transformations_clip_their_blocks(tree, share):
   for x, got, norm in zip(xs, by_leaf, state.norms, strict=True):
     assert_norm(float(norm), oracle(x, 2), 2)
     check_clip(got, x, norm, limit)
-  by_rms, state = run(clipjax.clip_by_rms(limit))
+  by_rms, state = run(clipjax.clip_by_block_rms(limit))
   for x, got, rms in zip(xs, by_rms, state.norms, strict=True):
     np.testing.assert_allclose(rms, oracle(x, 2) / math.sqrt(max(x.size, 1)), rtol=2e-6)
     check_clip(got, x, rms, limit)

@@ -60,7 +60,7 @@ def test_rule_in_every_clip():
     (clipjax.clip_by_global_norm(ema_rule()), ()),
     (clipjax.clip_by_leaf_norm(ema_rule()), (2,)),
     (clipjax.clip_by_group_norm(ema_rule(), groups), (2,)),
-    (clipjax.clip_by_rms(ema_rule()), (2,)),
+    (clipjax.clip_by_block_rms(ema_rule()), (2,)),
     (clipjax.clip_by_value(ema_rule()), ()),
   ):
     state = run(tx, [1.0, 1.0, 10.0])[-1][1]
@@ -107,4 +107,4 @@ def test_rule_state_keeps_its_dtype_in_a_scan():
 
 def test_rule_is_no_callable():
   # inject_hyperparams and the door of the clips take callables for schedules.
-  assert not callable(rules.constant(1.0))
+  assert not callable(rules.minimum(1.0, 2.0))

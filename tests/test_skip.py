@@ -123,19 +123,19 @@ def test_metrics_check_and_nesting():
   state = tx.init(PARAMS)
   for _ in range(2):
     _, state = tx.update(scaled(9.0), state, PARAMS)
-  clipjax.check(state)
+  clipjax.raise_if_nonfinite(state)
   got = clipjax.metrics(state)
   assert [got[f"skip/{key}"] for key in ("norm", "max_norm", "fraction", "consecutive", "steps")] == [45, 10, 1, 2, 2]
   assert got["grad/steps"] == 0  # The clip inside sees no rejected step.
   _, state = tx.update(scaled(9.0), state, PARAMS)
   with pytest.raises(FloatingPointError) as error:
-    clipjax.check(state)
+    clipjax.raise_if_nonfinite(state)
   assert str(error.value) == (
     "the last 3 steps were all rejected by 'skip', the limit is 3: norm 45 against 10, loss 0 against inf: look at "
     "the data and at the loss, and resume from before."
   )
   _, state = tx.update(GRADS, state, PARAMS)
-  clipjax.check(state)
+  clipjax.raise_if_nonfinite(state)
 
 
 def test_one_structure_under_scan_vmap_donation_and_multisteps():

@@ -11,8 +11,7 @@ import pytest
 from helpers import assert_bits_equal, oracle_norm, random_leaves
 
 import clipjax
-from clipjax import _watch
-from clipjax._watch import LOOK_EVERY
+from clipjax.transforms.watch import LOOK_EVERY, _zeros_and_nonfinite
 
 GRADS = {"w": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "b": jnp.array([12.0]), "h": jnp.array([0.0, 84.0], jnp.bfloat16)}
 PARAMS = {"w": jnp.full((2, 2), 2.0), "b": jnp.array([0.0]), "h": jnp.array([3.0, 4.0], jnp.bfloat16)}
@@ -70,15 +69,15 @@ def test_entries_that_are_not_finite_are_counted_by_leaf_and_named():
   assert state.nonfinite_steps == 1 and not state.finite
   np.testing.assert_allclose(state.zero_fraction, 1 / 6, rtol=1e-6)  # It looks at a step that is not finite.
   with pytest.raises(FloatingPointError, match=r"step 3 of 'grad' was not finite: norm nan, in leaf 'b', 'w'\. 1 of 3"):
-    clipjax.check(state)
+    clipjax.raise_if_nonfinite(state)
   _, state = tx.update(jax.tree.map(jnp.ones_like, bad), state)
   np.testing.assert_array_equal(state.nonfinite, [0, 0, 0])
-  clipjax.check(state)
+  clipjax.raise_if_nonfinite(state)
 
 
 def test_without_leaves_check_says_that_much():
   with pytest.raises(FloatingPointError, match=r"step 1 of 'grad' was not finite: norm inf, somewhere\. 1 of 1 steps"):
-    clipjax.check(run(clipjax.watch(per_leaf=False), jnp.array([jnp.inf])))
+    clipjax.raise_if_nonfinite(run(clipjax.watch(per_leaf=False), jnp.array([jnp.inf])))
 
 
 def test_parameters_and_zeros_are_looked_at_every_so_many_steps():
@@ -180,9 +179,7 @@ def test_odd_trees():
 
 
 def test_more_zeros_than_an_int32_counts():
-  counts = jax.jit(
-    lambda zero: _watch._zeros_and_nonfinite(jnp.full((50_000, 50_000), zero))
-  )  # Fused: nothing that large.
+  counts = jax.jit(lambda zero: _zeros_and_nonfinite(jnp.full((50_000, 50_000), zero)))  # Fused: nothing that large.
   assert [float(n) for n in counts(jnp.float32(0))] == [2.5e9, 0]
 
 

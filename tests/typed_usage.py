@@ -25,8 +25,8 @@ def optimizer() -> optax.GradientTransformationExtraArgs:
     clipjax.clip_by_global_norm(1.0, axis_name=()),
     clipjax.clip_by_leaf_norm(jnp.float32(0.9), name="leaf"),
     clipjax.clip_by_group_norm({"w": 0.8, "b": None}, lambda path, leaf: path, name="group"),
-    clipjax.clip_by_rms(optax.linear_schedule(1.0, 0.5, 10), name="rms"),
-    clipjax.clip_by_value(rules.constant(0.7), name="value"),
+    clipjax.clip_by_block_rms(optax.linear_schedule(1.0, 0.5, 10), name="rms"),
+    clipjax.clip_by_value(rules.minimum(0.7, 1.0), name="value"),
     optax.sgd(0.1),
   )
 
@@ -55,7 +55,7 @@ def main() -> dict[str, float]:
   seen: dict[str, jax.Array] = {}
   for _ in range(3):
     params, state, seen = jax.jit(step)(params, state, jnp.ones((4, 3)))
-  clipjax.check(state)
+  clipjax.raise_if_nonfinite(state)
   clipped, norm = clipjax.clip_grad_norm(params, max_norm=0.5, on_nonfinite="zero")
   clipped = clipjax.clip_grad_value(clipped, 0.1)
   total: jax.Array = clipjax.global_norm(clipped, ord=1)

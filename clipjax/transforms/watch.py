@@ -1,11 +1,12 @@
 """Watching a gradient, or any update, without touching it.
 
-What a step costs is the norms, one reduction for each leaf, which XLA shares with a clip beside it. Everything that
-needs another read, the parameter norms, the share of zeros and the entries that are not finite, is taken at a look,
-behind a `lax.cond`: at every 16th step, and at one that is not finite. So a watch beside a clip reads the updates once.
+What a step costs is the norms, which XLA shares with a clip beside it. The parameter norms, the share of zeros and the
+entries that are not finite are taken at a look: at every 16th step, and at one that is not finite. On CPU, where a look
+reads everything again, it stands behind a `lax.cond`. Accelerators count in the read that the norms take anyway, at
+every step, and keep what a look has seen: no branch, and the same numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +16,13 @@ import numpy as np
 import optax
 from jax import export, lax
 
-from clipjax import _leaves, _norms
-from clipjax._labels import Labels
-from clipjax._leaves import Axes
-from clipjax._rule import check_flag, check_whole
-from clipjax._transforms import check_name
+from clipjax.arithmetic import upcast
+from clipjax.checks import check_flag, check_name, check_state, check_whole
+from clipjax.groups import Labels
+from clipjax.mesh import Axes, all_reduce, axes_size, check_axis_name, varying_axes
+from clipjax.norms.derivatives import measure, vector_norm
+from clipjax.norms.sums import NormSpec, norm_dtype, stack
+from clipjax.trees import measured_leaves, prepare
 
 # Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
 LOOK_EVERY = 16
@@ -41,8 +44,7 @@ class WatchState(NamedTuple):
     nonfinite: int32, shape (n,): entries of the last updates that were inf or NaN.
     zero_fraction: shape (): share of zeros among the entries; this and the next two as of the last look, which is at
       every 16th step from the first on, and at one that is not finite.
-    param_norm: shape (): global norm of the parameters, by a plain sum of squares, right from 1e-19 to 1e19; 0 where
-      they were never given.
+    param_norm: shape (): global norm of the parameters; 0 where they were never given.
     param_norms: shape (n,): norm of each parameter.
     worst_norm: shape (): the norm of the worst step: the first that was not finite, else the one of the largest norm.
     worst_step: int32, shape (): its number, counted from 1; 0 before the first step.
@@ -124,16 +126,16 @@ def watch(
     >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.0])}
     >>> _, state = tx.update(grads, tx.init(params), params)
     >>> for key in ("grad/norm", "grad/zero_fraction", "grad/param_norm", "update/ratio/w"):
-    ...   print(key, clipjax.metrics(state, per_leaf=True)[key])
-    grad/norm 5.0
-    grad/zero_fraction 0.33333334
-    grad/param_norm 10.0
+    ...   print(f"{key} {clipjax.metrics(state, per_leaf=True)[key]:.4g}")
+    grad/norm 5
+    grad/zero_fraction 0.3333
+    grad/param_norm 10
     update/ratio/w 0.01
   """
   check_whole(history, "history", 0)
   check_flag(per_leaf, "per_leaf")
   check_flag(param_norms, "param_norms")
-  _leaves.check_axis_name(axis_name)
+  check_axis_name(axis_name)
   label = partial(Labels.of, name=check_name(name), unit="leaf" if per_leaf else "global")
   unlabelled = label(())
 
@@ -144,21 +146,18 @@ def watch(
     updates: optax.Updates, state: WatchState, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, WatchState]:
     del extra_args
-    _leaves.check_state(state, WatchState)
+    check_state(state, WatchState)
     state.labels.check_state(unlabelled, state.norms)
     _check_history(state, history)
-    _leaves.check_reduced(updates, params)
-    flat = _leaves.flatten(updates, "updates")
-    state.labels.check_count(updates, len(flat.measured))
-    axes = _leaves.resolve_axes(updates, axis_name)
-    weights = [w for w in jax.tree.leaves(params) if _leaves.is_measured(w)] if param_norms else []
-    if weights and len(weights) != len(flat.measured):
+    prepared = prepare(updates, "updates", axis_name=axis_name, known=state.labels.leaves, params=params)
+    weights = measured_leaves(params) if param_norms else []
+    if weights and len(weights) != len(prepared.measured):
       raise ValueError(
-        f"`params` must have the floating leaves of `updates`, got {len(weights)} for {len(flat.measured)}: pass the "
-        "parameters that the updates belong to."
+        f"`params` must have the floating leaves of `updates`, got {len(weights)} for {len(prepared.measured)}: pass "
+        "the parameters that the updates belong to."
       )
-    of_params = tuple(map(_leaves.varying_axes, weights)) if axis_name is None else axes
-    return updates, _watched(_Spread(axes, of_params), flat.measured, weights, state)
+    of_params = tuple(map(varying_axes, weights)) if axis_name is None else prepared.axes
+    return updates, _watched(_Spread(prepared.axes, of_params), prepared.measured, weights, state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -173,7 +172,7 @@ def _check_history(state: WatchState, history: int) -> None:
 
 
 def _empty_state(labels: Labels, history: int) -> WatchState:
-  shape, dtype = labels.shape, _norms.norm_dtype()
+  shape, dtype = labels.shape, norm_dtype()
 
   def by_leaf(dtype: Any) -> Any:
     return jnp.zeros(shape, dtype) if shape else ()
@@ -215,12 +214,9 @@ class _Spread(NamedTuple):
 @partial(jax.jit, static_argnums=0, inline=True)
 def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState) -> WatchState:
   """The state after a step."""
-  norm, norms = _measure(state.labels, axes.updates, leaves, _norms.block_norms)
+  norm, norms = _measured(state.labels, axes.updates, leaves)
   bad = ~jnp.isfinite(norm)
-  last = _Look(state.nonfinite, state.zero_fraction, state.param_norm, state.param_norms)
-  unseen = last._replace(nonfinite=jax.tree.map(jnp.zeros_like, last.nonfinite))
-  due = bad | (state.steps % LOOK_EVERY == 0)
-  seen = lax.cond(due, lambda: _look(state.labels, axes, leaves, weights, last), lambda: unseen)
+  seen = _look_if(bad | (state.steps % LOOK_EVERY == 0), axes, leaves, weights, state)
   worse = (state.worst_step == 0) | (jnp.isfinite(state.worst_norm) & (bad | (norm > state.worst_norm)))
   steps = optax.safe_increment(state.steps)
   history = state.history
@@ -241,31 +237,46 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
   )
 
 
-def _measure(
-  labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any], block_norms: Callable[..., Any]
-) -> tuple[jax.Array, Any]:
+def _measured(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> tuple[jax.Array, Any]:
   """The global norm, and those of the leaves where they are kept."""
-  norms = block_norms(_norms.NormSpec(2.0, labels.blocks, axes), leaves)
+  measured = measure(NormSpec(2.0, labels.blocks, axes), leaves)
   if labels.unit == "global":
-    return norms[0], ()
-  by_leaf = _norms.stack(norms)
-  return _norms.vector_norm(by_leaf, 2.0), by_leaf
+    return measured.norms[0], ()
+  return vector_norm(measured.vector, 2.0), measured.vector
 
 
-def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], last: _Look) -> _Look:
+def _look_if(due: jax.Array, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState) -> _Look:
+  """What is seen at a look where one is due, else what the last one saw, with no entry counted as not finite."""
+  last = _Look(state.nonfinite, state.zero_fraction, state.param_norm, state.param_norms)
+  unseen = last._replace(nonfinite=jax.tree.map(jnp.zeros_like, last.nonfinite))
+  look = partial(_look, state.labels, axes)
+
+  def on_cpu(due: jax.Array, leaves: Any, weights: Any, unseen: _Look) -> _Look:
+    seen: _Look = lax.cond(due, look, lambda leaves, weights, unseen: unseen, leaves, weights, unseen)
+    return seen
+
+  def elsewhere(due: jax.Array, leaves: Any, weights: Any, unseen: _Look) -> _Look:
+    seen: _Look = jax.tree.map(partial(jnp.where, due), look(leaves, weights, unseen), unseen)
+    return seen
+
+  seen: _Look = lax.platform_dependent(due, list(leaves), list(weights), unseen, cpu=on_cpu, default=elsewhere)
+  return seen
+
+
+def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], unseen: _Look) -> _Look:
   """One read of the updates for the counts, one of the parameters for their norms."""
-  dtype = _norms.norm_dtype()
-  counts = [count.astype(dtype) for leaf in leaves for count in _zeros_and_nonfinite(_norms.upcast(leaf))]
-  counts = _norms.all_reduce(counts, [a for a in axes.updates for _ in range(2)], 1.0)
-  zeros, nonfinite = _norms.stack(counts[::2]), _norms.stack(counts[1::2])
-  size = sum(jnp.size(x) * _leaves.axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
+  dtype = norm_dtype()
+  counts = [count.astype(dtype) for leaf in leaves for count in _zeros_and_nonfinite(upcast(leaf))]
+  counts = all_reduce(counts, [a for a in axes.updates for _ in range(2)])
+  zeros, nonfinite = stack(counts[::2], dtype), stack(counts[1::2], dtype)
+  size = sum(jnp.size(x) * axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
   # No more entries are zero than are finite. This keeps both counts in use, and with them the one reduction.
   fraction = jnp.minimum(zeros.sum(), size - nonfinite.sum()) / max(size, 1)
-  seen = last._replace(zero_fraction=fraction)
+  seen = unseen._replace(zero_fraction=fraction)
   if labels.unit == "leaf":
     seen = seen._replace(nonfinite=jnp.minimum(nonfinite, _LARGEST_COUNT).astype(jnp.int32))
   if weights:
-    param_norm, param_norms = _measure(labels, axes.params, weights, _norms.plain_block_norms)
+    param_norm, param_norms = _measured(labels, axes.params, weights)
     seen = seen._replace(param_norm=param_norm, param_norms=param_norms)
   return seen
 
@@ -280,5 +291,5 @@ def _zeros_and_nonfinite(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   zeros, nonfinite = lax.reduce(flags, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
   if not first:
     return zeros, nonfinite
-  dtype = _norms.norm_dtype()
+  dtype = norm_dtype()
   return zeros.astype(dtype).sum(), nonfinite.astype(dtype).sum()

@@ -14,9 +14,13 @@ import optax
 from jax import export
 from jax.typing import ArrayLike
 
-from clipjax import _leaves, _norms
-from clipjax._labels import Labels
-from clipjax._rule import Rule, StateCheck, as_rule, ask, check_whole, keep_where, same_structure
+from clipjax.checks import check_state, check_whole, describe
+from clipjax.groups import Labels
+from clipjax.mesh import check_axis_name, varying_axes
+from clipjax.norms.derivatives import measure_jit
+from clipjax.norms.sums import NormSpec, norm_dtype
+from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where, same_structure
+from clipjax.trees import is_float0, prepare
 
 _NO_LIMIT = 2**31 - 1
 
@@ -32,7 +36,7 @@ class SkipState(NamedTuple):
     steps: int32, shape (): calls of `update` so far.
     skipped_steps: int32, shape (): those of them that were rejected.
     consecutive: int32, shape (): rejected calls since the last one that was not.
-    max_consecutive_skips: int32, shape (): how many of these `clipjax.check` lets pass.
+    max_consecutive_skips: int32, shape (): how many of these `clipjax.raise_if_nonfinite` lets pass.
     norm_rule: state of the rule for norms.
     loss_rule: state of the rule for losses.
     inner_state: state of the wrapped transformation.
@@ -79,7 +83,7 @@ def skip_steps(
       by finiteness alone.
     loss_rule: likewise for the loss, which `update(..., value=loss)` must then be given.
     axis_name: as in `global_norm`.
-    max_consecutive_skips: rejected steps in a row from which on `clipjax.check` raises; None never does.
+    max_consecutive_skips: rejected steps in a row from which on `clipjax.raise_if_nonfinite` raises; None never does.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `SkipState`. `clipjax.metrics` has `skip/norm`, `skip/steps`,
@@ -107,19 +111,19 @@ def skip_steps(
   """
   if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
     raise TypeError(
-      f"`inner` must be an Optax transformation, got {_leaves.describe(inner)}: pass one such as optax.adam(1e-3)."
+      f"`inner` must be an Optax transformation, got {describe(inner)}: pass one such as optax.adam(1e-3)."
     )
   if max_consecutive_skips is not None:
     check_whole(max_consecutive_skips, "max_consecutive_skips", 1, _NO_LIMIT)
   protected = optax.with_extra_args_support(inner)
   norms = as_rule(jnp.inf if norm_rule is None else norm_rule, "norm_rule")
   losses = as_rule(jnp.inf if loss_rule is None else loss_rule, "loss_rule")
-  _leaves.check_axis_name(axis_name)
+  check_axis_name(axis_name)
   label = partial(Labels.of, name="skip", unit="global")
   norm_check, loss_check = StateCheck(norms, "norm_rule"), StateCheck(losses, "loss_rule")
 
   def init(params: optax.Params) -> SkipState:
-    dtype = _norms.norm_dtype()
+    dtype = norm_dtype()
     return SkipState(
       norm=jnp.zeros((), dtype),
       loss=jnp.zeros((), dtype),
@@ -138,16 +142,12 @@ def skip_steps(
   def update(
     updates: optax.Updates, state: SkipState, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, SkipState]:
-    _leaves.check_state(state, SkipState)
+    check_state(state, SkipState)
     norm_check.check(state.norm_rule, ())
     loss_check.check(state.loss_rule, ())
-    _leaves.check_reduced(updates, params)
-    flat = _leaves.flatten(updates, "updates")
-    state.labels.check_count(updates, len(flat.measured))
-    dtype = _norms.norm_dtype()
-    spec = _norms.NormSpec(2.0, state.labels.blocks, _leaves.resolve_axes(updates, axis_name))
-    norm = _norms.block_norms_jit(spec, flat.measured)[0]
-    loss = _loss(extra_args, loss_rule is not None, dtype)
+    prepared = prepare(updates, "updates", axis_name=axis_name, known=state.labels.leaves, params=params)
+    norm = measure_jit(NormSpec(2.0, state.labels.blocks, prepared.axes), prepared.measured).norms[0]
+    loss = _loss(extra_args, loss_rule is not None, norm_dtype())
     max_norm, _, norm_state = ask(norms, norm, state.norm_rule, norm)
     max_loss, _, loss_state = ask(losses, loss, state.loss_rule, norm)
     bad = ~jnp.isfinite(norm) | jnp.isnan(max_norm) | jnp.isnan(max_loss)
@@ -160,7 +160,7 @@ def skip_steps(
     except Exception as error:
       _check_inner_state(protected, state.inner_state, updates if params is None else params, error)
       raise
-    new = jax.tree.map(lambda u: u if _leaves.is_float0(u) else jnp.where(skip, jnp.zeros_like(u), u), new)
+    new = jax.tree.map(lambda u: u if is_float0(u) else jnp.where(skip, jnp.zeros_like(u), u), new)
     return new, SkipState(
       norm=norm,
       loss=loss,
@@ -209,9 +209,9 @@ def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:
     if not needed:  # It may be meant for the wrapped transformation.
       return jnp.zeros((), dtype)
     error = ValueError if is_number else TypeError
-    raise error(f"`value` must be a scalar loss, got {_leaves.describe(value)}: pass its mean over the batch.")
+    raise error(f"`value` must be a scalar loss, got {describe(value)}: pass its mean over the batch.")
   loss: jax.Array = jnp.asarray(value)
-  if axes := _leaves.varying_axes(loss):
+  if axes := varying_axes(loss):
     if not needed:
       return jnp.zeros((), dtype)
     raise ValueError(

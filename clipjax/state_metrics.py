@@ -1,8 +1,8 @@
 """Reading what the transformations of this package have measured, out of any optimizer state.
 
-`metrics` gives device scalars and never waits for them, inside jit too; `check` reads them on the host. Both find
-every clipjax state in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams, apply_if_finite,
-`flax.nnx.Optimizer`, a train state that has an `opt_state`.
+`metrics` gives device scalars and never waits for them, inside jit too; `raise_if_nonfinite` reads them on the host.
+Both find every clipjax state in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams,
+apply_if_finite, `flax.nnx.Optimizer`, a train state that has an `opt_state`.
 """
 
 import itertools
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipjax import _leaves
-from clipjax._labels import Labels
-from clipjax._norms import norm_dtype, quotient
-from clipjax._rule import check_flag
-from clipjax._skip import SkipState
-from clipjax._transforms import ClipState
-from clipjax._watch import WatchState
+from clipjax.arithmetic import quotient
+from clipjax.checks import check_flag, describe
+from clipjax.groups import Labels
+from clipjax.norms.sums import norm_dtype
+from clipjax.transforms.skip import SkipState
+from clipjax.transforms.state import ClipState
+from clipjax.transforms.watch import WatchState
 
 _STATES = ClipState | SkipState | WatchState
 
@@ -158,7 +158,7 @@ def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
   return part.astype(dtype) / jnp.maximum(whole, 1).astype(dtype)
 
 
-def check(opt_state: Any) -> None:
+def raise_if_nonfinite(opt_state: Any) -> None:
   """Raises where the last step was not finite, and names the leaves: call it on the host, between steps.
 
   A clip by leaf or by group, or a `clipjax.watch`, names every leaf or group whose norm was inf or NaN; a global clip
@@ -177,7 +177,7 @@ def check(opt_state: Any) -> None:
     >>> tx = clipjax.clip_by_global_norm(1.0)
     >>> grads = {"w": jnp.array([1.0]), "b": jnp.array([jnp.nan])}
     >>> _, state = tx.update(grads, tx.init(grads))
-    >>> clipjax.check(state)
+    >>> clipjax.raise_if_nonfinite(state)
     Traceback (most recent call last):
     ...
     FloatingPointError: step 1 of 'grad' was not finite: norm nan, first in leaf 'b'. 1 of 1 steps were not finite: \
@@ -187,8 +187,8 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
   for name, state in named_states(opt_state):
     if isinstance(state.steps, jax.core.Tracer):
       raise TypeError(
-        "`opt_state` must be of arrays with values, got traced ones: call `check` outside jit, with what the jitted "
-        "step returns."
+        "`opt_state` must be of arrays with values, got traced ones: call `raise_if_nonfinite` outside jit, with what "
+        "the jitted step returns."
       )
     if isinstance(state, SkipState):
       # Without the wrapped state, which is large and not asked for.
@@ -266,11 +266,15 @@ def _check_opt_state(opt_state: Any) -> None:
   """Raises for a transformation in the place of its state, and for what is no tree of arrays at all."""
   tree = getattr(opt_state, "opt_state", opt_state)
   for part in jax.tree.leaves(tree, is_leaf=_is_transformation):
-    if _is_transformation(part) or (part is tree and _leaves.is_plain(part)):
+    if _is_transformation(part) or (part is tree and _is_plain(part)):
       raise TypeError(
-        f"`opt_state` must be the state of an optimizer, got {_leaves.describe(part)}: pass what `init` or `update` "
-        "returned."
+        f"`opt_state` must be the state of an optimizer, got {describe(part)}: pass what `init` or `update` returned."
       )
+
+
+def _is_plain(x: Any) -> bool:
+  """Whether this is a text, a number or a function, none of which is a tree of arrays."""
+  return isinstance(x, str | bytes | int | float | complex) or callable(x)
 
 
 def _is_transformation(x: Any) -> bool:
@@ -302,4 +306,5 @@ def is_wrapper(x: Any) -> bool:
 
 
 def unwrapped(x: Any) -> Any:
+  """The array itself."""
   return x.get_value() if is_wrapper(x) else x

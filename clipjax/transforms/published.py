@@ -8,8 +8,9 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from clipjax import _adaptive, _rule
-from clipjax._transforms import clip_by_global_norm, clip_by_leaf_norm
+from clipjax import rules
+from clipjax.rules.base import as_rule
+from clipjax.transforms.by_norm import clip_by_global_norm, clip_by_leaf_norm
 
 
 def autoclip(
@@ -58,7 +59,7 @@ def autoclip(
     Seetharaman et al., AutoClip: adaptive gradient clipping for source separation networks, 2020,
     https://arxiv.org/abs/2007.14469; algorithm 1.
   """
-  rule = _adaptive.percentile(percentile, window=window, include_current=include_current)
+  rule = rules.percentile(percentile, window=window, include_current=include_current)
   return clip_by_global_norm(rule, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name, name=name)
 
 
@@ -114,11 +115,11 @@ def zclip(
   References:
     Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025, https://arxiv.org/abs/2504.02507.
   """
-  rule = _adaptive.zscore(
+  rule = rules.zscore(
     z_thresh, decay=decay, warmup_steps=warmup_steps, mode=mode, record=record, restart_after=restart_after
   )
   if max_norm is not None:
-    rule = _rule.lower(rule, _rule.as_rule(max_norm, "max_norm"))
+    rule = rules.minimum(rule, as_rule(max_norm, "max_norm"))
   return clip_by_global_norm(rule, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name, name=name)
 
 
@@ -169,5 +170,5 @@ def adagc(
     Wang et al., AdaGC: improving training stability for large language model pretraining, 2025,
     https://arxiv.org/abs/2502.11034; algorithm 1.
   """
-  rule = _adaptive.ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, max_norm=max_norm)
+  rule = rules.ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, max_norm=max_norm)
   return clip_by_leaf_norm(rule, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name, name=name)

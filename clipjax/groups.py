@@ -1,4 +1,4 @@
-"""The names of leaves and groups that travel in a state, as a static pytree node without children.
+"""Which leaves share a norm, and their names: what travels in a state, as a static pytree node without children.
 
 The names are fixed at `init` and carried, because Flax NNX and Equinox hand `init` and `update` trees of different
 structure: which leaf belongs to which group is known by its position among the floating and complex leaves.
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from clipjax import _leaves
+from clipjax.checks import describe
+from clipjax.trees import is_measured, leaf_names, measured_leaves
 
 
 @jax.tree_util.register_pytree_node_class
@@ -46,7 +47,7 @@ class Labels:
   @classmethod
   def of(cls, tree: Any, *, name: str, unit: str) -> "Labels":
     """Labels for one block of all leaves ("global") or a block for each ("leaf")."""
-    leaves = _leaves.leaf_names(tree)
+    leaves = leaf_names(tree)
     if unit == "global":
       return cls(name, unit, leaves, (), (0,) * len(leaves))
     return cls(name, unit, leaves, leaves, tuple(range(len(leaves))))
@@ -56,7 +57,7 @@ class Labels:
     cls, tree: Any, *, name: str, groups: Callable[[str, Any], Hashable] | Any, known: tuple[str, ...] | None
   ) -> "Labels":
     """Labels from a function or a tree of labels; `known` are the labels that have a threshold, None for any."""
-    names = _leaves.leaf_names(tree)
+    names = leaf_names(tree)
     labels = _group_labels(tree, names, groups)
     found = tuple(dict.fromkeys(labels))
     order = found if known is None else known
@@ -87,23 +88,6 @@ class Labels:
   def shape(self) -> tuple[int, ...]:
     """The shape of the norms: () for a global one."""
     return () if self.unit == "global" else (len(self.block_names),)
-
-  def check_count(self, tree: Any, count: int) -> None:
-    """Raises where `update` sees another number of leaves than `init` did."""
-    if count == len(self.leaves):
-      return
-    got = _leaves.leaf_names(tree)
-    extra = [name for name in got if name not in self.leaves]
-    missing = [name for name in self.leaves if name not in got]
-    lists = [
-      f"{what} {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}"
-      for what, names in (("new:", extra), ("missing:", missing))
-      if names
-    ]
-    raise ValueError(
-      f"`updates` must have as many floating leaves as `init` saw, {len(self.leaves)}, got {count}"
-      f"{' (' + '; '.join(lists) + ')' if lists else ''}: call `init` with the parameters that you train."
-    )
 
   def check_state(self, unlabelled: "Labels", norms: Any) -> None:
     """Raises where the state of these labels is that of another kind of clip, of other thresholds or another model.
@@ -162,7 +146,7 @@ _UNITS = {"global": "the whole tree", "group": "group", "leaf": "leaf"}
 
 def _group_labels(tree: Any, names: tuple[str, ...], groups: Any) -> list[str]:
   if callable(groups):
-    measured = [x for x in jax.tree.leaves(tree) if _leaves.is_measured(x)]
+    measured = measured_leaves(tree)
     labels = [groups(name, leaf) for name, leaf in zip(names, measured, strict=True)]
   else:
     if not names:
@@ -174,10 +158,10 @@ def _group_labels(tree: Any, names: tuple[str, ...], groups: Any) -> list[str]:
       raise ValueError(
         f"`groups` must be a function (path, leaf) -> label or a tree of labels like the parameters: {error}"
       ) from None
-    labels = [label for label, leaf in zip(per_leaf, leaves, strict=True) if _leaves.is_measured(leaf)]
+    labels = [label for label, leaf in zip(per_leaf, leaves, strict=True) if is_measured(leaf)]
   for name, label in zip(names, labels, strict=True):
     if label is None or isinstance(label, jax.Array) or not isinstance(label, Hashable):
-      raise TypeError(f"`groups` must give strings, got {_leaves.describe(label)} for leaf '{name}': pass a label.")
+      raise TypeError(f"`groups` must give strings, got {describe(label)} for leaf '{name}': pass a label.")
   return [str(label) for label in labels]
 
 

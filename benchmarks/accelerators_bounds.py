@@ -1,0 +1,135 @@
+"""The bounds on what a clip makes of a compiled step, and whether they hold: for the page and for the test.
+
+Everything is computed from the cases of the JSON; nothing here is typed in but the limits. Optax's global clip in the
+same case is the measure, as it is the least that a clip does: sum, compare, scale.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from speed_trees import BY_LEAF, CLIPJAX, NO_CLIP, OPTAX, WATCHED_LEAVES, ZCLIP
+
+Json = Mapping[str, Any]
+
+MB = 1e6
+BARE = (CLIPJAX, BY_LEAF, ZCLIP)  # Clips without a watch.
+SMALL = 32_256  # Bytes that the TPU compiler sets aside for a scalar or a tuple in HBM.
+COMPILE = "compile time"
+
+
+class Bound(NamedTuple):
+  """A limit on one number of a step.
+
+  Attributes:
+    what: is bounded, as the page calls it.
+    limit_text: the limit in words.
+    clips: that it binds.
+    targets: for which it is measured.
+    value: `(case, clip) -> number`.
+    limit: the same for the largest number that holds.
+  """
+
+  what: str
+  limit_text: str
+  clips: tuple[str, ...]
+  targets: tuple[str, ...]
+  value: Callable[[Json, str], float]
+  limit: Callable[[Json, str], float]
+
+
+class Verdict(NamedTuple):
+  """A bound in one case: number, limit, and whether it holds."""
+
+  bound: Bound
+  clip: str
+  target: str
+  case: str
+  value: float
+  limit: float
+
+  @property
+  def holds(self) -> bool:
+    """Whether the number is within the limit."""
+    return self.value <= self.limit
+
+
+def of(key: str) -> Callable[[Json, str], float]:
+  """The number of that key."""
+  return lambda case, clip: float(case["variants"][clip][key])
+
+
+def traffic(case: Json, clip: str) -> float:
+  """HBM traffic of a step beyond that without a clip, with every branch taken."""
+  base = case["variants"][NO_CLIP]
+  return all_traffic(case["variants"][clip]) - all_traffic(base)
+
+
+def all_traffic(variant: Json) -> float:
+  """HBM traffic of a step with every branch taken."""
+  return float(variant["traffic"] + variant["traffic_in_branches"])
+
+
+def apart_from_optax(case: Json, clip: str) -> float:
+  """How far the all-reduces are from those of Optax's clip: one too few would be a sum over one device alone."""
+  v = case["variants"]
+  return abs(float(v[clip]["all_reduces"] - v[OPTAX]["all_reduces"]))
+
+
+def traffic_limit(case: Json, clip: str) -> float:
+  """A global clip may move 2% of the step more than Optax's, a clip by leaf a few scalars: its leaves wait for none."""
+  share = 0.001 if clip == BY_LEAF else 0.02
+  return traffic(case, OPTAX) + share * all_traffic(case["variants"][NO_CLIP])
+
+
+def temporaries_limit(case: Json, clip: str) -> float:
+  """Optax's and 1 MB; by leaf a quarter of the gradient, for leaves that are held between their norm and their use.
+
+  On a TPU every scalar that goes through HBM takes as much as 8000 entries. A clip by leaf may have eight of them for
+  each leaf, and on many chips, each of which holds little else, any clip sixteen.
+  """
+  room = 0.25 * case["gradient"] if clip == BY_LEAF else MB
+  scalars = {"tpu": 8 if clip == BY_LEAF else 0, "pod": 16, "gpu": 0}[case["target"]]
+  return of("temporaries")(case, OPTAX) + room + scalars * SMALL * case["leaves"]
+
+
+ALL = ("tpu", "pod", "gpu")
+BOUNDS = (
+  Bound("conditionals", "0", (*BARE, WATCHED_LEAVES), ALL, of("conditionals"), lambda case, clip: 0),
+  Bound(
+    "kernels", "Optax's + 16 + 2 a leaf", BARE, ALL, of("kernels"),
+    lambda case, clip: of("kernels")(case, OPTAX) + 16 + 2 * case["leaves"],
+  ),
+  Bound(
+    "kernels", "the clip's alone + 5 a leaf", (WATCHED_LEAVES,), ALL, of("kernels"),
+    lambda case, clip: of("kernels")(case, CLIPJAX) + 5 * case["leaves"],
+  ),
+  Bound(
+    "temporaries", "Optax's + 1 MB, by leaf + a quarter of the gradient", BARE, ALL, of("temporaries"),
+    temporaries_limit,
+  ),
+  Bound("HBM traffic", "Optax's + 2% of the step, by leaf + 0.1%", BARE, ("tpu",), traffic, traffic_limit),
+  Bound(
+    "HBM traffic", "the clip's alone + one read of the gradient", (WATCHED_LEAVES,), ("tpu",), traffic,
+    lambda case, clip: traffic(case, CLIPJAX) + case["gradient"],
+  ),
+  Bound("all-reduces, apart from Optax's", "0", BARE, ("pod",), apart_from_optax, lambda case, clip: 0),
+  Bound(
+    COMPILE, "1.3 x Optax's", BARE, ALL, of("compile"), lambda case, clip: 1.3 * of("compile")(case, OPTAX),
+  ),
+)  # fmt: skip
+
+
+def verdicts(cases: Iterable[Json]) -> list[Verdict]:
+  """Every bound in every case that it binds."""
+  return [
+    Verdict(bound, clip, case["target"], f"{case['title']}, {case['dtype']}", *numbers(bound, case, clip))
+    for case in cases
+    for bound in BOUNDS
+    if case["target"] in bound.targets
+    for clip in bound.clips
+  ]
+
+
+def numbers(bound: Bound, case: Json, clip: str) -> tuple[float, float]:
+  """The number that is bounded, and its limit."""
+  return bound.value(case, clip), bound.limit(case, clip)

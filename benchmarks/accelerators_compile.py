@@ -1,0 +1,95 @@
+"""The process that compiles for one target, as `accelerators.py` starts it. Not a command of its own.
+
+Arguments: the target, then a JSON object with "only", "dtypes", "quick" and "rounds". It prints each case that is done
+as a line of JSON. `accelerators_targets.environment` gives the variables that it needs.
+"""
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+import optax
+from accelerators_hlo import count, traffic
+from accelerators_steps import SEQUENCE, Case, cases, clips, step_of
+from accelerators_targets import TARGETS, mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from speed_trees import ITEMSIZE
+
+BATCH = 8  # Sequences on one device; on many there is one for each.
+
+
+def sharding(mesh_: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+  """Matrices are split over both axes where they divide; everything else is on every device."""
+  divides = len(shape) == 2 and shape[0] % mesh_.shape["x"] == 0 and shape[1] % mesh_.shape["y"] == 0
+  return NamedSharding(mesh_, PartitionSpec("x", "y") if divides else PartitionSpec())
+
+
+def compiled(clip: optax.GradientTransformation, case: Case, dtype: str, mesh_: Mesh) -> tuple[Any, float]:
+  """The program of one step, and the seconds from tracing it to its end."""
+  tx = optax.chain(clip, optax.adam(1e-3))
+
+  def placed(x: Any, spec: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec or sharding(mesh_, x.shape))
+
+  params = {name: placed(jax.ShapeDtypeStruct(shape, dtype)) for name, shape in case.shapes.items()}
+  state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
+  specs = jax.tree.map(lambda x: x.sharding, (params, state))
+  data: Any = params
+  if case.trains:
+    batch = mesh_.size if mesh_.size > 1 else BATCH
+    tokens = jax.ShapeDtypeStruct((batch, SEQUENCE + 1), "int32")
+    data = placed(tokens, NamedSharding(mesh_, PartitionSpec(("x", "y"))))
+  step = step_of(tx, case.trains, specs[0])
+  jax.clear_caches()
+  start = time.perf_counter()
+  program = jax.jit(step, donate_argnums=(1, 2), out_shardings=specs).lower(data, state, params).compile()
+  return program, time.perf_counter() - start
+
+
+def facts(program: Any, on_tpu: bool) -> dict[str, Any]:
+  """What a program consists of, moves and allocates."""
+  text = program.as_text()
+  found = {**count(text)._asdict(), "temporaries": program.memory_analysis().temp_size_in_bytes}
+  if on_tpu:
+    found["traffic"], found["traffic_in_branches"] = traffic(text)
+  return found
+
+
+def measured(case: Case, dtype: str, mesh_: Mesh, rounds: int, on_tpu: bool) -> dict[str, Any]:
+  """All clips in one case; compile times are the best of rounds in which the clips take turns."""
+  variants: dict[str, dict[str, Any]] = {}
+  for _ in range(rounds):
+    for name, clip in clips().items():
+      program, seconds = compiled(clip, case, dtype, mesh_)
+      if name not in variants:
+        variants[name] = {**facts(program, on_tpu), "compile": seconds}
+      variants[name]["compile"] = min(seconds, variants[name]["compile"])
+  parts = (math.prod(sharding(mesh_, shape).shard_shape(shape)) for shape in case.shapes.values())
+  return {
+    "title": case.title,
+    "dtype": dtype,
+    "leaves": len(case.shapes),
+    "parameters": sum(math.prod(shape) for shape in case.shapes.values()),
+    "gradient": sum(parts) * ITEMSIZE[dtype],  # Bytes on one device.
+    "variants": variants,
+  }
+
+
+def main() -> None:
+  """Compiles what it is asked for, case by case."""
+  target, asked = sys.argv[1], json.loads(sys.argv[2])
+  mesh_ = mesh(target)
+  # The first program of a process takes seconds longer: not one of those that are timed.
+  jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), "float32", sharding=sharding(mesh_, ()))).compile()
+  for key in asked["only"]:
+    for dtype in asked["dtypes"]:
+      case = cases(asked["quick"])[key]
+      found = measured(case, dtype, mesh_, asked["rounds"], bool(TARGETS[target].topology))
+      print(json.dumps({"target": target, "key": key, **found}), flush=True)
+
+
+if __name__ == "__main__":
+  main()

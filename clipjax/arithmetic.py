@@ -1,0 +1,87 @@
+"""Quotients, roots and powers that stay in range, and whose derivatives are right wherever they are themselves.
+
+Also the two looks at a leaf that sums, derivatives and scaling share: `upcast`, and the real parts of a complex array.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def upcast(x: Any) -> jax.Array:
+  """The leaf in the dtype in which it is summed: float64 and complex128 as they are, the rest in 32-bit parts."""
+  array: jax.Array = jnp.asarray(x)
+  if array.dtype in (jnp.float64, jnp.complex128):
+    return array
+  return array.astype(jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32)
+
+
+def parts(x: jax.Array) -> tuple[jax.Array, ...]:
+  """A real array, or the real and the imaginary part of a complex one."""
+  return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+
+
+def by_parts(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+  """`fn` of a real array; of a complex one, `fn` of its real and of its imaginary part."""
+  return lax.complex(fn(x.real), fn(x.imag)) if jnp.iscomplexobj(x) else fn(x)
+
+
+def power(magnitude: jax.Array, p: float) -> jax.Array:
+  """`magnitude^p`, by multiplications where p is whole."""
+  return magnitude ** (int(p) if p.is_integer() else p)
+
+
+def root(total: jax.Array, p: float) -> jax.Array:
+  """`total^(1/p)`, with one Newton step: 1/p is not exact in floating point, which a large total magnifies."""
+  if p == 2:
+    return jnp.sqrt(total)
+  if p in (0, 1) or math.isinf(p):
+    return total
+  usable = (total > 0) & (total < jnp.inf)
+  t = jnp.where(usable, total, 1)
+  guess: jax.Array = lax.optimization_barrier(t ** (1 / p))  # XLA would simplify `(t^(1/p))^p` to t.
+  finite = guess < jnp.inf
+  correction = (power(jnp.where(finite, guess, 1), p) / t - 1) / p
+  return jnp.where(usable, jnp.where(finite, guess - guess * correction, guess), total)
+
+
+def root_or_zero(x: jax.Array) -> jax.Array:
+  """The square root, with the derivative 0 at 0."""
+  is_zero = x == 0
+  return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+
+
+def divide(x: jax.Array, n: jax.Array) -> jax.Array:
+  """`x / n` for a real n: XLA multiplies with 1 / n, which is subnormal, and flushed to 0, above 2^126."""
+  shrink = jnp.where(n > 2.0**64, 2.0**-64, 1).astype(n.dtype)
+  return by_parts(lambda part: quotient(part * shrink, n * shrink), x)
+
+
+@jax.custom_jvp
+def quotient(x: jax.Array, n: jax.Array) -> jax.Array:
+  """`x / n` of real arrays, whose derivative is right wherever itself is: that of JAX squares n."""
+  return x / n
+
+
+@quotient.defjvp
+def _quotient_jvp(primals: Any, tangents: Any) -> Any:
+  # Tangents are multiplied, not divided: backwards, a division of a tangent is again JAX's own.
+  (x, n), (dx, dn) = primals, tangents
+  ratio = quotient(x, n)
+  shrink = jnp.where(n > 2.0**64, 2.0**-64, 1).astype(n.dtype)
+  return ratio, (dx - ratio * dn) * shrink * _reciprocal(n * shrink)
+
+
+@jax.custom_jvp
+def _reciprocal(n: jax.Array) -> jax.Array:
+  return 1 / n
+
+
+@_reciprocal.defjvp
+def _reciprocal_jvp(primals: Any, tangents: Any) -> Any:
+  inverse = _reciprocal(*primals)
+  return inverse, -(inverse * tangents[0]) * inverse

@@ -1,0 +1,176 @@
+"""Checks of arguments, the texts that describe a bad one, and the line that a warning points at.
+
+Python numbers are checked where they are given, before any tracing. Arrays are checked for shape and dtype alone: the
+value of one may be traced, so what is wrong with it shows in the state instead. Every error gives name, rule, value and
+remedy.
+"""
+
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+POLICIES = ("propagate", "zero", "error")
+
+# What to tell somebody whose number became a tracer inside optax.inject_hyperparams.
+STATIC_ARGS_REMEDY = "under `optax.inject_hyperparams`, name it in `static_args`"
+ZERO_OR_INF = "pass 0 to zero the gradient or `float('inf')` only to measure"
+
+_NOT_THE_CALLER = ("clipjax", "jax", "optax")
+_HOST_NUMBERS = int | float | np.generic | np.ndarray
+
+
+# Texts ---------------------------------------------------------------------------------------------------------------
+
+
+def describe(x: Any) -> str:
+  """A short text for error messages: dtype and shape of an array, type and value of a Python scalar."""
+  shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+  if shape is not None and dtype is not None:
+    traced = "traced " if isinstance(x, jax.core.Tracer) else ""
+    return f"{traced}{dtype}[{','.join(map(str, shape))}]"
+  kind = type(x).__name__
+  if isinstance(x, int | float | complex | str):
+    return f"{x!r} ({kind})"
+  return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def describe_choice(x: Any) -> str:
+  """A text for what should be one of some strings."""
+  return describe(x) if hasattr(x, "shape") else repr(x)
+
+
+def caller_level() -> int:
+  """The `stacklevel` of a warning that points at the user's line, not at one of this package, JAX or Optax."""
+  level, frame = 1, sys._getframe(1)
+  while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+    level, frame = level + 1, frame.f_back
+  return level
+
+
+# Thresholds and what goes with them ----------------------------------------------------------------------------------
+
+
+def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, allow_nan: bool = False) -> Any:
+  """The threshold, a host number as a float; raises unless it is >= 0 or a scalar array, whose value is not read."""
+  rule = f"`{argument}` must be a number >= 0 or a scalar array"
+  if isinstance(value, bool | np.bool_ | str) or not isinstance(value, _HOST_NUMBERS | jax.Array):
+    raise TypeError(f"{rule}, got {describe(value)}: pass a float such as 1.0.")
+  if isinstance(value, np.ndarray | jax.Array) and value.shape != ():
+    raise ValueError(f"{rule}, got {describe(value)}: pass one number, or use clip_by_group_norm.")
+  dtype = value.dtype if isinstance(value, np.generic | np.ndarray | jax.Array) else np.dtype(type(value))
+  if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
+    raise TypeError(f"{rule}, got {describe(value)}: pass a real number such as 1.0.")
+  if isinstance(value, jax.Array):
+    return value
+  number = float(value)
+  if number < 0 or (math.isnan(number) and not allow_nan):
+    raise ValueError(f"`{argument}` must be >= 0, got {number}: {remedy}.")
+  return number
+
+
+def check_eps(eps: Any) -> Any:
+  """`eps`, a host number as a float; raises unless it is finite and >= 0, or a scalar array."""
+  remedy = "pass 0.0, or 1e-6 for the factor of torch"
+  eps = check_threshold(eps, "eps", remedy=remedy)
+  if isinstance(eps, float) and math.isinf(eps):
+    raise ValueError(f"`eps` must be finite, got {eps}: {remedy}.")
+  return eps
+
+
+def check_ord(ord: Any, *, for_clip: bool) -> float:
+  """The order of the norm as a float, 2 for None; raises on what is no order."""
+  if ord is None:
+    return 2.0
+  if isinstance(ord, jax.Array):
+    raise TypeError(
+      f"`ord` must be a Python number, got {describe(ord)}: pass 2, 1 or `float('inf')`; {STATIC_ARGS_REMEDY}."
+    )
+  if isinstance(ord, bool) or not isinstance(ord, int | float | np.integer | np.floating):
+    raise TypeError(f"`ord` must be a Python number, got {describe(ord)}: pass 2, 1 or `float('inf')`.")
+  p = float(ord)
+  if p > 0 or (not for_clip and p in (0.0, -math.inf)):
+    return p
+  allowed = "> 0" if for_clip else "> 0, 0 or -inf"
+  raise ValueError(f"`ord` must be {allowed}, got {ord!r}: pass 2 for the Euclidean norm.")
+
+
+def check_policy(on_nonfinite: Any) -> None:
+  """Raises unless `on_nonfinite` names a policy."""
+  if not isinstance(on_nonfinite, str) or on_nonfinite not in POLICIES:
+    names = ", ".join(f'"{name}"' for name in POLICIES)
+    raise ValueError(
+      f"`on_nonfinite` must be one of {names}, got {describe_choice(on_nonfinite)}: "
+      'pass "zero" to drop such steps or "propagate" to make them visible.'
+    )
+
+
+def check_track(track: Any, *thresholds: Any) -> None:
+  """Raises for a `track` that is no bool, and for a threshold that needs a state where there is to be none."""
+  check_flag(track, "track")
+  if not track and any(callable(value) or callable(getattr(value, "update", None)) for value in thresholds):
+    raise ValueError(
+      "`track=False` keeps no state, so that `max_norm` must be a number or an array, got a schedule or a rule: "
+      "leave `track` at True."
+    )
+
+
+def check_name(name: Any) -> str:
+  """The name, or an error where it is none."""
+  if not isinstance(name, str) or not name:
+    raise TypeError(f'`name` must be a nonempty string, got {describe(name)}: pass a word such as "grad".')
+  return name
+
+
+def check_state(state: Any, kind: type, *, or_else: str = "") -> None:
+  """Raises where `update` is given the state of something else; `or_else` goes on with the remedy."""
+  if not isinstance(state, kind):
+    raise TypeError(
+      f"`state` must be the {kind.__name__} that `init` gave, got {describe(state)}: pass the state of this "
+      f"transformation{or_else}."
+    )
+
+
+# Plain arguments -----------------------------------------------------------------------------------------------------
+
+
+def check_number(
+  value: Any, argument: str, low: float, high: float, *, open_low: bool = False, finite: bool = False
+) -> None:
+  """Raises unless `value` is a number in its range, or an array."""
+  if isinstance(value, jax.Array):
+    return
+  below = f"> {low:g}" if open_low else f">= {low:g}"
+  rule = f"`{argument}` must be a {'finite ' if finite else ''}number {below}"
+  rule += "" if math.isinf(high) else f" and <= {high:g}"
+  if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    raise TypeError(f"{rule}, got {describe(value)}: pass a float.")
+  if not (low < value if open_low else low <= value) or not value <= high or (finite and math.isinf(value)):
+    raise ValueError(f"{rule}, got {value}: choose one in that range.")
+
+
+def check_whole(value: Any, argument: str, low: int, high: int | None = None) -> None:
+  """Raises unless `value` is a Python integer in its range."""
+  rule = f"`{argument}` must be an integer >= {low}" + ("" if high is None else f" and <= {high}")
+  if isinstance(value, jax.Array):
+    raise TypeError(f"{rule}, got {describe(value)}: pass a Python integer; {STATIC_ARGS_REMEDY}.")
+  if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    raise TypeError(f"{rule}, got {describe(value)}: pass a Python integer.")
+  if value < low or value > (2**31 - 1 if high is None else high):
+    raise ValueError(f"{rule}, got {value}: choose one in that range.")
+
+
+def check_choice(value: Any, argument: str, choices: tuple[str, ...]) -> None:
+  """Raises unless `value` is one of some strings."""
+  if not isinstance(value, str) or value not in choices:
+    names = ", ".join(f'"{name}"' for name in choices)
+    raise ValueError(f"`{argument}` must be one of {names}, got {describe_choice(value)}: choose one of them.")
+
+
+def check_flag(value: Any, argument: str) -> None:
+  """Raises unless `value` is a Python bool."""
+  if not isinstance(value, bool):
+    raise TypeError(f"`{argument}` must be True or False, got {describe(value)}: pass one of them.")

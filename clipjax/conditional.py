@@ -1,0 +1,43 @@
+"""A branch that `vmap` does not double, for XLA on CPU alone: on accelerators nothing in this package branches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+Arrays = list[jax.Array]
+
+
+def run_if(asked: jax.Array, fn: Callable[..., Arrays], otherwise: Sequence[jax.Array], xs: Sequence[Any]) -> Arrays:
+  """`fn(xs)` where it is asked for, else what there is."""
+  chosen: Arrays = lax.cond(asked, lambda otherwise, xs: fn(xs), lambda otherwise, xs: otherwise, list(otherwise), xs)
+  return chosen
+
+
+def run_if_any(
+  asked: jax.Array, fn: Callable[..., Arrays], otherwise: Sequence[jax.Array], xs: Sequence[Any]
+) -> Arrays:
+  """`run_if` in which what nobody asked for does not run under `vmap` either; it has no derivative.
+
+  JAX makes a select, which runs both, of a `lax.cond` whose predicate is batched. Here the batch asks whether any of
+  its members does, and each keeps its own answer.
+  """
+
+  @custom_vmap
+  def run(asked: jax.Array, otherwise: Any, xs: Any) -> Any:
+    return run_if(asked, fn, otherwise, xs)
+
+  @run.def_vmap
+  def _(size: int, batched: Any, asked: jax.Array, otherwise: Any, xs: Any) -> Any:
+    of_asked, of_otherwise, of_xs = jax.tree.map(lambda is_batched: 0 if is_batched else None, tuple(batched))
+    by_lane = jax.vmap(fn, in_axes=(of_xs,), axis_size=size)
+    kept = jax.vmap(lambda values: values, in_axes=(of_otherwise,), axis_size=size)(otherwise)
+    chosen = run_if_any(asked.any(), by_lane, kept, xs)
+    keep = jax.vmap(jnp.where, in_axes=(of_asked, 0, 0))
+    return [keep(asked, new, old) for new, old in zip(chosen, kept, strict=True)], [True] * len(kept)
+
+  chosen: Arrays = run(asked, list(otherwise), list(xs))
+  return chosen

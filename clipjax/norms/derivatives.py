@@ -1,0 +1,117 @@
+"""Norms with first derivatives that are right wherever the norm is finite, and 0 at zero: `dn = <x / n, dx>`.
+
+Derivatives never go through the sums. `measure` is the door to them for everything that clips.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from clipjax import mesh
+from clipjax.arithmetic import by_parts, divide, parts, quotient, upcast
+from clipjax.norms import sums
+from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def measure(spec: NormSpec, leaves: Sequence[Any]) -> Measured:
+  """The norms of the blocks of `spec`, see `Measured`."""
+  return sums.measure(spec, leaves)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _measure_beside_derivatives(spec: NormSpec, leaves: Sequence[Any]) -> Measured:
+  """`measure` without `custom_vmap`, of which JAX takes no derivative where it drops ours: twice through a scan."""
+  return sums.measure(spec, leaves, lazy_vmap=False)
+
+
+@measure.defjvp
+@_measure_beside_derivatives.defjvp
+def _measure_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
+  (leaves,), (dleaves,) = primals, tangents
+  measured = _measure_beside_derivatives(spec, leaves)
+  block_of = {i: b for b, block in enumerate(spec.blocks) for i in block}
+  over = spec.over or ((),) * len(leaves)
+
+  def change(weights: Sequence[jax.Array]) -> list[jax.Array]:
+    """The sums of such weights over each block."""
+    summed = (_sum(w, o) for w, o in zip(weights, over, strict=True))
+    by_leaf = mesh.all_reduce(list(summed), spec.axes)
+    return [_block_sum([by_leaf[i] for i in block]) for block in spec.blocks]
+
+  directions = [_direction(upcast(x), measured.norms[block_of[i]], spec.ord) for i, x in enumerate(leaves)]
+  dnorms = change([_real_product(g, upcast(dx)) for g, dx in zip(directions, dleaves, strict=True)])
+  if math.isinf(spec.ord):  # Entries that tie for the extreme share its derivative.
+    ties = [lax.stop_gradient(jnp.maximum(n, 1)) for n in change([jnp.abs(g) for g in directions])]
+    dnorms = [dn / n for dn, n in zip(dnorms, ties, strict=True)]
+  vector = stack([] if spec.over else dnorms, norm_dtype())
+  no_change: Any = np.zeros((), jax.dtypes.float0)  # Of a whole number.
+  return measured, Measured(tuple(dnorms), vector, no_change)
+
+
+measure_jit: Callable[[NormSpec, Sequence[Any]], Measured] = jax.jit(measure, static_argnums=0, inline=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def vector_norm(norms: jax.Array, p: float) -> jax.Array:
+  """The p-norm of p-norms, shape (n,)."""
+  return sums.vector_norm(norms, p)
+
+
+@vector_norm.defjvp
+def _vector_norm_jvp(p: float, primals: Any, tangents: Any) -> Any:
+  (norms,), (dnorms,) = primals, tangents
+  norm = vector_norm(norms, p)
+  direction = _direction(norms, norm, p)
+  if math.isinf(p):
+    direction = direction / lax.stop_gradient(jnp.maximum(jnp.sum(direction), 1))
+  return norm, jnp.sum(direction * dnorms)
+
+
+def _direction(x: jax.Array, norm: jax.Array, p: float) -> jax.Array:
+  """The derivative of the p-norm in each entry, 0 at norm 0; for inf and -inf the sign of every extreme entry."""
+  n = norm.astype(x.real.dtype)
+  usable = n > 0
+  if p == 2:
+    return divide(by_parts(lambda part: jnp.where(usable, part, 0), x), jnp.where(usable, n, 1))
+  if p == 0:
+    return jnp.zeros_like(x)
+  magnitude = jnp.abs(x)
+  # Not `jnp.sign` of a complex number, whose derivative JAX takes for 0.
+  nonzero = magnitude > 0
+  sign = by_parts(lambda part: quotient(part, jnp.where(nonzero, magnitude, 1)), x) if _is_complex(x) else jnp.sign(x)
+  if p == 1:
+    return sign
+  if math.isinf(p):
+    return by_parts(lambda part: jnp.where(magnitude == n, part, 0), sign)
+  ratio = divide(magnitude, jnp.where(usable, n, 1))
+  nonzero = usable & (ratio > 0)
+  weight = jnp.where(nonzero, jnp.where(nonzero, ratio, 1) ** (p - 1), 0)
+  return by_parts(lambda part: part * weight, sign)
+
+
+def _is_complex(x: jax.Array) -> bool:
+  return bool(jnp.iscomplexobj(x))
+
+
+def _real_product(g: jax.Array, dx: jax.Array) -> jax.Array:
+  """Entry by entry `Re(conj(g) dx)`: their sum is the change of the norm when its argument moves by dx."""
+  first, *rest = (a * b for a, b in zip(parts(g), parts(dx), strict=True))
+  return sum(rest, start=first)
+
+
+def _sum(x: jax.Array, over: tuple[int, ...]) -> jax.Array:
+  return jnp.sum(x, axis=over, keepdims=True) if over else jnp.sum(x)
+
+
+def _block_sum(values: Sequence[jax.Array]) -> jax.Array:
+  """The sum of some leaves' values, in `norm_dtype()`."""
+  if len(values) == 1:
+    return values[0].astype(norm_dtype())
+  return stack(values, norm_dtype()).sum()

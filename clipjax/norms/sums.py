@@ -1,0 +1,369 @@
+"""Norms from one read of each leaf, right for every dtype and magnitude.
+
+The sum of squares of float32 entries leaves the range of float32 beyond about 1e-19 and 1e19. There are two ways
+around it, and `lax.platform_dependent` picks one when a program is lowered:
+
+- Accelerators read each leaf once, into three sums of squares at the scales 2^-96, 1 and 2^96, which XLA fuses into
+  one pass. `where` picks the one that kept its range: no branch, no second read, nothing doubled by `vmap`.
+- XLA on CPU reads a leaf once for each sum. A small leaf is summed in float64, which holds the square of any float32.
+  A large one is summed in float32, and once more in float64 where that left its range, behind a `cond`.
+
+16-bit and 8-bit floats other than bfloat16 need neither. float64 leaves have the same two ways at wider scales.
+
+A norm belongs to a block: a tuple of leaf indices. All leaves in one block make the global norm, one leaf a block the
+norm of each leaf, anything between a group. `over` takes the norms of parts of a leaf instead, as AGC does.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from clipjax import mesh
+from clipjax.arithmetic import divide, parts, power, root, upcast
+from clipjax.conditional import run_if, run_if_any
+from clipjax.mesh import Axes
+
+# Up to so many entries XLA on CPU sums as fast in float64: what a kernel costs is its start.
+SMALL = 1 << 16
+# On CPU one doubtful leaf sends at most about 1 / _MAX_CHUNKS of the gradient through a second read: what a large leaf
+# that is zero throughout costs in every step. More chunks cost compile time, one `cond` each.
+_MAX_CHUNKS = 16
+
+
+class NormSpec(NamedTuple):
+  """What to measure; static, so that it can be a key of the jit cache.
+
+  Attributes:
+    ord: the order p of the norm.
+    blocks: for each norm, the indices of the leaves that it measures.
+    axes: the mesh axes to reduce each leaf over, as `mesh.resolve_axes` gives them.
+    over: for each leaf the array axes that its norms are taken over, which stay with size 1; () for whole leaves.
+  """
+
+  ord: float
+  blocks: tuple[tuple[int, ...], ...]
+  axes: tuple[Axes, ...]
+  over: tuple[tuple[int, ...], ...] = ()
+
+
+class Measured(NamedTuple):
+  """What was measured, in `norm_dtype()`.
+
+  Attributes:
+    norms: the norm of each block, of shape (); with `over`, of the shape of the leaf with size 1 there.
+    vector: the same as one vector, of shape (n,); of shape (0,) with `over`.
+    first_bad: int32, shape (): the first leaf with a NaN, or without any, with an inf or a sum that overflowed; -1.
+  """
+
+  norms: tuple[jax.Array, ...]
+  vector: jax.Array
+  first_bad: jax.Array
+
+
+class Scales(NamedTuple):
+  """In which dtype a leaf is summed, and scaled by which powers of two, from the lowest to the highest.
+
+  `floor`: a plain sum of squares of at least this times its number of entries lost nothing that counts to underflow.
+  """
+
+  dtype: Any
+  exponents: tuple[int, ...]
+  floor: float
+
+
+_ONE_32, _THREE_32 = (Scales(np.float32, exponents, 2.0**-102) for exponents in ((0,), (-96, 0, 96)))
+_ONE_64, _THREE_64 = (Scales(np.float64, exponents, 2.0**-968) for exponents in ((0,), (-600, 0, 600)))
+
+
+class Way(NamedTuple):
+  """How a leaf is summed: at first, and once more where its first sum has left its range; None for never."""
+
+  first: Scales
+  again: Scales | None = None
+
+
+def norm_dtype() -> Any:
+  """The dtype of norms, thresholds and rule states: float64 exactly when x64 is enabled."""
+  return jax.dtypes.canonicalize_dtype(np.float64)
+
+
+def measure(spec: NormSpec, leaves: Sequence[Any], *, lazy_vmap: bool = True) -> Measured:
+  """The norms of the blocks of `spec`; `derivatives.measure` is the same with a derivative.
+
+  `lazy_vmap=False` does without a rule for `vmap`, of which JAX takes no derivative.
+  """
+  xs = [jnp.asarray(x) for x in leaves]
+
+  def on_cpu(xs: list[jax.Array]) -> Measured:
+    # What else reads a leaf must not share its square, or its copy in float32: XLA on CPU would write them out. One
+    # barrier compiles faster, but makes every leaf vary over the mesh axes of any.
+    apart = [lax.optimization_barrier(x) for x in xs] if mesh.manual_axes() else lax.optimization_barrier(xs)
+    return measure_on("cpu", spec, apart, lazy_vmap)
+
+  on_tpu, on_gpu = partial(measure_on, "tpu", spec), partial(measure_on, "gpu", spec)
+  if not xs:
+    return on_gpu(xs)
+  measured: Measured = lax.platform_dependent(xs, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
+  return measured
+
+
+def measure_on(platform: str, spec: NormSpec, xs: Sequence[jax.Array], lazy_vmap: bool = True) -> Measured:
+  """`measure` for one platform: leaves of each kind by themselves, then blocks from the norms of their parts."""
+  ways = [_way(x, spec.ord, platform) for x in xs]
+  found: list[list[jax.Array]] = [[] for _ in spec.blocks]
+  sums: dict[int, jax.Array] = {}
+  for way in dict.fromkeys(ways):
+    blocks = {b: own for b, block in enumerate(spec.blocks) if (own := tuple(i for i in block if ways[i] == way))}
+    leaves = {i: xs[i] for block in blocks.values() for i in block}
+    kind = _Kind(platform, spec, list(blocks.values()), leaves)
+    norms, of_leaves = _square_norms(kind, way.first) if spec.ord == 2 else _power_norms(kind)
+    if way.again:
+      norms = _checked(kind, way.first.floor, way.again, norms, lazy_vmap)
+    sums |= of_leaves
+    for b, norm in zip(blocks, norms, strict=True):
+      found[b].append(norm)
+  whole = tuple(_joined(norms, spec.ord) for norms in found)
+  vector = stack([] if spec.over else whole, norm_dtype(), barrier=platform == "cpu")
+  by_leaf = not spec.over and spec.blocks == tuple((i,) for i in range(len(xs)))
+  return Measured(
+    whole, vector, _first_bad(vector) if by_leaf else _first_bad_of(platform, [sums[i] for i in range(len(xs))])
+  )
+
+
+def _first_bad(numbers: jax.Array) -> jax.Array:
+  """The first NaN, or without any, the first inf; -1 where all are finite. Shape (), int32."""
+  if not numbers.size:
+    return jnp.full((), -1, jnp.int32)
+  return _of_rank(_rank(numbers, lax.iota(np.int32, numbers.size), numbers.size).max(), numbers.size)
+
+
+def _first_bad_of(platform: str, scalars: Sequence[jax.Array]) -> jax.Array:
+  """`_first_bad` of scalars. On a TPU it is a chain, with which XLA needs no memory."""
+  n = len(scalars)
+  if platform != "tpu":
+    return _first_bad(stack(scalars, norm_dtype(), barrier=platform == "cpu"))
+  return _of_rank(functools.reduce(jnp.maximum, (_rank(x, np.int32(i), n) for i, x in enumerate(scalars))), n)
+
+
+def _rank(x: jax.Array, i: Any, n: int) -> jax.Array:
+  """0 for a finite number; else the larger the worse it is, and the larger the earlier, i being its place of n."""
+  return jnp.where(x < jnp.inf, 0, jnp.where(x == jnp.inf, 2 * n - 1 - i, 3 * n - 1 - i))
+
+
+def _of_rank(rank: jax.Array, n: int) -> jax.Array:
+  return jnp.where(rank > 0, n - 1 - lax.rem(rank, np.int32(n)), -1).astype(jnp.int32)
+
+
+def _way(x: jax.Array, p: float, platform: str) -> Way:
+  """How to sum a leaf, by its dtype, its size and the platform."""
+  wide = x.dtype in (jnp.float64, jnp.complex128)
+  # No square of an entry of 16 or 8 bits, nor the sum of 2^38 of them, leaves the range of float32, save of bfloat16.
+  if p != 2 or (x.dtype.itemsize <= 2 and x.dtype != jnp.bfloat16):
+    return Way(_ONE_64 if wide else _ONE_32)
+  if platform != "cpu":
+    return Way(_THREE_64 if wide else _THREE_32)
+  if wide:
+    return Way(_ONE_64, _THREE_64)
+  return Way(_ONE_64) if x.size <= SMALL else Way(_ONE_32, _ONE_64)
+
+
+def _joined(norms: Sequence[jax.Array], p: float) -> jax.Array:
+  """The norm of a block from those of its parts."""
+  if len(norms) == 1:
+    return norms[0]
+  return vector_norm(jnp.stack(norms), p) if norms else jnp.full((), math.inf if p == -math.inf else 0.0, norm_dtype())
+
+
+def vector_norm(norms: jax.Array, p: float) -> jax.Array:
+  """The p-norm of p-norms, shape (n,), right at every magnitude."""
+  if p in (0, 1) or math.isinf(p):  # For 0 they are counts.
+    return _reduced_power(norms, math.inf if p == math.inf else p or 1.0, ())
+  if p == 2:
+    scales = _THREE_64 if norms.dtype == np.float64 else _THREE_32
+    return _choose(_square_sums("tpu", norms, scales, ()), scales, norms.size)
+  largest = jnp.max(norms, initial=0.0)
+  usable = (largest >= jnp.finfo(norms.dtype).tiny) & (largest < jnp.inf)  # False for NaN too.
+  return largest * root(_reduced_power(divide(norms, jnp.where(usable, largest, 1)), p, ()), p)
+
+
+# Leaves of one kind --------------------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+  """Leaves that are summed alike, by their indices, and the blocks that they form."""
+
+  platform: str
+  spec: NormSpec
+  blocks: Sequence[tuple[int, ...]]
+  leaves: Mapping[int, jax.Array]
+
+  def over(self, i: int) -> tuple[int, ...]:
+    return self.spec.over[i] if self.spec.over else ()
+
+  def size(self, block: tuple[int, ...]) -> int:
+    """How many entries a norm is of, over all shards."""
+    shapes = ((self.leaves[i].shape, self.over(i), self.spec.axes[i]) for i in block)
+    return sum(math.prod(s[a] for a in over or range(len(s))) * mesh.axes_size(axes) for s, over, axes in shapes)
+
+
+def _square_norms(kind: _Kind, scales: Scales) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+  """The 2-norm of each block, and a sum of each leaf that is finite where the leaf is."""
+  dtype, width = norm_dtype(), len(scales.exponents)
+  with _allowed(scales.dtype):
+    sums = [s for i, x in kind.leaves.items() for s in _square_sums(kind.platform, x, scales, kind.over(i))]
+    flat = mesh.all_reduce(sums, [kind.spec.axes[i] for i in kind.leaves for _ in range(width)])
+    by_leaf = {i: flat[k * width : (k + 1) * width] for k, i in enumerate(kind.leaves)}
+    norms = []
+    for block in kind.blocks:
+      totals = [_together(kind.platform, column) for column in zip(*(by_leaf[i] for i in block), strict=True)]
+      norms.append(_choose(totals, scales, kind.size(block)).astype(dtype))
+    # The lowest scale: its sum is inf only where an entry is, or the norm leaves its range.
+    return norms, {i: jnp.sqrt(_scalar(of_leaf[0])).astype(dtype) for i, of_leaf in by_leaf.items()}
+
+
+def _square_sums(platform: str, x: jax.Array, scales: Scales, over: tuple[int, ...]) -> Sequence[jax.Array]:
+  """The sums of squares of a leaf, one a scale."""
+  # On a GPU the sums over the last axis come first, and those of all scales end in one kernel instead of three.
+  rows = platform == "gpu" and len(scales.exponents) > 1 and x.ndim > 1 and not over
+  sums = []
+  for exponent in scales.exponents:
+    squares = []
+    for part in parts(x):
+      y = lax.convert_element_type(part, scales.dtype)
+      if exponent:
+        y = lax.mul(y, lax.full_like(y, 2.0**exponent))
+        # Of a single entry XLA would take the square of the constant instead, which is inf.
+        y = lax.optimization_barrier(y) if y.size == 1 else y
+      squares.append(lax.mul(y, y))
+    total = functools.reduce(lax.add, squares)
+    sums.append(
+      lax.reduce(total, scales.dtype(0), lax.add, (x.ndim - 1,)) if rows else _reduced(total, lax.add, 0.0, over)
+    )
+  if not rows:
+    return sums
+  together = _reduced(jnp.stack(sums), lax.add, 0.0, tuple(range(1, x.ndim)))
+  return [together[(k, *(0,) * (x.ndim - 1))] for k in range(len(sums))]
+
+
+def _choose(sums: Sequence[jax.Array], scales: Scales, size: int) -> jax.Array:
+  """The norm from the sum that kept its range: the plain one if it is finite and lost nothing to underflow."""
+  if len(sums) == 1:
+    return jnp.sqrt(sums[0])
+  low, middle, high = (jnp.sqrt(s) * scales.dtype(2.0**-e) for s, e in zip(sums, scales.exponents, strict=True))
+  return jnp.where(sums[1] < scales.dtype(size * scales.floor), high, jnp.where(sums[1] < jnp.inf, middle, low))
+
+
+def _checked(kind: _Kind, floor: float, scales: Scales, norms: Sequence[jax.Array], lazy_vmap: bool) -> list[jax.Array]:
+  """The norms, those measured once more whose sum has left its range: on CPU alone."""
+  checked = list(norms)
+  for chunk in _chunks([sum(kind.leaves[i].size for i in block) for block in kind.blocks]):
+    blocks = [kind.blocks[b] for b in chunk]
+    members = [i for block in blocks for i in block]
+    # NaN is doubtful too. Of the parts of a leaf each must be in range.
+    least, most = (stack([_scalar(norms[b], op) for b in chunk], norm_dtype()) for op in (jnp.min, jnp.max))
+    floors = np.sqrt(np.array([kind.size(block) * floor for block in blocks])).astype(least.dtype)
+    doubtful = ~((least >= floors) & (most < jnp.inf)).all()
+    again = partial(_again, kind._replace(blocks=blocks), scales, members)
+    # A rule for vmap does not know the name of its axis, so that a collective over it has no meaning there.
+    known = set(mesh.manual_axes()).issuperset(axis for i in members for axis in kind.spec.axes[i])
+    run = run_if_any if lazy_vmap and known else run_if
+    chosen = run(doubtful, again, [norms[b] for b in chunk], [kind.leaves[i] for i in members])
+    for b, norm in zip(chunk, chosen, strict=True):
+      checked[b] = norm
+  return checked
+
+
+def _again(kind: _Kind, scales: Scales, members: Sequence[int], xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """The norms of some blocks at scales that hold every square."""
+  return _square_norms(kind._replace(leaves=dict(zip(members, xs, strict=True))), scales)[0]
+
+
+def _chunks(sizes: Sequence[int]) -> list[list[int]]:
+  """Splits block indices into at most about `_MAX_CHUNKS` runs of similar size."""
+  chunks: list[list[int]] = []
+  filled = math.inf
+  for b, size in enumerate(sizes):
+    if filled + size > sum(sizes) / _MAX_CHUNKS:
+      chunks.append([])
+      filled = 0
+    chunks[-1].append(b)
+    filled += size
+  return chunks
+
+
+def _power_norms(kind: _Kind) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+  """The p-norm of each block, p other than 2, and a number of each leaf that is finite where the leaf is."""
+  p, dtype = kind.spec.ord, norm_dtype()
+  axes = [kind.spec.axes[i] for i in kind.leaves]
+  magnitudes = {i: jnp.abs(upcast(x)) for i, x in kind.leaves.items()}
+
+  def totals(xs: Mapping[int, jax.Array], q: float) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+    op = lax.max if q == math.inf else lax.min if q == -math.inf else lax.add
+    reduced = mesh.all_reduce([_reduced_power(x, q, kind.over(i)) for i, x in xs.items()], axes, q)
+    by_leaf = dict(zip(xs, reduced, strict=True))
+    return [_together(kind.platform, [by_leaf[i] for i in block], op) for block in kind.blocks], by_leaf
+
+  if p <= 1 or math.isinf(p):  # Here a power sum leaves its range only where the norm does.
+    sums, by_leaf = totals(magnitudes, p)
+    return [root(s, p).astype(dtype) for s in sums], {i: _scalar(x) for i, x in by_leaf.items()}
+  # Elsewhere entries are divided by the largest of their block first: two reads, on every platform.
+  largest, by_leaf = totals(magnitudes, math.inf)
+  units = [jnp.where((m >= jnp.finfo(m.dtype).tiny) & (m < jnp.inf), m, 1) for m in largest]
+  unit_of = {i: unit for block, unit in zip(kind.blocks, units, strict=True) for i in block}
+  sums, _ = totals({i: divide(x, unit_of[i]) for i, x in magnitudes.items()}, p)
+  norms = [(unit * root(s, p)).astype(dtype) for unit, s in zip(units, sums, strict=True)]
+  return norms, {i: _scalar(x) for i, x in by_leaf.items()}
+
+
+def _reduced_power(magnitude: jax.Array, p: float, over: tuple[int, ...]) -> jax.Array:
+  """The sum of |x|^p; for inf and -inf the largest and the smallest magnitude, for 0 the number of nonzeros."""
+  if p == math.inf:
+    return _reduced(magnitude, lax.max, 0.0, over)
+  if p == -math.inf:
+    return _reduced(magnitude, lax.min, math.inf, over)
+  powers = (magnitude != 0).astype(magnitude.dtype) if p == 0 else power(magnitude, p)
+  return _reduced(powers, lax.add, 0.0, over)
+
+
+# Small parts ---------------------------------------------------------------------------------------------------------
+
+
+def _reduced(x: jax.Array, op: Callable[..., Any], start: float, over: tuple[int, ...]) -> jax.Array:
+  """A reduction over some axes, which stay with size 1, or over all of them."""
+  value: jax.Array = lax.reduce(x, x.dtype.type(start), op, over or tuple(range(x.ndim)))
+  return lax.expand_dims(value, over) if over else value
+
+
+def _scalar(x: jax.Array, op: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
+  """What there is of a leaf, as one number."""
+  return x if x.ndim == 0 else op(x)
+
+
+def _together(platform: str, values: Sequence[jax.Array], op: Callable[..., Any] = lax.add) -> jax.Array:
+  """Brings reduced values together: on CPU as one vector, elsewhere in a chain, which XLA fuses there."""
+  if len(values) == 1 or platform != "cpu":
+    return functools.reduce(op, values)
+  stacked = stack(values, values[0].dtype, barrier=True)
+  return stacked.max() if op is lax.max else stacked.min() if op is lax.min else stacked.sum()
+
+
+def stack(values: Iterable[jax.Array], dtype: Any, *, barrier: bool = False) -> jax.Array:
+  """Scalars as a vector, of shape (0,) where there are none."""
+  scalars = [lax.convert_element_type(v, dtype) for v in values]
+  if not scalars:
+    return jnp.zeros((0,), dtype)
+  # Without a barrier XLA on CPU makes a reduction of the vector into one of the scalars again, which takes it long.
+  return lax.optimization_barrier(jnp.stack(scalars)) if barrier else jnp.stack(scalars)
+
+
+def _allowed(dtype: Any) -> AbstractContextManager[Any]:
+  """Where JAX is to keep to this dtype: without x64 it makes float32 of float64 even inside a sum."""
+  return jax.enable_x64(True) if dtype == np.float64 else nullcontext()

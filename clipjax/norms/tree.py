@@ -1,0 +1,80 @@
+"""The public norms of a tree: of all its leaves together, and of each by itself."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipjax.checks import check_ord
+from clipjax.norms.derivatives import measure_jit
+from clipjax.norms.sums import NormSpec, norm_dtype
+from clipjax.trees import prepare
+
+
+def global_norm(tree: Any, ord: float | None = None, *, axis_name: Any = None) -> jax.Array:
+  """The p-norm of all entries of a tree as one vector, `(sum |x|^p)^(1/p)`.
+
+  Right to about 1e-6 as long as the true norm is a normal float32, whatever the magnitude of the entries (1e-30,
+  1e30) and their dtype (16-bit leaves are summed in float32). 0 for an empty tree and for zeros, with the derivative
+  0 there; inf for an inf entry and for a true norm above the largest float32; NaN for a NaN entry. Inside `shard_map`
+  the shards of a leaf are summed over the axes that it varies over.
+
+  Args:
+    tree: pytree of floating or complex arrays of any shape; None and float0 leaves are passed over.
+    ord: 2 when None; 1, `jnp.inf` or any p > 0; 0 counts the nonzero entries; `-jnp.inf` is the smallest magnitude.
+    axis_name: mesh axes to reduce over, for `pmap` and `shard_map(check_vma=False)`: a name, a tuple of names, or a
+      prefix tree of them. None: what the types of the leaves say.
+
+  Returns:
+    The norm, shape (), float32 (float64 when x64 is enabled).
+
+  Raises:
+    TypeError: for an integer, bool or other leaf, with its path, and for an `ord` that is no Python number.
+    ValueError: for an `ord` that is negative, other than -inf, or NaN.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+    >>> print(clipjax.global_norm(grads), clipjax.global_norm(grads, 1), clipjax.global_norm(grads, jnp.inf))
+    13.0 19.0 12.0
+    >>> print(clipjax.global_norm(jnp.full(4, 1e30)))
+    2e+30
+
+  References:
+    Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
+    https://arxiv.org/abs/1211.5063; algorithm 1.
+  """
+  p = check_ord(ord, for_clip=False)
+  prepared = prepare(tree, "tree", axis_name=axis_name)
+  spec = NormSpec(p, (tuple(range(len(prepared.measured))),), prepared.axes)
+  return measure_jit(spec, prepared.measured).norms[0]
+
+
+def leaf_norms(tree: Any, ord: float | None = None, *, axis_name: Any = None) -> Any:
+  """The p-norm of each leaf by itself, `(sum |x|^p)^(1/p)`, in a tree of the same structure.
+
+  Each is as right as `global_norm`, also beside leaves of another magnitude. 0 for an empty leaf, for zeros and for a
+  float0 leaf; inf and NaN stay in their leaf.
+
+  Args:
+    tree: pytree of floating or complex arrays of any shape; None stays None.
+    ord: as in `global_norm`.
+    axis_name: as in `global_norm`.
+
+  Returns:
+    The tree with a norm, shape (), float32 (float64 when x64 is enabled), in place of each leaf.
+
+  Raises:
+    TypeError: for an integer, bool or other leaf, with its path, and for an `ord` that is no Python number.
+    ValueError: for an `ord` that is negative, other than -inf, or NaN.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> norms = clipjax.leaf_norms({"w": jnp.array([3.0, 4.0]), "b": jnp.array([1e-25])})
+    >>> print(norms["w"], norms["b"])
+    5.0 1e-25
+  """
+  p = check_ord(ord, for_clip=False)
+  prepared = prepare(tree, "tree", axis_name=axis_name)
+  spec = NormSpec(p, tuple((i,) for i in range(len(prepared.measured))), prepared.axes)
+  return prepared.with_all(measure_jit(spec, prepared.measured).norms, lambda _: jnp.zeros((), norm_dtype()))

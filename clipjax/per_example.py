@@ -1,0 +1,202 @@
+"""Clipping of single examples, as differentially private training takes it."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from clipjax import checks
+from clipjax.arithmetic import by_parts, upcast
+from clipjax.mesh import Axes, varying_axes
+from clipjax.norms.derivatives import measure
+from clipjax.norms.sums import NormSpec, norm_dtype
+from clipjax.scaling import Limits, change, safe_factors_of, times
+from clipjax.trees import Prepared, prepare
+
+
+def clip_grad_per_example(grads: Any, max_norm: ArrayLike, *, axis_name: Any = None) -> tuple[Any, jax.Array]:
+  """The sum of gradients of single examples, each first scaled down to a global norm of its own.
+
+  Example b contributes `g_b * min(1, max_norm / norm_b)`. One whose norm is inf or NaN contributes 0, and shows in the
+  norms; zeros contribute 0; an empty batch sums to 0. Sums are taken in float32 (float64 for float64 leaves).
+
+  This is the clipping of differentially private training, and no more: noise, sampling and the privacy accounting
+  are the work of a library such as jax-privacy, to which sum and norms can be handed on. The sensitivity of the sum to
+  one example is `max_norm` within rounding, about 1e-6 of it.
+
+  Inside `shard_map` each device sums the examples that it has; `jax.lax.psum` of the sums is the sum of all. JAX below
+  0.9 cannot batch the sum over `axis_name` there but with `check_vma=False`, and below 0.10.2 refuses examples that an
+  explicit mesh axis splits.
+
+  Args:
+    grads: pytree of floating or complex arrays of shape (batch, ...), such as `jax.vmap(jax.grad(loss), (None, 0))`
+      gives; None leaves are passed on.
+    max_norm: number or scalar array >= 0; a traced negative one counts as 0, under NaN every example contributes 0.
+    axis_name: mesh axes over which the gradient of one example is sharded: a name, a tuple of names, or a prefix tree
+      of them. Those that the batch is sharded over are none of them.
+
+  Returns:
+    `(clipped_sum, norms)`: the tree without its batch axis, 16-bit and 8-bit leaves as float32, since a sum of
+    thousands need not fit the dtype of one; the norms before the clip, shape (batch,), float32 (float64 when x64 is
+    enabled).
+
+  Raises:
+    ValueError: if `max_norm` is a negative or NaN Python number, for a leaf without a batch axis, or leaves of
+      different batch sizes, with their paths; without `axis_name`, for leaves that vary over different mesh axes.
+    TypeError: for an integer, bool or other leaf, with its path.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> total, norms = clipjax.clip_grad_per_example(jnp.array([[3.0, 4.0], [0.3, 0.4], [jnp.inf, 0.0]]), 1.0)
+    >>> print(total, norms)
+    [0.90000004 1.2       ] [5.  0.5 inf]
+
+  References:
+    Abadi et al., Deep learning with differential privacy, 2016, https://arxiv.org/abs/1607.00133; algorithm 1.
+  """
+  max_norm = checks.check_threshold(max_norm, "max_norm")
+  prepared = prepare(grads, "grads", axis_name=() if axis_name is None else axis_name)
+  _check_batch(prepared)
+  if axis_name is None:
+    _check_axes(prepared)
+  total, norms = _clip_examples(prepared.axes, prepared.measured, max_norm)
+  return prepared.with_measured(total), norms
+
+
+def _check_batch(prepared: Prepared) -> None:
+  """Raises unless every leaf has the same leading axis."""
+  for i, leaf in enumerate(prepared.measured):
+    if jnp.ndim(leaf) == 0:
+      raise ValueError(
+        f"`grads` must have a leading batch axis in every leaf, got {checks.describe(leaf)} at "
+        f"'{prepared.names()[i]}': "
+        "take them with jax.vmap(jax.grad(loss), (None, 0))."
+      )
+    first = prepared.measured[0]
+    if leaf.shape[0] != first.shape[0]:
+      names = prepared.names()
+      raise ValueError(
+        f"`grads` must have one batch size in every leaf, got {first.shape[0]} at '{names[0]}' and {leaf.shape[0]} at "
+        f"'{names[i]}': the batch is the leading axis."
+      )
+
+
+def _check_axes(prepared: Prepared) -> None:
+  """Each example is whole where it is: raises where the types of the leaves say otherwise."""
+  varying = list(map(varying_axes, prepared.measured))
+  for i, axes in enumerate(varying):
+    if axes != varying[0]:
+      names = prepared.names()
+      raise ValueError(
+        "`axis_name` must be given where leaves vary over different mesh axes, got "
+        f"'{names[0]}' over {list(varying[0])} and '{names[i]}' over {list(axes)}: pass the axes over which the "
+        "gradient of one example is sharded."
+      )
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _clip_examples(axes: tuple[Axes, ...], leaves: Sequence[Any], max_norm: Any) -> tuple[list[jax.Array], jax.Array]:
+  xs = [upcast(x) for x in leaves]
+  dtype = norm_dtype()
+  if not xs:
+    return [], jnp.zeros((0,), dtype)
+  spec = NormSpec(2.0, (tuple(range(len(xs))),), axes)
+  norms = _example_norms(spec, xs)
+  limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
+  usable = jnp.isfinite(norms) & ~jnp.isnan(limit)
+  if not norms.size:
+    return [jnp.sum(x, axis=0) for x in xs], norms
+  # An example without a norm is taken out before any product, whatever its factor.
+  known = jnp.where(jnp.isnan(limit), 0, limit)
+  return _sum_examples(usable, Limits(jnp.where(usable, norms, 0), known, known), xs), norms
+
+
+def _rows_norms(spec: NormSpec, xs: Sequence[jax.Array]) -> jax.Array:
+  norms: jax.Array = jax.vmap(lambda rows: measure(spec, rows).norms[0])(xs)
+  return norms
+
+
+_example_norms = jax.custom_jvp(_rows_norms, nondiff_argnums=(0,))
+
+
+@_example_norms.defjvp
+def _example_norms_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
+  """The derivative of a norm that is not finite is 0, not NaN: the example adds nothing to the sum."""
+  norms = _example_norms(spec, *primals)
+  usable = jnp.isfinite(norms)
+  xs, dxs = ([jax.vmap(_kept)(x, usable) for x in leaves] for (leaves,) in (primals, tangents))
+  return norms, jax.jvp(partial(_rows_norms, spec), (xs,), (dxs,))[1]
+
+
+def _kept(x: jax.Array, keep: jax.Array) -> jax.Array:
+  """The example or, without a product that NaN would survive, zeros."""
+  return by_parts(lambda part: jnp.where(keep, part, 0), x)
+
+
+@jax.custom_jvp
+def _sum_examples(usable: jax.Array, limits: Limits, xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """The sum of the usable examples of each leaf, each rescaled as its norm asks for."""
+  shrink, factor = safe_factors_of(limits, min((x.real.dtype for x in xs), key=lambda d: d.itemsize))
+  if any(map(_is_split_by_type, xs)):
+    return _sum_at_once(usable, shrink, factor, xs)
+  # A weighted sum is a product of a vector and a matrix, which writes no clipped copy of the batch. It cannot leave out
+  # an example that is not finite, nor multiply twice: what needs that takes one example after the other.
+  plain = usable.all() & (shrink == 1).all()
+  one_by_one = partial(_sum_one_by_one, usable, shrink, factor)
+  chosen: list[jax.Array] = lax.cond(plain, partial(_weighted_sum, factor), one_by_one, xs)
+  return chosen
+
+
+@_sum_examples.defjvp
+def _sum_examples_jvp(primals: Any, tangents: Any) -> Any:
+  (usable, limits, xs), (_, dlimits, dxs) = primals, tangents
+
+  def of_example(keep: jax.Array, norm: jax.Array, dnorm: jax.Array, x: jax.Array, dx: jax.Array) -> jax.Array:
+    return change(
+      _kept(x, keep),
+      _kept(dx, keep),
+      limits._replace(norm=norm),
+      dlimits._replace(norm=dnorm),
+    )
+
+  changes = [jax.vmap(of_example)(usable, limits.norm, dlimits.norm, x, dx) for x, dx in zip(xs, dxs, strict=True)]
+  return _sum_examples(usable, limits, xs), [jnp.sum(c, axis=0) for c in changes]
+
+
+def _weighted_sum(factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """`sum_i factor_i x_i` of each leaf."""
+
+  def product(part: jax.Array) -> jax.Array:
+    return jnp.tensordot(factor.astype(part.dtype), part, axes=1, precision=lax.Precision.HIGHEST)
+
+  return [by_parts(product, x) for x in xs]
+
+
+def _sum_one_by_one(keep: jax.Array, shrink: jax.Array, factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """`sum_i (x_i shrink_i) factor_i` of each leaf, over the examples to keep."""
+
+  def add(sums: list[jax.Array], i: jax.Array) -> tuple[list[jax.Array], None]:
+    return [total + _contribution(x[i], keep[i], shrink[i], factor[i]) for total, x in zip(sums, xs, strict=True)], None
+
+  sums, _ = lax.scan(add, [_contribution(x[0], keep[0], shrink[0], factor[0]) for x in xs], jnp.arange(1, keep.size))
+  return sums
+
+
+def _sum_at_once(keep: jax.Array, shrink: jax.Array, factor: jax.Array, xs: Sequence[jax.Array]) -> list[jax.Array]:
+  """`_sum_one_by_one` for leaves whose examples cannot be taken one by one."""
+  return [jnp.sum(jax.vmap(_contribution)(x, keep, shrink, factor), axis=0) for x in xs]
+
+
+def _contribution(x: jax.Array, keep: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
+  """What an example adds."""
+  return times(_kept(x, keep), shrink, factor)
+
+
+def _is_split_by_type(x: jax.Array) -> bool:
+  """Whether an explicit mesh axis splits the examples of a leaf, which JAX then refuses to index and to multiply."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  return sharding is not None and len(sharding.spec) > 0 and sharding.spec[0] is not None

@@ -1,0 +1,23 @@
+"""Rules: how a threshold follows the norms that it sees.
+
+A rule is a pair of pure functions, as an `optax.GradientTransformation` is:
+
+  init(shape, dtype) -> state
+  update(norms, state, *, global_norm) -> (limit, target, state)
+
+`norms` has shape () where the global norm is clipped and (n,) for n leaves or groups; `limit` and `target` have that
+shape or (). A norm above `limit` is rescaled to `target`, which is at most `limit` and has no meaning elsewhere. A
+rule is built of `jnp` operations on a state of fixed shapes and dtypes, and then works under jit, scan and vmap.
+
+A step whose norms are not all finite changes no rule state, with one exception: the count of a
+schedule moves at every step.
+"""
+
+from clipjax.rules.base import Rule as Rule
+from clipjax.rules.combine import delayed as delayed
+from clipjax.rules.combine import minimum as minimum
+from clipjax.rules.ema_ratio import ema_ratio as ema_ratio
+from clipjax.rules.percentile import percentile as percentile
+from clipjax.rules.quantile_tracking import quantile_tracking as quantile_tracking
+from clipjax.rules.rolling_sigma import rolling_sigma as rolling_sigma
+from clipjax.rules.zscore import zscore as zscore

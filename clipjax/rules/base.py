@@ -1,0 +1,205 @@
+"""The `Rule` pair, the door through which every threshold comes, and the checks of what a rule answers.
+
+The contract of a rule is in `clipjax.rules`, where the public ones are.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import export
+from jax.typing import ArrayLike
+
+from clipjax.checks import check_threshold, describe
+from clipjax.norms.sums import norm_dtype
+
+
+class _Init(Protocol):
+  def __call__(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
+
+
+class _Update(Protocol):
+  def __call__(
+    self, norms: jax.Array, state: Any, /, *, global_norm: jax.Array
+  ) -> tuple[jax.Array, jax.Array, Any]: ...
+
+
+class Rule(NamedTuple):
+  """A threshold that may depend on the norms seen so far; pass it wherever `max_norm` is taken.
+
+  Attributes:
+    init: `init(shape, dtype) -> state`, shape and dtype being those of the norms.
+    update: `update(norms, state, *, global_norm) -> (limit, target, state)`.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> from clipjax import rules
+    >>> def twice_the_last():
+    ...   def init(shape, dtype):
+    ...     return jnp.full(shape, jnp.inf, dtype)
+    ...   def update(norms, last, *, global_norm):
+    ...     return 2 * last, 2 * last, jnp.minimum(norms, 2 * last)
+    ...   return rules.Rule(init, update)
+    >>> tx = clipjax.clip_by_global_norm(twice_the_last())
+    >>> state = tx.init(jnp.zeros(2))
+    >>> for g in (jnp.array([3.0, 4.0]), jnp.array([30.0, 40.0])):
+    ...   clipped, state = tx.update(g, state)
+    ...   print(clipped)
+    [3. 4.]
+    [6. 8.]
+  """
+
+  init: _Init
+  update: _Update
+
+
+class StepCount(NamedTuple):
+  """The state of a rule that depends on time alone; unlike any other, it also moves on a step that is not finite.
+
+  Attributes:
+    steps: int32, shape (): the `update` calls so far.
+  """
+
+  steps: jax.Array
+
+
+export.register_namedtuple_serialization(StepCount, serialized_name="clipjax.rules.StepCount")
+
+
+def as_rule(value: Any, argument: str) -> Rule:
+  """The rule that a number, an array, a schedule or a rule stands for: the door through which all thresholds come."""
+  if isinstance(value, Rule):
+    for field in value._fields:
+      if not callable(getattr(value, field)):
+        raise TypeError(
+          f"`{argument}` must be a Rule of two functions, got {describe(getattr(value, field))} as its "
+          f"`{field}`: see clipjax.rules.Rule."
+        )
+    return value
+  if callable(value):
+    return _of_count(value)
+  if isinstance(value, tuple | list | dict) or value is None:
+    raise TypeError(
+      f"`{argument}` must be a number, a scalar array, a schedule or a clipjax.rules.Rule, got "
+      f"{describe(value)}: pass a float such as 1.0; a dict by label is for clip_by_group_norm."
+    )
+  number = check_threshold(value, argument)
+  return _of_count(lambda _: number)
+
+
+def ask(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+  """The limit, the target and the next state, checked: a rule may be the user's own."""
+  answer = rule.update(norms, state, global_norm=global_norm)
+  if not isinstance(answer, tuple) or len(answer) != 3:
+    got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else describe(answer)
+    raise TypeError(f"a rule's `update` must return (limit, target, state), got {got}: return all three.")
+  limit, target, new = answer
+  if not _is_like(new, state):
+    raise ValueError(
+      f"a rule's `update` must return a state like the one that it was given, {_outline(state)}, got {_outline(new)}: "
+      "keep its structure and shapes."
+    )
+  checked = _checked_limit(limit, norms, "limit")
+  return checked, checked if target is limit else _checked_limit(target, norms, "target"), new
+
+
+def _checked_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
+  """What a rule answered, in the dtype of the norms; raises where its shape is neither () nor theirs."""
+  number = isinstance(answer, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(answer, bool)
+  if not number or jnp.iscomplexobj(answer):
+    raise TypeError(
+      f"a rule's `{what}` must be a real number or an array of them, got {describe(answer)}: compute it from "
+      "`norms`, with jnp.inf for no limit."
+    )
+  value: jax.Array = jnp.asarray(answer).astype(norms.dtype)
+  if value.shape not in ((), norms.shape):
+    raise ValueError(
+      f"a rule's `{what}` must have shape () or that of the norms, {norms.shape}, got {value.shape}: "
+      "compute it from `norms` element by element."
+    )
+  return value
+
+
+class StateCheck:
+  """Compares states with what the `init` of a rule gives, which it is asked for once for each shape."""
+
+  def __init__(self, rule: Rule, field: str):
+    self._rule = rule
+    self._field = field
+    self._wanted: dict[tuple[int, ...], Any] = {}
+
+  def check(self, state: Any, shape: tuple[int, ...]) -> None:
+    """Raises for the state of another rule, or of one with another window."""
+    if shape not in self._wanted:
+      self._wanted[shape] = jax.eval_shape(lambda: self._rule.init(shape, norm_dtype()))
+    wanted = self._wanted[shape]
+    if not _is_like(state, wanted):
+      raise ValueError(
+        f"`state.{self._field}` must be as the rule's `init` gave it, {_outline(wanted)}, got {_outline(state)}: pass "
+        "the state of this transformation, or call `init` anew."
+      )
+
+
+def same_structure(state: Any, wanted: Any) -> bool:
+  """Whether two states are trees of one structure, whatever their leaves are."""
+  structures: list[Any] = [jax.tree.structure(x) for x in (state, wanted)]
+  return bool(structures[0] == structures[1])
+
+
+def _is_like(state: Any, wanted: Any) -> bool:
+  if not same_structure(state, wanted):
+    return False
+  return all(  # An eager `update` asks this at every step: the usual case is two attributes.
+    getattr(x, "shape", ()) == getattr(y, "shape", ())
+    and (getattr(x, "dtype", None) == getattr(y, "dtype", float) or _kind(x) == _kind(y))
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True)
+  )
+
+
+def _outline(state: Any) -> str:
+  """The type of a state, and kind and shape of its arrays, as in "Ring(float(1000,), int(), int())"."""
+  kind = "array" if jax.tree_util.all_leaves([state]) else type(state).__name__
+  return f"{kind}({', '.join(f'{_kind(x)}{jnp.shape(x)}' for x in jax.tree.leaves(state))})"
+
+
+def _kind(x: Any) -> str:
+  dtype = jax.dtypes.result_type(x)
+  kinds = {"float": np.floating, "int": np.integer, "bool": np.bool_}
+  return next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), str(dtype))
+
+
+def keep_where(bad: jax.Array, old: Any, new: Any) -> Any:
+  """The old state of a rule where `bad`, except for counts of steps, which always move."""
+
+  def keep(before: Any, after: Any) -> Any:
+    if isinstance(before, StepCount):
+      return after
+    before = jnp.asarray(before)
+    return jnp.where(bad, before, jnp.asarray(after).astype(before.dtype))
+
+  return jax.tree.map(keep, old, new, is_leaf=lambda x: isinstance(x, StepCount))
+
+
+def _of_count(fn: Callable[[jax.Array], ArrayLike]) -> Rule:
+  def init(shape: tuple[int, ...], dtype: Any) -> StepCount:
+    del shape, dtype
+    return StepCount(jnp.zeros((), jnp.int32))
+
+  def update(norms: jax.Array, state: StepCount, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, StepCount]:
+    del global_norm
+    value = fn(state.steps)
+    number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(value, bool)
+    if not number or jnp.iscomplexobj(value):
+      raise TypeError(
+        f"a schedule must return a real number, got {describe(value)}: call a rule of clipjax.rules "
+        "first, as in rules.zscore()."
+      )
+    limit = jnp.asarray(value, norms.dtype)
+    if limit.shape != ():
+      raise ValueError(f"a schedule must return a scalar, got {describe(limit)}: for a threshold by group pass a dict.")
+    return limit, limit, StepCount(optax.safe_increment(state.steps))
+
+  return Rule(init, update)

@@ -1,0 +1,91 @@
+"""AdaGC's rule: each norm against the moving average of its clipped self."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from clipjax.arithmetic import divide
+from clipjax.checks import check_number, check_whole
+from clipjax.rules.base import Rule
+
+
+class EmaRatioState(NamedTuple):
+  """The state of `ema_ratio`.
+
+  Attributes:
+    ema: shape of the norms: the average of the clipped norms; 0 where there is none yet.
+    seen: int32, shape (): finite steps so far, up to `warmup_steps`.
+  """
+
+  ema: jax.Array
+  seen: jax.Array
+
+
+export.register_namedtuple_serialization(EmaRatioState, serialized_name="clipjax.rules.EmaRatioState")
+
+
+def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float) -> Rule:
+  """The rule of AdaGC: clips each norm to `ratio` times the moving average of its clipped self.
+
+  During the warm-up the whole gradient is clipped by its global norm, to `max_norm`, and the average is the smallest
+  clipped norm that is not 0. A leaf without an average, because its norms were all 0, goes on under the global rule
+  until it has one: else it would be clipped to 0 for ever. After a lasting rise the average grows by at most
+  `(1 - decay) * (ratio - 1)` a step, so that at the defaults of AdaGC every one of 200 steps after it is clipped
+  (docs/methods.md).
+
+  Args:
+    ratio: how much larger than its average a norm may be, > 0.
+    decay: weight of the past in the average, between 0 and 1.
+    warmup_steps: finite steps under the global rule, >= 0.
+    max_norm: threshold of the global rule, >= 0; inf for none.
+
+  Returns:
+    A `Rule` with an `EmaRatioState`.
+
+  Raises:
+    ValueError: if an argument is out of its range.
+    TypeError: if one is no Python number.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> rule = clipjax.rules.ema_ratio(1.5, decay=0.9, warmup_steps=1, max_norm=10.0)
+    >>> tx = clipjax.clip_by_leaf_norm(rule)
+    >>> state = tx.init([jnp.zeros(1), jnp.zeros(1)])
+    >>> for g in ([1.0, 2.0], [4.0, 2.0]):
+    ...   clipped, state = tx.update([jnp.array([x]) for x in g], state)
+    >>> print(clipped[0], clipped[1])
+    [1.5] [2.]
+
+  References:
+    Wang et al., AdaGC: improving training stability for large language model pretraining, 2025,
+    https://arxiv.org/abs/2502.11034; algorithm 1.
+  """
+  check_number(ratio, "ratio", 0, math.inf, open_low=True)
+  check_number(decay, "decay", 0, 1)
+  check_whole(warmup_steps, "warmup_steps", 0)
+  check_number(max_norm, "max_norm", 0, math.inf)
+
+  def init(shape: tuple[int, ...], dtype: Any) -> EmaRatioState:
+    return EmaRatioState(jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+  def update(
+    norms: jax.Array, state: EmaRatioState, *, global_norm: jax.Array
+  ) -> tuple[jax.Array, jax.Array, EmaRatioState]:
+    most, past = jnp.asarray(max_norm, norms.dtype), jnp.asarray(decay, norms.dtype)
+    warm = state.seen < warmup_steps
+    over = global_norm > most
+    # A zero norm is under every limit, so 0 for its limit clips nothing.
+    most = jnp.where(over, most, 1)
+    global_limit = jnp.where(over, divide(norms, jnp.where(over, global_norm, 1)) * most, jnp.inf)
+    has_ema = state.ema > 0
+    limit = jnp.where(warm | ~has_ema, global_limit, jnp.asarray(ratio, norms.dtype) * state.ema)
+    kept = jnp.minimum(norms, limit)
+    lowest = jnp.where(has_ema & (kept > 0), jnp.minimum(state.ema, kept), jnp.where(has_ema, state.ema, kept))
+    moved = jnp.where(has_ema, past * state.ema + (1 - past) * kept, kept)
+    ema = jnp.where(warm, lowest, moved)
+    return limit, limit, EmaRatioState(ema, jnp.minimum(state.seen + 1, warmup_steps))
+
+  return Rule(init, update)

@@ -1,0 +1,48 @@
+"""The last norms, for a rule with a window. Only finite norms get here: a nonfinite step changes no state of a rule."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export, lax
+
+
+class Ring(NamedTuple):
+  """The last norms, for a rule with a window.
+
+  Attributes:
+    values: shape (window, *shape of the norms), in the order of writing, which wraps.
+    next: int32, shape (): the row to write next.
+    filled: int32, shape (): the rows written so far, at most `window`.
+  """
+
+  values: jax.Array
+  next: jax.Array
+  filled: jax.Array
+
+  @classmethod
+  def empty(cls, window: int, shape: tuple[int, ...], dtype: Any) -> "Ring":
+    """A ring of no norms."""
+    return cls(jnp.zeros((window, *shape), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+  def push(self, norms: jax.Array) -> "Ring":
+    """The ring with one row more, or the oldest one replaced."""
+    window = self.values.shape[0]
+    return Ring(
+      lax.dynamic_update_index_in_dim(self.values, norms, self.next, 0),
+      (self.next + 1) % window,
+      jnp.minimum(self.filled + 1, window),
+    )
+
+  @property
+  def is_filled(self) -> jax.Array:
+    """Which rows hold a norm, shape (window, 1, ...)."""
+    rows = jnp.arange(self.values.shape[0], dtype=jnp.int32) < self.filled
+    return rows.reshape(-1, *(1,) * (self.values.ndim - 1))
+
+  def or_else(self, filler: float) -> jax.Array:
+    """The values, with a filler in the rows that hold none."""
+    return jnp.where(self.is_filled, self.values, filler)
+
+
+export.register_namedtuple_serialization(Ring, serialized_name="clipjax.rules.Ring")

@@ -1,0 +1,169 @@
+"""From norms and limits to clipped leaves: the factor of each block, the product, the clamp, and their derivatives.
+
+A leaf at or under its limit keeps its bits; another is multiplied in float32 (float64 for float64 leaves), and rounded
+once. No product leaves the range of the numbers on the way: where a factor is too small for its dtype, an exact power
+of two comes first. In a step that is not finite every norm, and so every factor, is NaN.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from clipjax.arithmetic import by_parts, divide, quotient, upcast
+
+
+class Limits(NamedTuple):
+  """What holds for one block of leaves, each of shape (), or of one that broadcasts against its leaf.
+
+  Attributes:
+    norm: the measured norm plus `eps`; NaN in a step that is not finite.
+    limit: the norm above which the block is rescaled.
+    target: the norm that it is rescaled to.
+  """
+
+  norm: jax.Array
+  limit: jax.Array
+  target: jax.Array
+
+  @classmethod
+  def of(cls, norm: jax.Array, limit: jax.Array, target: jax.Array, bad: jax.Array, eps: Any = 0.0) -> "Limits":
+    """What holds under a limit and a target that a rule gave, of which the target may be any number."""
+    if target is not limit:
+      # Where the norm is not above the limit the target has no meaning, and `eps` can still ask for it.
+      target = jnp.where(norm > limit, jnp.clip(target, 0, limit), limit)
+    if not (isinstance(eps, float) and eps == 0.0):
+      norm = norm + jnp.asarray(eps).astype(norm.dtype)
+    # Without a NaN on the way, at which `jax_debug_nans` would stop where there is no jit.
+    return cls(
+      lax.select(jnp.broadcast_to(bad, norm.shape), np.full(norm.shape, np.nan, norm.dtype), norm), limit, target
+    )
+
+  @property
+  def kept(self) -> jax.Array:
+    """Whether the block stays as it is: its norm is at or under the limit, and not NaN."""
+    return self.norm <= self.limit
+
+
+def scale_of(limits: Limits) -> jax.Array:
+  """The factor `min(1, target / norm)` where the norm is above the limit, else 1; NaN of a NaN; element by element."""
+  kept = limits.kept
+  return quotient(jnp.where(kept, 1, limits.target), jnp.where(kept, 1, limits.norm))
+
+
+def norm_after(norms: jax.Array, limits: Limits) -> jax.Array:
+  """The norm that is left: not `norm * scale`, which is 0 where the scale is subnormal. Element by element."""
+  kept = limits.kept
+  share = quotient(jnp.where(kept, 1, norms), jnp.where(kept, 1, limits.norm))  # Below 1 by `eps`.
+  return jnp.where(kept, norms, jnp.where(kept, 0, limits.target) * share)
+
+
+# Rescaling -----------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def rescale(block_of: tuple[int, ...], leaves: Sequence[Any], limits: Sequence[Limits]) -> list[jax.Array]:
+  """Each leaf times the factor of its block.
+
+  Args:
+    block_of: the block of each leaf; static.
+    leaves: the measured leaves.
+    limits: what holds for each block.
+  """
+  xs = [jnp.asarray(x) for x in leaves]
+  dtypes = [upcast(x).real.dtype for x in xs]
+  # One set of factors for each block and dtype: leaves of one block share them.
+  factors = {key: factors_of(limits[key[0]], key[1]) for key in zip(block_of, dtypes, strict=True)}
+  return [_multiplied(x, *factors[b, dtype]) for x, b, dtype in zip(xs, block_of, dtypes, strict=True)]
+
+
+rescale_jit = jax.jit(rescale, static_argnums=0, inline=True)
+
+
+def factors_of(
+  limits: Limits, dtype: Any, divide: Callable[[jax.Array, jax.Array], jax.Array] = jnp.divide
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`(kept, shrink, factor)`: a leaf that is not kept becomes `(x * shrink) * factor`.
+
+  A factor below the least normal number of the leaf's dtype would be flushed to zero: then that number, an exact power
+  of two, comes first. What it flushes of the leaf is below it in the answer too. With a norm up to 1 the target would
+  be subnormal before the factor is. A factor of NaN makes every entry NaN. Where a leaf is kept the factor is 0,
+  since `checkify` looks at the product: `inf * 0` of an infinite target would be NaN. What does not depend on the norm
+  comes first: XLA's time to compile a clip of each leaf grows with the operations that follow it.
+  """
+  norm, _, target = limits
+  tiny = float(jnp.finfo(dtype).tiny)
+  finite = jnp.minimum(target, jnp.finfo(norm.dtype).max)
+  far = jnp.maximum(target / tiny, 1)
+  shrink = lax.select(norm > far, jnp.full_like(norm, tiny), jnp.ones_like(norm))
+  return limits.kept, shrink, divide(finite, jnp.where(limits.kept, jnp.inf, norm * shrink))
+
+
+def safe_factors_of(limits: Limits, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """`(shrink, factor)` of `factors_of`, but a factor of 1, and finite derivatives, where a leaf is kept."""
+  kept = limits.kept
+  norm, target = jnp.where(kept, 1, limits.norm), jnp.where(kept, 1, limits.target)
+  _, shrink, factor = factors_of(Limits(norm, jnp.zeros_like(norm), target), dtype, quotient)
+  return shrink, factor
+
+
+def times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
+  """The product with real factors, from left to right, in the dtype of the array."""
+
+  def product(part: jax.Array) -> jax.Array:
+    for factor in factors:
+      part = part * factor.astype(part.dtype)
+    return part
+
+  return by_parts(product, wide)
+
+
+def _multiplied(x: jax.Array, kept: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
+  """The same bits where kept, else `(x * shrink) * factor`, with one rounding at the end."""
+  return jnp.where(kept, x, times(upcast(x), shrink, factor).astype(x.dtype))
+
+
+@rescale.defjvp
+def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
+  (leaves, limits), (dleaves, dlimits) = primals, tangents
+  out = []
+  for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
+    dy = change(upcast(x), upcast(dx), limits[b], dlimits[b])
+    out.append(jnp.where(limits[b].kept, dx, dy.astype(dx.dtype)))
+  return rescale(block_of, leaves, limits), out
+
+
+def change(x: jax.Array, dx: jax.Array, block: Limits, dblock: Limits) -> jax.Array:
+  """How `x t / n` changes with x, n and t: `(t / n) (dx - (x / n) dn) + (x / n) dt`, and dx where nothing is touched.
+
+  Written so, no product leaves the range of float32, which differentiating the factor does from n = 1e20 on, and from
+  1e-20 down.
+  """
+  shrink, factor = safe_factors_of(block, x.real.dtype)
+  clipped = block.norm > block.limit
+  norm = jnp.where(clipped, block.norm, 1).astype(x.real.dtype)
+  # Where nothing is clipped the product is not used, but its own derivative must not be inf.
+  unit = divide(by_parts(lambda part: jnp.where(clipped, part, 0), x), norm)
+  return times(dx - times(unit, dblock.norm), shrink, factor) + times(unit, dblock.target)
+
+
+# Clamping ------------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, inline=True)
+def clamp(leaves: Sequence[Any], max_value: Any) -> list[jax.Array]:
+  """Each leaf with its entries clipped to `[-max_value, max_value]`."""
+  limit = jnp.maximum(jnp.asarray(max_value).astype(jax.dtypes.canonicalize_dtype(np.float64)), 0)
+  return [_clamped(jnp.asarray(x), limit) for x in leaves]
+
+
+def _clamped(x: jax.Array, limit: jax.Array) -> jax.Array:
+  if x.dtype.itemsize == 1:  # A float8 may have no inf: a bound above its range would be NaN.
+    return _clamped(x.astype(jnp.float32), limit).astype(x.dtype)
+  bound = limit.astype(x.dtype)
+  # XLA on CPU makes 0 of a subnormal entry that it computes with, not of one that it passes on.
+  return jnp.where(jnp.abs(x) < bound, x, lax.clamp(-bound, x, bound))

@@ -1,0 +1,201 @@
+"""Adaptive gradient clipping: each unit of a leaf is clipped to a share of the norm of its parameters.
+
+A unit is what feeds one output: a column of a matrix, a filter of a convolution, a whole vector. It is the engine's
+flow with a norm for each unit instead of one for each leaf, and limits that come from the parameters.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from clipjax import checks, nonfinite
+from clipjax.groups import Labels
+from clipjax.mesh import varying_axes
+from clipjax.norms.derivatives import measure, vector_norm
+from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
+from clipjax.scaling import Limits, norm_after, scale_of
+from clipjax.transforms.engine import Clip, Decision, transformation
+from clipjax.transforms.state import ClipState
+from clipjax.trees import Prepared, measured_leaves
+
+Axis = int | tuple[int, ...] | None
+
+
+def adaptive_grad_clip(
+  clipping: ArrayLike = 0.01,
+  eps: ArrayLike = 1e-3,
+  *,
+  axis: Axis = None,
+  on_nonfinite: str = "propagate",
+  name: str = "grad",
+) -> optax.GradientTransformationExtraArgs:
+  """AGC: scales each unit of the updates down to `clipping * max(norm of its parameters, eps)`.
+
+  The units are Optax's: a scalar or vector is one; of rank 2 and 3 the columns (all but axis 0), of rank 4 and 5 the
+  last axis. A zero unit stays zero, a unit at or under its limit is bit-identical. Where any entry of the updates is
+  inf or NaN, or a norm of parameters is, `on_nonfinite` says what happens to every leaf.
+
+  Layers that are stacked for `lax.scan` have one axis more, which these rules take for something else: give `axis`,
+  the axes over which the norm of a unit is taken, or exempt them with `optax.masked`. Under plain jit on sharded arrays
+  all is right as it stands; inside `shard_map` a leaf that varies over a mesh axis is an error.
+
+  Args:
+    clipping: number or scalar array >= 0: the largest ratio of the norm of an update to that of its parameters.
+    eps: number or scalar array >= 0: the least norm of parameters, so that units that start at zero can learn.
+    axis: the axes that make up a unit, for every leaf; None takes the rule above.
+    on_nonfinite: "propagate", "zero" or "error", as in `clip_by_global_norm`.
+    name: first part of the keys of `clipjax.metrics`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`, whose `update` needs `params`. Its `ClipState` has, by leaf, the norm
+    before the clip, the smallest limit of a unit and the smallest factor.
+
+  Raises:
+    ValueError: for a negative or NaN Python number or an unknown policy; in `update`, without `params`, or with
+      others than the updates belong to, and for a leaf of rank above 5 without `axis`.
+    TypeError: for an `axis` that is not made of integers; in `update`, for an integer or bool leaf, with its path.
+    FloatingPointError: in an eager `update` with "error", for a step that is not finite.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> params, grads = jnp.array([[3.0, 0.3], [4.0, 0.4]]), jnp.array([[0.3, 0.3], [0.4, 0.4]])
+    >>> tx = clipjax.adaptive_grad_clip(0.1)
+    >>> updates, _ = tx.update(grads, tx.init(params), params)
+    >>> print(updates)
+    [[0.3  0.03]
+     [0.4  0.04]]
+
+  References:
+    Brock et al., High-performance large-scale image recognition without normalization, 2021,
+    https://arxiv.org/abs/2102.06171; section 4, equation 3.
+  """
+  remedy = "pass a ratio such as 0.01"
+  clipping = checks.check_threshold(clipping, "clipping", remedy=remedy)
+  eps = checks.check_eps(eps)
+  checks.check_policy(on_nonfinite)
+  axis = _checked_axis(axis)
+  label = partial(Labels.of, name=checks.check_name(name), unit="leaf")
+
+  def spec(prepared: Prepared, labels: Labels) -> NormSpec:
+    return _spec_of_units(prepared.measured, labels.leaves, axis)
+
+  def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
+    weights = _matching_params(prepared, params)
+    units = _spec_of_units(weights, state.labels.leaves, axis)
+    decision: Decision = _decide(units, on_nonfinite, measured.norms, weights, clipping, eps)
+    return decision
+
+  return transformation(
+    Clip(label, lambda labels: (), _check_no_rule, spec=spec, decide=decide, on_nonfinite=on_nonfinite)
+  )
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _decide(
+  units: NormSpec, policy: str, norms: Sequence[jax.Array], weights: Sequence[Any], clipping: Any, eps: Any
+) -> Decision:
+  """The limits of all units, from the norms of their parameters."""
+  dtype = norm_dtype()
+  share, least = (jnp.maximum(jnp.asarray(x).astype(dtype), 0) for x in (clipping, eps))
+  limits = [share * jnp.maximum(of_params, least) for of_params in measure(units, weights).norms]
+  limits = [jnp.where(share == jnp.inf, jnp.inf, limit) for limit in limits]  # Of parameters that are 0 too.
+
+  def of_leaves(values: Iterable[jax.Array]) -> jax.Array:
+    """The norms of leaves from those of their units, each of which counts once."""
+    return stack([vector_norm(v.ravel(), 2.0) for v in values], dtype)
+
+  by_leaf = of_leaves(norms)
+  norm = vector_norm(by_leaf, 2.0)
+  lowest = stack([jnp.min(limit, initial=jnp.inf) for limit in limits], dtype)
+  bad = nonfinite.is_bad(by_leaf, norm, limits=[lowest])
+  of_units = [Limits.of(n, limit, limit, bad) for n, limit in zip(norms, limits, strict=True)]
+  after = of_leaves(norm_after(n, unit) for n, unit in zip(norms, of_units, strict=True))
+  scale = stack([jnp.min(scale_of(unit), initial=1.0) for unit in of_units], dtype)
+  fields = {
+    "norm": norm,
+    "norm_clipped": nonfinite.number(policy, bad, vector_norm(after, 2.0)),
+    "max_norm": lowest,
+    "scale": nonfinite.number(policy, bad, scale),
+    "norms": by_leaf,
+    "clipped": (scale < 1).any(),
+    "rule": (),
+  }
+  return Decision(of_units, bad, fields)
+
+
+def _spec_of_units(leaves: Sequence[Any], names: Sequence[str], axis: tuple[int, ...] | None) -> NormSpec:
+  """What to measure where each unit has a norm of its own."""
+  for name, x in zip(names, leaves, strict=True):
+    if axes := varying_axes(x):
+      raise ValueError(
+        f"`updates` must not vary over mesh axes inside shard_map, got '{name}' varying over {list(axes)}: its type "
+        "does not say which of its axes are sharded. Clip outside, under plain jit."
+      )
+  over = tuple(_unit_axes(x, axis, name) for x, name in zip(leaves, names, strict=True))
+  return NormSpec(2.0, tuple((i,) for i in range(len(over))), ((),) * len(over), over)
+
+
+def _check_no_rule(state: ClipState) -> None:
+  if not isinstance(state.rule, tuple) or state.rule:
+    raise ValueError(
+      f"`state` must have no rule, as the one that `init` gave, got {checks.describe(state.rule)}: pass the state of "
+      "this transformation, or call `init` anew."
+    )
+
+
+def _unit_axes(x: Any, axis: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
+  """The axes over which the norm of a unit of this leaf is taken."""
+  shape = jnp.shape(x)
+  if axis is not None:
+    for a in axis:
+      if not -len(shape) <= a < len(shape):
+        raise ValueError(
+          f"`axis` must be within the rank of every leaf, got {a} for shape {shape} at '{name}': exempt that leaf with "
+          "`optax.masked`."
+        )
+    return tuple(sorted({a % len(shape) for a in axis}))
+  if sum(size != 1 for size in shape) <= 1:  # As in Optax, a vector stays one with axes of size 1 around it.
+    return tuple(range(len(shape)))
+  if len(shape) in (2, 3):
+    return (0,)
+  if len(shape) in (4, 5):
+    return tuple(range(len(shape) - 1))
+  raise ValueError(
+    f"`axis` must be given for leaves of rank above 5, got shape {shape} at '{name}': pass the axes that make up a "
+    "unit."
+  )
+
+
+def _matching_params(prepared: Prepared, params: Any) -> list[Any]:
+  """The parameters of the measured leaves."""
+  if params is None:
+    raise ValueError(
+      "`params` must be given to clip by the norm of parameters, got None: call update(grads, state, params)."
+    )
+  weights = measured_leaves(params)
+  if [jnp.shape(w) for w in weights] == [jnp.shape(x) for x in prepared.measured]:
+    return weights
+  names = prepared.names()
+  ours, theirs = ([jnp.shape(x) for x in v] for v in (prepared.measured, weights))
+  where = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+  at = f" from '{names[where]}' on" if where < len(names) else ""
+  raise ValueError(
+    f"`params` must have the floating leaves of `updates`, got {len(weights)} leaves for {len(names)}, which "
+    f"differ{at}: pass the parameters that the updates belong to."
+  )
+
+
+def _checked_axis(axis: Any) -> tuple[int, ...] | None:
+  if axis is None:
+    return None
+  axes = axis if isinstance(axis, tuple | list) else (axis,)
+  for a in axes:
+    if isinstance(a, bool) or not isinstance(a, int):
+      remedy = f"pass Python integers; {checks.STATIC_ARGS_REMEDY}" if isinstance(a, jax.Array) else "pass integers"
+      raise TypeError(f"`axis` must be an integer or a tuple of them, got {checks.describe(a)}: {remedy}.")
+  return tuple(axes)

@@ -1,0 +1,253 @@
+"""Clips by norm: of all leaves together, of each leaf, of each group, and by the root mean square of a leaf."""
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from clipjax.checks import STATIC_ARGS_REMEDY, check_name, check_track, describe
+from clipjax.groups import Labels
+from clipjax.norms.sums import stack
+from clipjax.rules.base import Rule, as_rule, ask
+from clipjax.transforms.engine import MaxNorm, clip_by_rule
+
+
+def clip_by_global_norm(
+  max_norm: MaxNorm,
+  ord: float | None = None,
+  *,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+  name: str = "grad",
+  track: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+  """Scales updates down to a global norm: `g * min(1, max_norm / (norm + eps))`, the norm taken over all leaves.
+
+  With `eps=0` every leaf is bit-identical where `norm <= max_norm`, and 0 stays 0 for every `max_norm`, 0 included.
+  `max_norm=inf` only measures. 16-bit leaves are multiplied in float32 and rounded once. Where the norm is inf, NaN or
+  above the largest float32, or the threshold is NaN, `on_nonfinite` says what happens; the step is counted.
+
+  Args:
+    max_norm: number or scalar array >= 0, schedule `count -> number`, or `clipjax.rules.Rule`.
+    ord: order of the norm, 2 when None; 1, `jnp.inf` or any p > 0.
+    eps: added to the norm; `1e-6` gives the factor of torch.
+    on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit "error" is a
+      check that the caller turns on with two lines, `err, out = jax.jit(checkify.checkify(step))(...)` and
+      `err.throw()`, `checkify` being `jax.experimental.checkify`.
+    axis_name: as in `global_norm`; not needed under jit or in `shard_map` with its checks on.
+    name: first part of the keys of `clipjax.metrics`.
+    track: False keeps `optax.EmptyState()` instead of statistics, so that checkpoints of `optax.clip_by_global_norm`
+      still restore; for a number or an array only.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`: read it with `clipjax.metrics`.
+
+  Raises:
+    ValueError: for a negative or NaN Python number, an `ord` not above 0, an unknown policy, `track=False` with a
+      schedule or rule; in `update`, for another number of leaves than `init` saw.
+    TypeError: for an `ord` that is no Python number; in `update`, for an integer or bool leaf, with its path.
+    FloatingPointError: in an eager `update` with "error", for a norm that is not finite.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, clipjax
+    >>> tx = optax.chain(clipjax.clip_by_global_norm(5.0), optax.sgd(1.0))
+    >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+    >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> print(updates["w"], updates["b"])
+    [-1.1538461 -1.5384616] [-4.6153846]
+    >>> print(clipjax.metrics(state)["grad/norm"])
+    13.0
+
+  References:
+    Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
+    https://arxiv.org/abs/1211.5063; algorithm 1.
+  """
+  label = partial(Labels.of, name=check_name(name), unit="global")
+  check_track(track, max_norm)
+  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  return clip_by_rule(max_norm, "max_norm", label, ord=ord, **options)
+
+
+def clip_by_leaf_norm(
+  max_norm: MaxNorm,
+  ord: float | None = None,
+  *,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+  name: str = "grad",
+  track: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+  """Scales each leaf down to a norm of its own: `g_i * min(1, max_norm / (norm_i + eps))`.
+
+  0, inf and NaN as in `clip_by_global_norm`; a norm of any leaf that is not finite is a step that is not finite, for
+  every leaf.
+
+  Args:
+    max_norm: as in `clip_by_global_norm`; one number for all leaves. A rule sees the norms as a vector.
+    ord: as in `clip_by_global_norm`.
+    eps: as in `clip_by_global_norm`.
+    on_nonfinite: as in `clip_by_global_norm`.
+    axis_name: as in `clip_by_global_norm`.
+    name: as in `clip_by_global_norm`.
+    track: as in `clip_by_global_norm`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `ClipState`; `metrics(state, per_leaf=True)` has every norm.
+
+  Raises:
+    ValueError: as in `clip_by_global_norm`.
+    TypeError: as in `clip_by_global_norm`.
+    FloatingPointError: as in `clip_by_global_norm`.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+    >>> tx = clipjax.clip_by_leaf_norm(1.0)
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> print(updates["w"], updates["b"])
+    [0.6 0.8] [0.5]
+
+  References:
+    `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm, does this to one tensor.
+  """
+  label = partial(Labels.of, name=check_name(name), unit="leaf")
+  check_track(track, max_norm)
+  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  return clip_by_rule(max_norm, "max_norm", label, ord=ord, **options)
+
+
+def clip_by_group_norm(
+  max_norm: MaxNorm | Mapping[Hashable, MaxNorm | None],
+  groups: Callable[[str, Any], Hashable] | Any,
+  *,
+  ord: float | None = None,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+  name: str = "grad",
+  track: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+  """Scales each group of leaves down to a norm of its own: `g_i * min(1, max_norm / (norm_of_its_group + eps))`.
+
+  0, inf and NaN as in `clip_by_global_norm`; a norm of any group that is not finite is a step that is not finite, for
+  every leaf, exempt ones included.
+
+  Args:
+    max_norm: as in `clip_by_global_norm`, for all groups, or a dict of these by label, in which None exempts a group.
+    groups: `(path, leaf) -> label`, the path being the leaf's name such as "encoder/w", or a tree of labels of the
+      structure of the parameters. Under `optax.inject_hyperparams` name it in `static_args`.
+    ord: as in `clip_by_global_norm`.
+    eps: as in `clip_by_global_norm`.
+    on_nonfinite: as in `clip_by_global_norm`.
+    axis_name: as in `clip_by_global_norm`.
+    name: as in `clip_by_global_norm`.
+    track: as in `clip_by_global_norm`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `ClipState`; its metrics have `<name>/norm/<label>` and
+    `<name>/scale/<label>`.
+
+  Raises:
+    ValueError: as in `clip_by_global_norm`; in `init`, for a label without a threshold and a threshold without leaves.
+    TypeError: as in `clip_by_global_norm`; for `groups` that is an array.
+    FloatingPointError: as in `clip_by_global_norm`.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> grads = {"body/w": jnp.array([3.0]), "body/b": jnp.array([4.0]), "head": jnp.array([100.0])}
+    >>> tx = clipjax.clip_by_group_norm({"body": 1.0, "head": None}, lambda path, leaf: path.split("/")[0])
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> print(updates["body/w"], updates["body/b"], updates["head"])
+    [0.6] [0.8] [100.]
+    >>> print(clipjax.metrics(state)["grad/norm/body"])
+    5.0
+  """
+  if groups is None or isinstance(groups, jax.Array | np.generic | int | float):
+    raise TypeError(
+      f"`groups` must be a function (path, leaf) -> label or a tree of labels, got {describe(groups)}: "
+      f"pass it as the second argument; {STATIC_ARGS_REMEDY}."
+    )
+  known = None
+  rule = max_norm
+  if isinstance(max_norm, Mapping):
+    if None in max_norm:
+      raise TypeError("labels of groups must be strings, got a NoneType in `max_norm`: pass strings.")
+    known = tuple(map(str, max_norm))
+    if len(set(known)) < len(known):
+      raise ValueError(f"labels of groups must differ as strings, got {list(max_norm)} in `max_norm`: rename one.")
+    rule = _by_label({str(key): value for key, value in max_norm.items()})
+  label = partial(Labels.by_group, name=check_name(name), groups=groups, known=known)
+  check_track(track, *(max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]))
+  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  return clip_by_rule(rule, "max_norm", label, ord=ord, **options)
+
+
+def clip_by_block_rms(
+  max_rms: MaxNorm,
+  *,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+  name: str = "grad",
+  track: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+  """Scales each leaf down to a root mean square: `g_i * min(1, max_rms / (rms_i + eps))`, `rms_i = sqrt(mean(g_i^2))`.
+
+  0, inf and NaN as in `clip_by_leaf_norm`; the rms of an empty leaf is 0. Same result as
+  `optax.clip_by_block_rms(max_rms)`. After a `scale_by_*` it is the update clipping of Adafactor.
+
+  Args:
+    max_rms: number or scalar array >= 0, schedule, or rule; a rule sees the rms of the leaves as a vector.
+    eps: as in `clip_by_global_norm`, added to the rms.
+    on_nonfinite: as in `clip_by_global_norm`.
+    axis_name: as in `clip_by_global_norm`.
+    name: as in `clip_by_global_norm`.
+    track: as in `clip_by_global_norm`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with a `ClipState`, whose `norms` and `max_norm` are in units of rms.
+
+  Raises:
+    ValueError: as in `clip_by_global_norm`.
+    TypeError: as in `clip_by_global_norm`.
+    FloatingPointError: as in `clip_by_global_norm`.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> tx = clipjax.clip_by_block_rms(1.0)
+    >>> updates, _ = tx.update(jnp.array([2.0, -2.0, 2.0, -2.0]), tx.init(jnp.zeros(4)))
+    >>> print(updates)
+    [ 1. -1.  1. -1.]
+
+  References:
+    Shazeer and Stern, Adafactor: adaptive learning rates with sublinear memory cost, 2018,
+    https://arxiv.org/abs/1804.04235; section 6, update clipping.
+  """
+  label = partial(Labels.of, name=check_name(name), unit="leaf")
+  check_track(track, max_rms)
+  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  return clip_by_rule(max_rms, "max_rms", label, rms=True, **options)
+
+
+def _by_label(thresholds: Mapping[str, Any]) -> Rule:
+  """The rule that applies one rule to each group; None never clips."""
+  each = [as_rule(math.inf if value is None else value, f"max_norm['{key}']") for key, value in thresholds.items()]
+
+  def init(shape: tuple[int, ...], dtype: Any) -> Any:
+    del shape
+    return tuple(rule.init((), dtype) for rule in each)
+
+  def update(norms: jax.Array, state: Any, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    outs = [ask(rule, norms[i], state[i], global_norm) for i, rule in enumerate(each)]
+    limits, targets, states = zip(*outs, strict=True)
+    return stack(limits, norms.dtype), stack(targets, norms.dtype), states
+
+  return Rule(init, update)

@@ -1,0 +1,190 @@
+"""The one engine of clipping: prepare -> measure -> decide -> scale -> next state.
+
+`prepare` takes the updates apart and checks them. `measure` reads them once, for the norm of each block of leaves: all
+of them, a group, or one. `decide` asks for the limits, `scale` multiplies, and the state keeps what was measured. What
+distinguishes one clip from another is how it measures, decides and scales: a `Clip`. The usual ways stand below;
+`clip_by_value` and AGC have their own.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from clipjax import checks, nonfinite
+from clipjax.groups import Labels
+from clipjax.mesh import axes_size, check_axis_name
+from clipjax.norms.derivatives import measure_jit, vector_norm
+from clipjax.norms.sums import Measured, NormSpec, norm_dtype
+from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where
+from clipjax.scaling import Limits, norm_after, rescale_jit, scale_of
+from clipjax.transforms.state import ClipState, check_state, empty_state, next_state
+from clipjax.trees import Prepared, prepare
+
+MaxNorm: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike] | Rule
+
+
+class Decision(NamedTuple):
+  """What a step comes to, before anything is scaled.
+
+  Attributes:
+    limits: what holds for each block.
+    bad: shape (), bool: the step is not finite.
+    fields: of the next state.
+  """
+
+  limits: list[Limits]
+  bad: jax.Array
+  fields: dict[str, Any]
+
+
+class _Decide(Protocol):
+  def __call__(self, prepared: Prepared, measured: Measured, state: ClipState, params: Any, /) -> Decision: ...
+
+
+class Clip(NamedTuple):
+  """What distinguishes one clip from another.
+
+  Attributes:
+    label: `(tree) -> Labels`, which leaves share a norm.
+    init_rule: `(labels) -> state` of its rule.
+    check_rule: raises for the state of another rule.
+    spec: `(prepared, labels) -> NormSpec`, what to measure.
+    decide: from what was measured, to limits and the fields of the next state.
+    scale: `(block_of, leaves, limits) -> leaves`.
+    on_nonfinite: the policy.
+    axis_name: mesh axes.
+  """
+
+  label: Callable[[Any], Labels]
+  init_rule: Callable[[Labels], Any]
+  check_rule: Callable[[ClipState], None]
+  spec: Callable[[Prepared, Labels], NormSpec]
+  decide: _Decide
+  scale: Callable[..., list[jax.Array]] = rescale_jit
+  on_nonfinite: str = "propagate"
+  axis_name: Any = None
+
+
+def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformationExtraArgs:
+  """The transformation of a clip; without `track` it keeps no state."""
+  check_axis_name(clip.axis_name)
+  unlabelled = clip.label(())
+
+  def init(params: optax.Params) -> ClipState:
+    labels = clip.label(params)
+    return empty_state(labels, clip.init_rule(labels))
+
+  def update(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+  ) -> tuple[optax.Updates, Any]:
+    del extra_args
+    if track:
+      check_state(state, unlabelled)
+      clip.check_rule(state)
+    now: ClipState = state if track else init(updates)
+    # Prepare: the leaves, their mesh axes, and whether they are those that `init` saw.
+    prepared = prepare(updates, "updates", axis_name=clip.axis_name, known=now.labels.leaves, params=params)
+    # Measure: one read of each leaf.
+    measured = measure_jit(clip.spec(prepared, now.labels), prepared.measured)
+    # Decide: the rule answers with a limit for each block.
+    decision = clip.decide(prepared, measured, now, params)
+    # Scale: each leaf by the factor of its block, or as the policy for a nonfinite step has it.
+    scaled = clip.scale(now.labels.block_of, prepared.measured, decision.limits)
+    settled = nonfinite.settle(clip.on_nonfinite, prepared, scaled, decision.bad, decision.fields["norm"])
+    # Next state: what was measured, and the counters.
+    after = next_state(now, bad=decision.bad, first_bad=measured.first_bad, **decision.fields) if track else state
+    return prepared.with_measured(settled), after
+
+  return optax.GradientTransformationExtraArgs(init if track else optax.init_empty_state, update)
+
+
+def clip_by_rule(
+  threshold: Any,
+  argument: str,
+  label: Callable[[Any], Labels],
+  *,
+  ord: float | None = None,
+  rms: bool = False,
+  track: bool = True,
+  eps: ArrayLike = 0.0,
+  on_nonfinite: str = "propagate",
+  axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  """The clip of norms whose limits a rule gives; with `rms` norms are divided by the root of the number of entries."""
+  rule = as_rule(threshold, argument)
+  p = checks.check_ord(ord, for_clip=True)
+  checks.check_policy(on_nonfinite)
+  eps = checks.check_eps(eps)
+
+  def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
+    del params
+    is_global = state.labels.unit == "global"
+    block_norms, norms = measured.norms, measured.norms[0] if is_global else measured.vector
+    global_norm = norms if is_global else vector_norm(norms, p)
+    if rms:
+      roots = _root_sizes(prepared)
+      block_norms = tuple(n / r for n, r in zip(block_norms, roots, strict=True))
+      norms = norms / jnp.asarray(roots, norms.dtype)
+    limit, target, rule_state = asked(rule, norms, state.rule, global_norm)
+    bad = nonfinite.is_bad(norms, global_norm, limits=[limit] if target is limit else [limit, target])
+    per_block = [Limits.of(n, _item(limit, b), _item(target, b), bad, eps) for b, n in enumerate(block_norms)]
+    if is_global:
+      whole = per_block[0]
+    else:
+      spread = jnp.broadcast_to(limit, norms.shape)
+      whole = Limits.of(norms, spread, spread if target is limit else target, bad, eps)
+    after = norm_after(norms, whole)
+    if rms:
+      after = after * jnp.asarray(roots, after.dtype)
+    fields = {
+      "norm": global_norm,
+      "norm_clipped": nonfinite.number(on_nonfinite, bad, after if is_global else vector_norm(after, p)),
+      "max_norm": whole.limit,
+      "scale": nonfinite.number(on_nonfinite, bad, scale_of(whole)),
+      "norms": state.norms if is_global else norms,
+      "clipped": (whole.norm > whole.limit).any(),
+      "rule": keep_where(bad, state.rule, rule_state),
+    }
+    return Decision(per_block, bad, fields)
+
+  return transformation(
+    Clip(label, **of_rule(rule), spec=spec_of_blocks(p), decide=decide, on_nonfinite=on_nonfinite, axis_name=axis_name),
+    track,
+  )
+
+
+def of_rule(rule: Rule) -> dict[str, Any]:
+  """What a clip does with the state of its rule."""
+  state_check = StateCheck(rule, "rule")
+  return {
+    "init_rule": lambda labels: rule.init(labels.shape, norm_dtype()),
+    "check_rule": lambda state: state_check.check(state.rule, state.labels.shape),
+  }
+
+
+def spec_of_blocks(p: float) -> Callable[[Prepared, Labels], NormSpec]:
+  """What to measure where each block has one norm."""
+  return lambda prepared, labels: NormSpec(p, labels.blocks, prepared.axes)
+
+
+def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+  """What the rule answers, its limit not below 0; limit and target stay one array where they are one."""
+  limit, target, new = ask(rule, norms, state, global_norm)
+  least = jnp.maximum(limit, 0)
+  return least, least if target is limit else target, new
+
+
+def _root_sizes(prepared: Prepared) -> list[float]:
+  """What turns the rms of each leaf into its norm."""
+  sizes = (jnp.size(x) * axes_size(axes) for x, axes in zip(prepared.measured, prepared.axes, strict=True))
+  return [math.sqrt(max(size, 1)) for size in sizes]
+
+
+def _item(value: jax.Array, b: int) -> jax.Array:
+  """The value for a block. One value for all stays a scalar: a slice for each leaf takes XLA long to compile."""
+  return value if value.ndim == 0 else value[b]

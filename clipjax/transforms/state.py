@@ -1,0 +1,92 @@
+"""What a clip keeps between steps, and how it moves on."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import export
+
+from clipjax import checks
+from clipjax.groups import Labels
+from clipjax.norms.sums import norm_dtype
+
+
+class ClipState(NamedTuple):
+  """What a clip has seen; one structure from `init` on. n is the number of groups or leaves, 0 for a global clip.
+
+  Norms are float32, or float64 when x64 is enabled, whatever the dtypes of the gradients.
+
+  Attributes:
+    norm: shape (): global norm of the last gradient, before the clip.
+    norm_clipped: shape (): global norm after the clip.
+    max_norm: shape () for a global clip, else (n,): the limit in force at the last step.
+    scale: shape of `max_norm`: the factor that the gradient was multiplied with.
+    norms: shape (n,): norm of each group or leaf (rms for `clip_by_block_rms`), before the clip; () for a global clip.
+    steps: int32, shape (): updates so far.
+    clipped_steps: int32, shape (): those of them in which anything was clipped.
+    nonfinite_steps: int32, shape (): those of them whose norm, or threshold, was not finite.
+    finite: bool, shape (): whether the last step was finite.
+    nonfinite_leaf: int32, shape (): at a step that was not finite, the first leaf with a NaN, or without any, with an
+      inf or a sum of squares that overflowed; -1 for none.
+    rule: the state of the rule.
+    labels: names of leaves and groups; static, no arrays.
+  """
+
+  norm: jax.Array
+  norm_clipped: jax.Array
+  max_norm: jax.Array
+  scale: jax.Array
+  norms: jax.Array | tuple[()]
+  steps: jax.Array
+  clipped_steps: jax.Array
+  nonfinite_steps: jax.Array
+  finite: jax.Array
+  nonfinite_leaf: jax.Array
+  rule: Any
+  labels: Labels
+
+
+export.register_namedtuple_serialization(ClipState, serialized_name="clipjax.ClipState")
+
+
+def empty_state(labels: Labels, rule: Any) -> ClipState:
+  """The state before the first step."""
+  shape, dtype = labels.shape, norm_dtype()
+  # Every field is an array of its own: a step that donates its state may donate no buffer twice.
+  return ClipState(
+    norm=jnp.zeros((), dtype),
+    norm_clipped=jnp.zeros((), dtype),
+    max_norm=jnp.full(shape, jnp.inf, dtype),
+    scale=jnp.ones(shape, dtype),
+    norms=jnp.zeros(shape, dtype) if shape else (),  # Orbax saves no arrays of size 0.
+    steps=jnp.zeros((), jnp.int32),
+    clipped_steps=jnp.zeros((), jnp.int32),
+    nonfinite_steps=jnp.zeros((), jnp.int32),
+    finite=jnp.ones((), jnp.bool_),
+    nonfinite_leaf=jnp.full((), -1, jnp.int32),
+    rule=rule,
+    labels=labels,
+  )
+
+
+def next_state(
+  state: ClipState, *, clipped: jax.Array, bad: jax.Array, first_bad: jax.Array, **fields: Any
+) -> ClipState:
+  """The state after a step that was clipped, or not finite (`bad`), or neither; the counters stop at their largest."""
+  clipped_steps, nonfinite_steps = state.clipped_steps, state.nonfinite_steps
+  return state._replace(
+    steps=optax.safe_increment(state.steps),
+    clipped_steps=jnp.where(clipped & ~bad, optax.safe_increment(clipped_steps), clipped_steps),
+    nonfinite_steps=jnp.where(bad, optax.safe_increment(nonfinite_steps), nonfinite_steps),
+    finite=~bad,
+    nonfinite_leaf=jnp.where(bad, first_bad, -1).astype(jnp.int32),
+    **fields,
+  )
+
+
+def check_state(state: Any, unlabelled: Labels) -> None:
+  """Raises where `update` is given the state of something else; `unlabelled` are the labels of no leaves."""
+  or_else = ", or `track=False` to go on with a checkpoint of optax.clip_by_global_norm"
+  checks.check_state(state, ClipState, or_else=or_else)
+  state.labels.check_state(unlabelled, state.norms)
