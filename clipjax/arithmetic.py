@@ -1,10 +1,11 @@
-"""Quotients, roots and powers that stay in range, and whose derivatives are right wherever they are themselves.
+"""Quotients, roots, powers and norms of vectors that stay in range, with derivatives that are right wherever they are.
 
 Also the two looks at a leaf that sums, derivatives and scaling share: `upcast`, and the real parts of a complex array.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -85,3 +86,49 @@ def _reciprocal(n: jax.Array) -> jax.Array:
 def _reciprocal_jvp(primals: Any, tangents: Any) -> Any:
   inverse = _reciprocal(*primals)
   return inverse, -(inverse * tangents[0]) * inverse
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def vector_norm(norms: jax.Array, p: float) -> jax.Array:
+  """The p-norm of p-norms, shape (n,): rescaled by the largest, so right at every magnitude, with its derivative."""
+  if p in (0, 1):  # For 0 they are counts.
+    return jnp.sum(norms)
+  if math.isinf(p):
+    return jnp.max(norms, initial=0.0) if p > 0 else jnp.min(norms, initial=math.inf)
+  largest = jnp.max(norms, initial=0.0)
+  usable = (largest >= jnp.finfo(norms.dtype).tiny) & (largest < jnp.inf)  # False for NaN too.
+  return largest * root(jnp.sum(power(divide(norms, jnp.where(usable, largest, 1)), p)), p)
+
+
+@vector_norm.defjvp
+def _vector_norm_jvp(p: float, primals: Any, tangents: Any) -> Any:
+  (norms,), (dnorms,) = primals, tangents
+  norm = vector_norm(norms, p)
+  change = direction(norms, norm, p)
+  if math.isinf(p):
+    change = change / lax.stop_gradient(jnp.maximum(jnp.sum(change), 1))
+  return norm, jnp.sum(change * dnorms)
+
+
+def direction(x: jax.Array, norm: jax.Array, p: float) -> jax.Array:
+  """The derivative of the p-norm in each entry, 0 at norm 0; for inf and -inf the sign of every extreme entry."""
+  n = norm.astype(x.real.dtype)
+  usable = n > 0
+  if p == 2:
+    return divide(by_parts(lambda part: jnp.where(usable, part, 0), x), jnp.where(usable, n, 1))
+  if p == 0:
+    return jnp.zeros_like(x)
+  magnitude = jnp.abs(x)
+  # Not `jnp.sign` of a complex number, whose derivative JAX takes for 0.
+  nonzero = magnitude > 0
+  sign = (
+    by_parts(lambda part: quotient(part, jnp.where(nonzero, magnitude, 1)), x) if jnp.iscomplexobj(x) else jnp.sign(x)
+  )
+  if p == 1:
+    return sign
+  if math.isinf(p):
+    return by_parts(lambda part: jnp.where(magnitude == n, part, 0), sign)
+  ratio = divide(magnitude, jnp.where(usable, n, 1))
+  nonzero = usable & (ratio > 0)
+  weight = jnp.where(nonzero, jnp.where(nonzero, ratio, 1) ** (p - 1), 0)
+  return by_parts(lambda part: part * weight, sign)

@@ -2,7 +2,7 @@
 
 A leaf at or under its limit keeps its bits; another is multiplied in float32 (float64 for float64 leaves), and rounded
 once. No product leaves the range of the numbers on the way: where a factor is too small for its dtype, an exact power
-of two comes first. In a step that is not finite every norm, and so every factor, is NaN.
+of two comes first. In a step that is not finite every factor is NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,9 @@ class Limits(NamedTuple):
   """What holds for one block of leaves, each of shape (), or of one that broadcasts against its leaf.
 
   Attributes:
-    norm: the measured norm plus `eps`; NaN in a step that is not finite.
-    limit: the norm above which the block is rescaled.
-    target: the norm that it is rescaled to.
+    norm: the measured norm plus `eps`.
+    limit: the norm above which the block is rescaled; below 0 in a step that is not finite.
+    target: the norm that it is rescaled to; NaN in a step that is not finite.
   """
 
   norm: jax.Array
@@ -38,14 +38,14 @@ class Limits(NamedTuple):
       target = jnp.where(norm > limit, jnp.clip(target, 0, limit), limit)
     if not (isinstance(eps, float) and eps == 0.0):
       norm = norm + jnp.asarray(eps).astype(norm.dtype)
-    # Without a NaN on the way, at which `jax_debug_nans` would stop where there is no jit.
-    return cls(
-      lax.select(jnp.broadcast_to(bad, norm.shape), np.full(norm.shape, np.nan, norm.dtype), norm), limit, target
-    )
+    # In a bad step no block is kept, and every target is NaN; without a NaN on the way, at which `jax_debug_nans` would
+    # stop where there is no jit.
+    nan = np.full(jnp.shape(target), np.nan, target.dtype)
+    return cls(norm, jnp.where(bad, -1, limit), lax.select(jnp.broadcast_to(bad, nan.shape), nan, target))
 
   @property
   def kept(self) -> jax.Array:
-    """Whether the block stays as it is: its norm is at or under the limit, and not NaN."""
+    """Whether the block stays as it is: its norm is at or under the limit."""
     return self.norm <= self.limit
 
 
@@ -84,6 +84,7 @@ def rescale(block_of: tuple[int, ...], leaves: Sequence[Any], limits: Sequence[L
 rescale_jit = jax.jit(rescale, static_argnums=0, inline=True)
 
 
+@partial(jax.jit, static_argnums=(1, 2))  # Traced and lowered once for all blocks.
 def factors_of(
   limits: Limits, dtype: Any, divide: Callable[[jax.Array, jax.Array], jax.Array] = jnp.divide
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -122,6 +123,7 @@ def times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
   return by_parts(product, wide)
 
 
+@jax.jit
 def _multiplied(x: jax.Array, kept: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
   """The same bits where kept, else `(x * shrink) * factor`, with one rounding at the end."""
   return jnp.where(kept, x, times(upcast(x), shrink, factor).astype(x.dtype))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from clipjax import mesh
-from clipjax.arithmetic import by_parts, divide, parts, quotient, upcast
+from clipjax.arithmetic import direction, parts, upcast
 from clipjax.norms import sums
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
 
@@ -45,7 +45,7 @@ def _measure_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
     by_leaf = mesh.all_reduce(list(summed), spec.axes)
     return [_block_sum([by_leaf[i] for i in block]) for block in spec.blocks]
 
-  directions = [_direction(upcast(x), measured.norms[block_of[i]], spec.ord) for i, x in enumerate(leaves)]
+  directions = [direction(upcast(x), measured.norms[block_of[i]], spec.ord) for i, x in enumerate(leaves)]
   dnorms = change([_real_product(g, upcast(dx)) for g, dx in zip(directions, dleaves, strict=True)])
   if math.isinf(spec.ord):  # Entries that tie for the extreme share its derivative.
     ties = [lax.stop_gradient(jnp.maximum(n, 1)) for n in change([jnp.abs(g) for g in directions])]
@@ -56,48 +56,6 @@ def _measure_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
 
 
 measure_jit: Callable[[NormSpec, Sequence[Any]], Measured] = jax.jit(measure, static_argnums=0, inline=True)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def vector_norm(norms: jax.Array, p: float) -> jax.Array:
-  """The p-norm of p-norms, shape (n,)."""
-  return sums.vector_norm(norms, p)
-
-
-@vector_norm.defjvp
-def _vector_norm_jvp(p: float, primals: Any, tangents: Any) -> Any:
-  (norms,), (dnorms,) = primals, tangents
-  norm = vector_norm(norms, p)
-  direction = _direction(norms, norm, p)
-  if math.isinf(p):
-    direction = direction / lax.stop_gradient(jnp.maximum(jnp.sum(direction), 1))
-  return norm, jnp.sum(direction * dnorms)
-
-
-def _direction(x: jax.Array, norm: jax.Array, p: float) -> jax.Array:
-  """The derivative of the p-norm in each entry, 0 at norm 0; for inf and -inf the sign of every extreme entry."""
-  n = norm.astype(x.real.dtype)
-  usable = n > 0
-  if p == 2:
-    return divide(by_parts(lambda part: jnp.where(usable, part, 0), x), jnp.where(usable, n, 1))
-  if p == 0:
-    return jnp.zeros_like(x)
-  magnitude = jnp.abs(x)
-  # Not `jnp.sign` of a complex number, whose derivative JAX takes for 0.
-  nonzero = magnitude > 0
-  sign = by_parts(lambda part: quotient(part, jnp.where(nonzero, magnitude, 1)), x) if _is_complex(x) else jnp.sign(x)
-  if p == 1:
-    return sign
-  if math.isinf(p):
-    return by_parts(lambda part: jnp.where(magnitude == n, part, 0), sign)
-  ratio = divide(magnitude, jnp.where(usable, n, 1))
-  nonzero = usable & (ratio > 0)
-  weight = jnp.where(nonzero, jnp.where(nonzero, ratio, 1) ** (p - 1), 0)
-  return by_parts(lambda part: part * weight, sign)
-
-
-def _is_complex(x: jax.Array) -> bool:
-  return bool(jnp.iscomplexobj(x))
 
 
 def _real_product(g: jax.Array, dx: jax.Array) -> jax.Array:

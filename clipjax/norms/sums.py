@@ -1,14 +1,14 @@
 """Norms from one read of each leaf, right for every dtype and magnitude.
 
-The sum of squares of float32 entries leaves the range of float32 beyond about 1e-19 and 1e19. There are two ways
-around it, and `lax.platform_dependent` picks one when a program is lowered:
+Squares of float32 entries leave the range of float32 beyond about 1e-19 and 1e19. There are two ways around it:
 
 - Accelerators read each leaf once, into three sums of squares at the scales 2^-96, 1 and 2^96, which XLA fuses into
   one pass. `where` picks the one that kept its range: no branch, no second read, nothing doubled by `vmap`.
 - XLA on CPU reads a leaf once for each sum. A small leaf is summed in float64, which holds the square of any float32.
   A large one is summed in float32, and once more in float64 where that left its range, behind a `cond`.
 
-16-bit and 8-bit floats other than bfloat16 need neither. float64 leaves have the same two ways at wider scales.
+16-bit and 8-bit floats other than bfloat16 need neither. float64 leaves have the same two ways at wider scales. Which
+is taken is settled by `lax.platform_dependent` when a program is lowered.
 
 A norm belongs to a block: a tuple of leaf indices. All leaves in one block make the global norm, one leaf a block the
 norm of each leaf, anything between a group. `over` takes the norms of parts of a leaf instead, as AGC does.
@@ -27,14 +27,13 @@ import numpy as np
 from jax import lax
 
 from clipjax import mesh
-from clipjax.arithmetic import divide, parts, power, root, upcast
+from clipjax.arithmetic import divide, parts, power, root, upcast, vector_norm
 from clipjax.conditional import run_if, run_if_any
 from clipjax.mesh import Axes
 
-# Up to so many entries XLA on CPU sums as fast in float64: what a kernel costs is its start.
+# Up to so many entries XLA on CPU sums about as fast in float64.
 SMALL = 1 << 16
-# On CPU one doubtful leaf sends at most about 1 / _MAX_CHUNKS of the gradient through a second read: what a large leaf
-# that is zero throughout costs in every step. More chunks cost compile time, one `cond` each.
+# On CPU a large leaf of zeros sends about 1 / _MAX_CHUNKS of the gradient through a second read.
 _MAX_CHUNKS = 16
 
 
@@ -111,8 +110,7 @@ def measure(spec: NormSpec, leaves: Sequence[Any], *, lazy_vmap: bool = True) ->
   on_tpu, on_gpu = partial(measure_on, "tpu", spec), partial(measure_on, "gpu", spec)
   if not xs:
     return on_gpu(xs)
-  measured: Measured = lax.platform_dependent(xs, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
-  return measured
+  return Measured(*lax.platform_dependent(xs, cpu=on_cpu, tpu=on_tpu, default=on_gpu))
 
 
 def measure_on(platform: str, spec: NormSpec, xs: Sequence[jax.Array], lazy_vmap: bool = True) -> Measured:
@@ -124,42 +122,37 @@ def measure_on(platform: str, spec: NormSpec, xs: Sequence[jax.Array], lazy_vmap
     blocks = {b: own for b, block in enumerate(spec.blocks) if (own := tuple(i for i in block if ways[i] == way))}
     leaves = {i: xs[i] for block in blocks.values() for i in block}
     kind = _Kind(platform, spec, list(blocks.values()), leaves)
-    norms, of_leaves = _square_norms(kind, way.first) if spec.ord == 2 else _power_norms(kind)
+    norms, own_sums = _square_norms(kind, way.first) if spec.ord == 2 else _power_norms(kind)
     if way.again:
       norms = _checked(kind, way.first.floor, way.again, norms, lazy_vmap)
-    sums |= of_leaves
+    sums |= own_sums
     for b, norm in zip(blocks, norms, strict=True):
       found[b].append(norm)
-  whole = tuple(_joined(norms, spec.ord) for norms in found)
+  whole = tuple(n[0] if len(n) == 1 else vector_norm(stack(n, norm_dtype()), spec.ord) for n in found)
   vector = stack([] if spec.over else whole, norm_dtype(), barrier=platform == "cpu")
-  by_leaf = not spec.over and spec.blocks == tuple((i,) for i in range(len(xs)))
-  return Measured(
-    whole, vector, _first_bad(vector) if by_leaf else _first_bad_of(platform, [sums[i] for i in range(len(xs))])
-  )
+  if not spec.over and spec.blocks == tuple((i,) for i in range(len(xs))):
+    return Measured(whole, vector, _first_bad(vector))
+  of_leaves = [sums[i] for i in range(len(xs))]
+  chained = platform == "tpu"
+  numbers = of_leaves if chained else stack(of_leaves, norm_dtype(), barrier=platform == "cpu")
+  return Measured(whole, vector, _first_bad(numbers, chained))
 
 
-def _first_bad(numbers: jax.Array) -> jax.Array:
-  """The first NaN, or without any, the first inf; -1 where all are finite. Shape (), int32."""
-  if not numbers.size:
-    return jnp.full((), -1, jnp.int32)
-  return _of_rank(_rank(numbers, lax.iota(np.int32, numbers.size), numbers.size).max(), numbers.size)
+def _first_bad(numbers: Any, chained: bool = False) -> jax.Array:
+  """The first NaN, or without any, the first inf; -1 where all are finite. Shape (), int32.
 
+  `numbers` is a vector, or, to be asked in a chain, a list of scalars: on a TPU XLA needs no memory for that.
+  """
+  n = len(numbers)
 
-def _first_bad_of(platform: str, scalars: Sequence[jax.Array]) -> jax.Array:
-  """`_first_bad` of scalars. On a TPU it is a chain, with which XLA needs no memory."""
-  n = len(scalars)
-  if platform != "tpu":
-    return _first_bad(stack(scalars, norm_dtype(), barrier=platform == "cpu"))
-  return _of_rank(functools.reduce(jnp.maximum, (_rank(x, np.int32(i), n) for i, x in enumerate(scalars))), n)
+  def rank(x: jax.Array, i: Any) -> jax.Array:  # 0 for a finite number; else the larger the worse, and the earlier.
+    return jnp.where(x < jnp.inf, 0, jnp.where(x == jnp.inf, 2 * n - 1 - i, 3 * n - 1 - i)).astype(jnp.int32)
 
-
-def _rank(x: jax.Array, i: Any, n: int) -> jax.Array:
-  """0 for a finite number; else the larger the worse it is, and the larger the earlier, i being its place of n."""
-  return jnp.where(x < jnp.inf, 0, jnp.where(x == jnp.inf, 2 * n - 1 - i, 3 * n - 1 - i))
-
-
-def _of_rank(rank: jax.Array, n: int) -> jax.Array:
-  return jnp.where(rank > 0, n - 1 - lax.rem(rank, np.int32(n)), -1).astype(jnp.int32)
+  if chained:
+    worst = functools.reduce(jnp.maximum, map(rank, numbers, range(n)))
+  else:
+    worst = jnp.max(rank(numbers, lax.iota(np.int32, n)), initial=0)
+  return jnp.where(worst > 0, n - 1 - lax.rem(worst, np.int32(max(n, 1))), -1).astype(jnp.int32)
 
 
 def _way(x: jax.Array, p: float, platform: str) -> Way:
@@ -173,25 +166,6 @@ def _way(x: jax.Array, p: float, platform: str) -> Way:
   if wide:
     return Way(_ONE_64, _THREE_64)
   return Way(_ONE_64) if x.size <= SMALL else Way(_ONE_32, _ONE_64)
-
-
-def _joined(norms: Sequence[jax.Array], p: float) -> jax.Array:
-  """The norm of a block from those of its parts."""
-  if len(norms) == 1:
-    return norms[0]
-  return vector_norm(jnp.stack(norms), p) if norms else jnp.full((), math.inf if p == -math.inf else 0.0, norm_dtype())
-
-
-def vector_norm(norms: jax.Array, p: float) -> jax.Array:
-  """The p-norm of p-norms, shape (n,), right at every magnitude."""
-  if p in (0, 1) or math.isinf(p):  # For 0 they are counts.
-    return _reduced_power(norms, math.inf if p == math.inf else p or 1.0, ())
-  if p == 2:
-    scales = _THREE_64 if norms.dtype == np.float64 else _THREE_32
-    return _choose(_square_sums("tpu", norms, scales, ()), scales, norms.size)
-  largest = jnp.max(norms, initial=0.0)
-  usable = (largest >= jnp.finfo(norms.dtype).tiny) & (largest < jnp.inf)  # False for NaN too.
-  return largest * root(_reduced_power(divide(norms, jnp.where(usable, largest, 1)), p, ()), p)
 
 
 # Leaves of one kind --------------------------------------------------------------------------------------------------
@@ -225,10 +199,10 @@ def _square_norms(kind: _Kind, scales: Scales) -> tuple[list[jax.Array], dict[in
     for block in kind.blocks:
       totals = [_together(kind.platform, column) for column in zip(*(by_leaf[i] for i in block), strict=True)]
       norms.append(_choose(totals, scales, kind.size(block)).astype(dtype))
-    # The lowest scale: its sum is inf only where an entry is, or the norm leaves its range.
     return norms, {i: jnp.sqrt(_scalar(of_leaf[0])).astype(dtype) for i, of_leaf in by_leaf.items()}
 
 
+@partial(jax.jit, static_argnums=(0, 2, 3))  # Traced and lowered once for all leaves of one type.
 def _square_sums(platform: str, x: jax.Array, scales: Scales, over: tuple[int, ...]) -> Sequence[jax.Array]:
   """The sums of squares of a leaf, one a scale."""
   # On a GPU the sums over the last axis come first, and those of all scales end in one kernel instead of three.
@@ -253,6 +227,7 @@ def _square_sums(platform: str, x: jax.Array, scales: Scales, over: tuple[int, .
   return [together[(k, *(0,) * (x.ndim - 1))] for k in range(len(sums))]
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _choose(sums: Sequence[jax.Array], scales: Scales, size: int) -> jax.Array:
   """The norm from the sum that kept its range: the plain one if it is finite and lost nothing to underflow."""
   if len(sums) == 1:
@@ -343,7 +318,6 @@ def _reduced(x: jax.Array, op: Callable[..., Any], start: float, over: tuple[int
 
 
 def _scalar(x: jax.Array, op: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
-  """What there is of a leaf, as one number."""
   return x if x.ndim == 0 else op(x)
 
 

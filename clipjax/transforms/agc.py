@@ -14,9 +14,10 @@ import optax
 from jax.typing import ArrayLike
 
 from clipjax import checks, nonfinite
+from clipjax.arithmetic import vector_norm
 from clipjax.groups import Labels
 from clipjax.mesh import varying_axes
-from clipjax.norms.derivatives import measure, vector_norm
+from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
 from clipjax.scaling import Limits, norm_after, scale_of
 from clipjax.transforms.engine import Clip, Decision, transformation

@@ -16,9 +16,10 @@ import optax
 from jax.typing import ArrayLike
 
 from clipjax import checks, nonfinite
+from clipjax.arithmetic import vector_norm
 from clipjax.groups import Labels
 from clipjax.mesh import axes_size, check_axis_name
-from clipjax.norms.derivatives import measure_jit, vector_norm
+from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype
 from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where
 from clipjax.scaling import Limits, norm_after, rescale_jit, scale_of
@@ -144,10 +145,10 @@ def clip_by_rule(
     fields = {
       "norm": global_norm,
       "norm_clipped": nonfinite.number(on_nonfinite, bad, after if is_global else vector_norm(after, p)),
-      "max_norm": whole.limit,
+      "max_norm": jnp.broadcast_to(limit, norms.shape),
       "scale": nonfinite.number(on_nonfinite, bad, scale_of(whole)),
       "norms": state.norms if is_global else norms,
-      "clipped": (whole.norm > whole.limit).any(),
+      "clipped": (whole.norm > limit).any(),
       "rule": keep_where(bad, state.rule, rule_state),
     }
     return Decision(per_block, bad, fields)

@@ -16,11 +16,11 @@ import numpy as np
 import optax
 from jax import export, lax
 
-from clipjax.arithmetic import upcast
+from clipjax.arithmetic import upcast, vector_norm
 from clipjax.checks import check_flag, check_name, check_state, check_whole
 from clipjax.groups import Labels
 from clipjax.mesh import Axes, all_reduce, axes_size, check_axis_name, varying_axes
-from clipjax.norms.derivatives import measure, vector_norm
+from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import NormSpec, norm_dtype, stack
 from clipjax.trees import measured_leaves, prepare
 
