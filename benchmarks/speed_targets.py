@@ -91,7 +91,7 @@ def adam_targets(data: Mapping[str, Any]) -> list[Target]:
   for key, dtype, limit in (
     ("leaf", "float32", 0.25),
     ("transformer", "float32", 0.25),
-    ("leaf", "bfloat16", 0.5),
+    ("leaf", "bfloat16", 0.6),
     ("transformer", "bfloat16", 0.5),
     ("many", "float32", 0.9),
   ):

@@ -118,5 +118,5 @@ def _clip(
   dtype = norm_dtype()
   norm = measure(spec, leaves).norms[0] if norm is None else jnp.asarray(norm).astype(dtype)
   limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
-  bad = nonfinite.is_bad(norm, limits=[limit])
+  bad = nonfinite.is_bad(norm, [limit])
   return rescale((0,) * len(leaves), leaves, [Limits.of(norm, limit, limit, bad, eps)]), norm, bad

@@ -15,11 +15,9 @@ from jax.experimental import checkify
 from clipjax.trees import Prepared
 
 
-def is_bad(*numbers: jax.Array, limits: Sequence[jax.Array]) -> jax.Array:
-  """Whether a step is not finite: any of its numbers is inf or NaN, or any limit NaN. Shape (), bool."""
-  bad = jnp.zeros((), jnp.bool_)
-  for number in numbers:
-    bad = bad | ~jnp.isfinite(number).all()
+def is_bad(norm: jax.Array, limits: Sequence[jax.Array]) -> jax.Array:
+  """Whether a step is not finite: its global norm is inf or NaN, or any limit NaN. Shape (), bool."""
+  bad = ~jnp.isfinite(norm)
   for limit in limits:
     bad = bad | jnp.isnan(limit).any()
   return bad

@@ -14,7 +14,7 @@ from clipjax.arithmetic import by_parts, upcast
 from clipjax.mesh import Axes, varying_axes
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import NormSpec, norm_dtype
-from clipjax.scaling import Limits, change, safe_factors_of, times
+from clipjax.scaling import Limits, change, safe_steps_of, times
 from clipjax.trees import Prepared, prepare
 
 
@@ -140,7 +140,7 @@ def _kept(x: jax.Array, keep: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _sum_examples(usable: jax.Array, limits: Limits, xs: Sequence[jax.Array]) -> list[jax.Array]:
   """The sum of the usable examples of each leaf, each rescaled as its norm asks for."""
-  shrink, factor = safe_factors_of(limits, min((x.real.dtype for x in xs), key=lambda d: d.itemsize))
+  shrink, factor = safe_steps_of(limits, min((x.real.dtype for x in xs), key=lambda d: d.itemsize))
   if any(map(_is_split_by_type, xs)):
     return _sum_at_once(usable, shrink, factor, xs)
   # A weighted sum is a product of a vector and a matrix, which writes no clipped copy of the batch. It cannot leave out

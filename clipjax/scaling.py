@@ -76,40 +76,47 @@ def rescale(block_of: tuple[int, ...], leaves: Sequence[Any], limits: Sequence[L
   """
   xs = [jnp.asarray(x) for x in leaves]
   dtypes = [upcast(x).real.dtype for x in xs]
-  # One set of factors for each block and dtype: leaves of one block share them.
-  factors = {key: factors_of(limits[key[0]], key[1]) for key in zip(block_of, dtypes, strict=True)}
-  return [_multiplied(x, *factors[b, dtype]) for x, b, dtype in zip(xs, block_of, dtypes, strict=True)]
+  # One factor for each block and dtype: leaves of one block share it.
+  factors = {key: factor_of(limits[key[0]], key[1]) for key in zip(block_of, dtypes, strict=True)}
+  return [_multiplied(x, factors[b, dtype]) for x, b, dtype in zip(xs, block_of, dtypes, strict=True)]
 
 
 rescale_jit = jax.jit(rescale, static_argnums=0, inline=True)
 
 
 @partial(jax.jit, static_argnums=(1, 2))  # Traced and lowered once for all blocks.
-def factors_of(
+def factor_of(
   limits: Limits, dtype: Any, divide: Callable[[jax.Array, jax.Array], jax.Array] = jnp.divide
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`(kept, shrink, factor)`: a leaf that is not kept becomes `(x * shrink) * factor`.
+) -> jax.Array:
+  """The factor of a block for leaves of a dtype, with what else is to be known of it in the same number.
 
-  A factor below the least normal number of the leaf's dtype would be flushed to zero: then that number, an exact power
-  of two, comes first. What it flushes of the leaf is below it in the answer too. With a norm up to 1 the target would
-  be subnormal before the factor is. A factor of NaN makes every entry NaN. Where a leaf is kept the factor is 0,
-  since `checkify` looks at the product: `inf * 0` of an infinite target would be NaN. What does not depend on the norm
-  comes first: XLA's time to compile a clip of each leaf grows with the operations that follow it.
+  Above 1: the leaf stays as it is. Below 0: the factor is less than the least normal number of the dtype and would be
+  flushed to zero; the leaf takes that number, an exact power of two, first, and then what is here without its sign.
+  What the first product flushes of a leaf is below that number in the answer too. NaN makes every entry NaN.
+
+  One number, and its division last: XLA on CPU would compute all cheap scalars again in every loop over a leaf, which
+  takes it long to compile.
   """
   norm, _, target = limits
-  tiny = float(jnp.finfo(dtype).tiny)
-  finite = jnp.minimum(target, jnp.finfo(norm.dtype).max)
-  far = jnp.maximum(target / tiny, 1)
-  shrink = lax.select(norm > far, jnp.full_like(norm, tiny), jnp.ones_like(norm))
-  return limits.kept, shrink, divide(finite, jnp.where(limits.kept, jnp.inf, norm * shrink))
+  kept, tiny = limits.kept, float(jnp.finfo(dtype).tiny)
+  # With a norm up to 1 the target would be subnormal before the factor is. A target of 0 has no sign to give.
+  far = (norm > jnp.maximum(target / tiny, 1)) & (target > 0)
+  share = norm * lax.select(far, jnp.full_like(norm, -tiny), jnp.ones_like(norm))
+  return divide(jnp.where(kept, 2, target), jnp.where(kept, 1, share))
 
 
-def safe_factors_of(limits: Limits, dtype: Any) -> tuple[jax.Array, jax.Array]:
-  """`(shrink, factor)` of `factors_of`, but a factor of 1, and finite derivatives, where a leaf is kept."""
+def steps_of(factor: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """The two numbers that a leaf is multiplied with where it is not kept, in this order."""
+  tiny = jnp.full_like(factor, float(jnp.finfo(dtype).tiny))
+  below = factor < 0
+  return lax.select(below, tiny, jnp.ones_like(factor)), lax.select(below, -factor, factor)
+
+
+def safe_steps_of(limits: Limits, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """`steps_of` the factor of a block, which are 1, with finite derivatives, where it is kept."""
   kept = limits.kept
   norm, target = jnp.where(kept, 1, limits.norm), jnp.where(kept, 1, limits.target)
-  _, shrink, factor = factors_of(Limits(norm, jnp.zeros_like(norm), target), dtype, quotient)
-  return shrink, factor
+  return steps_of(factor_of(Limits(norm, jnp.zeros_like(norm), target), dtype, quotient), dtype)
 
 
 def times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
@@ -124,9 +131,10 @@ def times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _multiplied(x: jax.Array, kept: jax.Array, shrink: jax.Array, factor: jax.Array) -> jax.Array:
-  """The same bits where kept, else `(x * shrink) * factor`, with one rounding at the end."""
-  return jnp.where(kept, x, times(upcast(x), shrink, factor).astype(x.dtype))
+def _multiplied(x: jax.Array, factor: jax.Array) -> jax.Array:
+  """The same bits where the leaf is kept, else the product, with one rounding at the end."""
+  wide = upcast(x)
+  return jnp.where(factor > 1, x, times(wide, *steps_of(factor, wide.real.dtype)).astype(x.dtype))
 
 
 @rescale.defjvp
@@ -145,12 +153,12 @@ def change(x: jax.Array, dx: jax.Array, block: Limits, dblock: Limits) -> jax.Ar
   Written so, no product leaves the range of float32, which differentiating the factor does from n = 1e20 on, and from
   1e-20 down.
   """
-  shrink, factor = safe_factors_of(block, x.real.dtype)
+  steps = safe_steps_of(block, x.real.dtype)
   clipped = block.norm > block.limit
   norm = jnp.where(clipped, block.norm, 1).astype(x.real.dtype)
   # Where nothing is clipped the product is not used, but its own derivative must not be inf.
   unit = divide(by_parts(lambda part: jnp.where(clipped, part, 0), x), norm)
-  return times(dx - times(unit, dblock.norm), shrink, factor) + times(unit, dblock.target)
+  return times(dx - times(unit, dblock.norm), *steps) + times(unit, dblock.target)
 
 
 # Clamping ------------------------------------------------------------------------------------------------------------

@@ -116,42 +116,36 @@ def measure(spec: NormSpec, leaves: Sequence[Any], *, lazy_vmap: bool = True) ->
 def measure_on(platform: str, spec: NormSpec, xs: Sequence[jax.Array], lazy_vmap: bool = True) -> Measured:
   """`measure` for one platform: leaves of each kind by themselves, then blocks from the norms of their parts."""
   ways = [_way(x, spec.ord, platform) for x in xs]
+  one_each = not spec.over and spec.blocks == tuple((i,) for i in range(len(xs)))
   found: list[list[jax.Array]] = [[] for _ in spec.blocks]
-  sums: dict[int, jax.Array] = {}
+  numbers: list[tuple[Any, jax.Array]] = []
   for way in dict.fromkeys(ways):
     blocks = {b: own for b, block in enumerate(spec.blocks) if (own := tuple(i for i in block if ways[i] == way))}
     leaves = {i: xs[i] for block in blocks.values() for i in block}
     kind = _Kind(platform, spec, list(blocks.values()), leaves)
-    norms, own_sums = _square_norms(kind, way.first) if spec.ord == 2 else _power_norms(kind)
+    norms, of_leaves = _square_norms(kind, way.first) if spec.ord == 2 else _power_norms(kind)
     if way.again:
       norms = _checked(kind, way.first.floor, way.again, norms, lazy_vmap)
-    sums |= own_sums
+    if one_each and (way.again or spec.ord != 2 or platform != "cpu"):
+      of_leaves = [stack(norms, norm_dtype(), barrier=platform == "cpu")]
+    numbers += [(np.array([*leaves]), of_leaves[0])] if of_leaves[0].ndim else zip(leaves, of_leaves, strict=True)
     for b, norm in zip(blocks, norms, strict=True):
       found[b].append(norm)
   whole = tuple(n[0] if len(n) == 1 else vector_norm(stack(n, norm_dtype()), spec.ord) for n in found)
-  vector = stack([] if spec.over else whole, norm_dtype(), barrier=platform == "cpu")
-  if not spec.over and spec.blocks == tuple((i,) for i in range(len(xs))):
-    return Measured(whole, vector, _first_bad(vector))
-  of_leaves = [sums[i] for i in range(len(xs))]
-  chained = platform == "tpu"
-  numbers = of_leaves if chained else stack(of_leaves, norm_dtype(), barrier=platform == "cpu")
-  return Measured(whole, vector, _first_bad(numbers, chained))
-
-
-def _first_bad(numbers: Any, chained: bool = False) -> jax.Array:
-  """The first NaN, or without any, the first inf; -1 where all are finite. Shape (), int32.
-
-  `numbers` is a vector, or, to be asked in a chain, a list of scalars: on a TPU XLA needs no memory for that.
-  """
-  n = len(numbers)
-
-  def rank(x: jax.Array, i: Any) -> jax.Array:  # 0 for a finite number; else the larger the worse, and the earlier.
-    return jnp.where(x < jnp.inf, 0, jnp.where(x == jnp.inf, 2 * n - 1 - i, 3 * n - 1 - i)).astype(jnp.int32)
-
-  if chained:
-    worst = functools.reduce(jnp.maximum, map(rank, numbers, range(n)))
+  if one_each and xs:
+    indices, of_kinds = zip(*numbers, strict=True)
+    vector = of_kinds[0] if len(numbers) == 1 else jnp.concatenate(of_kinds)[np.argsort(np.concatenate(indices))]
   else:
-    worst = jnp.max(rank(numbers, lax.iota(np.int32, n)), initial=0)
+    vector = stack([] if spec.over else whole, norm_dtype(), barrier=platform == "cpu")
+  return Measured(whole, vector, _first_bad(numbers, len(xs)))
+
+
+def _first_bad(numbers: Iterable[tuple[Any, jax.Array]], n: int) -> jax.Array:
+  """Of n leaves the first with a NaN, or else with an inf, by the indices and numbers of leaves; -1 for none."""
+  worst = jnp.zeros((), jnp.int32)
+  for i, x in numbers:  # 0 for a finite number; else the larger the worse, and the earlier.
+    rank = jnp.where(x < jnp.inf, 0, jnp.where(x == jnp.inf, 2 * n - 1 - i, 3 * n - 1 - i)).astype(jnp.int32)
+    worst = jnp.maximum(worst, rank.max())
   return jnp.where(worst > 0, n - 1 - lax.rem(worst, np.int32(max(n, 1))), -1).astype(jnp.int32)
 
 
@@ -188,8 +182,8 @@ class _Kind(NamedTuple):
     return sum(math.prod(s[a] for a in over or range(len(s))) * mesh.axes_size(axes) for s, over, axes in shapes)
 
 
-def _square_norms(kind: _Kind, scales: Scales) -> tuple[list[jax.Array], dict[int, jax.Array]]:
-  """The 2-norm of each block, and a sum of each leaf that is finite where the leaf is."""
+def _square_norms(kind: _Kind, scales: Scales) -> tuple[list[jax.Array], list[jax.Array]]:
+  """The 2-norm of each block, and a number of each leaf that is finite where the leaf is, as `_column` has them."""
   dtype, width = norm_dtype(), len(scales.exponents)
   with _allowed(scales.dtype):
     sums = [s for i, x in kind.leaves.items() for s in _square_sums(kind.platform, x, scales, kind.over(i))]
@@ -199,7 +193,8 @@ def _square_norms(kind: _Kind, scales: Scales) -> tuple[list[jax.Array], dict[in
     for block in kind.blocks:
       totals = [_together(kind.platform, column) for column in zip(*(by_leaf[i] for i in block), strict=True)]
       norms.append(_choose(totals, scales, kind.size(block)).astype(dtype))
-    return norms, {i: jnp.sqrt(_scalar(of_leaf[0])).astype(dtype) for i, of_leaf in by_leaf.items()}
+    of_leaves = _column(kind.platform, [of_leaf[0] for of_leaf in by_leaf.values()])
+    return norms, [jnp.sqrt(x).astype(dtype) for x in of_leaves]
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))  # Traced and lowered once for all leaves of one type.
@@ -274,8 +269,8 @@ def _chunks(sizes: Sequence[int]) -> list[list[int]]:
   return chunks
 
 
-def _power_norms(kind: _Kind) -> tuple[list[jax.Array], dict[int, jax.Array]]:
-  """The p-norm of each block, p other than 2, and a number of each leaf that is finite where the leaf is."""
+def _power_norms(kind: _Kind) -> tuple[list[jax.Array], list[jax.Array]]:
+  """`_square_norms` for the p-norm, p other than 2."""
   p, dtype = kind.spec.ord, norm_dtype()
   axes = [kind.spec.axes[i] for i in kind.leaves]
   magnitudes = {i: jnp.abs(upcast(x)) for i, x in kind.leaves.items()}
@@ -288,14 +283,14 @@ def _power_norms(kind: _Kind) -> tuple[list[jax.Array], dict[int, jax.Array]]:
 
   if p <= 1 or math.isinf(p):  # Here a power sum leaves its range only where the norm does.
     sums, by_leaf = totals(magnitudes, p)
-    return [root(s, p).astype(dtype) for s in sums], {i: _scalar(x) for i, x in by_leaf.items()}
+    return [root(s, p).astype(dtype) for s in sums], _column(kind.platform, by_leaf.values())
   # Elsewhere entries are divided by the largest of their block first: two reads, on every platform.
   largest, by_leaf = totals(magnitudes, math.inf)
   units = [jnp.where((m >= jnp.finfo(m.dtype).tiny) & (m < jnp.inf), m, 1) for m in largest]
   unit_of = {i: unit for block, unit in zip(kind.blocks, units, strict=True) for i in block}
   sums, _ = totals({i: divide(x, unit_of[i]) for i, x in magnitudes.items()}, p)
   norms = [(unit * root(s, p)).astype(dtype) for unit, s in zip(units, sums, strict=True)]
-  return norms, {i: _scalar(x) for i, x in by_leaf.items()}
+  return norms, _column(kind.platform, by_leaf.values())
 
 
 def _reduced_power(magnitude: jax.Array, p: float, over: tuple[int, ...]) -> jax.Array:
@@ -327,6 +322,12 @@ def _together(platform: str, values: Sequence[jax.Array], op: Callable[..., Any]
     return functools.reduce(op, values)
   stacked = stack(values, values[0].dtype, barrier=True)
   return stacked.max() if op is lax.max else stacked.min() if op is lax.min else stacked.sum()
+
+
+def _column(platform: str, values: Iterable[jax.Array]) -> list[jax.Array]:
+  """A number of each leaf, as one vector; on a TPU by themselves, for XLA asks them in a chain without memory there."""
+  scalars = [_scalar(x) for x in values]
+  return scalars if platform == "tpu" else [stack(scalars, scalars[0].dtype, barrier=platform == "cpu")]
 
 
 def stack(values: Iterable[jax.Array], dtype: Any, *, barrier: bool = False) -> jax.Array:

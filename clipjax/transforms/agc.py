@@ -113,7 +113,7 @@ def _decide(
   by_leaf = of_leaves(norms)
   norm = vector_norm(by_leaf, 2.0)
   lowest = stack([jnp.min(limit, initial=jnp.inf) for limit in limits], dtype)
-  bad = nonfinite.is_bad(by_leaf, norm, limits=[lowest])
+  bad = nonfinite.is_bad(norm, [lowest])
   of_units = [Limits.of(n, limit, limit, bad) for n, limit in zip(norms, limits, strict=True)]
   after = of_leaves(norm_after(n, unit) for n, unit in zip(norms, of_units, strict=True))
   scale = stack([jnp.min(scale_of(unit), initial=1.0) for unit in of_units], dtype)

@@ -54,7 +54,7 @@ def clip_by_value(
     check_real(prepared, "updates")
     norm = measured.norms[0]
     limit, target, rule_state = asked(rule, norm, state.rule, norm)
-    bad = nonfinite.is_bad(norm, limits=[limit, target])
+    bad = nonfinite.is_bad(norm, [limit, target])
     whole = Limits(norm, limit, jnp.clip(target, 0, limit))
     fields = {
       "norm": norm,

@@ -132,7 +132,7 @@ def clip_by_rule(
       block_norms = tuple(n / r for n, r in zip(block_norms, roots, strict=True))
       norms = norms / jnp.asarray(roots, norms.dtype)
     limit, target, rule_state = asked(rule, norms, state.rule, global_norm)
-    bad = nonfinite.is_bad(norms, global_norm, limits=[limit] if target is limit else [limit, target])
+    bad = nonfinite.is_bad(global_norm, [limit] if target is limit else [limit, target])
     per_block = [Limits.of(n, _item(limit, b), _item(target, b), bad, eps) for b, n in enumerate(block_norms)]
     if is_global:
       whole = per_block[0]
