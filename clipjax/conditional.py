@@ -1,5 +1,6 @@
 """A branch that `vmap` does not double, for XLA on CPU alone: on accelerators nothing in this package branches."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 Arrays = list[jax.Array]
+
+# A large leaf of zeros sends about 1 / _MAX_CHUNKS of the gradient through a branch.
+_MAX_CHUNKS = 16
 
 
 def run_if(asked: jax.Array, fn: Callable[..., Arrays], otherwise: Sequence[jax.Array], xs: Sequence[Any]) -> Arrays:
@@ -41,3 +45,16 @@ def run_if_any(
 
   chosen: Arrays = run(asked, list(otherwise), list(xs))
   return chosen
+
+
+def chunks(sizes: Sequence[int]) -> list[list[int]]:
+  """The indices of blocks in at most about `_MAX_CHUNKS` runs of similar size, each for one branch."""
+  runs: list[list[int]] = []
+  filled = math.inf
+  for b, size in enumerate(sizes):
+    if filled + size > sum(sizes) / _MAX_CHUNKS:
+      runs.append([])
+      filled = 0
+    runs[-1].append(b)
+    filled += size
+  return runs

@@ -28,13 +28,11 @@ from jax import lax
 
 from clipjax import mesh
 from clipjax.arithmetic import divide, parts, power, root, upcast, vector_norm
-from clipjax.conditional import run_if, run_if_any
+from clipjax.conditional import chunks, run_if, run_if_any
 from clipjax.mesh import Axes
 
 # Up to so many entries XLA on CPU sums about as fast in float64.
 SMALL = 1 << 16
-# On CPU a large leaf of zeros sends about 1 / _MAX_CHUNKS of the gradient through a second read.
-_MAX_CHUNKS = 16
 
 
 class NormSpec(NamedTuple):
@@ -107,10 +105,10 @@ def measure(spec: NormSpec, leaves: Sequence[Any], *, lazy_vmap: bool = True) ->
     apart = [lax.optimization_barrier(x) for x in xs] if mesh.manual_axes() else lax.optimization_barrier(xs)
     return measure_on("cpu", spec, apart, lazy_vmap)
 
-  on_tpu, on_gpu = partial(measure_on, "tpu", spec), partial(measure_on, "gpu", spec)
+  on_gpu, elsewhere = partial(measure_on, "gpu", spec), partial(measure_on, "tpu", spec)
   if not xs:
-    return on_gpu(xs)
-  return Measured(*lax.platform_dependent(xs, cpu=on_cpu, tpu=on_tpu, default=on_gpu))
+    return elsewhere(xs)
+  return Measured(*lax.platform_dependent(xs, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=elsewhere))
 
 
 def measure_on(platform: str, spec: NormSpec, xs: Sequence[jax.Array], lazy_vmap: bool = True) -> Measured:
@@ -126,7 +124,7 @@ def measure_on(platform: str, spec: NormSpec, xs: Sequence[jax.Array], lazy_vmap
     norms, of_leaves = _square_norms(kind, way.first) if spec.ord == 2 else _power_norms(kind)
     if way.again:
       norms = _checked(kind, way.first.floor, way.again, norms, lazy_vmap)
-    if one_each and (way.again or spec.ord != 2 or platform != "cpu"):
+    if one_each and (way.again or spec.ord != 2 or platform == "tpu"):
       of_leaves = [stack(norms, norm_dtype(), barrier=platform == "cpu")]
     numbers += [(np.array([*leaves]), of_leaves[0])] if of_leaves[0].ndim else zip(leaves, of_leaves, strict=True)
     for b, norm in zip(blocks, norms, strict=True):
@@ -183,58 +181,66 @@ class _Kind(NamedTuple):
 
 
 def _square_norms(kind: _Kind, scales: Scales) -> tuple[list[jax.Array], list[jax.Array]]:
-  """The 2-norm of each block, and a number of each leaf that is finite where the leaf is, as `_column` has them."""
+  """The 2-norm of each block, and a number of each leaf that is finite where the leaf is.
+
+  These numbers are a vector, of norms where a leaf has one; on a TPU scalars, which XLA asks in a chain without memory.
+  """
   dtype, width = norm_dtype(), len(scales.exponents)
   with _allowed(scales.dtype):
     sums = [s for i, x in kind.leaves.items() for s in _square_sums(kind.platform, x, scales, kind.over(i))]
     flat = mesh.all_reduce(sums, [kind.spec.axes[i] for i in kind.leaves for _ in range(width)])
     by_leaf = {i: flat[k * width : (k + 1) * width] for k, i in enumerate(kind.leaves)}
+
+    def chosen(totals: Sequence[jax.Array], sizes: Any) -> Any:
+      return _choose(totals, scales, np.asarray(sizes, scales.dtype) * scales.dtype(scales.floor)).astype(dtype)
+
     norms = []
     for block in kind.blocks:
       totals = [_together(kind.platform, column) for column in zip(*(by_leaf[i] for i in block), strict=True)]
-      norms.append(_choose(totals, scales, kind.size(block)).astype(dtype))
-    of_leaves = _column(kind.platform, [of_leaf[0] for of_leaf in by_leaf.values()])
-    return norms, [jnp.sqrt(x).astype(dtype) for x in of_leaves]
+      norms.append(chosen(totals, kind.size(block)))
+    columns = [_column(kind.platform, column) for column in zip(*by_leaf.values(), strict=True)]
+    if kind.platform == "tpu":
+      return norms, [jnp.sqrt(x).astype(dtype) for x in columns[0]]
+    return norms, [chosen([column for (column,) in columns], [kind.size((i,)) for i in by_leaf])]
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))  # Traced and lowered once for all leaves of one type.
 def _square_sums(platform: str, x: jax.Array, scales: Scales, over: tuple[int, ...]) -> Sequence[jax.Array]:
   """The sums of squares of a leaf, one a scale."""
-  # On a GPU the sums over the last axis come first, and those of all scales end in one kernel instead of three.
-  rows = platform == "gpu" and len(scales.exponents) > 1 and x.ndim > 1 and not over
-  sums = []
+  squares = []
   for exponent in scales.exponents:
-    squares = []
+    of_parts = []
     for part in parts(x):
       y = lax.convert_element_type(part, scales.dtype)
       if exponent:
         y = lax.mul(y, lax.full_like(y, 2.0**exponent))
         # Of a single entry XLA would take the square of the constant instead, which is inf.
         y = lax.optimization_barrier(y) if y.size == 1 else y
-      squares.append(lax.mul(y, y))
-    total = functools.reduce(lax.add, squares)
-    sums.append(
-      lax.reduce(total, scales.dtype(0), lax.add, (x.ndim - 1,)) if rows else _reduced(total, lax.add, 0.0, over)
-    )
-  if not rows:
-    return sums
-  together = _reduced(jnp.stack(sums), lax.add, 0.0, tuple(range(1, x.ndim)))
-  return [together[(k, *(0,) * (x.ndim - 1))] for k in range(len(sums))]
+      of_parts.append(lax.mul(y, y))
+    squares.append(functools.reduce(lax.add, of_parts))
+  if platform != "gpu" or len(squares) == 1:
+    return [_reduced(s, lax.add, 0.0, over) for s in squares]
+  # One reduction of three operands saves two kernels a leaf. (On a CPU it would add one entry after the other.)
+  zeros = [scales.dtype(0) for s in squares]
+  sums = lax.reduce(
+    squares, zeros, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], over or tuple(range(x.ndim))
+  )
+  return [lax.expand_dims(s, over) for s in sums] if over else sums
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _choose(sums: Sequence[jax.Array], scales: Scales, size: int) -> jax.Array:
+@partial(jax.jit, static_argnums=1)
+def _choose(sums: Sequence[jax.Array], scales: Scales, least: Any) -> jax.Array:
   """The norm from the sum that kept its range: the plain one if it is finite and lost nothing to underflow."""
   if len(sums) == 1:
     return jnp.sqrt(sums[0])
   low, middle, high = (jnp.sqrt(s) * scales.dtype(2.0**-e) for s, e in zip(sums, scales.exponents, strict=True))
-  return jnp.where(sums[1] < scales.dtype(size * scales.floor), high, jnp.where(sums[1] < jnp.inf, middle, low))
+  return jnp.where(sums[1] < least, high, jnp.where(sums[1] < jnp.inf, middle, low))
 
 
 def _checked(kind: _Kind, floor: float, scales: Scales, norms: Sequence[jax.Array], lazy_vmap: bool) -> list[jax.Array]:
   """The norms, those measured once more whose sum has left its range: on CPU alone."""
   checked = list(norms)
-  for chunk in _chunks([sum(kind.leaves[i].size for i in block) for block in kind.blocks]):
+  for chunk in chunks([sum(kind.leaves[i].size for i in block) for block in kind.blocks]):
     blocks = [kind.blocks[b] for b in chunk]
     members = [i for block in blocks for i in block]
     # NaN is doubtful too. Of the parts of a leaf each must be in range.
@@ -254,19 +260,6 @@ def _checked(kind: _Kind, floor: float, scales: Scales, norms: Sequence[jax.Arra
 def _again(kind: _Kind, scales: Scales, members: Sequence[int], xs: Sequence[jax.Array]) -> list[jax.Array]:
   """The norms of some blocks at scales that hold every square."""
   return _square_norms(kind._replace(leaves=dict(zip(members, xs, strict=True))), scales)[0]
-
-
-def _chunks(sizes: Sequence[int]) -> list[list[int]]:
-  """Splits block indices into at most about `_MAX_CHUNKS` runs of similar size."""
-  chunks: list[list[int]] = []
-  filled = math.inf
-  for b, size in enumerate(sizes):
-    if filled + size > sum(sizes) / _MAX_CHUNKS:
-      chunks.append([])
-      filled = 0
-    chunks[-1].append(b)
-    filled += size
-  return chunks
 
 
 def _power_norms(kind: _Kind) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -325,7 +318,7 @@ def _together(platform: str, values: Sequence[jax.Array], op: Callable[..., Any]
 
 
 def _column(platform: str, values: Iterable[jax.Array]) -> list[jax.Array]:
-  """A number of each leaf, as one vector; on a TPU by themselves, for XLA asks them in a chain without memory there."""
+  """Reduced values of leaves: as scalars on a TPU, elsewhere as one vector."""
   scalars = [_scalar(x) for x in values]
   return scalars if platform == "tpu" else [stack(scalars, scalars[0].dtype, barrier=platform == "cpu")]
 
