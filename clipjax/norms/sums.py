@@ -180,7 +180,7 @@ class _Kind(NamedTuple):
     return sum(math.prod(s[a] for a in over or range(len(s))) * mesh.axes_size(axes) for s, over, axes in shapes)
 
 
-def _square_norms(kind: _Kind, scales: Scales) -> tuple[list[jax.Array], list[jax.Array]]:
+def _square_norms(kind: _Kind, scales: Scales, *, numbers: bool = True) -> tuple[list[jax.Array], list[jax.Array]]:
   """The 2-norm of each block, and a number of each leaf that is finite where the leaf is.
 
   These numbers are a vector, of norms where a leaf has one; on a TPU scalars, which XLA asks in a chain without memory.
@@ -191,17 +191,17 @@ def _square_norms(kind: _Kind, scales: Scales) -> tuple[list[jax.Array], list[ja
     flat = mesh.all_reduce(sums, [kind.spec.axes[i] for i in kind.leaves for _ in range(width)])
     by_leaf = {i: flat[k * width : (k + 1) * width] for k, i in enumerate(kind.leaves)}
 
-    def chosen(totals: Sequence[jax.Array], sizes: Any) -> Any:
-      return _choose(totals, scales, np.asarray(sizes, scales.dtype) * scales.dtype(scales.floor)).astype(dtype)
-
     norms = []
     for block in kind.blocks:
       totals = [_together(kind.platform, column) for column in zip(*(by_leaf[i] for i in block), strict=True)]
-      norms.append(chosen(totals, kind.size(block)))
+      norms.append(_choose(totals, scales, scales.dtype(kind.size(block) * scales.floor)).astype(dtype))
+    if not numbers:
+      return norms, []
     columns = [_column(kind.platform, column) for column in zip(*by_leaf.values(), strict=True)]
     if kind.platform == "tpu":
       return norms, [jnp.sqrt(x).astype(dtype) for x in columns[0]]
-    return norms, [chosen([column for (column,) in columns], [kind.size((i,)) for i in by_leaf])]
+    least = np.array([kind.size((i,)) * scales.floor for i in by_leaf], scales.dtype)
+    return norms, [_choose([column for (column,) in columns], scales, least).astype(dtype)]
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))  # Traced and lowered once for all leaves of one type.
@@ -259,7 +259,8 @@ def _checked(kind: _Kind, floor: float, scales: Scales, norms: Sequence[jax.Arra
 
 def _again(kind: _Kind, scales: Scales, members: Sequence[int], xs: Sequence[jax.Array]) -> list[jax.Array]:
   """The norms of some blocks at scales that hold every square."""
-  return _square_norms(kind._replace(leaves=dict(zip(members, xs, strict=True))), scales)[0]
+  # Without a vector of sizes: where there is a rule for `vmap`, JAX refuses constants.
+  return _square_norms(kind._replace(leaves=dict(zip(members, xs, strict=True))), scales, numbers=False)[0]
 
 
 def _power_norms(kind: _Kind) -> tuple[list[jax.Array], list[jax.Array]]:
