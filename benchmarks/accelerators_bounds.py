@@ -4,6 +4,7 @@ Everything is computed from the cases of the JSON; nothing here is typed in but 
 same case is the measure, as it is the least that a clip does: sum, compare, scale.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ Json = Mapping[str, Any]
 MB = 1e6
 BARE = (CLIPJAX, BY_LEAF, ZCLIP)  # Clips without a watch.
 SMALL = 32_256  # Bytes that the TPU compiler sets aside for a scalar or a tuple in HBM.
-SCALARS = 256  # Bytes a leaf, for norms and factors that go through HBM: they count only in small leaves.
+SCALARS = 256  # Bytes a leaf, and 16 times for the state, of scalars that go through HBM: they count in small steps.
 COMPILE = "compile time"
 
 
@@ -72,26 +73,36 @@ def all_traffic(variant: Json) -> float:
   return float(variant["traffic"] + variant["traffic_in_branches"])
 
 
-def apart_from_optax(case: Json, clip: str) -> float:
-  """How far the all-reduces are from those of Optax's clip: one too few would be a sum over one device alone."""
+def added_reduces(case: Json, clip: str) -> float:
+  """How many all-reduces there are beyond those of Optax's clip; inf for too few: a sum over one device alone."""
   v = case["variants"]
-  return abs(float(v[clip]["all_reduces"] - v[OPTAX]["all_reduces"]))
+  more = float(v[clip]["all_reduces"] - v[OPTAX]["all_reduces"])
+  return more if more >= 0 else math.inf
+
+
+def reduces_limit(case: Json, clip: str) -> float:
+  """The compiler joins up to 256 sums in one, and a leaf has three."""
+  return math.ceil(3 * case["leaves"] / 256) - 1
 
 
 def traffic_limit(case: Json, clip: str) -> float:
-  """A global clip may move 2% of the step more than Optax's, a clip by leaf 0.1% and a few scalars.
+  """A global clip may move 2% of the step more than Optax's, a clip by leaf 0.1%, and both a few scalars.
 
   A leaf could be scaled while the chip still holds it, if a clip by leaf did not wait for all norms. It waits, for in
   a step that is not finite every leaf is NaN.
   """
   room = 0.001 if clip == BY_LEAF else 0.02
-  scalars = SCALARS * case["leaves"] if clip == BY_LEAF else 0
-  return traffic(case, OPTAX) + room * all_traffic(case["variants"][NO_CLIP]) + scalars
+  return traffic(case, OPTAX) + room * all_traffic(case["variants"][NO_CLIP]) + of_scalars(case)
 
 
 def watch_limit(case: Json, clip: str) -> float:
   """One more read of the gradient than the clip alone, and scalars."""
-  return traffic(case, CLIPJAX) + case["gradient"] + SCALARS * case["leaves"]
+  return traffic(case, CLIPJAX) + case["gradient"] + of_scalars(case)
+
+
+def of_scalars(case: Json) -> float:
+  """HBM traffic of norms, factors and counters."""
+  return float(SCALARS * (16 + case["leaves"]))
 
 
 def temporaries_limit(case: Json, clip: str) -> float:
@@ -113,8 +124,8 @@ BOUNDS = (
     lambda case, clip: of("kernels")(case, OPTAX) + 16 + 2 * case["leaves"],
   ),
   Bound(
-    "kernels", "the clip's alone + 5 a leaf", (WATCHED_LEAVES,), ALL, of("kernels"),
-    lambda case, clip: of("kernels")(case, CLIPJAX) + 5 * case["leaves"],
+    "kernels", "the clip's alone + 16 + 5 a leaf", (WATCHED_LEAVES,), ALL, of("kernels"),
+    lambda case, clip: of("kernels")(case, CLIPJAX) + 16 + 5 * case["leaves"],
   ),
   Bound(
     "temporaries", "Optax's + 1 MB, by leaf + a quarter of the gradient", BARE, ALL, of("temporaries"),
@@ -124,7 +135,10 @@ BOUNDS = (
   Bound(
     "HBM traffic", "the clip's alone + one read of the gradient", (WATCHED_LEAVES,), ("tpu",), traffic, watch_limit,
   ),
-  Bound("all-reduces, apart from Optax's", "0", BARE, ("pod",), apart_from_optax, lambda case, clip: 0),
+  Bound(
+    "all-reduces, beyond Optax's", "0, and 1 for each 256 sums after the first", BARE, ("pod",), added_reduces,
+    reduces_limit,
+  ),
   Bound(
     # A training step is what people wait for; in a step of a second every scalar of a state shows.
     COMPILE, "1.3 x Optax's, in a training step", BARE, ALL, of("compile"),

@@ -7,7 +7,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from accelerators_bounds import ALL, BOUNDS, COMPILE, MB, SMALL, Bound, Json, Verdict, traffic, verdicts
+from accelerators_bounds import ALL, BOUNDS, COMPILE, MB, SCALARS, SMALL, Bound, Json, Verdict, traffic, verdicts
 from accelerators_targets import EXTRA, TARGETS
 from speed_sections import DASH, table
 from speed_trees import CLIPJAX, NO_CLIP, OPTAX
@@ -88,7 +88,8 @@ def bound_section(cases: Sequence[Json]) -> list[str]:
     "In how many cases each bound holds; where it does not, the worst case, what was found there, and the most that "
     "the bound allows. HBM traffic is what goes beyond the step without a clip. On a TPU the compiler sets aside "
     f"{SMALL:,} bytes for each scalar that goes through HBM: the bounds on temporaries leave room for 8 a leaf where a "
-    "clip by leaf runs on one chip, and for 16 a leaf on 256 chips.",
+    "clip by leaf runs on one chip, and for 16 a leaf on 256 chips. Those on traffic leave "
+    f"{SCALARS} bytes a leaf, and 16 times that, for scalars.",
     "",
     *table(head, rows, left=6),
   ]
