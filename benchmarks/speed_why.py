@@ -25,9 +25,10 @@ gradient).
 that is computed in the step, even from one entry, adds 2.2 ms, since every kernel then waits for it; the plainest
 norm takes 1.7 to 2.4 ms.
 
-**bfloat16.** Both moments of Adam read the clipped leaf, so that XLA writes it, in 16 bits: 100% of the gradient,
-where Optax's step writes 200%. The norm itself copies nothing. XLA on CPU fuses no reduction with a conversion from
-float16: there the copy in float32 stays.
+**bfloat16.** XLA on CPU writes out what it converts to bfloat16 and reads twice, as both moments of Adam read the
+clipped leaf: 100% of the gradient, Optax's step 200%, and more than half of the time that the clip added. clipjax
+rounds by integer operations there, which XLA fuses into both. The norm itself copies nothing. XLA on CPU fuses no
+reduction with a conversion from float16: there the copy in float32 stays.
 
 **A watch in a step that donates its parameters.** XLA on CPU copies a donated buffer that anything but its own update
 reads, if nothing says that the read comes first; this holds for the plainest norm of the parameters too. The copy is
