@@ -133,26 +133,32 @@ def times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
 @jax.jit
 def _multiplied(x: jax.Array, factor: jax.Array) -> jax.Array:
   """The same bits where the leaf is kept, else the product, with one rounding at the end."""
-
-  def product() -> jax.Array:
-    wide = upcast(x)
-    return times(wide, *steps_of(factor, wide.real.dtype))
-
-  def rounded(x: jax.Array, factor: jax.Array) -> jax.Array:
-    return jnp.where(factor > 1, x, product().astype(x.dtype))
-
-  def rounded_by_hand(x: jax.Array, factor: jax.Array) -> jax.Array:
-    # XLA on CPU writes out what is converted to bfloat16 and read twice, as by both moments of Adam; not this.
-    wide = lax.bitcast_convert_type(product(), np.uint32)
-    nearest = wide + np.uint32(0x7FFF) + ((wide >> 16) & 1)  # A tie goes to the even one.
-    nan = (wide & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    upper = lax.convert_element_type(jnp.where(nan, wide | np.uint32(0x400000), nearest) >> 16, np.uint16)
-    return lax.bitcast_convert_type(jnp.where(factor > 1, lax.bitcast_convert_type(x, np.uint16), upper), x.dtype)
-
   if x.dtype != jnp.bfloat16:
-    return rounded(x, factor)
-  out: jax.Array = lax.platform_dependent(x, factor, cpu=rounded_by_hand, default=rounded)
+    return _rounded(x, factor)
+  out: jax.Array = lax.platform_dependent(x, factor, cpu=_rounded_by_hand, default=_rounded)
   return out
+
+
+def _product(x: jax.Array, factor: jax.Array) -> jax.Array:
+  wide = upcast(x)
+  return times(wide, *steps_of(factor, wide.real.dtype))
+
+
+def _rounded(x: jax.Array, factor: jax.Array) -> jax.Array:
+  return jnp.where(factor > 1, x, _product(x, factor).astype(x.dtype))
+
+
+def _rounded_by_hand(x: jax.Array, factor: jax.Array) -> jax.Array:
+  """`_rounded` for bfloat16, the upper half of a float32, by integers.
+
+  XLA on CPU writes out what is converted to bfloat16 and read twice, as by both moments of Adam; not this.
+  """
+  bits = lax.bitcast_convert_type(_product(x, factor), np.uint32)
+  nearest = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)  # A tie goes to the even one.
+  is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+  upper = lax.convert_element_type(jnp.where(is_nan, bits | np.uint32(0x400000), nearest) >> 16, np.uint16)
+  kept = lax.bitcast_convert_type(x, np.uint16)
+  return lax.bitcast_convert_type(jnp.where(factor > 1, kept, upper), x.dtype)
 
 
 @rescale.defjvp

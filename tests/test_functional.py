@@ -12,7 +12,7 @@ from helpers import DTYPES, assert_bits_equal, factories, oracle_clip, oracle_no
 from jax.experimental import checkify
 
 import clipjax
-from clipjax import functional
+from clipjax import functional, scaling
 
 EXAMPLE = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
 
@@ -301,3 +301,39 @@ def test_clip_by_value_is_elementwise(dtype):
 def test_a_bound_above_the_dtype_clips_nothing(dtype, bound):
   x = jnp.asarray([0.5, -3.0, 100.0], dtype)
   assert_bits_equal(clipjax.clip_grad_value(x, bound), x)
+
+
+ANOTHER_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 2.0**-9, 0.1, 1 / 3, 0.75, 0.999, 1.0, 2.0, -1e-3, ANOTHER_NAN])
+def test_bfloat16_is_rounded_on_a_cpu_as_everywhere(factor):
+  # Every bfloat16 there is; below 0 a factor is that of an entry which is shrunk first, above 1 nothing changes.
+  every = jax.lax.bitcast_convert_type(jnp.arange(1 << 16, dtype=jnp.uint16), jnp.bfloat16)
+
+  @jax.jit
+  def rounded(factor):
+    """The bits of both, with one NaN for all, and the product in float32."""
+    both = scaling._rounded_by_hand(every, factor), scaling._rounded(every, factor)
+    bits = [jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(y), jnp.nan, y), jnp.uint16) for y in both]
+    return *bits, scaling._product(every, factor)
+
+  by_hand, plain, wide = map(np.asarray, rounded(np.float32(factor)))
+  np.testing.assert_array_equal(by_hand, plain)
+  if factor <= 1:  # Against arithmetic in float64: to the nearest, a tie to the even one.
+    normal = np.isfinite(wide) & (np.abs(wide) > 1e-37)
+    steps = wide[normal].view(np.uint32).astype(np.float64) / 2**16
+    np.testing.assert_array_equal(by_hand[normal], np.round(steps).astype(np.uint32))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_step_in_bfloat16_writes_no_clipped_gradient():
+  grads = {"w": jnp.ones((512, 512), jnp.bfloat16)}
+  tx = optax.chain(clipjax.clip_by_global_norm(1.0), optax.adam(1e-3))
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  program = jax.jit(step, donate_argnums=(0, 1)).lower(grads, tx.init(grads), grads).compile()
+  assert program.memory_analysis().temp_size_in_bytes < 0.02 * grads["w"].nbytes
