@@ -233,7 +233,9 @@ def _choose(sums: Sequence[jax.Array], scales: Scales, least: Any) -> jax.Array:
   """The norm from the sum that kept its range: the plain one if it is finite and lost nothing to underflow."""
   if len(sums) == 1:
     return jnp.sqrt(sums[0])
-  low, middle, high = (jnp.sqrt(s) * scales.dtype(2.0**-e) for s, e in zip(sums, scales.exponents, strict=True))
+  # With x64 the norm of float32 leaves may be above the largest float32.
+  roots = [jnp.sqrt(s).astype(np.promote_types(s.dtype, norm_dtype())) for s in sums]
+  low, middle, high = (r * r.dtype.type(2.0**-e) for r, e in zip(roots, scales.exponents, strict=True))
   return jnp.where(sums[1] < least, high, jnp.where(sums[1] < jnp.inf, middle, low))
 
 
@@ -267,7 +269,7 @@ def _power_norms(kind: _Kind) -> tuple[list[jax.Array], list[jax.Array]]:
   """`_square_norms` for the p-norm, p other than 2."""
   p, dtype = kind.spec.ord, norm_dtype()
   axes = [kind.spec.axes[i] for i in kind.leaves]
-  magnitudes = {i: jnp.abs(upcast(x)) for i, x in kind.leaves.items()}
+  magnitudes = {i: jnp.abs(upcast(x)).astype(dtype) for i, x in kind.leaves.items()}
 
   def totals(xs: Mapping[int, jax.Array], q: float) -> tuple[list[jax.Array], dict[int, jax.Array]]:
     op = lax.max if q == math.inf else lax.min if q == -math.inf else lax.add
