@@ -51,6 +51,12 @@ def test_no_copy_of_the_gradient(tree):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("tree", sorted(TREES))
+def test_no_copy_of_a_gradient_in_bfloat16(tree):
+  assert temporaries(clipjax.clip_by_global_norm(1.0), TREES[tree], jnp.bfloat16) < 0.02
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("tree", sorted(TREES))
 def test_a_watch_copies_no_gradient(tree):
   for watch in (clipjax.watch(param_norms=False), clipjax.watch(per_leaf=False, param_norms=False)):
     assert temporaries(watch, TREES[tree]) < 0.05
