@@ -5,6 +5,7 @@ value of one may be traced, so what is wrong with it shows in the state instead.
 remedy.
 """
 
+import inspect
 import math
 import sys
 from typing import Any
@@ -49,6 +50,29 @@ def caller_level() -> int:
   while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
     level, frame = level + 1, frame.f_back
   return level
+
+
+# Functions -----------------------------------------------------------------------------------------------------------
+
+
+def is_function(x: Any) -> bool:
+  """Whether this is a function, not a tree that happens to be callable, as an Equinox module is."""
+  return callable(x) and (isinstance(x, jax.tree_util.Partial) or jax.tree_util.all_leaves([x]))
+
+
+def check_takes(fn: Any, what: str, arguments: str, body: str, *, keywords: tuple[str, ...] = ()) -> None:
+  """Raises where a function of the user's does not take these arguments, by name and number."""
+  try:
+    signature = inspect.signature(fn)
+  except (TypeError, ValueError):  # Of some functions that are written in C.
+    return
+  names = arguments.split(", ")
+  try:
+    signature.bind(*names, **dict.fromkeys(keywords))
+  except TypeError:
+    taken = ", ".join([*names, *(["*"] if keywords else []), *keywords])
+    remedy = f"write `lambda {arguments}: {body}`" if body else f"define it as `def update({taken})`"
+    raise TypeError(f"{what} must take ({taken}), got a function of {signature}: {remedy}.") from None
 
 
 # Thresholds and what goes with them ----------------------------------------------------------------------------------

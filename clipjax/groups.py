@@ -2,27 +2,29 @@
 
 The names are fixed at `init` and carried, because Flax NNX and Equinox hand `init` and `update` trees of different
 structure: which leaf belongs to which group is known by its position among the floating and complex leaves.
+
+Labels are equal when their content is. The exception is a state that `optax.tree.map_params` makes from a placeholder
+for the parameters, to see which arrays of a real state are copies of them: its labels become those that they meet.
 """
 
 import json
 import sys
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import export
 
-from clipjax.checks import describe
+from clipjax.checks import check_takes, describe, is_function
 from clipjax.trees import is_measured, leaf_names, measured_leaves
+
+State = TypeVar("State")
 
 
 @jax.tree_util.register_pytree_node_class
 class Labels:
   """Names of the leaves, and the block that each belongs to.
-
-  Two of them are equal when their content is, and under one name where either has no leaves:
-  `optax.tree.map_params` compares the state of a placeholder without leaves with a real one.
 
   Attributes:
     name: first part of the keys of metrics.
@@ -32,7 +34,7 @@ class Labels:
     block_of: for each leaf, the index of its block.
   """
 
-  __slots__ = ("block_names", "block_of", "leaves", "name", "unit")
+  __slots__ = ("_hash", "_static", "block_names", "block_of", "leaves", "name", "unit")
 
   def __init__(
     self, name: str, unit: str, leaves: tuple[str, ...], block_names: tuple[str, ...], block_of: tuple[int, ...]
@@ -42,15 +44,15 @@ class Labels:
     self.leaves = leaves
     self.block_names = block_names
     self.block_of = block_of
-    _register_with_flax()
+    self._hash = hash(self._content())  # Every jitted call asks for it.
+    self._static: Labels | _Unknown = self
 
   @classmethod
   def of(cls, tree: Any, *, name: str, unit: str) -> "Labels":
     """Labels for one block of all leaves ("global") or a block for each ("leaf")."""
     leaves = leaf_names(tree)
-    if unit == "global":
-      return cls(name, unit, leaves, (), (0,) * len(leaves))
-    return cls(name, unit, leaves, leaves, tuple(range(len(leaves))))
+    blocks = ((), (0,) * len(leaves)) if unit == "global" else (leaves, tuple(range(len(leaves))))
+    return cls(name, unit, leaves, *blocks)._for(tree)
 
   @classmethod
   def by_group(
@@ -74,7 +76,13 @@ class Labels:
             f"`max_norm` must have thresholds for labels in use, got one for '{label}', which no leaf has (the leaves "
             f"have {', '.join(map(repr, found))}): remove it, or mend `groups`."
           )
-    return cls(name, "group", names, order, tuple(order.index(label) for label in labels))
+    return cls(name, "group", names, order, tuple(order.index(label) for label in labels))._for(tree)
+
+  def _for(self, tree: Any) -> "Labels":
+    """These labels, which are unknown ones where the tree is the placeholder of `optax.tree.map_params`."""
+    if type(tree).__name__ == "_ParamsPlaceholder":
+      self._static = _Unknown(self)
+    return self
 
   @property
   def blocks(self) -> tuple[tuple[int, ...], ...]:
@@ -120,33 +128,56 @@ class Labels:
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, Labels):
       return NotImplemented
-    if (self.name, self.unit) != (other.name, other.unit):
-      return False
-    return not self.leaves or not other.leaves or self._content() == other._content()
+    return self is other or (self._hash == other._hash and self._content() == other._content())
 
   def __hash__(self) -> int:
-    return hash(Labels)  # Equality with a placeholder is not transitive, so nothing finer would agree with it.
+    return self._hash
 
   def __repr__(self) -> str:
     return f"Labels({self.name!r}, {self.unit!r}, {len(self.leaves)} leaves)"
 
-  def tree_flatten(self) -> tuple[tuple[()], "Labels"]:
+  def __reduce__(self) -> tuple[Any, ...]:
+    return Labels, self._content()  # The hash of a text is another one in each process.
+
+  def tree_flatten(self) -> tuple[tuple[()], "Labels | _Unknown"]:
     """No children: everything is static."""
-    return (), self
+    return (), self._static
 
   @classmethod
-  def tree_unflatten(cls, aux: "Labels", children: tuple[()]) -> "Labels":
+  def tree_unflatten(cls, aux: "Labels | _Unknown", children: tuple[()]) -> "Labels":
     """The static part is the whole."""
     del children
-    return aux
+    return aux if isinstance(aux, Labels) else aux.labels
+
+
+class _Unknown:
+  """The static part of labels of a placeholder: equal to the first real labels that it meets, and then only to these.
+
+  So `jax.tree.map(fn, state_of_placeholder, state)` gives a state with the labels of the second, which nothing else in
+  JAX allows: it makes what it returns of the structure of the first.
+  """
+
+  def __init__(self, labels: Labels):
+    self.labels = labels
+    self._met = False
+
+  def __eq__(self, other: object) -> bool:
+    if not isinstance(other, Labels):
+      return self is other
+    if not self._met and (self.labels.name, self.labels.unit) == (other.name, other.unit):
+      self.labels, self._met = other, True
+    return self.labels == other
+
+  __hash__ = object.__hash__
 
 
 _UNITS = {"global": "the whole tree", "group": "group", "leaf": "leaf"}
 
 
 def _group_labels(tree: Any, names: tuple[str, ...], groups: Any) -> list[str]:
-  if callable(groups):
+  if is_function(groups):
     measured = measured_leaves(tree)
+    check_takes(groups, "`groups`", "path, leaf", "path.split('/')[0]")
     labels = [groups(name, leaf) for name, leaf in zip(names, measured, strict=True)]
   else:
     if not names:
@@ -165,8 +196,23 @@ def _group_labels(tree: Any, names: tuple[str, ...], groups: Any) -> list[str]:
   return [str(label) for label in labels]
 
 
+def carries_labels(state: type[State]) -> type[State]:
+  """Decorates a state whose field `labels` `flax.serialization` is to pass over.
+
+  Flax knows no pytree nodes and asks for a registration by type. It may be imported after a state was made, or read
+  from a file, but not after it asks the state for this field.
+  """
+  field: Any = vars(state)["labels"]
+
+  def labels(self: Any) -> Any:
+    _register_with_flax()
+    return field.__get__(self)
+
+  setattr(state, "labels", property(labels, doc=field.__doc__))  # noqa: B010 (a type checker sees no such attribute)
+  return state
+
+
 def _register_with_flax() -> None:
-  """Lets flax.serialization pass over a `Labels`: it knows no pytree nodes, and asks for a registration by type."""
   serialization = sys.modules.get("flax.serialization")
   if serialization is None or Labels in getattr(serialization, "_STATE_DICT_REGISTRY", {Labels}):
     return

@@ -72,11 +72,9 @@ def check_axis_name(axis_name: Any) -> tuple[list[Any], Any]:
 
 def check_reduced(leaves: Sequence[Any], weights: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
   """Raises where an update varies over a mesh axis over which its parameter does not: it is a sum not yet taken."""
-  if len(leaves) != len(weights):
-    return
   for i, (x, w) in enumerate(zip(leaves, weights, strict=True)):
     extra = [axis for axis in varying_axes(x) if axis not in varying_axes(w)]
-    if extra:
+    if extra and w is not None:
       raise ValueError(
         f"`updates` must be reduced over the mesh axes that their parameters do not vary over, got "
         f"'{names()[i]}' varying over {extra}: reduce it with jax.lax.pmean or psum first."

@@ -2,11 +2,14 @@
 
 Floating and complex leaves are measured. None and `optax.MaskedNode` are no leaves at all; float0 leaves (the
 cotangents of integers) pass through untouched; anything else is a `TypeError` that names its path, except in `init`,
-which passes over it. A name is the path with '/' between its parts.
+which passes over it. A name is the path with '/' between its parts; only the `value` of a Flax box is left out of it.
+
+Which leaf is which: by position where `update` sees as many leaves as `init` did, else by name. So a frozen leaf may be
+None in the gradients, and the parameters may have leaves that the gradients do not have.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +19,9 @@ import numpy as np
 from clipjax import mesh
 from clipjax.checks import describe
 
+# Stands in for a leaf that is None in this tree: it has norm 0, and no entry to clip.
+ABSENT = np.zeros((0,), np.float32)
+
 
 class Prepared(NamedTuple):
   """A tree taken apart.
@@ -24,8 +30,12 @@ class Prepared(NamedTuple):
     tree: as it came.
     leaves: all its leaves, float0 included.
     treedef: its structure.
-    measured: the floating and complex leaves, in tree order.
+    measured: the floating and complex leaves, in tree order; where some of those that `init` saw are None now, all of
+      those, in the order of `init`, with `ABSENT` in the place of each that is None.
     axes: the mesh axes to reduce each measured leaf over.
+    places: where in `measured` each floating and complex leaf of the tree is.
+    known: the names that `init` saw where some leaves are None now; else None.
+    weights: the parameter of each measured leaf, None where there is none of its name; () without parameters.
   """
 
   tree: Any
@@ -33,6 +43,9 @@ class Prepared(NamedTuple):
   treedef: Any
   measured: list[Any]
   axes: tuple[mesh.Axes, ...]
+  places: Sequence[int]
+  known: Sequence[str] | None
+  weights: Sequence[Any]
 
   def with_measured(self, values: Sequence[Any]) -> Any:
     """The tree with new values for the measured leaves, float0 leaves as they were."""
@@ -40,12 +53,12 @@ class Prepared(NamedTuple):
 
   def with_all(self, values: Sequence[Any], other: Callable[[Any], Any]) -> Any:
     """The tree with new values for the measured leaves and `other(leaf)` for the rest."""
-    it = iter(values)
-    return jax.tree.unflatten(self.treedef, [next(it) if is_measured(x) else other(x) for x in self.leaves])
+    places = iter(self.places)
+    return jax.tree.unflatten(self.treedef, [values[next(places)] if is_measured(x) else other(x) for x in self.leaves])
 
-  def names(self) -> tuple[str, ...]:
+  def names(self) -> Sequence[str]:
     """The names of the measured leaves; for messages, since an eager step has no time for them."""
-    return leaf_names(self.tree)
+    return leaf_names(self.tree) if self.known is None else self.known
 
 
 def prepare(
@@ -62,22 +75,61 @@ def prepare(
 
   Raises:
     TypeError: for a leaf that has no norm, with its path.
-    ValueError: for another number of leaves than `init` saw, or an unreduced gradient.
+    ValueError: for leaves that `init` did not see, or an unreduced gradient.
   """
   leaves, treedef = jax.tree.flatten(tree)
   flags = [is_measured(x) for x in leaves]
-  for i, (leaf, measured) in enumerate(zip(leaves, flags, strict=True)):
-    if not measured and not is_float0(leaf):
+  for i, (leaf, has_norm) in enumerate(zip(leaves, flags, strict=True)):
+    if not has_norm and not is_float0(leaf):
       raise TypeError(
         f"`{argument}` must have floating or complex leaves, got {describe(leaf)} at "
         f"'{leaf_names(tree, lambda _: True)[i]}': leave it out of the tree, or mask it with `optax.masked`."
       )
-  chosen = [x for x, measured in zip(leaves, flags, strict=True) if measured]
-  if params is not None and mesh.manual_axes():
-    mesh.check_reduced(chosen, measured_leaves(params), lambda: leaf_names(tree))
-  if known is not None and len(chosen) != len(known):
-    raise ValueError(_other_count(known, leaf_names(tree)))
-  return Prepared(tree, leaves, treedef, chosen, mesh.resolve_axes(tree, leaves, flags, axis_name))
+  measured = [x for x, has_norm in zip(leaves, flags, strict=True) if has_norm]
+  axes = mesh.resolve_axes(tree, leaves, flags, axis_name)
+  places: Sequence[int] = range(len(measured))
+  absent = known is not None and len(measured) != len(known)
+  if known is not None and absent:
+    names = leaf_names(tree)
+    if not _is_frozen_part(known, names, tree):
+      raise ValueError(_other_leaves(known, names))
+    place_of = {name: i for i, name in enumerate(known)}
+    places = [place_of[name] for name in names]
+    measured = _spread(measured, places, len(known), ABSENT)
+    axes = tuple(_spread(axes, places, len(known), ()))
+  prepared = Prepared(tree, leaves, treedef, measured, axes, places, known if absent else None, ())
+  if params is None:
+    return prepared
+  prepared = prepared._replace(weights=_paired(params, prepared))
+  if mesh.manual_axes():
+    mesh.check_reduced(measured, prepared.weights, prepared.names)
+  return prepared
+
+
+def _is_frozen_part(known: Sequence[str], names: Sequence[str], tree: Any) -> bool:
+  """Whether these names are some of the known ones, and every other one is None in the tree."""
+  absent = set(known).difference(names)
+  frozen = ["/".join(parts) for parts, leaf in _named_leaves((), tree, with_none=True) if leaf is None]
+  starts = tuple(f"{name}/" for name in frozen if name)
+  explained = all("" in frozen or name in frozen or name.startswith(starts) for name in absent)
+  return explained and set(names) <= set(known)
+
+
+def _spread(values: Sequence[Any], places: Sequence[int], size: int, other: Any) -> list[Any]:
+  """A list of some size with the values in their places, and `other` elsewhere."""
+  out = [other] * size
+  for i, value in zip(places, values, strict=True):
+    out[i] = value
+  return out
+
+
+def _paired(params: Any, prepared: Prepared) -> Sequence[Any]:
+  """The parameter of each measured leaf: by position where there are as many, else by name."""
+  weights = measured_leaves(params)
+  if len(weights) == len(prepared.measured):
+    return weights
+  by_name = dict(zip(leaf_names(params), weights, strict=True))
+  return [by_name.get(name) for name in prepared.names()]
 
 
 def check_real(prepared: Prepared, argument: str) -> None:
@@ -110,12 +162,9 @@ def leaf_names(tree: Any, keep: Callable[[Any], bool] = is_measured) -> tuple[st
   """Names the leaves that `keep` wants: '.' for a bare array, '_2' and so on behind a name that is taken."""
   names: list[str] = []
   taken: set[str] = set()
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+  for parts, leaf in _named_leaves((), tree):
     if not keep(leaf):
       continue
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if len(parts) > 1 and parts[-1] == "value":  # Flax NNX keeps an array in the `value` of a Variable.
-      parts.pop()
     base = name = "/".join(parts) or "."
     copy = 1
     while name in taken:
@@ -126,8 +175,34 @@ def leaf_names(tree: Any, keep: Callable[[Any], bool] = is_measured) -> tuple[st
   return tuple(names)
 
 
-def _other_count(known: Sequence[str], got: Sequence[str]) -> str:
-  """The message where `update` sees another number of leaves than `init` did."""
+def _named_leaves(
+  prefix: tuple[str, ...], tree: Any, *, with_none: bool = False
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+  """Every leaf with the parts of its name, without those that a Flax box adds for its content."""
+  of_box = _is_box(type(tree))
+
+  def ends(x: Any) -> bool:
+    return x is not tree and (_is_box(type(x)) or (with_none and x is None))
+
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=ends)[0]:
+    keys = path[1:] if of_box and getattr(path[0], "name", None) == "value" else path
+    parts = (*prefix, *(jax.tree_util.keystr((key,), simple=True) for key in keys))
+    if _is_box(type(leaf)):
+      yield from _named_leaves(parts, leaf, with_none=with_none)
+    else:
+      yield parts, leaf
+
+
+def _is_box(kind: Any) -> bool:
+  """Whether this is a Flax NNX variable, or a box that carries metadata beside an array, as Flax Linen has them."""
+  return any(base.__name__ in _BOXES and base.__module__.startswith("flax.") for base in kind.__mro__)
+
+
+_BOXES = ("Variable", "VariableState", "AxisMetadata")
+
+
+def _other_leaves(known: Sequence[str], got: Sequence[str]) -> str:
+  """The message where `update` sees leaves that `init` did not."""
   extra = [name for name in got if name not in known]
   missing = [name for name in known if name not in got]
   lists = [

@@ -132,7 +132,7 @@ def test_messages():
     "`params` must be given to clip by the norm of parameters, got None: call update(grads, state, params)."
   )
   assert message(lambda: tx.update(grads, tx.init(params), params[::-1])) == (
-    "`params` must have the floating leaves of `updates`, got 2 leaves for 2, which differ from '0' on: pass the "
+    "`params` must have the floating leaves of `updates`, got float32[5] for the float32[4,3] at '0': pass the "
     "parameters that the updates belong to."
   )
   assert message(lambda: clipjax.adaptive_grad_clip(-0.1)) == (

@@ -22,7 +22,7 @@ from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
 from clipjax.scaling import Limits, norm_after, scale_of
 from clipjax.transforms.engine import Clip, Decision, transformation
 from clipjax.transforms.state import ClipState
-from clipjax.trees import Prepared, measured_leaves
+from clipjax.trees import ABSENT, Prepared
 
 Axis = int | tuple[int, ...] | None
 
@@ -173,22 +173,20 @@ def _unit_axes(x: Any, axis: tuple[int, ...] | None, name: str) -> tuple[int, ..
 
 
 def _matching_params(prepared: Prepared, params: Any) -> list[Any]:
-  """The parameters of the measured leaves."""
+  """The parameters of the measured leaves; `ABSENT` for those of leaves that are None."""
   if params is None:
     raise ValueError(
       "`params` must be given to clip by the norm of parameters, got None: call update(grads, state, params)."
     )
-  weights = measured_leaves(params)
-  if [jnp.shape(w) for w in weights] == [jnp.shape(x) for x in prepared.measured]:
-    return weights
-  names = prepared.names()
-  ours, theirs = ([jnp.shape(x) for x in v] for v in (prepared.measured, weights))
-  where = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-  at = f" from '{names[where]}' on" if where < len(names) else ""
-  raise ValueError(
-    f"`params` must have the floating leaves of `updates`, got {len(weights)} leaves for {len(names)}, which "
-    f"differ{at}: pass the parameters that the updates belong to."
-  )
+  weights = [ABSENT if x is ABSENT else w for x, w in zip(prepared.measured, prepared.weights, strict=True)]
+  for i, (x, w) in enumerate(zip(prepared.measured, weights, strict=True)):
+    if w is None or jnp.shape(w) != jnp.shape(x):
+      got = "none" if w is None else checks.describe(w)
+      raise ValueError(
+        f"`params` must have the floating leaves of `updates`, got {got} for the {checks.describe(x)} at "
+        f"'{prepared.names()[i]}': pass the parameters that the updates belong to."
+      )
+  return weights
 
 
 def _checked_axis(axis: Any) -> tuple[int, ...] | None:

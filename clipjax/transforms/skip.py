@@ -15,7 +15,7 @@ from jax import export
 from jax.typing import ArrayLike
 
 from clipjax.checks import check_state, check_whole, describe
-from clipjax.groups import Labels
+from clipjax.groups import Labels, carries_labels
 from clipjax.mesh import check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import NormSpec, norm_dtype
@@ -25,6 +25,7 @@ from clipjax.trees import is_float0, prepare
 _NO_LIMIT = 2**31 - 1
 
 
+@carries_labels
 class SkipState(NamedTuple):
   """What `skip_steps` has seen; one structure from `init` on. Norms and losses are float32, float64 under x64.
 

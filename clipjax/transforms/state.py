@@ -8,10 +8,11 @@ import optax
 from jax import export
 
 from clipjax import checks
-from clipjax.groups import Labels
+from clipjax.groups import Labels, carries_labels
 from clipjax.norms.sums import norm_dtype
 
 
+@carries_labels
 class ClipState(NamedTuple):
   """What a clip has seen; one structure from `init` on. n is the number of groups or leaves, 0 for a global clip.
 

@@ -18,17 +18,18 @@ from jax import export, lax
 
 from clipjax.arithmetic import upcast, vector_norm
 from clipjax.checks import check_flag, check_name, check_state, check_whole
-from clipjax.groups import Labels
+from clipjax.groups import Labels, carries_labels
 from clipjax.mesh import Axes, all_reduce, axes_size, check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import NormSpec, norm_dtype, stack
-from clipjax.trees import measured_leaves, prepare
+from clipjax.trees import ABSENT, prepare
 
 # Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
 LOOK_EVERY = 16
 _LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
 
+@carries_labels
 class WatchState(NamedTuple):
   """What a watch has seen; one structure from `init` on. n is the number of leaves.
 
@@ -150,12 +151,7 @@ def watch(
     state.labels.check_state(unlabelled, state.norms)
     _check_history(state, history)
     prepared = prepare(updates, "updates", axis_name=axis_name, known=state.labels.leaves, params=params)
-    weights = measured_leaves(params) if param_norms else []
-    if weights and len(weights) != len(prepared.measured):
-      raise ValueError(
-        f"`params` must have the floating leaves of `updates`, got {len(weights)} for {len(prepared.measured)}: pass "
-        "the parameters that the updates belong to."
-      )
+    weights = [ABSENT if w is None else w for w in prepared.weights] if param_norms else []
     of_params = tuple(map(varying_axes, weights)) if axis_name is None else prepared.axes
     return updates, _watched(_Spread(prepared.axes, of_params), prepared.measured, weights, state)
 
