@@ -90,10 +90,31 @@ def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, all
     raise TypeError(f"{rule}, got {describe(value)}: pass a real number such as 1.0.")
   if isinstance(value, jax.Array):
     return value
-  number = float(value)
+  number = _as_float(value, argument)
   if number < 0 or (math.isnan(number) and not allow_nan):
     raise ValueError(f"`{argument}` must be >= 0, got {number}: {remedy}.")
   return number
+
+
+def within_range(value: Any) -> Any:
+  """A host number within the range of norms, so that no number in a state is inf, an array as it is; NaN stays NaN.
+
+  Without x64 a Python number above the largest float32 would be inf there, after a warning of NumPy.
+  """
+  if isinstance(value, jax.Array):
+    return value
+  most = float(np.finfo(jax.dtypes.canonicalize_dtype(np.float64)).max)
+  return min(max(_as_float(value, "a threshold"), -most), most)
+
+
+def _as_float(value: Any, argument: str) -> float:
+  try:
+    return float(value)
+  except OverflowError:
+    raise ValueError(
+      f"`{argument}` must be within the range of a float, got an integer of {int(value).bit_length()} bits: pass "
+      "`float('inf')` for no limit."
+    ) from None
 
 
 def check_eps(eps: Any) -> Any:
@@ -132,12 +153,12 @@ def check_policy(on_nonfinite: Any) -> None:
     )
 
 
-def check_track(track: Any, *thresholds: Any) -> None:
+def check_track(track: Any, argument: str, *thresholds: Any) -> None:
   """Raises for a `track` that is no bool, and for a threshold that needs a state where there is to be none."""
   check_flag(track, "track")
   if not track and any(callable(value) or callable(getattr(value, "update", None)) for value in thresholds):
     raise ValueError(
-      "`track=False` keeps no state, so that `max_norm` must be a number or an array, got a schedule or a rule: "
+      f"`track=False` keeps no state, so that `{argument}` must be a number or an array, got a schedule or a rule: "
       "leave `track` at True."
     )
 
@@ -172,7 +193,8 @@ def check_number(
   rule += "" if math.isinf(high) else f" and <= {high:g}"
   if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
     raise TypeError(f"{rule}, got {describe(value)}: pass a float.")
-  if not (low < value if open_low else low <= value) or not value <= high or (finite and math.isinf(value)):
+  number = _as_float(value, argument)
+  if not (low < number if open_low else low <= number) or not number <= high or (finite and math.isinf(number)):
     raise ValueError(f"{rule}, got {value}: choose one in that range.")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from clipjax import checks, nonfinite
@@ -40,7 +41,7 @@ def clip_grad_norm(
     grads: pytree of floating or complex arrays of any shape; None and float0 leaves are passed on.
     max_norm: number or scalar array >= 0, in the unit of the gradient; a traced negative one counts as 0.
     ord: order of the norm, 2 when None; 1, `jnp.inf` or any p > 0.
-    norm: the norm, where you already have it; None computes it.
+    norm: the norm, where you already have it; None computes it. A negative one in an array counts as NaN.
     eps: added to the norm; `1e-6` gives the factor of torch.
     on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit "error" is a
       check that the caller turns on with two lines, `err, out = jax.jit(checkify.checkify(step))(...)` and
@@ -76,10 +77,11 @@ def clip_grad_norm(
   checks.check_policy(on_nonfinite)
   if norm is not None:
     remedy = "pass the norm of `grads`, or None to compute it"
-    norm = checks.check_threshold(norm, "norm", remedy=remedy, allow_nan=True)
+    norm = _given_norm(checks.check_threshold(norm, "norm", remedy=remedy, allow_nan=True))
   prepared = prepare(grads, "grads", axis_name=axis_name if norm is None else ())
   spec = NormSpec(p, (tuple(range(len(prepared.measured))),), prepared.axes)
-  clipped, total, bad = _clip(spec, prepared.measured, max_norm, norm, eps)
+  limit, eps = checks.within_range(max_norm), checks.within_range(eps)
+  clipped, total, bad = _clip(spec, prepared.measured, limit, norm, eps)
   return prepared.with_measured(nonfinite.settle(on_nonfinite, prepared, clipped, bad, total)), total
 
 
@@ -108,7 +110,13 @@ def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
   max_value = checks.check_threshold(max_value, "max_value")
   prepared = prepare(grads, "grads")
   check_real(prepared, "grads")
-  return prepared.with_measured(clamp(prepared.measured, max_value))
+  return prepared.with_measured(clamp(prepared.measured, checks.within_range(max_value)))
+
+
+def _given_norm(norm: Any) -> Any:
+  """A host number above the range of norms as inf, without the warning of NumPy; an array as it is."""
+  within = checks.within_range(norm)
+  return np.inf if not isinstance(norm, jax.Array) and norm > within else norm
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -116,7 +124,11 @@ def _clip(
   spec: NormSpec, leaves: Sequence[Any], max_norm: Any, norm: Any, eps: Any
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
   dtype = norm_dtype()
-  norm = measure(spec, leaves).norms[0] if norm is None else jnp.asarray(norm).astype(dtype)
+  if norm is None:
+    norm = measure(spec, leaves).norms[0]
+  else:
+    norm = jnp.asarray(norm).astype(dtype)
+    norm = jnp.where(norm < 0, np.array(np.nan, dtype), norm)
   limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
   bad = nonfinite.is_bad(norm, [limit])
   return rescale((0,) * len(leaves), leaves, [Limits.of(norm, limit, limit, bad, eps)]), norm, bad

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -63,8 +64,8 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike, *, axis_name: Any = N
   _check_batch(prepared)
   if axis_name is None:
     _check_axes(prepared)
-  total, norms = _clip_examples(prepared.axes, prepared.measured, max_norm)
-  return prepared.with_measured(total), norms
+  total, norms = _clip_examples(prepared.axes, prepared.measured, checks.within_range(max_norm))
+  return prepared.with_all(total, lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype)), norms
 
 
 def _check_batch(prepared: Prepared) -> None:

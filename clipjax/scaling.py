@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from clipjax.arithmetic import by_parts, divide, quotient, upcast
+from clipjax.checks import within_range
 
 
 class Limits(NamedTuple):
@@ -37,7 +38,7 @@ class Limits(NamedTuple):
       # Where the norm is not above the limit the target has no meaning, and `eps` can still ask for it.
       target = jnp.where(norm > limit, jnp.clip(target, 0, limit), limit)
     if not (isinstance(eps, float) and eps == 0.0):
-      norm = norm + jnp.asarray(eps).astype(norm.dtype)
+      norm = norm + jnp.asarray(within_range(eps)).astype(norm.dtype)
     # In a bad step no block is kept, and every target is NaN; without a NaN on the way, at which `jax_debug_nans` would
     # stop where there is no jit.
     nan = np.full(jnp.shape(target), np.nan, target.dtype)

@@ -10,6 +10,7 @@ import optax
 import clipjax
 
 DTYPES = ("float32", "bfloat16", "float16")
+NO_LIMIT = float(np.finfo(np.float32).max)  # What a state has for a limit that is none.
 
 
 def oracle_norm(tree, p=2.0):

@@ -13,7 +13,7 @@ import optax
 from jax import export
 from jax.typing import ArrayLike
 
-from clipjax.checks import check_threshold, describe
+from clipjax.checks import check_takes, check_threshold, describe, within_range
 from clipjax.norms.sums import norm_dtype
 
 
@@ -60,13 +60,25 @@ class StepCount(NamedTuple):
   """The state of a rule that depends on time alone; unlike any other, it also moves on a step that is not finite.
 
   Attributes:
-    steps: int32, shape (): the `update` calls so far.
+    schedule_count: int32, shape (): the `update` calls so far. No other field of a state has this name, by which
+      `optax.tree.get` and `optax.tree.set` find it.
   """
 
-  steps: jax.Array
+  schedule_count: jax.Array
 
 
 export.register_namedtuple_serialization(StepCount, serialized_name="clipjax.rules.StepCount")
+
+
+def no_limit(dtype: Any) -> Any:
+  """The limit that no norm is above: the largest number of the dtype, since no state may hold an inf."""
+  return jnp.finfo(dtype).max
+
+
+def number(value: Any, dtype: Any) -> jax.Array:
+  """A number of a rule, or an array, in the dtype of the norms."""
+  out: jax.Array = jnp.asarray(within_range(value), dtype)
+  return out
 
 
 def as_rule(value: Any, argument: str) -> Rule:
@@ -78,16 +90,19 @@ def as_rule(value: Any, argument: str) -> Rule:
           f"`{argument}` must be a Rule of two functions, got {describe(getattr(value, field))} as its "
           f"`{field}`: see clipjax.rules.Rule."
         )
+    check_takes(value.init, f"the `init` of `{argument}`", "shape, dtype", "jnp.zeros(shape, dtype)")
+    check_takes(value.update, f"the `update` of `{argument}`", "norms, state", "", keywords=("global_norm",))
     return value
   if callable(value):
+    check_takes(value, f"the schedule `{argument}`", "count", "1.0")
     return _of_count(value)
   if isinstance(value, tuple | list | dict) or value is None:
     raise TypeError(
       f"`{argument}` must be a number, a scalar array, a schedule or a clipjax.rules.Rule, got "
       f"{describe(value)}: pass a float such as 1.0; a dict by label is for clip_by_group_norm."
     )
-  number = check_threshold(value, argument)
-  return _of_count(lambda _: number)
+  threshold = check_threshold(value, argument)
+  return _of_count(lambda _: threshold)
 
 
 def ask(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -108,13 +123,12 @@ def ask(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tup
 
 def _checked_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
   """What a rule answered, in the dtype of the norms; raises where its shape is neither () nor theirs."""
-  number = isinstance(answer, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(answer, bool)
-  if not number or jnp.iscomplexobj(answer):
+  if not _is_real(answer):
     raise TypeError(
       f"a rule's `{what}` must be a real number or an array of them, got {describe(answer)}: compute it from "
       "`norms`, with jnp.inf for no limit."
     )
-  value: jax.Array = jnp.asarray(answer).astype(norms.dtype)
+  value = number(answer, norms.dtype) if jnp.ndim(answer) == 0 else jnp.asarray(answer).astype(norms.dtype)
   if value.shape not in ((), norms.shape):
     raise ValueError(
       f"a rule's `{what}` must have shape () or that of the norms, {norms.shape}, got {value.shape}: "
@@ -123,24 +137,36 @@ def _checked_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
   return value
 
 
+def _is_real(answer: Any) -> bool:
+  is_number = isinstance(answer, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(answer, bool)
+  return is_number and not jnp.iscomplexobj(answer)
+
+
 class StateCheck:
-  """Compares states with what the `init` of a rule gives, which it is asked for once for each shape."""
+  """Compares states with what the `init` of a rule gives, which it is asked for once for each shape and dtype."""
 
   def __init__(self, rule: Rule, field: str):
     self._rule = rule
     self._field = field
-    self._wanted: dict[tuple[int, ...], Any] = {}
+    self._wanted: dict[tuple[tuple[int, ...], Any], Any] = {}
 
-  def check(self, state: Any, shape: tuple[int, ...]) -> None:
-    """Raises for the state of another rule, or of one with another window."""
-    if shape not in self._wanted:
-      self._wanted[shape] = jax.eval_shape(lambda: self._rule.init(shape, norm_dtype()))
-    wanted = self._wanted[shape]
+  def fitted(self, state: Any, shape: tuple[int, ...]) -> Any:
+    """The state in the dtypes that `init` gives; raises for that of another rule, or of one with another window."""
+    dtype = norm_dtype()
+    if (shape, dtype) not in self._wanted:
+      self._wanted[shape, dtype] = jax.eval_shape(lambda: self._rule.init(shape, dtype))
+    wanted = self._wanted[shape, dtype]
     if not _is_like(state, wanted):
       raise ValueError(
         f"`state.{self._field}` must be as the rule's `init` gave it, {_outline(wanted)}, got {_outline(state)}: pass "
         "the state of this transformation, or call `init` anew."
       )
+    return jax.tree.map(lambda x, like: in_dtype(x, like.dtype), state, wanted)
+
+
+def in_dtype(x: Any, dtype: Any) -> Any:
+  """A number of a state in its dtype: it may be stored in another width, from before x64 was set, or as bfloat16."""
+  return x if getattr(x, "dtype", dtype) == dtype else jnp.asarray(x).astype(dtype)
 
 
 def same_structure(state: Any, wanted: Any) -> bool:
@@ -190,16 +216,15 @@ def _of_count(fn: Callable[[jax.Array], ArrayLike]) -> Rule:
 
   def update(norms: jax.Array, state: StepCount, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, StepCount]:
     del global_norm
-    value = fn(state.steps)
-    number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(value, bool)
-    if not number or jnp.iscomplexobj(value):
+    value = fn(state.schedule_count)
+    if not _is_real(value):
       raise TypeError(
         f"a schedule must return a real number, got {describe(value)}: call a rule of clipjax.rules "
         "first, as in rules.zscore()."
       )
-    limit = jnp.asarray(value, norms.dtype)
-    if limit.shape != ():
-      raise ValueError(f"a schedule must return a scalar, got {describe(limit)}: for a threshold by group pass a dict.")
-    return limit, limit, StepCount(optax.safe_increment(state.steps))
+    if jnp.shape(value) != ():
+      raise ValueError(f"a schedule must return a scalar, got {describe(value)}: for a threshold by group pass a dict.")
+    limit = number(value, norms.dtype)
+    return limit, limit, StepCount(optax.safe_increment(state.schedule_count))
 
   return Rule(init, update)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from clipjax.checks import check_whole
-from clipjax.rules.base import Rule, as_rule, ask
+from clipjax.rules.base import Rule, as_rule, ask, no_limit
 
 
 def minimum(rule_a: Rule | ArrayLike, rule_b: Rule | ArrayLike) -> Rule:
@@ -88,6 +88,6 @@ def delayed(n: int, rule: Rule | ArrayLike) -> Rule:
   ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, Any]]:
     seen, inner_state = state
     limit, target, inner_state = ask(inner, norms, inner_state, global_norm)
-    return jnp.where(seen < n, jnp.inf, limit), target, (jnp.minimum(seen + 1, n), inner_state)
+    return jnp.where(seen < n, no_limit(limit.dtype), limit), target, (jnp.minimum(seen + 1, n), inner_state)
 
   return Rule(init, update)

@@ -9,7 +9,7 @@ from jax import export
 
 from clipjax.arithmetic import divide
 from clipjax.checks import check_number, check_whole
-from clipjax.rules.base import Rule
+from clipjax.rules.base import Rule, no_limit, number
 
 
 class EmaRatioState(NamedTuple):
@@ -17,10 +17,12 @@ class EmaRatioState(NamedTuple):
 
   Attributes:
     ema: shape of the norms: the average of the clipped norms; 0 where there is none yet.
+    paused: bool, shape of the norms: whether the last norm was 0.
     seen: int32, shape (): finite steps so far, up to `warmup_steps`.
   """
 
   ema: jax.Array
+  paused: jax.Array
   seen: jax.Array
 
 
@@ -32,9 +34,10 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
 
   During the warm-up the whole gradient is clipped by its global norm, to `max_norm`, and the average is the smallest
   clipped norm that is not 0. A leaf without an average, because its norms were all 0, goes on under the global rule
-  until it has one: else it would be clipped to 0 for ever. After a lasting rise the average grows by at most
-  `(1 - decay) * (ratio - 1)` a step, so that at the defaults of AdaGC every one of 200 steps after it is clipped
-  (docs/methods.md).
+  until it has one: else it would be clipped to 0 for ever. After the warm-up a norm of 0 enters the average as in the
+  paper, but only the first of several in a row: else a leaf that pauses would be held near 0 for long. After a lasting
+  rise the average grows by at most `(1 - decay) * (ratio - 1)` a step, so that at the defaults of AdaGC every one of
+  200 steps after it is clipped (docs/methods.md).
 
   Args:
     ratio: how much larger than its average a norm may be, > 0.
@@ -69,23 +72,25 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
   check_number(max_norm, "max_norm", 0, math.inf)
 
   def init(shape: tuple[int, ...], dtype: Any) -> EmaRatioState:
-    return EmaRatioState(jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    return EmaRatioState(jnp.zeros(shape, dtype), jnp.zeros(shape, jnp.bool_), jnp.zeros((), jnp.int32))
 
   def update(
     norms: jax.Array, state: EmaRatioState, *, global_norm: jax.Array
   ) -> tuple[jax.Array, jax.Array, EmaRatioState]:
-    most, past = jnp.asarray(max_norm, norms.dtype), jnp.asarray(decay, norms.dtype)
+    most, past = number(max_norm, norms.dtype), number(decay, norms.dtype)
+    unlimited = no_limit(norms.dtype)
     warm = state.seen < warmup_steps
-    over = global_norm > most
+    over = (global_norm > most) & (most < unlimited)
     # A zero norm is under every limit, so 0 for its limit clips nothing.
     most = jnp.where(over, most, 1)
-    global_limit = jnp.where(over, divide(norms, jnp.where(over, global_norm, 1)) * most, jnp.inf)
+    global_limit = jnp.where(over, divide(norms, jnp.where(over, global_norm, 1)) * most, unlimited)
     has_ema = state.ema > 0
-    limit = jnp.where(warm | ~has_ema, global_limit, jnp.asarray(ratio, norms.dtype) * state.ema)
+    limit = jnp.where(warm | ~has_ema, global_limit, jnp.minimum(number(ratio, norms.dtype) * state.ema, unlimited))
     kept = jnp.minimum(norms, limit)
     lowest = jnp.where(has_ema & (kept > 0), jnp.minimum(state.ema, kept), jnp.where(has_ema, state.ema, kept))
     moved = jnp.where(has_ema, past * state.ema + (1 - past) * kept, kept)
-    ema = jnp.where(warm, lowest, moved)
-    return limit, limit, EmaRatioState(ema, jnp.minimum(state.seen + 1, warmup_steps))
+    is_zero = norms == 0
+    ema = jnp.where(warm, lowest, jnp.where(is_zero & state.paused, state.ema, moved))
+    return limit, limit, EmaRatioState(ema, is_zero, jnp.minimum(state.seen + 1, warmup_steps))
 
   return Rule(init, update)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from clipjax.checks import check_flag, check_number, check_whole
-from clipjax.rules.base import Rule
+from clipjax.rules.base import Rule, no_limit, number
 from clipjax.rules.ring import Ring
 
 
@@ -15,7 +15,8 @@ def percentile(percentile: float, *, window: int = 1000, include_current: bool =
 
   The ring holds norms before the clip, so that the threshold follows a lasting rise within the window: at percentile
   90 of 50 norms, 32 of the 200 steps after it are clipped (docs/methods.md). Of constant norms nothing is clipped. A
-  norm of 0 is one like any other; with fewer than `min_count` norms nothing is clipped.
+  norm of 0 takes a place in the ring, but the percentile is of the others: a leaf may have no gradient for a while.
+  With fewer than `min_count` of them nothing is clipped.
 
   Args:
     percentile: between 0 and 100.
@@ -58,13 +59,18 @@ def percentile(percentile: float, *, window: int = 1000, include_current: bool =
     del global_norm
     pushed = ring.push(norms)
     seen = pushed if include_current else ring
-    ordered = jnp.sort(seen.or_else(jnp.inf), axis=0)
-    last = jnp.maximum(seen.filled - 1, 0)
-    place = last.astype(norms.dtype) * (jnp.asarray(percentile, norms.dtype) / 100)
+    n, most = seen.counted, no_limit(norms.dtype)
+    ordered = jnp.sort(jnp.where(seen.holds, seen.values, most), axis=0)
+    last = jnp.maximum(n - 1, 0)
+    place = last.astype(norms.dtype) * (number(percentile, norms.dtype) / 100)
     low = jnp.clip(jnp.floor(place).astype(jnp.int32), 0, last)
-    at_low, at_high = (jnp.where(seen.filled > 0, ordered[i], 0) for i in (low, jnp.minimum(low + 1, last)))
+
+    def at(rank: jax.Array) -> jax.Array:
+      return jnp.where(n > 0, jnp.take_along_axis(ordered, rank[None], axis=0)[0], 0)
+
+    at_low, at_high = at(low), at(jnp.minimum(low + 1, last))
     limit = at_low + (place - low.astype(norms.dtype)) * (at_high - at_low)
-    limit = jnp.where((ring.filled + 1 >= min_count) & (seen.filled > 0), limit, jnp.inf)
+    limit = jnp.where((ring.counted + 1 >= min_count) & (n > 0), limit, most)
     return limit, limit, pushed
 
   return Rule(init, update)

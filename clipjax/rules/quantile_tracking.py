@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from clipjax.checks import check_number
-from clipjax.rules.base import Rule
+from clipjax.rules.base import Rule, number
 
 
 def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: float = 1.0) -> Rule:
   """The rule that moves one number towards a quantile of the norms: `C <- C * exp(-lr * (1[norm <= C] - q))`.
 
-  O(1) memory, against the ring of `percentile`. C is used before it moves, and stays positive; a norm of 0 counts as
-  one under it. A lasting rise is followed at `learning_rate * quantile` in log C a step: at quantile 0.9, 23 to 29 of
+  O(1) memory, against the ring of `percentile`. C is used before it moves, and stays positive. A norm of 0 does
+  not move it. A lasting rise is followed at `learning_rate * quantile` in log C a step: at quantile 0.9, 23 to 29 of
   the 200 steps after it are clipped (docs/methods.md).
 
   Args:
@@ -49,13 +49,13 @@ def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: f
   check_number(initial, "initial", 0, math.inf, open_low=True, finite=True)
 
   def init(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jnp.full(shape, initial, dtype)
+    return jnp.broadcast_to(number(initial, dtype), shape)
 
   def update(norms: jax.Array, c: jax.Array, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     del global_norm
     under = (norms <= c).astype(norms.dtype)
-    rate, q = jnp.asarray(learning_rate, c.dtype), jnp.asarray(quantile, c.dtype)
-    moved = c * jnp.exp(-rate * (under - q))
+    rate, q = number(learning_rate, c.dtype), number(quantile, c.dtype)
+    moved = jnp.where(norms == 0, c, c * jnp.exp(-rate * (under - q)))
     # Never 0 and never inf, from which no factor leads back.
     info = jnp.finfo(norms.dtype)
     return c, c, jnp.clip(moved, float(info.tiny), float(info.max))

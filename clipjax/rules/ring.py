@@ -35,14 +35,18 @@ class Ring(NamedTuple):
     )
 
   @property
-  def is_filled(self) -> jax.Array:
-    """Which rows hold a norm, shape (window, 1, ...)."""
-    rows = jnp.arange(self.values.shape[0], dtype=jnp.int32) < self.filled
-    return rows.reshape(-1, *(1,) * (self.values.ndim - 1))
+  def holds(self) -> jax.Array:
+    """Which entries hold a norm that counts, in the shape of `values`.
 
-  def or_else(self, filler: float) -> jax.Array:
-    """The values, with a filler in the rows that hold none."""
-    return jnp.where(self.is_filled, self.values, filler)
+    A norm of 0 does not: a leaf that has no gradient yet would be held at 0 by what it says.
+    """
+    rows = jnp.arange(self.values.shape[0], dtype=jnp.int32) < self.filled
+    return rows.reshape(-1, *(1,) * (self.values.ndim - 1)) & (self.values != 0)
+
+  @property
+  def counted(self) -> jax.Array:
+    """How many norms that count there are, int32, in the shape of the norms."""
+    return jnp.sum(self.holds, axis=0, dtype=jnp.int32)
 
 
 export.register_namedtuple_serialization(Ring, serialized_name="clipjax.rules.Ring")

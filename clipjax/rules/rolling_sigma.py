@@ -9,7 +9,7 @@ from jax import lax
 
 from clipjax.arithmetic import root_or_zero
 from clipjax.checks import check_number, check_whole
-from clipjax.rules.base import Rule
+from clipjax.rules.base import Rule, no_limit, number
 from clipjax.rules.ring import Ring
 
 
@@ -20,7 +20,7 @@ def rolling_sigma(
 
   The ring holds norms before the clip, so that a lasting rise is soon within the limit: 2 of the 200 steps after it
   are clipped (docs/methods.md). For the same reason a spike widens the limit until it leaves the window. Of constant
-  norms nothing is clipped.
+  norms nothing is clipped. A norm of 0 takes a place in the ring and counts for nothing else.
 
   Args:
     sigma: standard deviations above the mean, >= 0 and finite.
@@ -63,21 +63,23 @@ def rolling_sigma(
 
   def update(norms: jax.Array, ring: Ring, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Ring]:
     del global_norm
-    n = ring.filled.astype(norms.dtype)
+    holds, n = ring.holds, ring.counted
     # Distances from a norm in the ring: of constant norms their mean is exactly 0. In units of the largest distance
     # no square leaves its range.
-    anchor = ring.values[0]
-    distance = jnp.where(ring.is_filled, ring.values - anchor[None], 0)
+    anchor = jnp.max(jnp.where(holds, ring.values, -no_limit(norms.dtype)), axis=0)
+    anchor = lax.stop_gradient(jnp.where(n > 0, anchor, 0))  # It cancels, as the unit does.
+    distance = jnp.where(holds, ring.values - anchor[None], 0)
     largest = jnp.max(jnp.abs(distance), axis=0)
-    unit = lax.stop_gradient(jnp.where(largest > 0, largest, 1))  # It cancels.
+    unit = lax.stop_gradient(jnp.where(largest > 0, largest, 1))
     distance = distance / unit[None]
-    mean = jnp.sum(distance, axis=0) / jnp.maximum(n, 1)
-    about = jnp.where(ring.is_filled, distance - mean[None], 0)
-    std = unit * root_or_zero(jnp.sum(jnp.square(about), axis=0) / jnp.maximum(n - ddof, 1))
-    width = jnp.asarray(sigma, norms.dtype) * jnp.maximum(std, jnp.asarray(std_floor, norms.dtype))
+    size = n.astype(norms.dtype)
+    mean = jnp.sum(distance, axis=0) / jnp.maximum(size, 1)
+    about = jnp.where(holds, distance - mean[None], 0)
+    std = unit * root_or_zero(jnp.sum(jnp.square(about), axis=0) / jnp.maximum(size - ddof, 1))
+    width = number(sigma, norms.dtype) * jnp.maximum(std, number(std_floor, norms.dtype))
     limit = anchor + unit * mean + width
-    enough = (ring.filled + 1 >= min_count) & (ring.filled > ddof)
-    limit = jnp.where(enough, limit, jnp.inf)
+    enough = (n + 1 >= min_count) & (n > ddof)
+    limit = jnp.where(enough, limit, no_limit(norms.dtype))
     return limit, limit, ring.push(norms)
 
   return Rule(init, update)

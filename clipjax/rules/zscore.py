@@ -9,7 +9,7 @@ from jax import export
 
 from clipjax.arithmetic import quotient, root_or_zero
 from clipjax.checks import check_choice, check_number, check_whole
-from clipjax.rules.base import Rule
+from clipjax.rules.base import Rule, no_limit, number
 
 
 class ZScoreState(NamedTuple):
@@ -45,7 +45,8 @@ def zscore(
   The limit is `mean + z_thresh * std`; the target is `mean + z_thresh^2 / z * std` ("reciprocal": the larger the
   spike, the nearer to the mean), `mean` ("mean") or `mean + z_thresh * std` ("max"). The 1e-6 has the unit of the norm:
   much smaller norms are never clipped. During the warm-up nothing is clipped:
-  add a cap with `minimum(zscore(...), 1.0)`. Of constant norms nothing is clipped.
+  add a cap with `minimum(zscore(...), 1.0)`. Of constant norms nothing is clipped. A norm of 0 leaves the statistics as
+  they are, and counts as no step of the warm-up.
 
   With "clipped" statistics a lasting rise of the norm beyond the limit locks the rule in: each step is clipped to about
   the old level, which the statistics then see. In the experiment of docs/methods.md, norms of 1 with a deviation of
@@ -95,14 +96,16 @@ def zscore(
     norms: jax.Array, state: ZScoreState, *, global_norm: jax.Array
   ) -> tuple[jax.Array, jax.Array, ZScoreState]:
     del global_norm
-    z_limit, past = jnp.asarray(z_thresh, norms.dtype), jnp.asarray(decay, norms.dtype)
+    z_limit, past = number(z_thresh, norms.dtype), number(decay, norms.dtype)
     warm = state.seen < warmup_steps
     std = root_or_zero(state.variance)
-    limit = jnp.where(warm, jnp.inf, state.mean + z_limit * (std + 1e-6))
+    most = no_limit(norms.dtype)
+    limit = jnp.where(warm, most, jnp.minimum(state.mean + z_limit * (std + 1e-6), most))
     clipped = norms > limit
     if mode == "reciprocal":
       z = jnp.where(clipped, quotient(norms - state.mean, std + 1e-6), 1)
-      target = state.mean + z_limit * (z_limit / z) * std
+      share = jnp.where(clipped, z_limit, 0) / z  # Below 1 where it counts.
+      target = state.mean + z_limit * share * std
     else:
       target = state.mean if mode == "mean" else state.mean + z_limit * std
     target = jnp.where(clipped, jnp.minimum(target, limit), limit)
@@ -124,6 +127,7 @@ def zscore(
     if restart_after is not None:
       locked = in_a_row >= restart_after
       new = ZScoreState(*(jnp.where(locked, jnp.zeros((), v.dtype), v) for v in new))
-    return limit, target, new
+    # A norm of 0 is that of a leaf which has no gradient yet: statistics of it would hold the leaf at 0 for good.
+    return limit, target, jax.tree.map(lambda now, old: jnp.where(norms == 0, old, now), new, state)
 
   return Rule(init, update)

@@ -19,6 +19,7 @@ from clipjax.groups import Labels
 from clipjax.mesh import varying_axes
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
+from clipjax.rules.base import no_limit
 from clipjax.scaling import Limits, norm_after, scale_of
 from clipjax.transforms.engine import Clip, Decision, transformation
 from clipjax.transforms.state import ClipState
@@ -34,6 +35,7 @@ def adaptive_grad_clip(
   axis: Axis = None,
   on_nonfinite: str = "propagate",
   name: str = "grad",
+  track: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
   """AGC: scales each unit of the updates down to `clipping * max(norm of its parameters, eps)`.
 
@@ -51,6 +53,7 @@ def adaptive_grad_clip(
     axis: the axes that make up a unit, for every leaf; None takes the rule above.
     on_nonfinite: "propagate", "zero" or "error", as in `clip_by_global_norm`.
     name: first part of the keys of `clipjax.metrics`.
+    track: as in `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`, whose `update` needs `params`. Its `ClipState` has, by leaf, the norm
@@ -59,7 +62,8 @@ def adaptive_grad_clip(
   Raises:
     ValueError: for a negative or NaN Python number or an unknown policy; in `update`, without `params`, or with
       others than the updates belong to, and for a leaf of rank above 5 without `axis`.
-    TypeError: for an `axis` that is not made of integers; in `update`, for an integer or bool leaf, with its path.
+    TypeError: for an `axis` that is not made of integers, a `track` that is no bool; in `update`, for an integer or
+      bool leaf, with its path.
     FloatingPointError: in an eager `update` with "error", for a step that is not finite.
 
   Example:
@@ -80,6 +84,7 @@ def adaptive_grad_clip(
   eps = checks.check_eps(eps)
   checks.check_policy(on_nonfinite)
   axis = _checked_axis(axis)
+  checks.check_track(track, "clipping")
   label = partial(Labels.of, name=checks.check_name(name), unit="leaf")
 
   def spec(prepared: Prepared, labels: Labels) -> NormSpec:
@@ -88,11 +93,12 @@ def adaptive_grad_clip(
   def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
     weights = _matching_params(prepared, params)
     units = _spec_of_units(weights, state.labels.leaves, axis)
-    decision: Decision = _decide(units, on_nonfinite, measured.norms, weights, clipping, eps)
+    share, least = checks.within_range(clipping), checks.within_range(eps)
+    decision: Decision = _decide(units, on_nonfinite, measured.norms, weights, share, least)
     return decision
 
   return transformation(
-    Clip(label, lambda labels: (), _check_no_rule, spec=spec, decide=decide, on_nonfinite=on_nonfinite)
+    Clip(label, lambda labels: (), _without_rule, spec=spec, decide=decide, on_nonfinite=on_nonfinite), track
   )
 
 
@@ -104,7 +110,8 @@ def _decide(
   dtype = norm_dtype()
   share, least = (jnp.maximum(jnp.asarray(x).astype(dtype), 0) for x in (clipping, eps))
   limits = [share * jnp.maximum(of_params, least) for of_params in measure(units, weights).norms]
-  limits = [jnp.where(share == jnp.inf, jnp.inf, limit) for limit in limits]  # Of parameters that are 0 too.
+  most = no_limit(dtype)  # Of parameters that are 0 too, where the share has no limit.
+  limits = [jnp.where(share >= most, most, jnp.minimum(limit, most)) for limit in limits]
 
   def of_leaves(values: Iterable[jax.Array]) -> jax.Array:
     """The norms of leaves from those of their units, each of which counts once."""
@@ -112,7 +119,7 @@ def _decide(
 
   by_leaf = of_leaves(norms)
   norm = vector_norm(by_leaf, 2.0)
-  lowest = stack([jnp.min(limit, initial=jnp.inf) for limit in limits], dtype)
+  lowest = stack([jnp.min(limit, initial=most) for limit in limits], dtype)
   bad = nonfinite.is_bad(norm, [lowest])
   of_units = [Limits.of(n, limit, limit, bad) for n, limit in zip(norms, limits, strict=True)]
   after = of_leaves(norm_after(n, unit) for n, unit in zip(norms, of_units, strict=True))
@@ -141,12 +148,13 @@ def _spec_of_units(leaves: Sequence[Any], names: Sequence[str], axis: tuple[int,
   return NormSpec(2.0, tuple((i,) for i in range(len(over))), ((),) * len(over), over)
 
 
-def _check_no_rule(state: ClipState) -> None:
+def _without_rule(state: ClipState) -> ClipState:
   if not isinstance(state.rule, tuple) or state.rule:
     raise ValueError(
       f"`state` must have no rule, as the one that `init` gave, got {checks.describe(state.rule)}: pass the state of "
       "this transformation, or call `init` anew."
     )
+  return state
 
 
 def _unit_axes(x: Any, axis: tuple[int, ...] | None, name: str) -> tuple[int, ...]:

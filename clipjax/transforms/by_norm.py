@@ -70,7 +70,7 @@ def clip_by_global_norm(
     https://arxiv.org/abs/1211.5063; algorithm 1.
   """
   label = partial(Labels.of, name=check_name(name), unit="global")
-  check_track(track, max_norm)
+  check_track(track, "max_norm", max_norm)
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
   return clip_by_rule(max_norm, "max_norm", label, ord=ord, **options)
 
@@ -119,7 +119,7 @@ def clip_by_leaf_norm(
     `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm, does this to one tensor.
   """
   label = partial(Labels.of, name=check_name(name), unit="leaf")
-  check_track(track, max_norm)
+  check_track(track, "max_norm", max_norm)
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
   return clip_by_rule(max_norm, "max_norm", label, ord=ord, **options)
 
@@ -185,7 +185,7 @@ def clip_by_group_norm(
       raise ValueError(f"labels of groups must differ as strings, got {list(max_norm)} in `max_norm`: rename one.")
     rule = _by_label({str(key): value for key, value in max_norm.items()})
   label = partial(Labels.by_group, name=check_name(name), groups=groups, known=known)
-  check_track(track, *(max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]))
+  check_track(track, "max_norm", *(max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]))
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
   return clip_by_rule(rule, "max_norm", label, ord=ord, **options)
 
@@ -232,7 +232,7 @@ def clip_by_block_rms(
     https://arxiv.org/abs/1804.04235; section 6, update clipping.
   """
   label = partial(Labels.of, name=check_name(name), unit="leaf")
-  check_track(track, max_rms)
+  check_track(track, "max_rms", max_rms)
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
   return clip_by_rule(max_rms, "max_rms", label, rms=True, **options)
 

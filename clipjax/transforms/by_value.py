@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clipjax import nonfinite, scaling
-from clipjax.checks import check_name
+from clipjax.checks import check_name, check_track
 from clipjax.groups import Labels
 from clipjax.norms.sums import Measured
 from clipjax.rules.base import as_rule, keep_where
@@ -20,7 +20,7 @@ from clipjax.trees import Prepared, check_real
 
 
 def clip_by_value(
-  max_value: MaxNorm, *, axis_name: Any = None, name: str = "grad"
+  max_value: MaxNorm, *, axis_name: Any = None, name: str = "grad", track: bool = True
 ) -> optax.GradientTransformationExtraArgs:
   """Clips every entry to `[-max_value, max_value]`, as `optax.clip` does.
 
@@ -31,12 +31,14 @@ def clip_by_value(
     max_value: number or scalar array >= 0, schedule, or rule; it is rounded to each leaf's dtype.
     axis_name: as in `clip_by_global_norm`; for what is measured, and a rule.
     name: as in `clip_by_global_norm`.
+    track: as in `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ClipState`.
 
   Raises:
-    ValueError: for a negative or NaN Python number; in `update`, for another number of leaves than `init` saw.
+    ValueError: for a negative or NaN Python number, `track=False` with a schedule or rule; in `update`, for leaves that
+      `init` did not see.
     TypeError: in `update`, for a complex, integer or bool leaf, with its path.
 
   Example:
@@ -48,6 +50,7 @@ def clip_by_value(
   """
   label = partial(Labels.of, name=check_name(name), unit="global")
   rule = as_rule(max_value, "max_value")
+  check_track(track, "max_value", max_value)
 
   def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
     del params
@@ -68,7 +71,7 @@ def clip_by_value(
     return Decision([whole], bad, fields)
 
   return transformation(
-    Clip(label, **of_rule(rule), spec=spec_of_blocks(math.inf), decide=decide, scale=_clamp, axis_name=axis_name)
+    Clip(label, **of_rule(rule), spec=spec_of_blocks(math.inf), decide=decide, scale=_clamp, axis_name=axis_name), track
   )
 
 

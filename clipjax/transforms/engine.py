@@ -21,7 +21,7 @@ from clipjax.groups import Labels
 from clipjax.mesh import axes_size, check_axis_name
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype
-from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where
+from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where, no_limit
 from clipjax.scaling import Limits, norm_after, rescale_jit, scale_of
 from clipjax.transforms.state import ClipState, check_state, empty_state, next_state
 from clipjax.trees import Prepared, prepare
@@ -53,7 +53,7 @@ class Clip(NamedTuple):
   Attributes:
     label: `(tree) -> Labels`, which leaves share a norm.
     init_rule: `(labels) -> state` of its rule.
-    check_rule: raises for the state of another rule.
+    fit_rule: the state with that of its rule in the right dtypes; raises for the state of another rule.
     spec: `(prepared, labels) -> NormSpec`, what to measure.
     decide: from what was measured, to limits and the fields of the next state.
     scale: `(block_of, leaves, limits) -> leaves`.
@@ -63,7 +63,7 @@ class Clip(NamedTuple):
 
   label: Callable[[Any], Labels]
   init_rule: Callable[[Labels], Any]
-  check_rule: Callable[[ClipState], None]
+  fit_rule: Callable[[ClipState], ClipState]
   spec: Callable[[Prepared, Labels], NormSpec]
   decide: _Decide
   scale: Callable[..., list[jax.Array]] = rescale_jit
@@ -84,10 +84,7 @@ def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformati
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, Any]:
     del extra_args
-    if track:
-      check_state(state, unlabelled)
-      clip.check_rule(state)
-    now: ClipState = state if track else init(updates)
+    now: ClipState = clip.fit_rule(check_state(state, unlabelled)) if track else init(updates)
     # Prepare: the leaves, their mesh axes, and whether they are those that `init` saw.
     prepared = prepare(updates, "updates", axis_name=clip.axis_name, known=now.labels.leaves, params=params)
     # Measure: one read of each leaf.
@@ -164,7 +161,7 @@ def of_rule(rule: Rule) -> dict[str, Any]:
   state_check = StateCheck(rule, "rule")
   return {
     "init_rule": lambda labels: rule.init(labels.shape, norm_dtype()),
-    "check_rule": lambda state: state_check.check(state.rule, state.labels.shape),
+    "fit_rule": lambda state: state._replace(rule=state_check.fitted(state.rule, state.labels.shape)),
   }
 
 
@@ -174,9 +171,9 @@ def spec_of_blocks(p: float) -> Callable[[Prepared, Labels], NormSpec]:
 
 
 def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-  """What the rule answers, its limit not below 0; limit and target stay one array where they are one."""
+  """What the rule answers, its limit from 0 to `no_limit`; limit and target stay one array where they are one."""
   limit, target, new = ask(rule, norms, state, global_norm)
-  least = jnp.maximum(limit, 0)
+  least = jnp.clip(limit, 0, no_limit(limit.dtype))
   return least, least if target is limit else target, new
 
 

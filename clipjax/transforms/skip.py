@@ -19,7 +19,7 @@ from clipjax.groups import Labels, carries_labels
 from clipjax.mesh import check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import NormSpec, norm_dtype
-from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where, same_structure
+from clipjax.rules.base import Rule, StateCheck, as_rule, ask, in_dtype, keep_where, no_limit, same_structure
 from clipjax.trees import is_float0, prepare
 
 _NO_LIMIT = 2**31 - 1
@@ -32,8 +32,8 @@ class SkipState(NamedTuple):
   Attributes:
     norm: shape (): global norm of the last gradient, of a rejected one too.
     loss: shape (): the last loss given as `value=`; 0 where none was.
-    max_norm: shape (): the limit of the norm at the last step.
-    max_loss: shape (): the limit of the loss at the last step.
+    max_norm: shape (): the limit of the norm at the last step; the largest number of the dtype where there is none.
+    max_loss: shape (): the limit of the loss at the last step, likewise.
     steps: int32, shape (): calls of `update` so far.
     skipped_steps: int32, shape (): those of them that were rejected.
     consecutive: int32, shape (): rejected calls since the last one that was not.
@@ -128,8 +128,8 @@ def skip_steps(
     return SkipState(
       norm=jnp.zeros((), dtype),
       loss=jnp.zeros((), dtype),
-      max_norm=jnp.full((), jnp.inf, dtype),
-      max_loss=jnp.full((), jnp.inf, dtype),
+      max_norm=jnp.full((), no_limit(dtype), dtype),
+      max_loss=jnp.full((), no_limit(dtype), dtype),
       steps=jnp.zeros((), jnp.int32),
       skipped_steps=jnp.zeros((), jnp.int32),
       consecutive=jnp.zeros((), jnp.int32),
@@ -144,17 +144,20 @@ def skip_steps(
     updates: optax.Updates, state: SkipState, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, SkipState]:
     check_state(state, SkipState)
-    norm_check.check(state.norm_rule, ())
-    loss_check.check(state.loss_rule, ())
+    norm_rule_state, loss_rule_state = norm_check.fitted(state.norm_rule, ()), loss_check.fitted(state.loss_rule, ())
     prepared = prepare(updates, "updates", axis_name=axis_name, known=state.labels.leaves, params=params)
     norm = measure_jit(NormSpec(2.0, state.labels.blocks, prepared.axes), prepared.measured).norms[0]
     loss = _loss(extra_args, loss_rule is not None, norm_dtype())
-    max_norm, _, norm_state = ask(norms, norm, state.norm_rule, norm)
-    max_loss, _, loss_state = ask(losses, loss, state.loss_rule, norm)
+    max_norm, _, norm_state = ask(norms, norm, norm_rule_state, norm)
+    max_loss, _, loss_state = ask(losses, loss, loss_rule_state, norm)
+    # No state holds an inf; a norm or a loss that is inf is rejected by itself.
+    max_norm, max_loss = (jnp.minimum(x, no_limit(x.dtype)) for x in (max_norm, max_loss))
     bad = ~jnp.isfinite(norm) | jnp.isnan(max_norm) | jnp.isnan(max_loss)
+    skip = norm > max_norm
     if loss_rule is not None:
       bad = bad | ~jnp.isfinite(loss)
-    skip = bad | (norm > max_norm) | (loss > max_loss)
+      skip = skip | (loss > max_loss)
+    skip = skip | bad
 
     try:
       new, inner_state = protected.update(updates, state.inner_state, params, **extra_args)
@@ -171,13 +174,18 @@ def skip_steps(
       skipped_steps=jnp.where(skip, optax.safe_increment(state.skipped_steps), state.skipped_steps),
       consecutive=jnp.where(skip, optax.safe_increment(state.consecutive), 0),
       max_consecutive_skips=state.max_consecutive_skips,
-      norm_rule=keep_where(bad, state.norm_rule, norm_state),
-      loss_rule=keep_where(bad, state.loss_rule, loss_state),
-      inner_state=jax.tree.map(lambda old, now: jnp.where(skip, old, now), state.inner_state, inner_state),
+      norm_rule=keep_where(bad, norm_rule_state, norm_state),
+      loss_rule=keep_where(bad, loss_rule_state, loss_state),
+      inner_state=jax.tree.map(partial(_kept_where, skip), state.inner_state, inner_state),
       labels=state.labels,
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _kept_where(skip: jax.Array, old: Any, now: Any) -> jax.Array:
+  """What was there where the step is skipped; it may have been stored in another width."""
+  return jnp.where(skip, in_dtype(old, jnp.asarray(now).dtype), now)
 
 
 def _check_inner_state(inner: optax.GradientTransformation, state: Any, tree: Any, error: Exception) -> None:

@@ -1,6 +1,6 @@
 """What a clip keeps between steps, and how it moves on."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import export
 from clipjax import checks
 from clipjax.groups import Labels, carries_labels
 from clipjax.norms.sums import norm_dtype
+from clipjax.rules.base import no_limit
 
 
 @carries_labels
@@ -21,7 +22,8 @@ class ClipState(NamedTuple):
   Attributes:
     norm: shape (): global norm of the last gradient, before the clip.
     norm_clipped: shape (): global norm after the clip.
-    max_norm: shape () for a global clip, else (n,): the limit in force at the last step.
+    max_norm: shape () for a global clip, else (n,): the limit in force at the last step; the largest number of the
+      dtype, which no finite norm is above, where there is none.
     scale: shape of `max_norm`: the factor that the gradient was multiplied with.
     norms: shape (n,): norm of each group or leaf (rms for `clip_by_block_rms`), before the clip; () for a global clip.
     steps: int32, shape (): updates so far.
@@ -58,7 +60,7 @@ def empty_state(labels: Labels, rule: Any) -> ClipState:
   return ClipState(
     norm=jnp.zeros((), dtype),
     norm_clipped=jnp.zeros((), dtype),
-    max_norm=jnp.full(shape, jnp.inf, dtype),
+    max_norm=jnp.full(shape, no_limit(dtype), dtype),
     scale=jnp.ones(shape, dtype),
     norms=jnp.zeros(shape, dtype) if shape else (),  # Orbax saves no arrays of size 0.
     steps=jnp.zeros((), jnp.int32),
@@ -86,8 +88,9 @@ def next_state(
   )
 
 
-def check_state(state: Any, unlabelled: Labels) -> None:
-  """Raises where `update` is given the state of something else; `unlabelled` are the labels of no leaves."""
+def check_state(state: Any, unlabelled: Labels) -> ClipState:
+  """The state; raises where `update` is given that of something else. `unlabelled` are the labels of no leaves."""
   or_else = ", or `track=False` to go on with a checkpoint of optax.clip_by_global_norm"
   checks.check_state(state, ClipState, or_else=or_else)
   state.labels.check_state(unlabelled, state.norms)
+  return cast(ClipState, state)

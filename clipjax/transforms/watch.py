@@ -22,6 +22,7 @@ from clipjax.groups import Labels, carries_labels
 from clipjax.mesh import Axes, all_reduce, axes_size, check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import NormSpec, norm_dtype, stack
+from clipjax.rules.base import in_dtype
 from clipjax.trees import ABSENT, prepare
 
 # Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
@@ -210,6 +211,8 @@ class _Spread(NamedTuple):
 @partial(jax.jit, static_argnums=0, inline=True)
 def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState) -> WatchState:
   """The state after a step."""
+  # It may be stored in another width, from before x64 was set, or as bfloat16 with the rest of a train state.
+  state = jax.tree.map(lambda x: in_dtype(x, norm_dtype()) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
   norm, norms = _measured(state.labels, axes.updates, leaves)
   bad = ~jnp.isfinite(norm)
   seen = _look_if(bad | (state.steps % LOOK_EVERY == 0), axes, leaves, weights, state)
