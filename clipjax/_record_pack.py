@@ -16,7 +16,7 @@ from jax import lax
 
 from clipjax.checks import describe
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
-from clipjax.state_search import held_tree, is_wrapper, named_in, unwrapped
+from clipjax.state_search import found_in, held_tree, is_wrapper, named, unwrapped
 from clipjax.transforms.watch import WatchState
 from clipjax.trees import is_measured
 
@@ -111,8 +111,8 @@ class Packer:
 
   def __init__(self, opt_state: Any):
     tree = held_tree(opt_state)
-    named = [] if tree is None else named_in(tree)
-    self._sources = [_Source(name, found.path, found.state) for name, found in named]
+    ours = [] if tree is None else named(found_in(tree))
+    self._sources = [_Source(name, found.path, found.state) for name, found in ours]
     self.leaves = {s.leaves_name(self._sources): s.labels.block_names for s in self._sources if s.labels.block_names}
     self._without = None if self._sources else jax.tree.structure(tree)
     self._program = jax.jit(self._pack)

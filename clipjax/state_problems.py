@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipjax.state_search import held_tree, is_accumulator, is_wrapper, named_in, unwrapped
+from clipjax.state_search import found_in, held_tree, is_accumulator, is_wrapper, named, unwrapped
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
 
 _AROUND = "put `clipjax.skip_steps` around MultiSteps, or pass it `should_skip_update_fn=optax.skip_not_finite`"
-_MAY_STAY = f"`optax.MultiSteps` around it keeps a NaN in its accumulator for good: {_AROUND}."
+_MAY_STAY = f"`optax.MultiSteps` around it would keep a NaN in its accumulator for good: {_AROUND}."
 _STAYS = (
   "The accumulator of `optax.MultiSteps` is not finite and stays so, since Optax resets it by 0 * NaN: no finite step "
   f"will follow. Resume from before, and {_AROUND}."
@@ -54,11 +54,11 @@ def raise_if_nonfinite(opt_state: Any) -> None:
     FloatingPointError: step 1 of 'grad' was not finite: norm nan, first in leaf 'b'. 1 of 1 steps were not finite: \
 lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.
   """
-  tree = held_tree(opt_state)
-  named = named_in(tree)
-  accumulators = _accumulators(tree)
+  everything = found_in(held_tree(opt_state))
+  accumulators = [found.state for found in everything if is_accumulator(found.state)]
+  ours = named(everything)
   guards = [_guards(state.inner_opt_state) for state in accumulators]
-  asked = [_without_others(found.state) for _, found in named], guards
+  asked = [_without_others(found.state) for _, found in ours], guards
   if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((asked, [a.mini_step for a in accumulators]))):
     raise TypeError(
       "`opt_state` must be of arrays with values, got traced ones: call `raise_if_nonfinite` outside jit, with what "
@@ -69,13 +69,13 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
   problems: dict[str, str] = {}
   in_trouble = {id(a) for a, last_finite in zip(accumulators, guards, strict=True) if not np.all(last_finite)}
   may_stay = False
-  for (name, found), state in zip(named, states, strict=True):
+  for (name, found), state in zip(ours, states, strict=True):
     text = _skip_problem(name, state) if isinstance(state, SkipState) else _problem(name, state, found.accumulators)
     if text and (name not in problems or state.labels.unit != "global"):
       problems[name] = text
     if _is_nonfinite(state):
       in_trouble |= {id(a) for a in found.accumulators}
-      may_stay |= bool(text and found.accumulators)
+      may_stay |= bool(text and found.accumulators and not np.isfinite(state.norm).all())
   # An accumulator is as large as the gradient: it is looked at only where something inside was not finite.
   if any(_has_nonfinite(a.acc_grads) for a in accumulators if id(a) in in_trouble):
     raise FloatingPointError(" ".join([*problems.values(), _STAYS]))
@@ -135,12 +135,6 @@ def _skip_problem(name: str, state: SkipState) -> str:
 
 
 # What optax.MultiSteps keeps -----------------------------------------------------------------------------------------
-
-
-def _accumulators(tree: Any) -> list[Any]:
-  """Every `optax.MultiStepsState` in a tree, from the outside in."""
-  outer = [x for x in jax.tree.leaves(tree, is_leaf=is_accumulator) if is_accumulator(x)]
-  return [a for state in outer for a in (state, *_accumulators(state.inner_opt_state))]
 
 
 def _guards(tree: Any) -> list[Any]:

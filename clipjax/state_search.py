@@ -7,7 +7,7 @@ is an error: a check that finds nothing to look at would let every NaN pass.
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
 
-_STATES = ClipState | SkipState | WatchState
+_SOUGHT = (ClipState, SkipState, WatchState, optax.MultiStepsState, optax.GradientTransformation)
 
 # Fields that tell a state of this package which has become a dict, without its type and the names of its leaves.
 _MARKS = (
@@ -39,7 +39,7 @@ _MERGE = (
 
 
 class Found(NamedTuple):
-  """A state of this package, and where it is.
+  """A state of this package or of `optax.MultiSteps`, and where it is.
 
   Attributes:
     path: the keys that lead to it, as those of `jax.tree_util.tree_flatten_with_path`.
@@ -57,17 +57,17 @@ def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
 
   A clip and a watch may have one name: they are of the same updates.
   """
-  for name, found in named_in(held_tree(opt_state)):
+  for name, found in named(found_in(held_tree(opt_state))):
     yield name, jax.tree.map(unwrapped, found.state, is_leaf=is_wrapper)
 
 
-def named_in(tree: Any) -> list[tuple[str, Found]]:
-  """The same, as they are in a tree that `held_tree` gave; raises where that is no optimizer state."""
-  everything = list(found_states(tree))
-  _check_opt_state(tree, bool(everything))
+def named(everything: Iterable[Found]) -> list[tuple[str, Found]]:
+  """The states of this package among what was found, each with its name."""
   out: list[tuple[str, Found]] = []
   taken: set[tuple[bool, str]] = set()
   for found in everything:
+    if is_accumulator(found.state):
+      continue
     is_watch = isinstance(found.state, WatchState)
     base = name = "_".join([found.state.labels.name, *_transform_labels(found.path)])
     copy = 1
@@ -85,19 +85,29 @@ def held_tree(opt_state: Any) -> Any:
   return getattr(whole, "opt_state", whole)
 
 
-def found_states(tree: Any, prefix: tuple[Any, ...] = (), accumulators: tuple[Any, ...] = ()) -> Iterator[Found]:
-  """Every state of this package in a tree, in the order of `named_states`."""
-  paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, _STATES) or is_accumulator(x))
+def found_in(tree: Any) -> list[Found]:
+  """All there is in a tree that `held_tree` gave, in the order of `named_states`; raises for no optimizer state."""
+  everything = list(_walk(tree, (), ()))
+  if all(is_accumulator(found.state) for found in everything):
+    _check_opt_state(tree)
+  return everything
+
+
+def _walk(tree: Any, prefix: tuple[Any, ...], accumulators: tuple[Any, ...]) -> Iterator[Found]:
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, _SOUGHT))
   for path, state in paths:
+    if not isinstance(state, _SOUGHT):
+      continue
+    if isinstance(state, optax.GradientTransformation):
+      raise _no_state(state, _RETURNED)
     here = (*prefix, *path)
-    if isinstance(state, _STATES):
-      yield Found(here, state, accumulators)
+    yield Found(here, state, accumulators)
     if isinstance(state, SkipState):
-      yield from found_states(state.inner_state, (*here, jax.tree_util.GetAttrKey("inner_state")), accumulators)
+      yield from _walk(state.inner_state, (*here, jax.tree_util.GetAttrKey("inner_state")), accumulators)
     if is_accumulator(state):
       for field, value in state._asdict().items():
         around = (*accumulators, state) if field == "inner_opt_state" else accumulators
-        yield from found_states(value, (*here, jax.tree_util.GetAttrKey(field)), around)
+        yield from _walk(value, (*here, jax.tree_util.GetAttrKey(field)), around)
 
 
 def _transform_labels(path: tuple[Any, ...]) -> list[str]:
@@ -117,17 +127,11 @@ def is_accumulator(x: Any) -> bool:
 # What is no optimizer state ------------------------------------------------------------------------------------------
 
 
-def _check_opt_state(tree: Any, has_states: bool) -> None:
-  """Raises for a transformation in the place of its state, and for what is no optimizer state at all.
+def _check_opt_state(tree: Any) -> None:
+  """Raises for what is no optimizer state, where no state of this package was found.
 
-  Optax makes its states of NamedTuples. A tree without any of them, and without a state of this package, is something
-  else, or has lost its types on the way.
+  Optax makes its states of NamedTuples. A tree without any of them is something else, or has lost its types on the way.
   """
-  for part in jax.tree.leaves(tree, is_leaf=_is_transformation):
-    if _is_transformation(part):
-      raise _no_state(part, _RETURNED)
-  if has_states:
-    return
   parts = jax.tree.leaves(tree, is_leaf=lambda x: _is_split(x) or _is_lost(x) or _is_namedtuple(x))
   is_lost = any(map(_is_lost, jax.tree.leaves(parts, is_leaf=_is_lost)))
   if is_lost or not any(map(_is_namedtuple, parts)):
@@ -138,10 +142,6 @@ def _check_opt_state(tree: Any, has_states: bool) -> None:
 
 def _no_state(x: Any, remedy: str) -> TypeError:
   return TypeError(f"`opt_state` must be the state of an optimizer, got {describe(x)}: {remedy}")
-
-
-def _is_transformation(x: Any) -> bool:
-  return isinstance(x, optax.GradientTransformation)
 
 
 def _is_namedtuple(x: Any) -> bool:

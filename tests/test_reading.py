@@ -1,5 +1,7 @@
 """Readers only read: under guards against transfers, under the checks for NaN and inf, wherever the arrays lie."""
 
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from processes import outputs_of_processes
 
 import clipjax
 
@@ -147,3 +150,51 @@ def test_the_other_readers_read_explicitly(monkeypatch):
     steps, norms = state[0].last_norms()
   # A CPU never refuses to be read, so it is the call that tells.
   assert len(reads) == 2 and steps.tolist() == [1, 2] and norms.tolist() == [13, 13]
+
+
+TWO_PROCESSES = """
+  import os, sys
+
+  address, processes, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
+  import jax, numpy as np, optax, clipjax
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(address, num_processes=processes, process_id=rank)
+  spread = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), P("x"))
+
+  def array(bad):
+    x = np.arange(16.0, dtype=np.float32)
+    x[3 if bad else 0] = np.nan if bad else 0
+    return jax.make_array_from_callback((16,), spread, lambda i: x[i])
+
+  inside = optax.chain(clipjax.clip_by_leaf_norm(1.0), optax.sgd(0.1))
+  tx = optax.MultiSteps(clipjax.skip_steps(inside), 1)
+  params = {"a": array(False), "b": array(False)}
+  state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+
+  def said():
+    try:
+      clipjax.raise_if_nonfinite(state)
+    except FloatingPointError as error:
+      return str(error)
+
+  for bad in (False, True):
+    updates, state = update({"a": array(False), "b": array(bad)}, state, params)
+    with jax.transfer_guard("disallow"):
+      seen = clipjax.metrics(state, per_leaf=True)
+    print({key: round(float(value), 3) for key, value in seen.items() if "norm/" in key})
+    if rank == 0:  # One process alone may ask: nothing here waits for the others.
+      print(said())
+"""
+
+
+def test_two_processes_read_and_one_of_them_may_read_alone(tmp_path):
+  first, second = outputs_of_processes(textwrap.dedent(TWO_PROCESSES), 2, tmp_path / "two")
+  norms = "{'grad/norm/a': 35.214, 'grad/norm/b': 35.214, 'grad/max_norm/a': 1.0, 'grad/max_norm/b': 1.0}"
+  assert second.splitlines() == [norms, norms]
+  before, nothing, after, text = first.splitlines()
+  assert (before, nothing, after) == (norms, "None", norms)
+  assert text.startswith("The accumulator of `optax.MultiSteps` is not finite and stays so")
