@@ -25,7 +25,7 @@ if TYPE_CHECKING:
   from clipjax.norms.tree import leaf_norms as leaf_norms
   from clipjax.per_example import clip_grad_per_example as clip_grad_per_example
   from clipjax.state_metrics import metrics as metrics
-  from clipjax.state_metrics import raise_if_nonfinite as raise_if_nonfinite
+  from clipjax.state_problems import raise_if_nonfinite as raise_if_nonfinite
   from clipjax.transforms.agc import adaptive_grad_clip as adaptive_grad_clip
   from clipjax.transforms.by_norm import clip_by_block_rms as clip_by_block_rms
   from clipjax.transforms.by_norm import clip_by_global_norm as clip_by_global_norm
@@ -51,7 +51,8 @@ _HOME = {
   "_run": ("Run", "read_run"),
   "_suggest": ("Suggestion", "suggest_max_norm"),
   "functional": ("clip_grad_norm", "clip_grad_value"),
-  "state_metrics": ("metrics", "raise_if_nonfinite"),
+  "state_metrics": ("metrics",),
+  "state_problems": ("raise_if_nonfinite",),
   "norms.tree": ("global_norm", "leaf_norms"),
   "per_example": ("clip_grad_per_example",),
   "transforms.agc": ("adaptive_grad_clip",),

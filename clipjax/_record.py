@@ -96,15 +96,15 @@ class Recorder:
 
     Args:
       step: number of the step, where the optimizer state does not count; a device scalar is not waited for.
-      opt_state: the state of an optimizer, or an object that holds it as `opt_state`; may be donated afterwards.
+      opt_state: as in `clipjax.metrics`, or None for a run without an optimizer; may be donated afterwards.
       params: the parameters, for their number and a histogram of log10|w| once in `every` pushes; of an array that is
         spread over several devices, the part on the first of them. May be donated afterwards.
       scalars: what else to record, such as `loss=`, `learning_rate=`, or `tokens=` of this step for the throughput:
         Python numbers or arrays of shape (), which are not waited for. May be inf or NaN.
 
     Raises:
-      TypeError: for a value that is no number, a transformation in the place of its state, `params` without a
-        floating leaf, or inside jit.
+      TypeError: for a value that is no number, what is no optimizer state, `params` without a floating leaf, or inside
+        jit.
       ValueError: for an array that is no scalar, a step beyond an int64, a key of `clipjax.metrics` or of the file's
         own, an optimizer state with leading axes, or after `close`.
     """

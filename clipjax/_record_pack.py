@@ -15,15 +15,8 @@ import numpy as np
 from jax import lax
 
 from clipjax.checks import describe
-from clipjax.state_metrics import (
-  blocks_name,
-  found_states,
-  global_numbers,
-  is_wrapper,
-  named_states,
-  unwrapped,
-  vectors_of,
-)
+from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
+from clipjax.state_search import found_in, held_tree, is_wrapper, named, unwrapped
 from clipjax.transforms.watch import WatchState
 from clipjax.trees import is_measured
 
@@ -117,12 +110,9 @@ class Packer:
   """
 
   def __init__(self, opt_state: Any):
-    tree = getattr(opt_state, "opt_state", opt_state)
-    located = list(found_states((), tree))
-    self._sources = [
-      _Source(name, path, raw, state)
-      for (path, raw), (name, state) in zip(located, named_states(opt_state), strict=True)
-    ]
+    tree = held_tree(opt_state)
+    ours = [] if tree is None else named(found_in(tree))
+    self._sources = [_Source(name, found.path, found.state) for name, found in ours]
     self.leaves = {s.leaves_name(self._sources): s.labels.block_names for s in self._sources if s.labels.block_names}
     self._without = None if self._sources else jax.tree.structure(tree)
     self._program = jax.jit(self._pack)
@@ -139,7 +129,7 @@ class Packer:
 
   def arrays(self, opt_state: Any) -> list[Any] | None:
     """The arrays to be packed; None where the optimizer state is not of this structure."""
-    tree = getattr(opt_state, "opt_state", opt_state)
+    tree = held_tree(opt_state)
     if not self._sources:
       return [] if jax.tree.structure(tree) == self._without else None
     out: list[Any] = []
@@ -206,7 +196,7 @@ class _OtherStructureError(Exception):
 class _Source:
   """One state of this package, and the way to it in the optimizer state."""
 
-  def __init__(self, name: str, path: Sequence[Any], raw: Any, state: Any):
+  def __init__(self, name: str, path: Sequence[Any], state: Any):
     self.name = name
     self.labels = state.labels
     self._path = [_step_of(key) for key in path]
@@ -214,7 +204,7 @@ class _Source:
     self._fields = [
       field for field in state._fields if field not in _NOT_READ and not isinstance(getattr(state, field), tuple)
     ]
-    self._is_wrapped = is_wrapper(raw.steps)
+    self._is_wrapped = is_wrapper(state.steps)
 
   def check(self, steps: Any) -> None:
     """Raises for a state of several models."""

@@ -1,28 +1,25 @@
-"""Reading what the transformations of this package have measured, out of any optimizer state.
+"""What the transformations of this package have measured, out of any optimizer state, as device scalars.
 
-`metrics` gives device scalars and never waits for them, inside jit too; `raise_if_nonfinite` reads them on the host.
-Both find every clipjax state in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams,
-apply_if_finite, `flax.nnx.Optimizer`, a train state that has an `opt_state`.
+`metrics` never waits for the device, and moves nothing to it or from it: what it computes, it computes in small
+programs that hold their constants. So it runs under `jax.transfer_guard("disallow")`, and inside jit as well.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from clipjax.arithmetic import quotient
-from clipjax.checks import check_flag, describe
+from clipjax.checks import check_flag
 from clipjax.groups import Labels
 from clipjax.norms.sums import norm_dtype
+from clipjax.state_search import named_states
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
-
-_STATES = ClipState | SkipState | WatchState
 
 
 def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
@@ -53,7 +50,8 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     A dict of arrays of shape () (with leading axes for a state under `vmap`), on the device.
 
   Raises:
-    TypeError: for a transformation in the place of its state, or a `per_leaf` that is no bool.
+    TypeError: for what is no optimizer state, such as a transformation, None, a dict of arrays or the `nnx.state` of
+      an optimizer, which has lost the names of the leaves; for a `per_leaf` that is no bool.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -72,6 +70,13 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     grad/steps 1
   """
   check_flag(per_leaf, "per_leaf")
+  # What was measured may be inf or NaN, and to read it is no error.
+  with jax.debug_nans(False), jax.debug_infs(False):
+    return _read(opt_state, per_leaf)
+
+
+def _read(opt_state: Any, per_leaf: bool) -> dict[str, jax.Array]:
+  """The numbers of every state, by key."""
   out: dict[str, jax.Array] = {}
   states = list(named_states(opt_state))
   labels = [(name, state.labels) for name, state in states]
@@ -81,8 +86,8 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
       by = blocks_name(name, state.labels, labels)
       for quantity, vector in vectors_of(state).items():
-        for i, label in enumerate(state.labels.block_names):
-          out.setdefault(f"{by}/{quantity}/{label}", vector[..., i])
+        for label, value in zip(state.labels.block_names, _unstacked(vector), strict=True):
+          out.setdefault(f"{by}/{quantity}/{label}", value)
   return out
 
 
@@ -123,8 +128,8 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
   return {
     "norm": state.norm,
     "norm_clipped": state.norm_clipped,
-    "max_norm": state.max_norm if is_global else jnp.min(state.max_norm, axis=-1, initial=jnp.inf),
-    "scale": state.scale if is_global else jnp.min(state.scale, axis=-1, initial=1.0),
+    "max_norm": state.max_norm if is_global else _smallest(state.max_norm, math.inf),
+    "scale": state.scale if is_global else _smallest(state.scale, 1.0),
     "clip_fraction": _share(state.clipped_steps, state.steps),
     "clipped_steps": state.clipped_steps,
     "nonfinite_steps": state.nonfinite_steps,
@@ -146,165 +151,48 @@ def vectors_of(state: Any) -> dict[str, Any]:
   return {}
 
 
+# Each of these is a program of its own, so that states, or fields of one, may lie on different devices.
+
+
+@partial(jax.jit, inline=True)
 def _ratio(norm: Any, param_norm: Any) -> jax.Array:
   """A norm over that of the parameters, 0 where that is 0 or not known."""
   known = param_norm > 0
   return quotient(jnp.where(known, norm, 0), jnp.where(known, param_norm, 1))
 
 
+@partial(jax.jit, inline=True)
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
   """A count over another, 0 where that is 0."""
   dtype = norm_dtype()
   return part.astype(dtype) / jnp.maximum(whole, 1).astype(dtype)
 
 
-def raise_if_nonfinite(opt_state: Any) -> None:
-  """Raises where the last step was not finite, and names the leaves: call it on the host, between steps.
-
-  A clip by leaf or by group, or a `clipjax.watch`, names every leaf or group whose norm was inf or NaN; a global clip
-  names the first leaf with a NaN, or without any, the first with an inf or an overflow. Of several, the one that names
-  most speaks. Raises too where `skip_steps` has rejected `max_consecutive_skips` steps in a row. Waits for the step.
-
-  Args:
-    opt_state: as in `metrics`.
-
-  Raises:
-    FloatingPointError: if the last step of any clip or watch was not finite, or too many were rejected.
-    TypeError: for a transformation in the place of its state, or inside jit.
-
-  Example:
-    >>> import jax.numpy as jnp, clipjax
-    >>> tx = clipjax.clip_by_global_norm(1.0)
-    >>> grads = {"w": jnp.array([1.0]), "b": jnp.array([jnp.nan])}
-    >>> _, state = tx.update(grads, tx.init(grads))
-    >>> clipjax.raise_if_nonfinite(state)
-    Traceback (most recent call last):
-    ...
-    FloatingPointError: step 1 of 'grad' was not finite: norm nan, first in leaf 'b'. 1 of 1 steps were not finite: \
-lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.
-  """
-  problems: dict[str, str] = {}
-  for name, state in named_states(opt_state):
-    if isinstance(state.steps, jax.core.Tracer):
-      raise TypeError(
-        "`opt_state` must be of arrays with values, got traced ones: call `raise_if_nonfinite` outside jit, with what "
-        "the jitted step returns."
-      )
-    if isinstance(state, SkipState):
-      # Without the wrapped state, which is large and not asked for.
-      text = _skip_problem(name, jax.device_get(state._replace(inner_state=())))
-    else:
-      text = _problem(name, jax.device_get(state))
-    if text and (name not in problems or state.labels.unit != "global"):
-      problems[name] = text
-  if problems:
-    raise FloatingPointError(" ".join(problems.values()))
+@partial(jax.jit, inline=True, static_argnums=1)
+def _smallest(vector: jax.Array, of_none: float) -> jax.Array:
+  """The smallest number of groups or leaves."""
+  return jnp.min(vector, axis=-1, initial=of_none)
 
 
-def _problem(name: str, state: Any) -> str:
-  """One sentence or two on a clip or watch, of numpy arrays, whose last step was not finite; else an empty text."""
-  if np.all(state.finite):
-    return ""
-  labels = state.labels
-  if isinstance(state, WatchState) and labels.unit == "global":
-    where = "somewhere"
-  elif labels.unit == "global":
-    first = [i for i in np.unique(state.nonfinite_leaf) if i >= 0]
-    where = f"first in leaf {', '.join(repr(labels.leaves[i]) for i in first)}" if first else ""
-  else:
-    bad = ~np.isfinite(state.norms).reshape(-1, state.norms.shape[-1]).all(axis=0)
-    names = [repr(label) for label, is_bad in zip(labels.block_names, bad, strict=True) if is_bad]
-    where = f"in {labels.unit} {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
-  norms = state.norm if np.ndim(state.norm) == 0 else state.norm[~state.finite].flat[0]
-  return (
-    f"step {np.max(state.steps)} of '{name}' was not finite: norm {float(norms):g}, "
-    f"{where or _other_reason(state)}. "
-    f"{np.max(state.nonfinite_steps)} of {np.max(state.steps)} steps were not finite: lower the learning rate, look at "
-    'the batch, or pass on_nonfinite="zero" to drop such steps.'
-  )
+def _unstacked(vector: Any) -> list[jax.Array]:
+  """The entries along the last axis, of shape (...) each."""
+  n = vector.shape[-1]
+  if isinstance(vector, jax.core.Tracer):
+    return [vector[..., i] for i in range(n)]
+  # XLA takes 30 s to compile a program of 2000 results, and 1 s to compile two of 45.
+  size = math.isqrt(max(n - 1, 0)) + 1
+  return [entry for row in _rows(vector, size) for entry in _entries(row)][:n]
 
 
-def _other_reason(state: Any) -> str:
-  """What was not finite where no norm of a leaf or group was."""
-  if isinstance(state, ClipState) and np.isnan(state.max_norm).any():
-    return f"threshold {float(np.min(state.max_norm)):g}"
-  return "above the largest number of its dtype"
+@partial(jax.jit, static_argnums=1)
+def _rows(vector: jax.Array, size: int) -> list[jax.Array]:
+  """Parts of `size` entries each, the last one filled up with zeros."""
+  count = -(-vector.shape[-1] // size)
+  padding = [(0, 0)] * (vector.ndim - 1) + [(0, count * size - vector.shape[-1])]
+  padded = jnp.pad(vector, padding)
+  return [padded[..., i * size : (i + 1) * size] for i in range(count)]
 
 
-def _skip_problem(name: str, state: Any) -> str:
-  """One sentence on a `SkipState` of numpy arrays that has rejected too many steps in a row; else an empty text."""
-  in_a_row = np.max(state.consecutive)
-  if in_a_row < np.min(state.max_consecutive_skips):
-    return ""
-  return (
-    f"the last {in_a_row} steps were all rejected by '{name}', the limit is {np.min(state.max_consecutive_skips)}: "
-    f"norm {float(np.max(state.norm)):g} against {float(np.min(state.max_norm)):g}, loss "
-    f"{float(np.max(state.loss)):g} against {float(np.min(state.max_loss)):g}: look at the data and at the loss, and "
-    "resume from before."
-  )
-
-
-def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
-  """Every state of this package with the name that its metrics have, from the outside in, in the order of the chain.
-
-  A clip and a watch may have one name: they are of the same updates.
-  """
-  _check_opt_state(opt_state)
-  taken: set[tuple[bool, str]] = set()
-  for path, state in found_states((), getattr(opt_state, "opt_state", opt_state)):
-    is_watch = isinstance(state, WatchState)
-    base = name = "_".join([state.labels.name, *_transform_labels(path)])
-    copy = 1
-    while (is_watch, name) in taken:
-      copy += 1
-      name = f"{base}_{copy}"
-    taken.add((is_watch, name))
-    yield name, jax.tree.map(unwrapped, state, is_leaf=is_wrapper)
-
-
-def _check_opt_state(opt_state: Any) -> None:
-  """Raises for a transformation in the place of its state, and for what is no tree of arrays at all."""
-  tree = getattr(opt_state, "opt_state", opt_state)
-  for part in jax.tree.leaves(tree, is_leaf=_is_transformation):
-    if _is_transformation(part) or (part is tree and _is_plain(part)):
-      raise TypeError(
-        f"`opt_state` must be the state of an optimizer, got {describe(part)}: pass what `init` or `update` returned."
-      )
-
-
-def _is_plain(x: Any) -> bool:
-  """Whether this is a text, a number or a function, none of which is a tree of arrays."""
-  return isinstance(x, str | bytes | int | float | complex) or callable(x)
-
-
-def _is_transformation(x: Any) -> bool:
-  return isinstance(x, optax.GradientTransformation)
-
-
-def found_states(prefix: tuple[Any, ...], tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-  """Every state of this package in a tree, with its path, in the order of `named_states`."""
-  paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, _STATES))
-  for path, state in paths:
-    if isinstance(state, _STATES):
-      yield (*prefix, *path), state
-    if isinstance(state, SkipState):
-      yield from found_states((*prefix, *path, jax.tree_util.GetAttrKey("inner_state")), state.inner_state)
-
-
-def _transform_labels(path: tuple[Any, ...]) -> list[str]:
-  """The labels of every `optax.multi_transform` on a path: the keys of its dict `inner_states`."""
-  return [
-    str(key.key)
-    for field, key in itertools.pairwise(path)
-    if getattr(field, "name", None) == "inner_states" and hasattr(key, "key")
-  ]
-
-
-def is_wrapper(x: Any) -> bool:
-  """Whether this is an array in a Flax NNX variable, which is told by its method."""
-  return callable(getattr(x, "get_value", None))
-
-
-def unwrapped(x: Any) -> Any:
-  """The array itself."""
-  return x.get_value() if is_wrapper(x) else x
+@jax.jit
+def _entries(vector: jax.Array) -> list[jax.Array]:
+  return [vector[..., i] for i in range(vector.shape[-1])]

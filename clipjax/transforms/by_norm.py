@@ -39,7 +39,8 @@ def clip_by_global_norm(
     eps: added to the norm; `1e-6` gives the factor of torch.
     on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit "error" is a
       check that the caller turns on with two lines, `err, out = jax.jit(checkify.checkify(step))(...)` and
-      `err.throw()`, `checkify` being `jax.experimental.checkify`.
+      `err.throw()`, `checkify` being `jax.experimental.checkify`. Inside `optax.MultiSteps`, which keeps a NaN in its
+      accumulator, "zero" drops every step after one: put `clipjax.skip_steps` around MultiSteps instead.
     axis_name: as in `global_norm`; not needed under jit or in `shard_map` with its checks on.
     name: first part of the keys of `clipjax.metrics`.
     track: False keeps `optax.EmptyState()` instead of statistics, so that checkpoints of `optax.clip_by_global_norm`

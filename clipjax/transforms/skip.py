@@ -23,6 +23,7 @@ from clipjax.rules.base import Rule, StateCheck, as_rule, ask, in_dtype, keep_wh
 from clipjax.trees import is_float0, prepare
 
 _NO_LIMIT = 2**31 - 1
+_ENOUGH = 10  # Steps in a row that no run loses to chance.
 
 
 @carries_labels
@@ -76,7 +77,9 @@ def skip_steps(
   see what they decide on, also of a rejected step, unless norm or loss is not finite.
 
   Wrap the whole chain, clip included: `skip_steps(chain(clip, adam), norm_rule=...)`. Behind a clip it would see
-  clipped norms, which no rule finds large.
+  clipped norms, which no rule finds large. Wrap `optax.MultiSteps` too: around it a bad micro-batch is left out, as if
+  it had never been. Inside, one NaN rejects every later step, since MultiSteps keeps it in its accumulator;
+  `optax.MultiSteps(tx, k, should_skip_update_fn=optax.skip_not_finite)` is the other way out.
 
   Args:
     inner: the transformation to protect.
@@ -84,7 +87,7 @@ def skip_steps(
       by finiteness alone.
     loss_rule: likewise for the loss, which `update(..., value=loss)` must then be given.
     axis_name: as in `global_norm`.
-    max_consecutive_skips: rejected steps in a row from which on `clipjax.raise_if_nonfinite` raises; None never does.
+    max_consecutive_skips: rejected steps in a row from which on `clipjax.raise_if_nonfinite` raises; 10 when None.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `SkipState`. `clipjax.metrics` has `skip/norm`, `skip/steps`,
@@ -133,7 +136,7 @@ def skip_steps(
       steps=jnp.zeros((), jnp.int32),
       skipped_steps=jnp.zeros((), jnp.int32),
       consecutive=jnp.zeros((), jnp.int32),
-      max_consecutive_skips=jnp.full((), max_consecutive_skips or _NO_LIMIT, jnp.int32),
+      max_consecutive_skips=jnp.full((), max_consecutive_skips or _ENOUGH, jnp.int32),
       norm_rule=norms.init((), dtype),
       loss_rule=losses.init((), dtype),
       inner_state=protected.init(params),

@@ -83,7 +83,8 @@ class WatchState(NamedTuple):
         f"`last_norms` must be of one model, got a state with leading axes {shape}: take one of them, "
         "jax.tree.map(lambda x: x[0], state)."
       )
-    ring, steps = np.asarray(self.history), int(self.steps)
+    read = jax.device_get((self.history, self.steps))
+    ring, steps = np.asarray(read[0]), int(read[1])
     numbers = np.arange(max(steps - len(ring), 0) + 1, steps + 1)
     return numbers, ring[(numbers - 1) % len(ring)]
 

@@ -1,0 +1,187 @@
+"""Finding what the transformations of this package keep, in any optimizer state.
+
+Every state is found in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams, apply_if_finite,
+`flax.nnx.Optimizer` or what `nnx.split` makes of it, a train state that has an `opt_state`. What is no optimizer state
+is an error: a check that finds nothing to look at would let every NaN pass.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from clipjax.checks import describe
+from clipjax.transforms.skip import SkipState
+from clipjax.transforms.state import ClipState
+from clipjax.transforms.watch import WatchState
+
+_SOUGHT = (ClipState, SkipState, WatchState, optax.MultiStepsState, optax.GradientTransformation)
+
+# Fields that tell a state of this package which has become a dict, without its type and the names of its leaves.
+_MARKS = (
+  {"norm_clipped", "clipped_steps", "nonfinite_steps"},
+  {"skipped_steps", "consecutive", "max_consecutive_skips"},
+  {"zero_fraction", "worst_norm", "worst_step"},
+)
+
+_RETURNED = "pass what `init` or `update` returned."
+_RESTORE = (
+  "pass what `init` or `update` returned; one that was saved as a dict comes back with "
+  "`flax.serialization.from_state_dict(tx.init(params), saved)`."
+)
+_MERGE = (
+  "pass `nnx.merge(graphdef, state)`, the optimizer itself; `nnx.state` and `nnx.split` leave the names of the leaves "
+  "in the graphdef."
+)
+
+
+class Found(NamedTuple):
+  """A state of this package or of `optax.MultiSteps`, and where it is.
+
+  Attributes:
+    path: the keys that lead to it, as those of `jax.tree_util.tree_flatten_with_path`.
+    state: as it is in the tree.
+    accumulators: every `optax.MultiStepsState` around it, from the outside in.
+  """
+
+  path: tuple[Any, ...]
+  state: Any
+  accumulators: tuple[Any, ...]
+
+
+def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
+  """Every state of this package with the name that its metrics have, from the outside in, in the order of the chain.
+
+  A clip and a watch may have one name: they are of the same updates.
+  """
+  for name, found in named(found_in(held_tree(opt_state))):
+    yield name, jax.tree.map(unwrapped, found.state, is_leaf=is_wrapper)
+
+
+def named(everything: Iterable[Found]) -> list[tuple[str, Found]]:
+  """The states of this package among what was found, each with its name."""
+  out: list[tuple[str, Found]] = []
+  taken: set[tuple[bool, str]] = set()
+  for found in everything:
+    if is_accumulator(found.state):
+      continue
+    is_watch = isinstance(found.state, WatchState)
+    base = name = "_".join([found.state.labels.name, *_transform_labels(found.path)])
+    copy = 1
+    while (is_watch, name) in taken:
+      copy += 1
+      name = f"{base}_{copy}"
+    taken.add((is_watch, name))
+    out.append((name, found))
+  return out
+
+
+def held_tree(opt_state: Any) -> Any:
+  """The optimizer state itself, where an object holds it as `opt_state`, or `nnx.split` has taken that apart."""
+  whole = _merged(opt_state)
+  return getattr(whole, "opt_state", whole)
+
+
+def found_in(tree: Any) -> list[Found]:
+  """All there is in a tree that `held_tree` gave, in the order of `named_states`; raises for no optimizer state."""
+  everything = list(_walk(tree, (), ()))
+  if all(is_accumulator(found.state) for found in everything):
+    _check_opt_state(tree)
+  return everything
+
+
+def _walk(tree: Any, prefix: tuple[Any, ...], accumulators: tuple[Any, ...]) -> Iterator[Found]:
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, _SOUGHT))
+  for path, state in paths:
+    if not isinstance(state, _SOUGHT):
+      continue
+    if isinstance(state, optax.GradientTransformation):
+      raise _no_state(state, _RETURNED)
+    here = (*prefix, *path)
+    yield Found(here, state, accumulators)
+    if isinstance(state, SkipState):
+      yield from _walk(state.inner_state, (*here, jax.tree_util.GetAttrKey("inner_state")), accumulators)
+    if is_accumulator(state):
+      for field, value in state._asdict().items():
+        around = (*accumulators, state) if field == "inner_opt_state" else accumulators
+        yield from _walk(value, (*here, jax.tree_util.GetAttrKey(field)), around)
+
+
+def _transform_labels(path: tuple[Any, ...]) -> list[str]:
+  """The labels of every `optax.multi_transform` on a path: the keys of its dict `inner_states`."""
+  return [
+    str(key.key)
+    for field, key in itertools.pairwise(path)
+    if getattr(field, "name", None) == "inner_states" and hasattr(key, "key")
+  ]
+
+
+def is_accumulator(x: Any) -> bool:
+  """Whether this is what `optax.MultiSteps` keeps."""
+  return isinstance(x, optax.MultiStepsState)
+
+
+# What is no optimizer state ------------------------------------------------------------------------------------------
+
+
+def _check_opt_state(tree: Any) -> None:
+  """Raises for what is no optimizer state, where no state of this package was found.
+
+  Optax makes its states of NamedTuples. A tree without any of them is something else, or has lost its types on the way.
+  """
+  parts = jax.tree.leaves(tree, is_leaf=lambda x: _is_split(x) or _is_lost(x) or _is_namedtuple(x))
+  is_lost = any(map(_is_lost, jax.tree.leaves(parts, is_leaf=_is_lost)))
+  if is_lost or not any(map(_is_namedtuple, parts)):
+    if any(map(_is_split, parts)):
+      raise _no_state(tree, _MERGE)
+    raise _no_state(tree, _RESTORE if is_lost or isinstance(tree, Mapping) else _RETURNED)
+
+
+def _no_state(x: Any, remedy: str) -> TypeError:
+  return TypeError(f"`opt_state` must be the state of an optimizer, got {describe(x)}: {remedy}")
+
+
+def _is_namedtuple(x: Any) -> bool:
+  return isinstance(x, tuple) and hasattr(x, "_fields")
+
+
+def _is_lost(x: Any) -> bool:
+  """Whether this was a state of this package, and is a dict of its fields now."""
+  return isinstance(x, Mapping) and any(marks <= set(x) for marks in _MARKS)
+
+
+# Flax NNX ------------------------------------------------------------------------------------------------------------
+
+
+def _nnx_types(*names: str) -> tuple[type, ...]:
+  """Types of Flax NNX, none of them where it was not imported."""
+  nnx = sys.modules.get("flax.nnx")
+  return tuple(getattr(nnx, name) for name in names if hasattr(nnx, name))
+
+
+def _is_split(x: Any) -> bool:
+  """Whether this is a part of what `nnx.split` gives."""
+  return isinstance(x, _nnx_types("State", "GraphDef"))
+
+
+def _merged(x: Any) -> Any:
+  """The object that `nnx.split` has taken apart; anything else as it is."""
+  if not (isinstance(x, tuple) and x and isinstance(x[0], _nnx_types("GraphDef"))):
+    return x
+  try:
+    return sys.modules["flax.nnx"].merge(*x)
+  except Exception:  # A part is missing, or is of something else: the check of the whole names the remedy.
+    return x
+
+
+def is_wrapper(x: Any) -> bool:
+  """Whether this is an array in a Flax NNX variable."""
+  return isinstance(x, _nnx_types("Variable"))
+
+
+def unwrapped(x: Any) -> Any:
+  """The array itself."""
+  return x.get_value() if is_wrapper(x) else x

@@ -1,0 +1,204 @@
+"""One NaN micro-batch inside and outside of optax.MultiSteps: what becomes of the parameters, and what readers say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import clipjax
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # Optax needs it.
+
+EVERY = 2
+START = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
+GRADS = [{"w": jnp.array([1.0 + i, 2.0]), "b": jnp.array([0.5 - i])} for i in range(10)]
+BAD = 3  # The second micro-batch of the second window.
+SEEN = [jax.tree.map(lambda x: x * jnp.nan, g) if i == BAD else g for i, g in enumerate(GRADS)]
+WITHOUT = SEEN[:BAD] + SEEN[BAD + 1 :]
+
+STAYS = (
+  "The accumulator of `optax.MultiSteps` is not finite and stays so, since Optax resets it by 0 * NaN: no finite step "
+  "will follow. Resume from before, and put `clipjax.skip_steps` around MultiSteps, or pass it "
+  "`should_skip_update_fn=optax.skip_not_finite`."
+)
+
+
+def chain(**options):
+  return optax.chain(clipjax.clip_by_global_norm(1.5, **options), optax.sgd(0.1))
+
+
+def multi(tx, **options):
+  return optax.MultiSteps(tx, EVERY, **options)
+
+
+def run(tx, grads=SEEN):
+  """The parameters after every micro-step, and what the check says of each state, an empty text for nothing."""
+  params, state, update = START, tx.init(START), jax.jit(tx.update)
+  after, said = [], []
+  for g in grads:
+    updates, state = update(g, state, params)
+    params = optax.apply_updates(params, updates)
+    after.append(jax.device_get(params))
+    said.append(problem(state))
+  return after, said, state
+
+
+def problem(state):
+  try:
+    clipjax.raise_if_nonfinite(state)
+  except FloatingPointError as error:
+    return str(error)
+  return ""
+
+
+def assert_equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def assert_frozen(after):
+  """From the window of the NaN on, no parameter moves."""
+  first_window = after[EVERY - 1]
+  assert not np.array_equal(first_window["w"], START["w"])
+  for params in after[EVERY:]:
+    assert_equal(params, first_window)
+
+
+INSIDE = {
+  "skip_steps": lambda: clipjax.skip_steps(chain()),
+  "skip_steps that allows a thousand": lambda: clipjax.skip_steps(chain(), max_consecutive_skips=1000),
+  "skip_steps without a clip": lambda: clipjax.skip_steps(optax.sgd(0.1)),
+  "zero": lambda: chain(on_nonfinite="zero"),
+  "zero by leaf": lambda: optax.chain(clipjax.clip_by_leaf_norm(1.5, on_nonfinite="zero"), optax.sgd(0.1)),
+  "apply_if_finite": lambda: optax.apply_if_finite(chain(), 100),
+  "apply_if_finite without a clip": lambda: optax.apply_if_finite(optax.sgd(0.1), 100),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_inside_training_freezes_and_the_check_tells_at_once(name):
+  after, said, _ = run(multi(INSIDE[name]()))
+  assert_frozen(after)
+  # Nothing inside sees a window before it is full; from then on it is told at every micro-step.
+  assert said[:BAD] == [""] * BAD
+  assert all(text.endswith(STAYS) for text in said[BAD:])
+
+
+def test_what_is_said_of_each_arrangement():
+  start = "step 2 of 'grad' was not finite: norm nan, "
+  end = f"1 of 2 steps were not finite: lower the learning rate or look at the batch. {STAYS}"
+  said = {name: run(multi(make()))[1][BAD] for name, make in INSIDE.items()}
+  assert said.pop("zero") == f"{start}first in leaf 'b'. {end}"
+  assert said.pop("zero by leaf") == f"{start}in leaf 'b', 'w'. {end}"
+  assert set(said.values()) == {STAYS}
+  # Once it has rejected enough, `skip_steps` speaks too.
+  _, said, _ = run(multi(clipjax.skip_steps(chain(), max_consecutive_skips=2)))
+  assert said[-1] == (
+    "the last 4 steps were all rejected by 'skip', the limit is 2: norm nan against inf, loss 0 against inf: look at "
+    f"the data and at the loss, and resume from before. {STAYS}"
+  )
+
+
+def test_inside_nan_that_is_propagated_reaches_the_parameters_and_is_told():
+  after, said, state = run(multi(chain()))
+  assert np.isnan(after[BAD]["w"]).all() and np.isnan(after[-1]["w"]).all()
+  assert said[:BAD] == [""] * BAD and all(text.endswith(STAYS) for text in said[BAD:])
+  assert 'on_nonfinite="zero"' not in said[-1]
+  assert clipjax.metrics(state)["grad/nonfinite_steps"] == 4
+
+
+EXACT = {
+  "skip_steps around": lambda: clipjax.skip_steps(multi(chain())),
+  "skip_steps around its transformation": lambda: clipjax.skip_steps(multi(chain()).gradient_transformation()),
+  "skip_steps around one that drops too": lambda: clipjax.skip_steps(multi(chain(on_nonfinite="zero"))),
+  "should_skip_update_fn": lambda: multi(chain(), should_skip_update_fn=optax.skip_not_finite),
+  "should_skip_update_fn with skip_steps inside": lambda: multi(
+    clipjax.skip_steps(chain()), should_skip_update_fn=optax.skip_not_finite
+  ),
+  "apply_if_finite around": lambda: optax.apply_if_finite(multi(chain()).gradient_transformation(), 100),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_around_it_is_the_run_that_never_saw_the_batch(name):
+  after, said, state = run(EXACT[name]())
+  want, _, plain = run(multi(chain()), WITHOUT)
+  assert_equal(after[BAD], after[BAD - 1])
+  assert_equal(after[:BAD] + after[BAD + 1 :], want)
+  assert said == [""] * len(SEEN)
+  got, expected = clipjax.metrics(state), clipjax.metrics(plain)
+  assert expected["grad/steps"] == 4 and expected["grad/nonfinite_steps"] == 0
+  for key, value in expected.items():
+    assert got[key] == value, key
+  if name.startswith("skip_steps"):
+    assert got["skip/steps"] == len(SEEN) and got["skip/consecutive"] == 0
+    np.testing.assert_allclose(got["skip/fraction"], 0.1)
+
+
+def test_a_finite_step_that_is_rejected_inside_leaves_the_accumulator_alone():
+  large = [jax.tree.map(lambda x, i=i: 1e6 * x if i == BAD else x, g) for i, g in enumerate(GRADS)]
+  after, said, state = run(multi(clipjax.skip_steps(chain(), norm_rule=100.0)), large)
+  assert said == [""] * len(large) and clipjax.metrics(state)["skip/fraction"] == 0.2
+  assert not np.array_equal(after[-1]["w"], after[BAD]["w"])
+
+
+def test_a_norm_beyond_its_dtype_is_told_though_the_accumulator_is_finite():
+  large = jax.tree.map(lambda x: jnp.full_like(x, 3e38), START)
+  _, said, _ = run(multi(chain(on_nonfinite="zero")), [large, large, *GRADS[:2]])
+  assert said[1] == (
+    "step 1 of 'grad' was not finite: norm inf, first in leaf 'w'. 1 of 1 steps were not finite: lower the learning "
+    "rate or look at the batch. `optax.MultiSteps` around it would keep a NaN in its accumulator for good: put "
+    "`clipjax.skip_steps` around MultiSteps, or pass it `should_skip_update_fn=optax.skip_not_finite`."
+  )
+  assert said[0] == said[3] == ""
+
+
+def test_a_threshold_that_is_nan_is_no_matter_of_the_accumulator():
+  clip = clipjax.clip_by_global_norm(lambda count: jnp.where(count == 0, jnp.nan, 1.0), on_nonfinite="zero")
+  tx = optax.MultiSteps(clip, 1)
+  _, said, _ = run(tx, GRADS[:1])
+  assert said == [
+    "step 1 of 'grad' was not finite: norm 2.29129, threshold nan. 1 of 1 steps were not finite: lower the learning "
+    "rate or look at the batch."
+  ]
+
+
+def test_an_accumulator_in_parts_on_several_devices_in_flax_nnx_and_of_many_models():
+  tx = multi(clipjax.skip_steps(chain()))
+  _, _, state = run(tx)
+  *_, sound = run(tx, GRADS)
+  mesh = Mesh(np.array(jax.devices()), ("x",))
+  only = jnp.zeros(16).at[13].set(jnp.inf)
+  parts = jax.device_put({"w": only, "b": jnp.zeros(8)}, NamedSharding(mesh, PartitionSpec("x")))
+  assert problem(state._replace(acc_grads=parts)) == STAYS
+  assert problem(state._replace(acc_grads=jax.device_get(parts))) == STAYS
+  assert problem(jax.tree.map(lambda a, b: jnp.stack([a, b]), sound, state)) == STAYS
+  assert problem(jax.tree.map(lambda a, b: jnp.stack([a, b]), sound, sound)) == ""
+  model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, tx.gradient_transformation(), wrt=nnx.Param)
+  grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+  for factor in (1.0, jnp.nan):
+    assert problem(optimizer) == ""
+    optimizer.update(model, jax.tree.map(lambda x, f=factor: x * f, grads))
+  assert problem(optimizer) == problem(nnx.split(optimizer)) == STAYS
+
+
+def test_one_inside_another_names_the_outcome_once():
+  tx = optax.MultiSteps(multi(clipjax.skip_steps(chain())).gradient_transformation(), 2)
+  _, said, _ = run(tx, SEEN[:8])
+  assert said == ["", "", "", *[STAYS] * 5]
+
+
+def test_ten_steps_in_a_row_are_enough_where_no_number_is_given():
+  for options, limit in (({}, 10), ({"max_consecutive_skips": 3}, 3), ({"max_consecutive_skips": 12}, 12)):
+    tx = clipjax.skip_steps(chain(), **options)
+    _, said, state = run(tx, [SEEN[BAD]] * 12)
+    assert said[: limit - 1] == [""] * (limit - 1)
+    assert [text.partition(":")[0] for text in said[limit - 1 :]] == [
+      f"the last {n} steps were all rejected by 'skip', the limit is {limit}" for n in range(limit, 13)
+    ]
+    _, state = tx.update(GRADS[0], state, START)
+    assert problem(state) == ""
