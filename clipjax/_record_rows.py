@@ -8,14 +8,17 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from clipjax import _record_pack
 from clipjax._record_outputs import RunFile
 from clipjax._run import merge, read_run
 from clipjax.checks import caller_level
+from clipjax.rules.base import is_no_limit
 
 # What may be inf without anything being wrong: no limit, or a step long ago.
-_MAY_BE_INF = frozenset({"max_norm", "max_loss", "worst_norm"})
+_LIMITS = frozenset({"max_norm", "max_loss"})
+_MAY_BE_INF = _LIMITS | {"worst_norm"}
 _WORSE = 1.1  # By how much a worst step exceeds the last one whose leaves were written: a rising norm has many.
 
 
@@ -61,9 +64,9 @@ class Rows:
     between: list[dict[str, Any]] = []
     vectors: dict[str, Any] = {}
     if seen.step:  # Before the first update nothing has been measured.
-      values |= seen.metrics
+      values |= {key: _limit_as_inf(key, value) for key, value in seen.metrics.items()}
       between = self._between(step, seen.rings)
-      vectors = seen.vectors
+      vectors = {key: _limit_as_inf(key, vector) for key, vector in seen.vectors.items()}
     row = {"step": step, "time": round(pushed.time, 6), **_finite(values)}
     if user_step not in (None, step):
       row["user_step"] = user_step
@@ -155,6 +158,15 @@ def _without_known(rows: dict[int, dict[str, Any]], path: str) -> dict[int, dict
   other = [s for s in both if not all(is_known(s, key, norm) for key, norm in rows[s].items() if key != "step")]
   begin = other[0] if other else both[-1] + 1 if both else 0
   return {step: row for step, row in rows.items() if step >= begin}
+
+
+def _limit_as_inf(key: str, value: Any) -> Any:
+  """No limit is inf in a row, not the largest number, which stands for it in a state."""
+  if _LIMITS.isdisjoint(key.split("/")):
+    return value
+  if isinstance(value, float):
+    return math.inf if is_no_limit(value) else value
+  return np.where(is_no_limit(value), math.inf, value)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from clipjax.arithmetic import quotient
 from clipjax.checks import check_flag
 from clipjax.groups import Labels
 from clipjax.norms.sums import norm_dtype
+from clipjax.rules.base import no_limit
 from clipjax.state_search import named_states
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
@@ -128,7 +129,7 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
   return {
     "norm": state.norm,
     "norm_clipped": state.norm_clipped,
-    "max_norm": state.max_norm if is_global else _smallest(state.max_norm, math.inf),
+    "max_norm": state.max_norm if is_global else _smallest(state.max_norm, None),
     "scale": state.scale if is_global else _smallest(state.scale, 1.0),
     "clip_fraction": _share(state.clipped_steps, state.steps),
     "clipped_steps": state.clipped_steps,
@@ -169,9 +170,9 @@ def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, inline=True, static_argnums=1)
-def _smallest(vector: jax.Array, of_none: float) -> jax.Array:
-  """The smallest number of groups or leaves."""
-  return jnp.min(vector, axis=-1, initial=of_none)
+def _smallest(vector: jax.Array, of_none: float | None) -> jax.Array:
+  """The smallest number of groups or leaves; None is no limit."""
+  return jnp.min(vector, axis=-1, initial=no_limit(vector.dtype) if of_none is None else of_none)
 
 
 def _unstacked(vector: Any) -> list[jax.Array]:

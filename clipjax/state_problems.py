@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from clipjax.rules.base import is_no_limit
 from clipjax.state_search import found_in, held_tree, is_accumulator, is_wrapper, named, unwrapped
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
@@ -128,10 +129,14 @@ def _skip_problem(name: str, state: SkipState) -> str:
     return ""
   return (
     f"the last {in_a_row} steps were all rejected by '{name}', the limit is {np.min(state.max_consecutive_skips)}: "
-    f"norm {float(np.max(state.norm)):g} against {float(np.min(state.max_norm)):g}, loss "
-    f"{float(np.max(state.loss)):g} against {float(np.min(state.max_loss)):g}: look at the data and at the loss, and "
-    "resume from before."
+    f"norm {_against(state.norm, state.max_norm)}, loss {_against(state.loss, state.max_loss)}: look at the data and "
+    "at the loss, and resume from before."
   )
+
+
+def _against(value: Any, limit: Any) -> str:
+  lowest = float(np.min(limit))
+  return f"{float(np.max(value)):g} {'without a limit' if is_no_limit(lowest) else f'against {lowest:g}'}"
 
 
 # What optax.MultiSteps keeps -----------------------------------------------------------------------------------------

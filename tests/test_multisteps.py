@@ -97,7 +97,7 @@ def test_what_is_said_of_each_arrangement():
   # Once it has rejected enough, `skip_steps` speaks too.
   _, said, _ = run(multi(clipjax.skip_steps(chain(), max_consecutive_skips=2)))
   assert said[-1] == (
-    "the last 4 steps were all rejected by 'skip', the limit is 2: norm nan against inf, loss 0 against inf: look at "
+    "the last 4 steps were all rejected by 'skip', the limit is 2: norm nan without a limit, loss 0 without a limit: look at "
     f"the data and at the loss, and resume from before. {STAYS}"
   )
 

@@ -75,6 +75,11 @@ def no_limit(dtype: Any) -> Any:
   return jnp.finfo(dtype).max
 
 
+def is_no_limit(limit: Any) -> Any:
+  """Whether a limit on the host is none; a state may have been made before x64 was set."""
+  return limit >= float(np.finfo(np.float32).max)
+
+
 def number(value: Any, dtype: Any) -> jax.Array:
   """A number of a rule, or an array, in the dtype of the norms."""
   out: jax.Array = jnp.asarray(within_range(value), dtype)

@@ -173,7 +173,9 @@ def spec_of_blocks(p: float) -> Callable[[Prepared, Labels], NormSpec]:
 def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
   """What the rule answers, its limit from 0 to `no_limit`; limit and target stay one array where they are one."""
   limit, target, new = ask(rule, norms, state, global_norm)
-  least = jnp.clip(limit, 0, no_limit(limit.dtype))
+  # By `where`, since XLA before 0.9 makes 0 of a constant `maximum(NaN, 0)`.
+  most = no_limit(limit.dtype)
+  least = jnp.where(limit < 0, 0, jnp.where(limit > most, most, limit))
   return least, least if target is limit else target, new
 
 
