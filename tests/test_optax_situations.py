@@ -434,9 +434,10 @@ def test_flatten(name):
     ours = optax.flatten(PAIRS[name][0]() if name != "clip_by_group_norm" else clipjax.clip_by_group_norm(0.7, "x"))
     state = ours.init(PARAMS)
     assert [len(leaves) for leaves in labels_of(state)] == [1]  # Flattened, all leaves are one.
-    got, _ = ours.update(gradients(2)[1], state, PARAMS)
+    grads = jax.tree.map(lambda x: 100 * x, gradients(2)[1])
+    got, _ = ours.update(grads, state, PARAMS)
     theirs = optax.flatten(PAIRS[name][1]() if name != "clip_by_group_norm" else optax.clip_by_global_norm(0.7))
-    assert_close(got, theirs.update(gradients(2)[1], theirs.init(PARAMS), PARAMS)[0])
+    assert_close(got, theirs.update(grads, theirs.init(PARAMS), PARAMS)[0])
     return
   states, updates = both(name, lambda tx: optax.flatten(optax.chain(tx, optax.sgd(0.1))))
   plain, unflattened = both(name, lambda tx: optax.chain(tx, optax.sgd(0.1)))
@@ -487,14 +488,15 @@ def test_training_within_a_wrapper_of_contrib(name, wrapper):
       value, grads = jax.value_and_grad(rosenbrock)(params)
       extra = {"value": value, "an_argument_that_nothing_expects": 1}
       updates, state = tx.update(grads, state, params, **extra)
-      return optax.apply_updates(params, updates), state
+      return optax.apply_updates(params, updates), state, updates
 
     params = [jnp.float32(-0.5), jnp.float32(0.75)]
     state = tx.init(params)
+    ends.append([])
     for _ in range(6):
-      params, state = step(params, state)
+      params, state, updates = step(params, state)
+      ends[-1].append(updates)
     assert step._cache_size() == 1
-    ends.append(params)
     if clip is ours:
       assert steps_of(state) == 6
   assert_close(*ends, rtol=1e-4)
