@@ -281,7 +281,7 @@ with np.errstate(invalid="ignore"):  # inf * 0 below.
 # %% [markdown]
 # The last line is the difference that matters. An infinite norm gives the factor 0, so the healthy entries become 0
 # and the infinite one NaN. Here `on_nonfinite` decides for all leaves together. In the repository
-# `tests/test_parity.py` holds the same comparison against the installed libraries.
+# `tests/test_golden.py` compares with numbers that the libraries gave.
 #
 # ## To remember
 #

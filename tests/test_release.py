@@ -74,7 +74,7 @@ def test_sdist_has_the_sources_and_nothing_else(built):
   _, sdist = built
   # Hatchling adds PKG-INFO, and the .gitignore that it follows.
   assert set(sdist) == set().union(*map(in_tree, KINDS)) | TOP | {"PKG-INFO", ".gitignore"}
-  assert "clipjax/py.typed" in sdist and "tests/data/vectors.json" in sdist
+  assert "clipjax/py.typed" in sdist and {"tests/data/vectors.json", "tests/data/golden.json"} <= sdist.keys()
 
 
 def test_wheel_of_the_sdist_is_the_same(built, tmp_path):
