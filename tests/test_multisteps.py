@@ -97,8 +97,8 @@ def test_what_is_said_of_each_arrangement():
   # Once it has rejected enough, `skip_steps` speaks too.
   _, said, _ = run(multi(clipjax.skip_steps(chain(), max_consecutive_skips=2)))
   assert said[-1] == (
-    "the last 4 steps were all rejected by 'skip', the limit is 2: norm nan without a limit, loss 0 without a limit: look at "
-    f"the data and at the loss, and resume from before. {STAYS}"
+    "the last 4 steps were all rejected by 'skip', the limit is 2: norm nan without a limit, loss 0 without a limit: "
+    f"look at the data and at the loss, and resume from before. {STAYS}"
   )
 
 

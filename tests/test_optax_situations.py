@@ -366,7 +366,7 @@ def test_a_hyperparameter_on_a_schedule(name):
   ours, theirs = (optax.inject_hyperparams(factory)(max_norm=schedule) for factory in INJECTED[name])
   mine, yours = ours.init(PARAMS), theirs.init(PARAMS)
   mine = optax.tree.map_params(ours, lambda x: x, mine)  # A change that is none.
-  for grad, limit in zip(gradients(6), [3.0, 3.0, 15.0, 15.0, 15.0, 1.5], strict=True):
+  for grad, limit in zip(gradients(6), [3.0, 15.0, 15.0, 15.0, 1.5, 1.5], strict=True):
     got, mine = jax.jit(ours.update)(grad, mine, PARAMS)
     want, yours = jax.jit(theirs.update)(grad, yours, PARAMS)
     assert_close(got, want)
