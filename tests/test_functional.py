@@ -324,3 +324,38 @@ def test_bfloat16_is_rounded_on_a_cpu_as_everywhere(factor):
     normal = np.isfinite(wide) & (np.abs(wide) > 1e-37)
     steps = wide[normal].view(np.uint32).astype(np.float64) / 2**16
     np.testing.assert_array_equal(by_hand[normal], np.round(steps).astype(np.uint32))
+
+
+@pytest.mark.parametrize("max_norm", [1e-31, 1e-37, 3e-38])
+@pytest.mark.parametrize("magnitude", [1.0, 1e30, 3e37])
+def test_a_limit_far_below_the_norm_is_met(magnitude, max_norm, x64):
+  """Their quotient is up to 1e75, far beyond float32."""
+  grads = {"w": jnp.array([3.0, 4.0], jnp.float32) * jnp.float32(magnitude), "b": jnp.zeros(2, jnp.float32)}
+  clipped, norm = jax.jit(lambda g: clipjax.clip_grad_norm(g, max_norm))(grads)
+  np.testing.assert_allclose(norm, 5 * magnitude, rtol=1e-6)
+  # Entries near the least normal float32 keep fewer digits where they are flushed to subnormal steps.
+  np.testing.assert_allclose(clipped["w"], [0.6 * max_norm, 0.8 * max_norm], rtol=1e-6)
+  for make in (clipjax.clip_by_global_norm, clipjax.clip_by_leaf_norm):
+    tx = make(max_norm)
+    updates, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["w"], [0.6 * max_norm, 0.8 * max_norm], rtol=1e-6)
+    np.testing.assert_allclose(state.norm_clipped, max_norm, rtol=1e-6)
+    np.testing.assert_allclose(clipjax.global_norm(updates), state.norm_clipped, rtol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("policy", ["propagate", "zero"])
+@pytest.mark.parametrize("given", [-1.0, -jnp.inf, jnp.nan, jnp.inf])
+def test_a_norm_that_is_given_and_none_makes_the_step_nonfinite(given, policy, jit):
+  def clip(grads, norm):
+    return clipjax.clip_grad_norm(grads, 1.0, norm=norm, on_nonfinite=policy)
+
+  for grads in (jnp.array([3.0, 4.0]), jnp.array([jnp.inf, 1.0])):
+    clipped, norm = (jax.jit(clip) if jit else clip)(grads, jnp.float32(given))
+    assert not jnp.isfinite(norm)
+    np.testing.assert_array_equal(clipped, [0, 0] if policy == "zero" else [jnp.nan, jnp.nan])
+
+
+def test_a_negative_norm_in_an_array_raises_under_the_policy_error():
+  with pytest.raises(FloatingPointError, match="norm nan"):
+    clipjax.clip_grad_norm(jnp.ones(2), 1.0, norm=jnp.float32(-1.0), on_nonfinite="error")

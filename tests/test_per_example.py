@@ -148,3 +148,17 @@ def test_messages():
     "`grads` must have one batch size in every leaf, got 2 at 'a' and 3 at 'b': the batch is the leading axis."
   )
   assert message(jnp.ones((2, 3)), -1.0).startswith("`max_norm` must be >= 0, got -1.0")
+
+
+def test_a_leaf_of_no_cotangents_loses_its_batch_axis_too():
+  grads = {"w": jnp.ones((4, 3)), "i": np.zeros((4, 2), jax.dtypes.float0), "none": None}
+  total, _ = clipjax.clip_grad_per_example(grads, 1.0)
+  assert total["i"].shape == (2,) and total["i"].dtype == jax.dtypes.float0 and total["none"] is None
+
+  def loss(params, x):
+    return jnp.sum(params["w"] * x) * params["i"].shape[0]
+
+  params = {"w": jnp.ones(3), "i": jnp.arange(2)}
+  grads = jax.vmap(jax.grad(loss, allow_int=True), (None, 0))(params, jnp.ones((4, 3)))
+  total, _ = clipjax.clip_grad_per_example(grads, 1.0)
+  assert jax.tree.map(np.shape, total) == jax.tree.map(np.shape, params)

@@ -468,3 +468,16 @@ def test_another_structure_in_update_than_in_init():
   (b, _), state = tx.update((jnp.array([3.0, 4.0]), jnp.array([0.0, 0.5])), state)
   np.testing.assert_allclose(b, [0.6, 0.8], rtol=1e-6)
   assert clipjax.metrics(state, per_leaf=True)["grad/norm/b"] == 5
+
+
+@pytest.mark.parametrize("make", [
+  lambda: clipjax.clip_by_leaf_norm(1.0), lambda: clipjax.clip_by_block_rms(1.0),
+  lambda: clipjax.clip_by_group_norm(1.0, lambda path, leaf: path), lambda: clipjax.adaptive_grad_clip(0.1),
+])  # fmt: skip
+def test_finite_leaves_whose_global_norm_is_not_make_a_step_nonfinite(make):
+  grads = {"a": jnp.array([3e38]), "b": jnp.array([3e38])}
+  tx = make()
+  updates, state = tx.update(grads, tx.init(grads), grads)
+  assert np.isnan(updates["a"]) and state.nonfinite_steps == 1
+  with pytest.raises(FloatingPointError, match="norm inf, above the largest number of its dtype"):
+    clipjax.raise_if_nonfinite(state)

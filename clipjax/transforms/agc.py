@@ -41,7 +41,8 @@ def adaptive_grad_clip(
 
   The units are Optax's: a scalar or vector is one; of rank 2 and 3 the columns (all but axis 0), of rank 4 and 5 the
   last axis. A zero unit stays zero, a unit at or under its limit is bit-identical. Where any entry of the updates is
-  inf or NaN, or a norm of parameters is, `on_nonfinite` says what happens to every leaf.
+  inf or NaN, or a norm of parameters is, or the global norm is above the largest float32, `on_nonfinite` says what
+  happens to every leaf.
 
   Layers that are stacked for `lax.scan` have one axis more, which these rules take for something else: give `axis`,
   the axes over which the norm of a unit is taken, or exempt them with `optax.masked`. Under plain jit on sharded arrays

@@ -88,8 +88,8 @@ def clip_by_leaf_norm(
 ) -> optax.GradientTransformationExtraArgs:
   """Scales each leaf down to a norm of its own: `g_i * min(1, max_norm / (norm_i + eps))`.
 
-  0, inf and NaN as in `clip_by_global_norm`; a norm of any leaf that is not finite is a step that is not finite, for
-  every leaf.
+  0, inf and NaN as in `clip_by_global_norm`. One nonfinite leaf norm makes the whole step nonfinite, for every leaf; so
+  does a global norm above the largest float32, even where the norm of each leaf is finite.
 
   Args:
     max_norm: as in `clip_by_global_norm`; one number for all leaves. A rule sees the norms as a vector.
@@ -138,8 +138,8 @@ def clip_by_group_norm(
 ) -> optax.GradientTransformationExtraArgs:
   """Scales each group of leaves down to a norm of its own: `g_i * min(1, max_norm / (norm_of_its_group + eps))`.
 
-  0, inf and NaN as in `clip_by_global_norm`; a norm of any group that is not finite is a step that is not finite, for
-  every leaf, exempt ones included.
+  0, inf and NaN as in `clip_by_global_norm`. One nonfinite group norm makes the whole step nonfinite, for every leaf,
+  exempt ones included; so does a global norm above the largest float32, even where the norm of each group is finite.
 
   Args:
     max_norm: as in `clip_by_global_norm`, for all groups, or a dict of these by label, in which None exempts a group.
