@@ -20,6 +20,7 @@ from flax import nnx
 from helpers import assert_bits_equal, factories
 
 import clipjax
+from clipjax import rules
 from clipjax.groups import Labels
 from clipjax.trees import leaf_names
 
@@ -136,6 +137,18 @@ def test_every_kind_of_function_labels(groups):
 def test_a_function_of_other_arguments_is_told_which_it_gets(groups):
   with pytest.raises(TypeError, match=r"^`groups` must take \(path, leaf\), got a function of \(.*\): write `lambda "):
     clipjax.clip_by_group_norm(1.0, groups).init({"a": ONE})
+
+
+@pytest.mark.parametrize(("make", "what"), [
+  (lambda: lambda: 1.0, r"^the schedule `max_norm` must take \(count\), got a function of \(\): write `lambda count: "),
+  (lambda: rules.Rule(lambda shape: (), lambda norms, state, *, global_norm: (1.0, 1.0, state)),
+   r"^the `init` of `max_norm` must take \(shape, dtype\), got a function of \(shape\): "),
+  (lambda: rules.Rule(lambda shape, dtype: (), lambda norms, state: (1.0, 1.0, state)),
+   r"^the `update` of `max_norm` must take \(norms, state, \*, global_norm\), got a function of \(norms, state\): "),
+])  # fmt: skip
+def test_schedules_and_rules_of_other_arguments_are_told_which_they_get(make, what):
+  with pytest.raises(TypeError, match=what):
+    clipjax.clip_by_global_norm(make())
 
 
 def test_an_error_inside_of_a_function_stays_as_it_is():
