@@ -39,7 +39,9 @@ class Limits(NamedTuple):
     if not (isinstance(eps, float) and eps == 0.0):
       norm = norm + jnp.asarray(eps).astype(norm.dtype)
     # In a bad step no block is kept, and every target is NaN; without a NaN on the way, at which `jax_debug_nans` would
-    # stop where there is no jit.
+    # stop where there is no jit. Under jit units may be split over an explicit mesh axis, over which it is not.
+    if isinstance(target, jax.core.Tracer):
+      return cls(norm, jnp.where(bad, -1, limit), jnp.where(bad, np.array(np.nan, target.dtype), target))
     nan = np.full(jnp.shape(target), np.nan, target.dtype)
     return cls(norm, jnp.where(bad, -1, limit), lax.select(jnp.broadcast_to(bad, nan.shape), nan, target))
 

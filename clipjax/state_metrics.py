@@ -123,8 +123,8 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
   return {
     "norm": state.norm,
     "norm_clipped": state.norm_clipped,
-    "max_norm": state.max_norm if is_global else jnp.min(state.max_norm, axis=-1, initial=jnp.inf),
-    "scale": state.scale if is_global else jnp.min(state.scale, axis=-1, initial=1.0),
+    "max_norm": state.max_norm if is_global else _least(state.max_norm, jnp.inf),
+    "scale": state.scale if is_global else _least(state.scale, 1.0),
     "clip_fraction": _share(state.clipped_steps, state.steps),
     "clipped_steps": state.clipped_steps,
     "nonfinite_steps": state.nonfinite_steps,
@@ -150,6 +150,11 @@ def _ratio(norm: Any, param_norm: Any) -> jax.Array:
   """A norm over that of the parameters, 0 where that is 0 or not known."""
   known = param_norm > 0
   return quotient(jnp.where(known, norm, 0), jnp.where(known, param_norm, 1))
+
+
+def _least(x: jax.Array, initial: float) -> jax.Array:
+  """The smallest along the last axis, NaN where one is: on CPU the minimum alone may drop it."""
+  return jnp.where(jnp.isnan(x).any(axis=-1), jnp.sum(x, axis=-1), jnp.min(x, axis=-1, initial=initial))
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:

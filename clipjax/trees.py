@@ -72,12 +72,18 @@ def prepare(
         f"`{argument}` must have floating or complex leaves, got {describe(leaf)} at "
         f"'{leaf_names(tree, lambda _: True)[i]}': leave it out of the tree, or mask it with `optax.masked`."
       )
-  chosen = [x for x, measured in zip(leaves, flags, strict=True) if measured]
-  if params is not None and mesh.manual_axes():
-    mesh.check_reduced(chosen, measured_leaves(params), lambda: leaf_names(tree))
+  chosen = [mesh.without_reduced(x) for x, measured in zip(leaves, flags, strict=True) if measured]
+  mesh.check_unreduced(chosen, argument, lambda: leaf_names(tree))
+  if params is not None:
+    weights = measured_leaves(params)
+    mesh.check_unreduced(weights, "params", lambda: leaf_names(params))
+    if mesh.manual_axes():
+      mesh.check_reduced(chosen, weights, lambda: leaf_names(tree))
   if known is not None and len(chosen) != len(known):
     raise ValueError(_other_count(known, leaf_names(tree)))
-  return Prepared(tree, leaves, treedef, chosen, mesh.resolve_axes(tree, leaves, flags, axis_name))
+  return Prepared(
+    tree, leaves, treedef, chosen, mesh.resolve_axes(tree, leaves, flags, axis_name, lambda: leaf_names(tree))
+  )
 
 
 def check_real(prepared: Prepared, argument: str) -> None:
