@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from clipjax.arithmetic import by_parts, divide, quotient, upcast
+from clipjax.arithmetic import by_parts, divide, quotient, upcast, widest
 
 
 class Limits(NamedTuple):
@@ -168,7 +168,7 @@ def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
   (leaves, limits), (dleaves, dlimits) = primals, tangents
   out = []
   for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
-    dy = change(upcast(x), upcast(dx), limits[b], dlimits[b])
+    dy = change(widest(x), widest(dx), limits[b], dlimits[b])
     out.append(jnp.where(limits[b].kept, dx, dy.astype(dx.dtype)))
   return rescale(block_of, leaves, limits), out
 
