@@ -113,7 +113,7 @@ def check_unreduced(leaves: Sequence[Any], argument: str, names: Callable[[], Se
 
 def without_reduced(x: Any) -> Any:
   """The leaf without the mark "reduced" that an explicit type may have: JAX 0.10 cannot compare it with a number."""
-  sharding: Any = getattr(jax.typeof(x), "sharding", None) if isinstance(x, jax.Array) else None
+  sharding = _sharding_of(x)
   if not getattr(getattr(sharding, "spec", None), "reduced", None):
     return x
   spec = jax.sharding.PartitionSpec(*getattr(sharding.spec, "partitions", sharding.spec))
@@ -184,12 +184,17 @@ def _is_in_pmap() -> bool:
   return next((m for m in modules if m in ("jax._src.pmap", "jax._src.shard_map")), None) == "jax._src.pmap"
 
 
+def _sharding_of(x: Any) -> Any:
+  """The sharding of an array, or of the type of a traced one; None of what has none."""
+  return getattr(jax.typeof(x) if isinstance(x, jax.core.Tracer) else x, "sharding", None)
+
+
 def _unreduced_axes(x: Any) -> Axes:
   """The mesh axes over which JAX calls the type of an array unreduced."""
-  if not isinstance(x, jax.Array):
+  spec = getattr(_sharding_of(x), "spec", None)
+  if spec is None:  # An eager call asks it of every leaf.
     return ()
-  aval = jax.typeof(x)
-  holders = (getattr(getattr(aval, "sharding", None), "spec", None), getattr(aval, "manual_axis_type", None))
+  holders = (spec, getattr(jax.typeof(x), "manual_axis_type", None))
   return tuple(sorted({axis for holder in holders for axis in getattr(holder, "unreduced", None) or ()}, key=str))
 
 
