@@ -111,6 +111,11 @@ def check_unreduced(leaves: Sequence[Any], argument: str, names: Callable[[], Se
       )
 
 
+def has_spec(x: Any) -> bool:
+  """Whether a leaf may have a mark of its type; quick, since an eager call asks it of every leaf."""
+  return hasattr(_sharding_of(x), "spec")
+
+
 def without_reduced(x: Any) -> Any:
   """The leaf without the mark "reduced" that an explicit type may have: JAX 0.10 cannot compare it with a number."""
   sharding = _sharding_of(x)
@@ -192,7 +197,7 @@ def _sharding_of(x: Any) -> Any:
 def _unreduced_axes(x: Any) -> Axes:
   """The mesh axes over which JAX calls the type of an array unreduced."""
   spec = getattr(_sharding_of(x), "spec", None)
-  if spec is None:  # An eager call asks it of every leaf.
+  if spec is None:
     return ()
   holders = (spec, getattr(jax.typeof(x), "manual_axis_type", None))
   return tuple(sorted({axis for holder in holders for axis in getattr(holder, "unreduced", None) or ()}, key=str))

@@ -72,8 +72,10 @@ def prepare(
         f"`{argument}` must have floating or complex leaves, got {describe(leaf)} at "
         f"'{leaf_names(tree, lambda _: True)[i]}': leave it out of the tree, or mask it with `optax.masked`."
       )
-  chosen = [mesh.without_reduced(x) for x, measured in zip(leaves, flags, strict=True) if measured]
-  mesh.check_unreduced(chosen, argument, lambda: leaf_names(tree))
+  chosen = [x for x, measured in zip(leaves, flags, strict=True) if measured]
+  if any(map(mesh.has_spec, chosen)):
+    mesh.check_unreduced(chosen, argument, lambda: leaf_names(tree))
+    chosen = list(map(mesh.without_reduced, chosen))
   if params is not None:
     weights = measured_leaves(params)
     mesh.check_unreduced(weights, "params", lambda: leaf_names(params))
