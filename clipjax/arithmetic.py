@@ -1,6 +1,6 @@
 """Quotients, roots, powers and norms of vectors that stay in range, with derivatives that are right wherever they are.
 
-Also the two looks at a leaf that sums, derivatives and scaling share: `upcast`, and the real parts of a complex array.
+Also the looks at a leaf that sums, derivatives and scaling share: `upcast`, and the real parts of a complex array.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -19,6 +20,14 @@ def upcast(x: Any) -> jax.Array:
   if array.dtype in (jnp.float64, jnp.complex128):
     return array
   return array.astype(jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32)
+
+
+def widest(x: Any) -> jax.Array:
+  """`upcast`, and with x64 in 64-bit parts: there a magnitude, or a norm, may be above the largest float32."""
+  array = upcast(x)
+  if jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+    return array
+  return array.astype(jnp.complex128 if jnp.iscomplexobj(array) else jnp.float64)
 
 
 def parts(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -48,6 +57,27 @@ def root(total: jax.Array, p: float) -> jax.Array:
   finite = guess < jnp.inf
   correction = (power(jnp.where(finite, guess, 1), p) / t - 1) / p
   return jnp.where(usable, jnp.where(finite, guess - guess * correction, guess), total)
+
+
+def ordered_bits(x: jax.Array, p: float) -> jax.Array:
+  """Numbers of at least 0 as integers of the same order, NaN above inf for p = inf and below 0 for -inf.
+
+  The max and min of floats may drop a NaN: in an all-reduce everywhere, and on CPU from JAX 0.10 on in one large array.
+  Those of integers drop nothing. `bitcast_convert_type` leads back, for -inf too: -1 is a NaN.
+  """
+  kind = np.dtype(f"int{8 * x.dtype.itemsize}")
+  bits: jax.Array = lax.bitcast_convert_type(x, kind) & kind.type(np.iinfo(kind).max)  # A NaN may have a sign.
+  if p > 0:
+    return bits
+  return jnp.where(bits > np.array(np.inf, x.dtype).view(kind), kind.type(-1), bits)
+
+
+def extreme(x: jax.Array, p: float, axes: tuple[int, ...]) -> jax.Array:
+  """The largest (p = inf) or smallest (p = -inf) of numbers of at least 0, NaN where one is; 0 or inf of none."""
+  start = np.array(0.0 if p > 0 else np.inf, x.dtype).view(f"int{8 * x.dtype.itemsize}")[()]
+  found = lax.reduce(ordered_bits(x, p), start, lax.max if p > 0 else lax.min, axes)
+  value: jax.Array = lax.bitcast_convert_type(found, x.dtype)
+  return value
 
 
 def root_or_zero(x: jax.Array) -> jax.Array:
@@ -94,8 +124,8 @@ def vector_norm(norms: jax.Array, p: float) -> jax.Array:
   if p in (0, 1):  # For 0 they are counts.
     return jnp.sum(norms)
   if math.isinf(p):
-    return jnp.max(norms, initial=0.0) if p > 0 else jnp.min(norms, initial=math.inf)
-  largest = jnp.max(norms, initial=0.0)
+    return extreme(norms, p, (0,))
+  largest = jnp.max(norms, initial=0.0)  # It may drop a NaN, which is in the sum.
   usable = (largest >= jnp.finfo(norms.dtype).tiny) & (largest < jnp.inf)  # False for NaN too.
   return largest * root(jnp.sum(power(divide(norms, jnp.where(usable, largest, 1)), p)), p)
 

@@ -108,7 +108,7 @@ def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
     [ 0.5 -1.   1. ]
   """
   max_value = checks.check_threshold(max_value, "max_value")
-  prepared = prepare(grads, "grads")
+  prepared = prepare(grads, "grads", axis_name=())
   check_real(prepared, "grads")
   return prepared.with_measured(clamp(prepared.measured, checks.within_range(max_value)))
 

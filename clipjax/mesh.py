@@ -1,9 +1,12 @@
 """Mesh axes: over which of them a leaf is spread, and sums over all shards.
 
 Plain jit needs nothing of this: XLA adds the collectives. Inside `shard_map` the type of each leaf says over which axes
-its shards differ. `pmap` and `shard_map(check_vma=False)` have silent types, and `axis_name=` speaks for them.
+its shards differ. `pmap` and `shard_map(check_vma=False)` have silent types, and `axis_name=` speaks for them; without
+it a leaf in `pmap` is taken to be whole on every device, as `pmean` makes it.
 """
 
+import math
+import traceback
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from clipjax.arithmetic import ordered_bits
 from clipjax.checks import caller_level, describe
 
 Axes: TypeAlias = tuple[Hashable, ...]
@@ -19,7 +23,9 @@ Axes: TypeAlias = tuple[Hashable, ...]
 _AXIS_RULE = "`axis_name` must be a name, a tuple of names or a prefix tree of them"
 
 
-def resolve_axes(tree: Any, leaves: Sequence[Any], measured: Sequence[bool], axis_name: Any) -> tuple[Axes, ...]:
+def resolve_axes(
+  tree: Any, leaves: Sequence[Any], measured: Sequence[bool], axis_name: Any, names: Callable[[], Sequence[str]]
+) -> tuple[Axes, ...]:
   """The mesh axes to reduce each measured leaf over.
 
   None asks the types, which know inside `shard_map` with its checks on. A name, a tuple of names or a prefix tree of
@@ -30,33 +36,44 @@ def resolve_axes(tree: Any, leaves: Sequence[Any], measured: Sequence[bool], axi
     leaves: all its leaves.
     measured: for each leaf, whether it has a norm.
     axis_name: what the user said.
+    names: the names of the measured leaves, for messages.
+
+  Raises:
+    TypeError, ValueError: for an `axis_name` that names no axis here.
+    ValueError: where a `vmap` around makes a sum over the mesh impossible.
   """
   chosen = [x for x, keep in zip(leaves, measured, strict=True) if keep]
+  around = manual_axes()
+  silent = bool(around) and _types_are_silent()
+  if around and not silent:
+    _check_batched(chosen, names)
   if axis_name is None:
-    if not manual_axes():
+    if not around:
       return ((),) * len(chosen)
-    if _types_are_silent():
+    if silent and not _is_in_pmap():
       warnings.warn(
-        "inside pmap and shard_map(check_vma=False) the types do not say which leaves are sharded, so that every "
-        "device takes a norm of its own: pass `axis_name=` the mesh axes that leaves are sharded over, or "
-        "`axis_name=()` where every device holds them whole.",
+        "inside shard_map(check_vma=False) the types do not say which leaves are sharded, so that every device takes a "
+        "norm of its own: pass `axis_name=` the mesh axes that leaves are sharded over, or `axis_name=()` where every "
+        "device holds them whole.",
         stacklevel=caller_level(),
       )
-    return tuple(map(varying_axes, chosen))
-  names, treedef = check_axis_name(axis_name)
+    found = tuple(map(varying_axes, chosen))
+    _check_not_hidden(found, silent, names)
+    return found
+  entries, treedef = check_axis_name(axis_name)
   try:  # Numbers in place of the names: an empty tuple in the tree is no leaf, and is not taken for a name then.
-    places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(names))), tree))
+    places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(entries))), tree))
   except ValueError as error:
     raise ValueError(f"{_AXIS_RULE}, got {axis_name!r}: {error}") from None
-  given = [_as_axes(names[place]) for place, keep in zip(places, measured, strict=True) if keep]
+  given = tuple(_as_axes(entries[place]) for place, keep in zip(places, measured, strict=True) if keep)
   _check_in_scope(given)
-  if not manual_axes() or _types_are_silent():
-    return tuple(given)
-  known = set(manual_axes())
-  return tuple(
-    tuple(axis for axis in axes if axis not in known or axis in varying_axes(x))
-    for axes, x in zip(given, chosen, strict=True)
-  )
+  if around and not silent:
+    _check_of_mesh(given, around, names)
+    given = tuple(
+      tuple(axis for axis in axes if axis in varying_axes(x)) for axes, x in zip(given, chosen, strict=True)
+    )
+  _check_not_hidden(given, silent, names)
+  return given
 
 
 def check_axis_name(axis_name: Any) -> tuple[list[Any], Any]:
@@ -79,6 +96,31 @@ def check_reduced(leaves: Sequence[Any], weights: Sequence[Any], names: Callable
         f"`updates` must be reduced over the mesh axes that their parameters do not vary over, got "
         f"'{names()[i]}' varying over {extra}: reduce it with jax.lax.pmean or psum first."
       )
+
+
+def check_unreduced(leaves: Sequence[Any], argument: str, names: Callable[[], Sequence[str]]) -> None:
+  """Raises for a leaf that JAX itself calls unreduced: each device holds a summand of it."""
+  for i, x in enumerate(leaves):
+    if axes := _unreduced_axes(x):
+      raise ValueError(
+        f"`{argument}` must be reduced over all mesh axes, got {describe(x)} at '{names()[i]}' whose type is unreduced "
+        f"over {list(axes)}: reduce it first, with jax.sharding.reshard(x, jax.sharding.PartitionSpec(...)), or with "
+        "jax.lax.psum inside shard_map."
+      )
+
+
+def has_spec(x: Any) -> bool:
+  """Whether a leaf may have a mark of its type; quick, since an eager call asks it of every leaf."""
+  return hasattr(_sharding_of(x), "spec")
+
+
+def without_reduced(x: Any) -> Any:
+  """The leaf without the mark "reduced" that an explicit type may have: JAX 0.10 cannot compare it with a number."""
+  sharding = _sharding_of(x)
+  if not getattr(getattr(sharding, "spec", None), "reduced", None):
+    return x
+  spec = jax.sharding.PartitionSpec(*getattr(sharding.spec, "partitions", sharding.spec))
+  return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def varying_axes(x: Any) -> Axes:
@@ -106,24 +148,100 @@ def axes_size(axes: Axes) -> int:
 
 
 def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float = 1.0) -> list[jax.Array]:
-  """Sums values over mesh axes (inf and -inf: their maximum and minimum), one collective a set of axes and dtype."""
-  reduce: Callable[..., Any] = lax.pmax if p == float("inf") else lax.pmin if p == -float("inf") else lax.psum
+  """Sums values over mesh axes, one collective a set of axes and dtype.
+
+  For inf and -inf the maximum and minimum of values of at least 0, NaN where one is.
+  """
   out = list(values)
   together: dict[tuple[Axes, Any], list[int]] = {}
   for i, (value, leaf_axes) in enumerate(zip(values, axes, strict=True)):
     if leaf_axes:
       together.setdefault((leaf_axes, value.dtype), []).append(i)
   for (leaf_axes, _), indices in together.items():
-    reduced = reduce(jnp.stack([values[i] for i in indices]), leaf_axes)
+    stacked = jnp.stack([values[i] for i in indices])
+    if math.isinf(p):
+      reduce: Callable[..., Any] = lax.pmax if p > 0 else lax.pmin
+      reduced = lax.bitcast_convert_type(reduce(ordered_bits(stacked, p), leaf_axes), stacked.dtype)
+    else:
+      reduced = lax.psum(stacked, leaf_axes)
     for k, i in enumerate(indices):
       out[i] = reduced[k]
   return out
 
 
 def _types_are_silent() -> bool:
-  """Whether we are inside `pmap` or `shard_map(check_vma=False)`: there not even an axis' own index varies over it."""
-  axes = manual_axes()
-  return bool(axes) and not varying_axes(lax.axis_index(axes[0]))
+  """Whether we are inside `pmap` or `shard_map(check_vma=False)`: there nothing can be made to vary."""
+  return not varying_axes(_as_varying(jnp.zeros(()), manual_axes()[0]))
+
+
+def _as_varying(x: jax.Array, axis: Hashable) -> jax.Array:
+  """The array with a type that varies over an axis; in `pmap` and `shard_map(check_vma=False)` as it is."""
+  ops: Any = lax  # Releases from 0.8.2 on have `pcast`, those before 0.10 `pvary`.
+  varying: jax.Array = ops.pcast(x, axis, to="varying") if hasattr(ops, "pcast") else ops.pvary(x, axis)
+  return varying
+
+
+def _is_in_pmap() -> bool:
+  """Whether `pmap`, and not `shard_map`, is the innermost around: JAX makes one of the other, and only calls tell."""
+  modules = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(None))
+  return next((m for m in modules if m in ("jax._src.pmap", "jax._src.shard_map")), None) == "jax._src.pmap"
+
+
+def _sharding_of(x: Any) -> Any:
+  """The sharding of an array, or of the type of a traced one; None of what has none."""
+  return getattr(jax.typeof(x) if isinstance(x, jax.core.Tracer) else x, "sharding", None)
+
+
+def _unreduced_axes(x: Any) -> Axes:
+  """The mesh axes over which JAX calls the type of an array unreduced."""
+  spec = getattr(_sharding_of(x), "spec", None)
+  if spec is None:
+    return ()
+  holders = (spec, getattr(jax.typeof(x), "manual_axis_type", None))
+  return tuple(sorted({axis for holder in holders for axis in getattr(holder, "unreduced", None) or ()}, key=str))
+
+
+def _check_batched(leaves: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
+  """Raises for a leaf that `vmap(spmd_axis_name=)` around a `shard_map` with its checks on has batched."""
+  for i, x in enumerate(leaves):
+    for axis in manual_axes():
+      if not isinstance(x, jax.core.Tracer) or axis in varying_axes(x):
+        continue
+      try:  # The type that is seen here does not say it; that of what is batched does.
+        _as_varying(x, axis)
+      except ValueError:
+        raise ValueError(
+          "`spmd_axis_name` must be left out of a vmap around a shard_map with its checks on, got "
+          f"'{names()[i]}' batched over {[axis]}: JAX cannot branch there. Leave it out, or pass `check_vma=False` to "
+          "shard_map and `axis_name=` here."
+        ) from None
+
+
+def _check_of_mesh(given: Sequence[Axes], around: Axes, names: Callable[[], Sequence[str]]) -> None:
+  """Raises for an axis of a `vmap` inside a `shard_map` with its checks on, over which JAX does not sum."""
+  for i, axes in enumerate(given):
+    for axis in axes:
+      if axis not in around:
+        raise ValueError(
+          f"`axis_name` must name mesh axes inside a shard_map with its checks on, got {axis!r} for '{names()[i]}', "
+          "the axis of a vmap, over which JAX does not sum there: pass `check_vma=False` to shard_map."
+        )
+
+
+def _check_not_hidden(given: Sequence[Axes], silent: bool, names: Callable[[], Sequence[str]]) -> None:
+  """Raises where a `vmap` has taken the name of a mesh axis that a leaf is to be summed over."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  for i, axes in enumerate(given):
+    for axis in axes:
+      if axis not in manual_axes():
+        continue
+      # Types that speak tell for certain; else only another size does.
+      is_hidden = lax.axis_size(axis) != sizes[axis] if silent else axis not in varying_axes(lax.axis_index(axis))
+      if is_hidden:
+        raise ValueError(
+          f"`axis_name` of a vmap must not be that of a mesh axis around, got {axis!r}, over which '{names()[i]}' is "
+          "to be summed: give the axis of the vmap another name."
+        )
 
 
 def _check_in_scope(given: Sequence[Axes]) -> None:

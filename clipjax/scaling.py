@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from clipjax.arithmetic import by_parts, divide, quotient, upcast
+from clipjax.arithmetic import by_parts, divide, quotient, upcast, widest
 from clipjax.checks import within_range
 
 
@@ -40,7 +40,9 @@ class Limits(NamedTuple):
     if not (isinstance(eps, float) and eps == 0.0):
       norm = norm + jnp.asarray(within_range(eps)).astype(norm.dtype)
     # In a bad step no block is kept, and every target is NaN; without a NaN on the way, at which `jax_debug_nans` would
-    # stop where there is no jit.
+    # stop where there is no jit. Under jit units may be split over an explicit mesh axis, over which it is not.
+    if isinstance(target, jax.core.Tracer):
+      return cls(norm, jnp.where(bad, -1, limit), jnp.where(bad, np.array(np.nan, target.dtype), target))
     nan = np.full(jnp.shape(target), np.nan, target.dtype)
     return cls(norm, jnp.where(bad, -1, limit), lax.select(jnp.broadcast_to(bad, nan.shape), nan, target))
 
@@ -167,7 +169,7 @@ def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
   (leaves, limits), (dleaves, dlimits) = primals, tangents
   out = []
   for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
-    dy = change(upcast(x), upcast(dx), limits[b], dlimits[b])
+    dy = change(widest(x), widest(dx), limits[b], dlimits[b])
     out.append(jnp.where(limits[b].kept, dx, dy.astype(dx.dtype)))
   return rescale(block_of, leaves, limits), out
 

@@ -171,8 +171,9 @@ def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 @partial(jax.jit, inline=True, static_argnums=1)
 def _smallest(vector: jax.Array, of_none: float | None) -> jax.Array:
-  """The smallest number of groups or leaves; None is no limit."""
-  return jnp.min(vector, axis=-1, initial=no_limit(vector.dtype) if of_none is None else of_none)
+  """The smallest number of groups or leaves, NaN where one is; None is no limit."""
+  least = jnp.min(vector, axis=-1, initial=no_limit(vector.dtype) if of_none is None else of_none)
+  return jnp.where(jnp.isnan(vector).any(axis=-1), jnp.sum(vector, axis=-1), least)  # A minimum on CPU may drop it.
 
 
 def _unstacked(vector: Any) -> list[jax.Array]:

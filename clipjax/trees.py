@@ -86,24 +86,38 @@ def prepare(
         f"'{leaf_names(tree, lambda _: True)[i]}': leave it out of the tree, or mask it with `optax.masked`."
       )
   measured = [x for x, has_norm in zip(leaves, flags, strict=True) if has_norm]
-  axes = mesh.resolve_axes(tree, leaves, flags, axis_name)
+
+  def names() -> Sequence[str]:
+    return leaf_names(tree)
+
+  if any(map(mesh.has_spec, measured)):
+    mesh.check_unreduced(measured, argument, names)
+    measured = list(map(mesh.without_reduced, measured))
+  axes = mesh.resolve_axes(tree, leaves, flags, axis_name, names)
   places: Sequence[int] = range(len(measured))
   absent = known is not None and len(measured) != len(known)
   if known is not None and absent:
-    names = leaf_names(tree)
-    if not _is_frozen_part(known, names, tree):
-      raise ValueError(_other_leaves(known, names))
+    got = names()
+    if not _is_frozen_part(known, got, tree):
+      raise ValueError(_other_leaves(known, got))
     place_of = {name: i for i, name in enumerate(known)}
-    places = [place_of[name] for name in names]
+    places = [place_of[name] for name in got]
     measured = _spread(measured, places, len(known), ABSENT)
     axes = tuple(_spread(axes, places, len(known), ()))
   prepared = Prepared(tree, leaves, treedef, measured, axes, places, known if absent else None, ())
-  if params is None:
-    return prepared
-  prepared = prepared._replace(weights=_paired(params, prepared))
+  return prepared if params is None else prepared._replace(weights=_weights_of(prepared, params))
+
+
+def _weights_of(prepared: Prepared, params: Any) -> Sequence[Any]:
+  """The parameter of each measured leaf, by position where there are as many, else by name; checked."""
+  weights: Sequence[Any] = measured_leaves(params)
+  mesh.check_unreduced(weights, "params", lambda: leaf_names(params))
+  if len(weights) != len(prepared.measured):
+    by_name = dict(zip(leaf_names(params), weights, strict=True))
+    weights = [by_name.get(name) for name in prepared.names()]
   if mesh.manual_axes():
-    mesh.check_reduced(measured, prepared.weights, prepared.names)
-  return prepared
+    mesh.check_reduced(prepared.measured, weights, prepared.names)
+  return weights
 
 
 def _is_frozen_part(known: Sequence[str], names: Sequence[str], tree: Any) -> bool:
@@ -121,15 +135,6 @@ def _spread(values: Sequence[Any], places: Sequence[int], size: int, other: Any)
   for i, value in zip(places, values, strict=True):
     out[i] = value
   return out
-
-
-def _paired(params: Any, prepared: Prepared) -> Sequence[Any]:
-  """The parameter of each measured leaf: by position where there are as many, else by name."""
-  weights = measured_leaves(params)
-  if len(weights) == len(prepared.measured):
-    return weights
-  by_name = dict(zip(leaf_names(params), weights, strict=True))
-  return [by_name.get(name) for name in prepared.names()]
 
 
 def check_real(prepared: Prepared, argument: str) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import DTYPES, conditionals, oracle_norm, random_leaves
+from helpers import DTYPES, conditionals, oracle_clip, oracle_norm, random_leaves
 
 import clipjax
 from clipjax import arithmetic, conditional
@@ -518,3 +518,29 @@ def test_shards_are_summed_inside_shard_map():
       for name, n in norms.items():
         np.testing.assert_allclose(n, oracle_norm(scaled[name], ord), rtol=2e-6)
       np.testing.assert_allclose(by_hand(scaled), oracle_norm(scaled, ord), rtol=2e-6)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, -math.inf, 0.5, 3.0])
+def test_with_x64_a_norm_of_32_bit_leaves_may_be_above_the_largest_float32(p):
+  leaves = {"complex": np.array([3e38 + 3e38j, 1e38], np.complex64), "float": np.full(8, 3e38, np.float32)}
+  with jax.enable_x64(True):
+    for grads in ({"complex": leaves["complex"]}, {"float": leaves["float"]}, leaves):
+      want = oracle_norm(grads, p)
+      assert want > 3e38 or p == -math.inf
+      np.testing.assert_allclose(clipjax.global_norm(grads, p), want, rtol=1e-6)
+      for name, norm in clipjax.leaf_norms(grads, p).items():
+        np.testing.assert_allclose(norm, oracle_norm(grads[name], p), rtol=1e-6)
+      np.testing.assert_allclose(jax.jvp(lambda g: clipjax.global_norm(g, p), (grads,), (grads,))[1], want, rtol=1e-6)
+      if p < 0:
+        continue
+      by_leaf = clipjax.clip_by_leaf_norm(1.0, p)
+
+      def clip(grads):
+        return clipjax.clip_grad_norm(grads, 1.0, p)[0]
+
+      for name, x in clip(grads).items():
+        np.testing.assert_allclose(x, oracle_clip(grads, 1.0, p)[name], rtol=2e-6)
+      for name, x in by_leaf.update(grads, by_leaf.init(grads))[0].items():
+        np.testing.assert_allclose(x, oracle_clip(grads[name], 1.0, p), rtol=2e-6)
+      for change in jax.tree.leaves(jax.jvp(clip, (grads,), (grads,))[1]):  # A longer gradient is clipped to the same.
+        np.testing.assert_allclose(change, np.zeros(change.shape), atol=1e-5)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from clipjax import mesh
-from clipjax.arithmetic import direction, parts, upcast
+from clipjax.arithmetic import direction, parts, widest
 from clipjax.norms import sums
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
 
@@ -45,8 +45,8 @@ def _measure_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
     by_leaf = mesh.all_reduce(list(summed), spec.axes)
     return [_block_sum([by_leaf[i] for i in block]) for block in spec.blocks]
 
-  directions = [direction(upcast(x), measured.norms[block_of[i]], spec.ord) for i, x in enumerate(leaves)]
-  dnorms = change([_real_product(g, upcast(dx)) for g, dx in zip(directions, dleaves, strict=True)])
+  directions = [direction(widest(x), measured.norms[block_of[i]], spec.ord) for i, x in enumerate(leaves)]
+  dnorms = change([_real_product(g, widest(dx)) for g, dx in zip(directions, dleaves, strict=True)])
   if math.isinf(spec.ord):  # Entries that tie for the extreme share its derivative.
     ties = [lax.stop_gradient(jnp.maximum(n, 1)) for n in change([jnp.abs(g) for g in directions])]
     dnorms = [dn / n for dn, n in zip(dnorms, ties, strict=True)]

@@ -27,12 +27,14 @@ import numpy as np
 from jax import lax
 
 from clipjax import mesh
-from clipjax.arithmetic import divide, parts, power, root, upcast, vector_norm
+from clipjax.arithmetic import divide, extreme, parts, power, root, upcast, vector_norm, widest
 from clipjax.conditional import chunks, run_if, run_if_any
 from clipjax.mesh import Axes
 
 # Up to so many entries XLA on CPU sums about as fast in float64.
 SMALL = 1 << 16
+# Up to so many it finds the largest of integers about as fast as that of floats.
+FEW = 1 << 12
 
 
 class NormSpec(NamedTuple):
@@ -97,7 +99,7 @@ def measure(spec: NormSpec, leaves: Sequence[Any], *, lazy_vmap: bool = True) ->
 
   `lazy_vmap=False` does without a rule for `vmap`, of which JAX takes no derivative.
   """
-  xs = [jnp.asarray(x) for x in leaves]
+  xs = [mesh.without_reduced(jnp.asarray(x)) for x in leaves]
 
   def on_cpu(xs: list[jax.Array]) -> Measured:
     # What else reads a leaf must not share its square, or its copy in float32: XLA on CPU would write them out. One
@@ -246,7 +248,7 @@ def _checked(kind: _Kind, floor: float, scales: Scales, norms: Sequence[jax.Arra
     blocks = [kind.blocks[b] for b in chunk]
     members = [i for block in blocks for i in block]
     # NaN is doubtful too. Of the parts of a leaf each must be in range.
-    least, most = (stack([_scalar(norms[b], op) for b in chunk], norm_dtype()) for op in (jnp.min, jnp.max))
+    least, most = (stack([_extreme_of(norms[b], p) for b in chunk], norm_dtype()) for p in (-math.inf, math.inf))
     floors = np.sqrt(np.array([kind.size(block) * floor for block in blocks])).astype(least.dtype)
     doubtful = ~((least >= floors) & (most < jnp.inf)).all()
     again = partial(_again, kind._replace(blocks=blocks), scales, members)
@@ -269,34 +271,54 @@ def _power_norms(kind: _Kind) -> tuple[list[jax.Array], list[jax.Array]]:
   """`_square_norms` for the p-norm, p other than 2."""
   p, dtype = kind.spec.ord, norm_dtype()
   axes = [kind.spec.axes[i] for i in kind.leaves]
-  magnitudes = {i: jnp.abs(upcast(x)).astype(dtype) for i, x in kind.leaves.items()}
+  if math.isinf(p):
+    found = [_extreme_magnitude(kind.platform, x, p, kind.over(i)).astype(dtype) for i, x in kind.leaves.items()]
+    by_leaf = dict(zip(kind.leaves, mesh.all_reduce(found, axes, p), strict=True))
+    norms = [_together(kind.platform, [by_leaf[i] for i in block], p) for block in kind.blocks]
+    return norms, _column(kind.platform, by_leaf.values())
+  magnitudes = {i: jnp.abs(widest(x)).astype(dtype) for i, x in kind.leaves.items()}
 
-  def totals(xs: Mapping[int, jax.Array], q: float) -> tuple[list[jax.Array], dict[int, jax.Array]]:
-    op = lax.max if q == math.inf else lax.min if q == -math.inf else lax.add
-    reduced = mesh.all_reduce([_reduced_power(x, q, kind.over(i)) for i, x in xs.items()], axes, q)
-    by_leaf = dict(zip(xs, reduced, strict=True))
-    return [_together(kind.platform, [by_leaf[i] for i in block], op) for block in kind.blocks], by_leaf
+  def totals(xs: Mapping[int, jax.Array]) -> tuple[list[jax.Array], dict[int, jax.Array]]:
+    by_leaf = dict(zip(xs, mesh.all_reduce([_power_sum(x, p, kind.over(i)) for i, x in xs.items()], axes), strict=True))
+    return [_together(kind.platform, [by_leaf[i] for i in block]) for block in kind.blocks], by_leaf
 
-  if p <= 1 or math.isinf(p):  # Here a power sum leaves its range only where the norm does.
-    sums, by_leaf = totals(magnitudes, p)
+  if p <= 1:  # Here a power sum leaves its range only where the norm does.
+    sums, by_leaf = totals(magnitudes)
     return [root(s, p).astype(dtype) for s in sums], _column(kind.platform, by_leaf.values())
   # Elsewhere entries are divided by the largest of their block first: two reads, on every platform.
-  largest, by_leaf = totals(magnitudes, math.inf)
+  found = [_reduced(x, lax.max, 0.0, kind.over(i)) for i, x in magnitudes.items()]
+  most = dict(zip(magnitudes, mesh.all_reduce(found, axes, math.inf), strict=True))
+  largest = [_together(kind.platform, [most[i] for i in block], math.inf) for block in kind.blocks]
   units = [jnp.where((m >= jnp.finfo(m.dtype).tiny) & (m < jnp.inf), m, 1) for m in largest]
   unit_of = {i: unit for block, unit in zip(kind.blocks, units, strict=True) for i in block}
-  sums, _ = totals({i: divide(x, unit_of[i]) for i, x in magnitudes.items()}, p)
+  sums, by_leaf = totals({i: divide(x, unit_of[i]) for i, x in magnitudes.items()})
   norms = [(unit * root(s, p)).astype(dtype) for unit, s in zip(units, sums, strict=True)]
-  return norms, _column(kind.platform, by_leaf.values())
+  # The largest may have dropped a NaN, and a sum is inf where another leaf of the block is.
+  numbers = [jnp.where(jnp.isnan(by_leaf[i]), by_leaf[i], m) for i, m in most.items()]
+  return norms, _column(kind.platform, numbers)
 
 
-def _reduced_power(magnitude: jax.Array, p: float, over: tuple[int, ...]) -> jax.Array:
-  """The sum of |x|^p; for inf and -inf the largest and the smallest magnitude, for 0 the number of nonzeros."""
-  if p == math.inf:
-    return _reduced(magnitude, lax.max, 0.0, over)
-  if p == -math.inf:
-    return _reduced(magnitude, lax.min, math.inf, over)
+def _power_sum(magnitude: jax.Array, p: float, over: tuple[int, ...]) -> jax.Array:
+  """The sum of |x|^p, for 0 the number of nonzeros."""
   powers = (magnitude != 0).astype(magnitude.dtype) if p == 0 else power(magnitude, p)
   return _reduced(powers, lax.add, 0.0, over)
+
+
+def _extreme_magnitude(platform: str, x: jax.Array, p: float, over: tuple[int, ...]) -> jax.Array:
+  """The largest (p = inf) or smallest (p = -inf) magnitude, NaN where an entry is."""
+
+  def magnitude(x: jax.Array) -> jax.Array:
+    return jnp.abs(widest(x) if jnp.iscomplexobj(x) else upcast(x))
+
+  if platform != "cpu" or x.size <= FEW:
+    found = extreme(magnitude(x), p, over or tuple(range(x.ndim)))
+    return lax.expand_dims(found, over) if over else found
+  # XLA on CPU finds the largest float much faster than the largest integer, but drops a NaN. A sum keeps it, and so
+  # scaled no finite entries overflow. What it reads is apart, or both reductions would be one slow loop.
+  found = _reduced(magnitude(x), lax.max, 0.0, over) if p > 0 else _reduced(magnitude(x), lax.min, math.inf, over)
+  scaled = magnitude(lax.optimization_barrier(x))
+  total = _reduced(scaled * scaled.dtype.type(2.0**-100), lax.add, 0.0, over)
+  return jnp.where(jnp.isnan(total), total, found)
 
 
 # Small parts ---------------------------------------------------------------------------------------------------------
@@ -308,16 +330,20 @@ def _reduced(x: jax.Array, op: Callable[..., Any], start: float, over: tuple[int
   return lax.expand_dims(value, over) if over else value
 
 
-def _scalar(x: jax.Array, op: Callable[..., jax.Array] = jnp.sum) -> jax.Array:
-  return x if x.ndim == 0 else op(x)
+def _scalar(x: jax.Array) -> jax.Array:
+  return x if x.ndim == 0 else jnp.sum(x)
 
 
-def _together(platform: str, values: Sequence[jax.Array], op: Callable[..., Any] = lax.add) -> jax.Array:
-  """Brings reduced values together: on CPU as one vector, elsewhere in a chain, which XLA fuses there."""
+def _extreme_of(x: jax.Array, p: float) -> jax.Array:
+  return x if x.ndim == 0 else extreme(x, p, tuple(range(x.ndim)))
+
+
+def _together(platform: str, values: Sequence[jax.Array], p: float = 1.0) -> jax.Array:
+  """The sum of reduced values, or their extreme: on CPU as one vector, elsewhere in a chain, which XLA fuses there."""
   if len(values) == 1 or platform != "cpu":
-    return functools.reduce(op, values)
+    return functools.reduce(lax.add if math.isfinite(p) else lax.max if p > 0 else lax.min, values)
   stacked = stack(values, values[0].dtype, barrier=True)
-  return stacked.max() if op is lax.max else stacked.min() if op is lax.min else stacked.sum()
+  return stacked.sum() if math.isfinite(p) else extreme(stacked, p, (0,))
 
 
 def _column(platform: str, values: Iterable[jax.Array]) -> list[jax.Array]:

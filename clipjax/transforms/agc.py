@@ -4,6 +4,7 @@ A unit is what feeds one output: a column of a matrix, a filter of a convolution
 flow with a norm for each unit instead of one for each leaf, and limits that come from the parameters.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -120,11 +121,14 @@ def _decide(
 
   by_leaf = of_leaves(norms)
   norm = vector_norm(by_leaf, 2.0)
-  lowest = stack([jnp.min(limit, initial=most) for limit in limits], dtype)
+  # Not `jnp.min`, which may drop the NaN of one unit.
+  lowest = stack([vector_norm(limit.ravel(), -math.inf) for limit in limits], dtype)
+  lowest = jnp.where(lowest > most, most, lowest)  # Of a leaf without units.
   bad = nonfinite.is_bad(norm, [lowest])
   of_units = [Limits.of(n, limit, limit, bad) for n, limit in zip(norms, limits, strict=True)]
   after = of_leaves(norm_after(n, unit) for n, unit in zip(norms, of_units, strict=True))
-  scale = stack([jnp.min(scale_of(unit), initial=1.0) for unit in of_units], dtype)
+  scales = [scale_of(unit).ravel() for unit in of_units]
+  scale = stack([vector_norm(s, -math.inf) if s.size else jnp.ones((), dtype) for s in scales], dtype)
   fields = {
     "norm": norm,
     "norm_clipped": nonfinite.number(policy, bad, vector_norm(after, 2.0)),

@@ -1,0 +1,233 @@
+"""A NaN or an inf is seen wherever it lies: in one shard of eight, and in one large leaf of one device."""
+
+import math
+import operator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import oracle_norm
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from processes import outputs_of_processes
+
+import clipjax
+from clipjax.arithmetic import vector_norm
+from clipjax.norms import sums
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+ORDERS = (2, 1, math.inf, -math.inf, 0, 0.5, 3)
+VALUES = (math.nan, math.inf, -math.inf)
+DEVICES = 8
+SPEC = {"split": P("d"), "whole": P()}
+MODES = ("auto", "explicit", "shard_map", "unchecked", "pmap")
+
+
+def some_grads(value=1.0, shard=0):
+  """A leaf of two rows a shard, with a value at the end of one shard, and one that every device holds whole."""
+  split = np.linspace(1.0, 2.0, 6 * DEVICES, dtype=np.float32).reshape(2 * DEVICES, 3)
+  split[2 * shard + 1, 2] = value
+  return {"split": split, "whole": np.full(4, 0.5, np.float32)}
+
+
+def everything(axis_name, grads):
+  """What each entry says of a gradient: numbers that know whether it is finite, and clipped gradients."""
+  by = {"axis_name": axis_name}
+  clips = {
+    "by_value": clipjax.clip_by_value(1.0, **by),
+    "by_inf_norm_propagate": clipjax.clip_by_global_norm(1.0, jnp.inf, **by),
+    "by_inf_norm_zero": clipjax.clip_by_global_norm(1.0, jnp.inf, on_nonfinite="zero", **by),
+    "by_leaf_inf_norm": clipjax.clip_by_leaf_norm(1.0, jnp.inf, on_nonfinite="zero", **by),
+    "watch": clipjax.watch(**by),
+    "skip_steps": clipjax.skip_steps(optax.sgd(1.0), **by),
+  }
+  updates, states = {}, {}
+  for name, tx in clips.items():
+    updates[name], states[name] = tx.update(grads, tx.init(grads), grads)
+  return {
+    "norms": [clipjax.global_norm(grads, p, **by) for p in ORDERS],
+    "leaf_norms": [clipjax.leaf_norms(grads, p, **by) for p in ORDERS],
+    "updates": updates,
+    "nonfinite_steps": {name: s.nonfinite_steps for name, s in states.items() if name != "skip_steps"},
+    "skipped": states["skip_steps"].skipped_steps,
+    "first_bad": {name: states[name].nonfinite_leaf for name in states if name.startswith("by_")},
+  }
+
+
+def place(mesh, tree):
+  def on_devices(x, spec):
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+  return jax.tree.map(on_devices, tree, SPEC)
+
+
+def mesh_of(mode):
+  return jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Explicit if mode == "explicit" else AxisType.Auto,))
+
+
+def runner(mode):
+  """`grads -> everything` in one of the ways to spread them, compiled once."""
+  if mode == "pmap":
+    run = jax.pmap(partial(everything, {"split": "d", "whole": ()}), axis_name="d")
+
+    def by_device(grads):
+      split = grads["split"].reshape(DEVICES, 2, 3)
+      out = run({"split": split, "whole": np.broadcast_to(grads["whole"], (DEVICES, 4))})
+      updates = out.pop("updates")
+      for update in updates.values():
+        update["split"] = update["split"].reshape(grads["split"].shape)
+        update["whole"] = update["whole"][0]
+      for x in jax.tree.leaves(out):
+        np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
+      return {**jax.tree.map(operator.itemgetter(0), out), "updates": updates}
+
+    return by_device
+  mesh = mesh_of(mode)
+  if mode in ("auto", "explicit"):
+    step = jax.jit(partial(everything, None))
+  else:
+    checked = mode == "shard_map"
+    body = partial(everything, None if checked else {"split": "d", "whole": None})
+    shapes = jax.eval_shape(partial(everything, None), some_grads())
+    specs = {**jax.tree.map(lambda _: P(), shapes), "updates": dict.fromkeys(shapes["updates"], SPEC)}
+    step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(SPEC,), out_specs=specs, check_vma=checked))
+  everywhere = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))  # Every process can read it.
+
+  def run_on_mesh(grads):
+    with jax.set_mesh(mesh):
+      return everywhere(step(place(mesh, grads)))
+
+  return run_on_mesh
+
+
+def check_all_shards(mode):
+  """Every value in every shard, and none."""
+  run = runner(mode)
+  check(run(some_grads()), some_grads(), finite=True)
+  for value in VALUES:
+    for shard in range(DEVICES):
+      grads = some_grads(value, shard)
+      check(run(grads), grads, finite=False)
+
+
+def check(out, grads, finite):
+  out = jax.device_get(out)
+  for p, norm, by_leaf in zip(ORDERS, out["norms"], out["leaf_norms"], strict=True):
+    np.testing.assert_allclose(norm, oracle_norm(grads, p), rtol=1e-5, err_msg=f"order {p}")
+    for name, x in grads.items():
+      np.testing.assert_allclose(by_leaf[name], oracle_norm(x, p), rtol=1e-5, err_msg=f"order {p} of {name}")
+  assert {int(n) for n in out["nonfinite_steps"].values()} == {int(not finite)}
+  assert out["skipped"] == int(not finite)
+  assert {int(i) for i in out["first_bad"].values()} == {-1 if finite else 0}
+  if finite:
+    return
+  updates = out["updates"]
+  np.testing.assert_array_equal(updates["by_value"]["split"], np.clip(grads["split"], -1, 1))
+  for name, want in (("by_inf_norm_propagate", math.nan), ("by_inf_norm_zero", 0), ("by_leaf_inf_norm", 0)):
+    for leaf, x in updates[name].items():
+      np.testing.assert_array_equal(x, np.full_like(grads[leaf], want))
+  for leaf, x in updates["skip_steps"].items():
+    np.testing.assert_array_equal(x, np.zeros_like(grads[leaf]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_order_and_every_entry_sees_what_one_shard_holds(mode):
+  check_all_shards(mode)
+
+
+# Each of two processes, with four devices of its own.
+PROGRAM = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], *map(int, sys.argv[2:]))
+assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
+import test_nan_in_a_shard
+for mode in ("auto", "shard_map"):
+  test_nan_in_a_shard.check_all_shards(mode)
+with jax.enable_x64(True):
+  test_nan_in_a_shard.check_all_shards("shard_map")
+print("seen")
+"""
+
+
+def test_two_processes_see_it(tmp_path):
+  outputs = outputs_of_processes(PROGRAM, 2, tmp_path / "two", timeout=300)
+  assert [out.splitlines()[-1] for out in outputs] == ["seen"] * 2
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("value", VALUES)
+def test_an_error_names_the_leaf_of_the_shard(mode, value):
+  mesh = mesh_of(mode)
+  with jax.set_mesh(mesh):
+    grads = place(mesh, some_grads(value, 5))
+    for ord in (1, 2, 3, jnp.inf):
+      with pytest.raises(FloatingPointError, match=r"in 'split': "):
+        clipjax.clip_grad_norm(grads, 1.0, ord, on_nonfinite="error")
+      tx = clipjax.clip_by_leaf_norm(1.0, ord, on_nonfinite="error")
+      with pytest.raises(FloatingPointError, match=r"in 'split': "):
+        tx.update(grads, tx.init(grads))
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("where", ["grads", "params"])
+def test_agc_sees_what_one_shard_holds(mode, where):
+  mesh = mesh_of(mode)
+  tx = clipjax.adaptive_grad_clip(0.1, on_nonfinite="zero")
+  with jax.set_mesh(mesh):
+    for spec, axis in ((P("d", None), 0), (P(None, "d"), 1)):
+      step = jax.jit(lambda grads, params: tx.update({"w": grads}, tx.init({"w": grads}), {"w": params}))
+      for value in VALUES:
+        for shard in range(DEVICES):
+          both = {name: np.ones((16, 16), np.float32) for name in ("grads", "params")}
+          both[where][tuple(np.roll((2 * shard, 3), axis))] = value
+          placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in both.values()]
+          updates, state = step(*placed)
+          if where == "grads" or math.isnan(value):
+            np.testing.assert_array_equal(updates["w"], np.zeros((16, 16)))
+            assert state.nonfinite_steps == 1
+          else:  # An infinite parameter is an infinite limit.
+            assert np.isfinite(state.norm)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64", "float64", "complex128"])
+def test_a_large_leaf_of_one_device_keeps_its_nan(dtype):
+  # XLA on CPU drops it from the max of a large array, in JAX 0.10 and later.
+  with jax.enable_x64(dtype in ("float64", "complex128")):
+    norms = jax.jit(lambda x: [clipjax.global_norm(x, p) for p in (math.inf, -math.inf, 3)])
+    first_bad = jax.jit(lambda x: clipjax.clip_by_leaf_norm(1.0, jnp.inf).update([x], tx.init([x]))[1].nonfinite_leaf)
+    tx = clipjax.clip_by_leaf_norm(1.0, jnp.inf)
+    size = 4 * sums.FEW
+    for shape in ((size,), (size // 64, 64)):
+      for value in (*VALUES, 2.0):
+        for place in (0, 7, size // 2, size - 1):
+          x = np.ones(size, dtype=jnp.dtype(dtype))
+          x[place] = value
+          x = x.reshape(shape)
+          for p, norm in zip((math.inf, -math.inf, 3), norms(x), strict=True):
+            np.testing.assert_allclose(norm, oracle_norm(x, p), rtol=1e-5)
+          assert first_bad(x) == (-1 if value == 2 else 0)
+
+
+@pytest.mark.parametrize("p", [math.inf, -math.inf, 2.0, 3.0, 1.0])
+def test_the_norm_of_many_norms_keeps_a_nan(p):
+  for size in (3, 1 << 17):
+    norms = jnp.ones(size).at[size // 2].set(jnp.nan)
+    assert jnp.isnan(vector_norm(norms, p)) and jnp.isnan(jax.jit(vector_norm, static_argnums=1)(norms, p))
+
+
+def test_metrics_of_many_models_keep_a_nan():
+  tx = clipjax.clip_by_leaf_norm(1.0)
+  grads = {"a": jnp.ones(2), "b": jnp.ones(2)}
+  states = jax.vmap(lambda _: tx.update(grads, tx.init(grads))[1])(jnp.arange(1 << 15))
+  states = states._replace(max_norm=states.max_norm.at[100, 1].set(jnp.nan), scale=states.scale.at[7, 0].set(jnp.nan))
+  found = clipjax.metrics(states)
+  assert np.flatnonzero(np.isnan(found["grad/max_norm"])).tolist() == [100]
+  assert np.flatnonzero(np.isnan(found["grad/scale"])).tolist() == [7]
