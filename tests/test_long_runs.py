@@ -143,7 +143,7 @@ def test_counts_stay_at_the_end_of_int32(name, bad):
     if key.endswith("fraction"):
       assert 0 <= value <= 1, key
   if isinstance(getattr(state, "rule", None), StepCount):
-    assert state.rule.steps == LAST
+    assert state.rule.schedule_count == LAST
 
 
 # The memory of the host ---------------------------------------------------------------------------------------------
