@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,6 +259,19 @@ def test_flax_serializes_a_state_that_was_there_before_it_was_imported(way):
   code = f"WAY = {way!r}\n" + textwrap.dedent(LATE)
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
+
+
+def test_the_rule_for_t5x_gives_a_state_without_specs_that_flax_takes():
+  """What t5x makes of a state by the line of docs/sharding.md, and what its wrapper does with that."""
+  text = (pathlib.Path(__file__).parents[1] / "docs" / "sharding.md").read_text("utf-8")
+  rules = {}
+  line = re.search(r"`OptaxStatePartitionRules\._RULES\[(.*?)\] = (lambda .*?)`", text)
+  rules[eval(line[1])] = eval(line[2])
+  state = clipjax.clip_by_leaf_norm(1.0).init({"a": ONE})
+  axes = rules[type(state)](state, {"a": None})
+  assert type(axes) is clipjax.ClipState and jax.tree.leaves(axes) == []
+  as_dict = flax.serialization.to_state_dict(axes)
+  assert set(as_dict) == set(state._fields) and as_dict["norm"] is None and as_dict["labels"] == {}
 
 
 # Frozen leaves -------------------------------------------------------------------------------------------------------
