@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import clipjax
 
 DTYPES = ("float32", "bfloat16", "float16")
 NO_LIMIT = float(np.finfo(np.float32).max)  # What a state has for a limit that is none.
+
+
+def cases(values, slow):
+  """Values for a test, of which those that `slow` holds, or says yes to, run with `-m slow` alone."""
+  is_slow = slow if callable(slow) else slow.__contains__
+  return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=[pytest.mark.slow] * is_slow(v)) for v in values]
 
 
 def oracle_norm(tree, p=2.0):

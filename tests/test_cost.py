@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import conditionals, factories
+from helpers import cases, conditionals, factories
 
 import clipjax
 from clipjax.norms.derivatives import measure_jit
@@ -56,7 +56,7 @@ def test_no_copy_of_a_gradient_in_bfloat16(tree):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("tree", sorted(TREES))
+@pytest.mark.parametrize("tree", cases(sorted(TREES), {"many"}))
 def test_a_watch_copies_no_gradient(tree):
   for watch in (clipjax.watch(param_norms=False), clipjax.watch(per_leaf=False, param_norms=False)):
     assert temporaries(watch, TREES[tree]) < 0.05
@@ -66,7 +66,7 @@ def test_a_watch_copies_no_gradient(tree):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("tree", sorted(TREES))
+@pytest.mark.parametrize("tree", cases(sorted(TREES), {"many"}))
 def test_no_copy_of_bfloat16_leaves_in_float32(tree):
   # What is left is the clipped leaf in 16 bits, which both moments of Adam read.
   beside_a_watch = optax.chain(clipjax.watch(), clipjax.clip_by_global_norm(1.0))

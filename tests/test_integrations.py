@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training import dynamic_scale, train_state
-from helpers import assert_bits_equal, factories, oracle_clip, oracle_norm, train_on_one_device
+from helpers import assert_bits_equal, cases, factories, oracle_clip, oracle_norm, train_on_one_device
 from jax.experimental import checkify
 
 import clipjax
@@ -470,7 +470,12 @@ LOOKED_AT = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKED_AT)
+# What takes the same operations as another runs with `-m slow`.
+ALIKE = {"clip_by_block_rms", "clip_by_group_norm", "autoclip", "eps", "a threshold of 0", "an infinite threshold"}
+ALIKE |= {"another order", "percentile of the past", "adaptive_grad_clip without eps", "lower"}
+
+
+@pytest.mark.parametrize("name", cases(LOOKED_AT, ALIKE))
 def test_every_operation_of_a_finite_step_is_finite_enough(name):
   # Thresholds are infinite while a rule warms up; `inf * 0` would be a NaN that nobody asked for.
   tx, params = LOOKED_AT[name], {"w": jnp.ones((2, 2)), "b": jnp.zeros(2, jnp.bfloat16)}

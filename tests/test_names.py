@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import pathlib
 import pickle
 import re
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_bits_equal, factories
+from helpers import assert_bits_equal, cases, factories
 
 import clipjax
 from clipjax import rules
@@ -289,8 +290,12 @@ STEPS = {
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("frozen", sorted(FROZEN))
-@pytest.mark.parametrize("name", sorted(STEPS))
+@pytest.mark.parametrize(
+  ("name", "frozen"),
+  cases(
+    itertools.product(sorted(STEPS), sorted(FROZEN)), lambda case: case[1] == "one" and case[0] in ("zclip", "autoclip")
+  ),
+)
 def test_a_frozen_leaf_may_be_none_in_the_gradients(name, frozen):
   """Its norm is 0, the rest is what it is without it."""
   tx, grads = STEPS[name], FROZEN[frozen]

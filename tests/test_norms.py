@@ -1,5 +1,6 @@
 """Norms against the float64 oracle, one test for each hazard."""
 
+import itertools
 import math
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import DTYPES, conditionals, oracle_clip, oracle_norm, random_leaves
+from helpers import DTYPES, cases, conditionals, oracle_clip, oracle_norm, random_leaves
 
 import clipjax
 from clipjax import arithmetic, conditional
@@ -312,9 +313,16 @@ def norms_on(platform, leaves, p=2.0, by_leaf=False):
   return jax.jit(lambda xs: measure_on(platform, NormSpec(p, blocks, ((),) * len(leaves)), xs))(leaves)
 
 
-@pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 0.5, 3.0])
-@pytest.mark.parametrize("dtype", [*DTYPES, "complex64"])
-@pytest.mark.parametrize("platform", PLATFORMS)
+def is_much_like_another(case):
+  """A GPU sums what is no square as a TPU does, and in other orders than 2 and inf one dtype is like another."""
+  platform, dtype, p = case
+  return p != 2 and (platform == "gpu" or (dtype != "float32" and p != math.inf))
+
+
+@pytest.mark.parametrize(
+  ("platform", "dtype", "p"),
+  cases(itertools.product(PLATFORMS, [*DTYPES, "complex64"], [2.0, 1.0, math.inf, 0.5, 3.0]), is_much_like_another),
+)
 def test_every_platform_has_the_norms_of_the_oracle(platform, dtype, p):
   rng = np.random.default_rng(0)
   for magnitude in (1e-3, 1.0, 1e3) if dtype == "float16" else MAGNITUDES:
@@ -520,7 +528,7 @@ def test_shards_are_summed_inside_shard_map():
       np.testing.assert_allclose(by_hand(scaled), oracle_norm(scaled, ord), rtol=2e-6)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, -math.inf, 0.5, 3.0])
+@pytest.mark.parametrize("p", cases([1.0, 2.0, math.inf, -math.inf, 0.5, 3.0], {-math.inf, 0.5}))
 def test_with_x64_a_norm_of_32_bit_leaves_may_be_above_the_largest_float32(p):
   leaves = {"complex": np.array([3e38 + 3e38j, 1e38], np.complex64), "float": np.full(8, 3e38, np.float32)}
   with jax.enable_x64(True):

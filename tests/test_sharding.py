@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import factories
+from helpers import cases, factories
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from processes import outputs_of_processes
@@ -136,7 +136,7 @@ def assert_close(got, want, rtol=1e-5):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", cases(MODES, {"unchecked"}))
 def test_every_transformation_gives_the_numbers_of_one_device(mode, on_one_device):
   names = list(transformations()) if mode in ("auto", "shard_map") else without_rules()
   assert run_and_compare(mode, names, leaves_of(on_one_device, names)) == set(names)
