@@ -35,7 +35,6 @@ class Prepared(NamedTuple):
     axes: the mesh axes to reduce each measured leaf over.
     places: where in `measured` each floating and complex leaf of the tree is.
     known: the names that `init` saw where some leaves are None now; else None.
-    weights: the parameter of each measured leaf, None where there is none of its name; () without parameters.
   """
 
   tree: Any
@@ -45,7 +44,6 @@ class Prepared(NamedTuple):
   axes: tuple[mesh.Axes, ...]
   places: Sequence[int]
   known: Sequence[str] | None
-  weights: Sequence[Any]
 
   def with_measured(self, values: Sequence[Any]) -> Any:
     """The tree with new values for the measured leaves, float0 leaves as they were."""
@@ -90,7 +88,8 @@ def prepare(
   def names() -> Sequence[str]:
     return leaf_names(tree)
 
-  if any(map(mesh.has_spec, measured)):
+  has_spec = any(map(mesh.has_spec, measured))
+  if has_spec:
     mesh.check_unreduced(measured, argument, names)
     measured = list(map(mesh.without_reduced, measured))
   axes = mesh.resolve_axes(tree, leaves, flags, axis_name, names)
@@ -104,20 +103,20 @@ def prepare(
     places = [place_of[name] for name in got]
     measured = _spread(measured, places, len(known), ABSENT)
     axes = tuple(_spread(axes, places, len(known), ()))
-  prepared = Prepared(tree, leaves, treedef, measured, axes, places, known if absent else None, ())
-  return prepared if params is None else prepared._replace(weights=_weights_of(prepared, params))
+  prepared = Prepared(tree, leaves, treedef, measured, axes, places, known if absent else None)
+  if params is not None and (has_spec or mesh.manual_axes()):  # An eager step has no time for what cannot be there.
+    mesh.check_unreduced(measured_leaves(params), "params", lambda: leaf_names(params))
+    mesh.check_reduced(measured, paired(params, prepared), prepared.names)
+  return prepared
 
 
-def _weights_of(prepared: Prepared, params: Any) -> Sequence[Any]:
-  """The parameter of each measured leaf, by position where there are as many, else by name; checked."""
-  weights: Sequence[Any] = measured_leaves(params)
-  mesh.check_unreduced(weights, "params", lambda: leaf_names(params))
-  if len(weights) != len(prepared.measured):
-    by_name = dict(zip(leaf_names(params), weights, strict=True))
-    weights = [by_name.get(name) for name in prepared.names()]
-  if mesh.manual_axes():
-    mesh.check_reduced(prepared.measured, weights, prepared.names)
-  return weights
+def paired(params: Any, prepared: Prepared) -> list[Any]:
+  """The parameter of each measured leaf, by position where there are as many, else by name, or None where it has none."""
+  weights = measured_leaves(params)
+  if len(weights) == len(prepared.measured):
+    return weights
+  by_name = dict(zip(leaf_names(params), weights, strict=True))
+  return [by_name.get(name) for name in prepared.names()]
 
 
 def _is_frozen_part(known: Sequence[str], names: Sequence[str], tree: Any) -> bool:

@@ -24,7 +24,7 @@ from clipjax.rules.base import no_limit
 from clipjax.scaling import Limits, norm_after, scale_of
 from clipjax.transforms.engine import Clip, Decision, transformation
 from clipjax.transforms.state import ClipState
-from clipjax.trees import ABSENT, Prepared
+from clipjax.trees import ABSENT, Prepared, paired
 
 Axis = int | tuple[int, ...] | None
 
@@ -191,7 +191,7 @@ def _matching_params(prepared: Prepared, params: Any) -> list[Any]:
     raise ValueError(
       "`params` must be given to clip by the norm of parameters, got None: call update(grads, state, params)."
     )
-  weights = [ABSENT if x is ABSENT else w for x, w in zip(prepared.measured, prepared.weights, strict=True)]
+  weights = [ABSENT if x is ABSENT else w for x, w in zip(prepared.measured, paired(params, prepared), strict=True)]
   for i, (x, w) in enumerate(zip(prepared.measured, weights, strict=True)):
     if w is None or jnp.shape(w) != jnp.shape(x):
       got = "none" if w is None else checks.describe(w)

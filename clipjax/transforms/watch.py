@@ -23,7 +23,7 @@ from clipjax.mesh import Axes, all_reduce, axes_size, check_axis_name, varying_a
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import NormSpec, norm_dtype, stack
 from clipjax.rules.base import in_dtype
-from clipjax.trees import ABSENT, prepare
+from clipjax.trees import ABSENT, paired, prepare
 
 # Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
 LOOK_EVERY = 16
@@ -153,7 +153,8 @@ def watch(
     state.labels.check_state(unlabelled, state.norms)
     _check_history(state, history)
     prepared = prepare(updates, "updates", axis_name=axis_name, known=state.labels.leaves, params=params)
-    weights = [ABSENT if w is None else w for w in prepared.weights] if param_norms else []
+    pairs = paired(params, prepared) if param_norms and params is not None else []
+    weights = [ABSENT if w is None else w for w in pairs]
     of_params = tuple(map(varying_axes, weights)) if axis_name is None else prepared.axes
     return updates, _watched(_Spread(prepared.axes, of_params), prepared.measured, weights, state)
 
