@@ -111,7 +111,7 @@ def prepare(
 
 
 def paired(params: Any, prepared: Prepared) -> list[Any]:
-  """The parameter of each measured leaf, by position where there are as many, else by name, or None where it has none."""
+  """The parameter of each measured leaf: by position where there are as many, else by name; None for one without."""
   weights = measured_leaves(params)
   if len(weights) == len(prepared.measured):
     return weights
