@@ -153,8 +153,8 @@ class Labels:
 class _Unknown:
   """The static part of labels of a placeholder: equal to the first real labels that it meets, and then only to these.
 
-  So `jax.tree.map(fn, state_of_placeholder, state)` gives a state with the labels of the second, which nothing else in
-  JAX allows: it makes what it returns of the structure of the first.
+  So `jax.tree.map(fn, state_of_placeholder, state)` gives a state with the labels of the second. JAX builds the result
+  with the structure of the first tree, and offers no other way.
   """
 
   def __init__(self, labels: Labels):

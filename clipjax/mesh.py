@@ -99,8 +99,16 @@ def check_reduced(leaves: Sequence[Any], weights: Sequence[Any], names: Callable
 
 
 def check_unreduced(leaves: Sequence[Any], argument: str, names: Callable[[], Sequence[str]]) -> None:
-  """Raises for a leaf that JAX itself calls unreduced: each device holds a summand of it."""
+  """Raises for a leaf that JAX itself calls unreduced: each device holds a summand of it.
+
+  Also for one that it calls reduced inside `shard_map`, where it neither compares it with a number nor drops the mark.
+  """
   for i, x in enumerate(leaves):
+    if reduced := getattr(getattr(jax.typeof(x), "manual_axis_type", None), "reduced", None):
+      raise ValueError(
+        f"`{argument}` must have no leaves marked as reduced inside shard_map, got {describe(x)} at '{names()[i]}' "
+        f"reduced over {sorted(reduced, key=str)}: leave `reduced` out of its spec in `in_specs`."
+      )
     if axes := _unreduced_axes(x):
       raise ValueError(
         f"`{argument}` must be reduced over all mesh axes, got {describe(x)} at '{names()[i]}' whose type is unreduced "
@@ -239,7 +247,7 @@ def _check_not_hidden(given: Sequence[Axes], silent: bool, names: Callable[[], S
       is_hidden = lax.axis_size(axis) != sizes[axis] if silent else axis not in varying_axes(lax.axis_index(axis))
       if is_hidden:
         raise ValueError(
-          f"`axis_name` of a vmap must not be that of a mesh axis around, got {axis!r}, over which '{names()[i]}' is "
+          f"`axis_name` of a vmap must differ from the mesh axes around it, got {axis!r}, over which '{names()[i]}' is "
           "to be summed: give the axis of the vmap another name."
         )
 

@@ -202,5 +202,7 @@ def _clamped(x: jax.Array, limit: jax.Array) -> jax.Array:
   if x.dtype.itemsize == 1:  # A float8 may have no inf: a bound above its range would be NaN.
     return _clamped(x.astype(jnp.float32), limit).astype(x.dtype)
   bound = limit.astype(x.dtype)
-  # XLA on CPU makes 0 of a subnormal entry that it computes with, not of one that it passes on.
-  return jnp.where(jnp.abs(x) < bound, x, lax.clamp(-bound, x, bound))
+  # No limit is the largest number of its dtype, under which an infinite entry stays what it is. XLA on CPU makes 0 of a
+  # subnormal entry that it computes with, not of one that it passes on.
+  kept = (jnp.abs(x) < bound) | (limit >= jnp.finfo(limit.dtype).max)
+  return jnp.where(kept, x, lax.clamp(-bound, x, bound))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -129,14 +128,18 @@ def _skip_problem(name: str, state: SkipState) -> str:
     return ""
   return (
     f"the last {in_a_row} steps were all rejected by '{name}', the limit is {np.min(state.max_consecutive_skips)}: "
-    f"norm {_against(state.norm, state.max_norm)}, loss {_against(state.loss, state.max_loss)}: look at the data and "
-    "at the loss, and resume from before."
+    f"{_of('norm', state.norm, state.max_norm)}{_of_loss(state)}: look at the data and at the loss, and resume from "
+    "before."
   )
 
 
-def _against(value: Any, limit: Any) -> str:
+def _of_loss(state: SkipState) -> str:
+  return "" if is_no_limit(float(np.min(state.max_loss))) else f", {_of('loss', state.loss, state.max_loss)}"
+
+
+def _of(what: str, value: Any, limit: Any) -> str:
   lowest = float(np.min(limit))
-  return f"{float(np.max(value)):g} {'without a limit' if is_no_limit(lowest) else f'against {lowest:g}'}"
+  return f"{what} {float(np.max(value)):g}" + ("" if is_no_limit(lowest) else f" against {lowest:g}")
 
 
 # What optax.MultiSteps keeps -----------------------------------------------------------------------------------------
@@ -159,18 +162,10 @@ def _is_nonfinite(state: Any) -> bool:
 def _has_nonfinite(tree: Any) -> bool:
   """Whether any entry is inf or NaN, of what this process holds: another one may not have called, and would not answer.
 
-  Every device looks at its own part.
+  On the host, since a mesh that is set around lets no program run on one of its devices alone.
   """
-  by_device: dict[Any, list[Any]] = {}
   for leaf in map(unwrapped, jax.tree.leaves(tree, is_leaf=is_wrapper)):
-    if not isinstance(leaf, jax.Array):
-      by_device.setdefault(None, []).append(jax.device_put(leaf))
-    else:
-      for shard in leaf.addressable_shards:
-        by_device.setdefault(shard.device, []).append(shard.data)
-  return any(jax.device_get([_any_nonfinite(parts) for parts in by_device.values()]))
-
-
-@jax.jit
-def _any_nonfinite(leaves: list[Any]) -> jax.Array:
-  return jnp.any(jnp.stack([jnp.any(~jnp.isfinite(x)) for x in leaves]))
+    parts = [shard.data for shard in leaf.addressable_shards] if isinstance(leaf, jax.Array) else [leaf]
+    if not all(np.isfinite(jax.device_get(part)).all() for part in parts):
+      return True
+  return False

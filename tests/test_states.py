@@ -165,6 +165,17 @@ def test_a_number_above_the_range_of_norms_is_no_limit_and_gives_no_warning(limi
     assert norm < NO_LIMIT
 
 
+def test_under_no_limit_an_infinite_entry_stays_what_it_is():
+  grads = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 3.0])
+  for limit in (jnp.inf, 1e39, jnp.array(jnp.inf)):
+    tx = clipjax.clip_by_value(limit)
+    updates, state = tx.update(grads, tx.init(grads))
+    for got in (updates, clipjax.clip_grad_value(grads, limit)):
+      np.testing.assert_array_equal(got, grads)
+    _, state = tx.update(grads[:2], tx.init(grads[:2]))
+    assert state.norm_clipped == jnp.inf and state.max_norm == NO_LIMIT
+
+
 @pytest.mark.parametrize(
   "make",
   [
@@ -254,6 +265,19 @@ def test_a_leaf_that_pauses_goes_on_with_about_its_old_limit(name):
   for norm in [1.0, 1.1, 0.9, 1.0, 1.1] + [0.0] * 200 + [0.9]:
     updates, state = update([jnp.array([norm])], state)
   assert updates[0] > 0.6
+
+
+@pytest.mark.parametrize("every", [2, 4])
+@pytest.mark.parametrize("name", sorted(LATE))
+def test_a_leaf_whose_gradient_comes_in_turns_keeps_its_length(name, every):
+  """As that of an expert, which is 0 at every step that goes to others."""
+  tx = clipjax.clip_by_leaf_norm(LATE[name]())
+  update, state = jax.jit(tx.update), tx.init([jnp.zeros(1)])
+  kept = [1.0]
+  for i in range(400):
+    updates, state = update([jnp.array([1.0 if i % every == 0 else 0.0])], state)
+    kept += [float(updates[0][0])] if i % every == 0 else []
+  assert min(kept) > 0.6
 
 
 @pytest.mark.parametrize("name", sorted(LATE))

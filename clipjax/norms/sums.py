@@ -313,8 +313,8 @@ def _extreme_magnitude(platform: str, x: jax.Array, p: float, over: tuple[int, .
   if platform != "cpu" or x.size <= FEW:
     found = extreme(magnitude(x), p, over or tuple(range(x.ndim)))
     return lax.expand_dims(found, over) if over else found
-  # XLA on CPU finds the largest float much faster than the largest integer, but drops a NaN. A sum keeps it, and so
-  # scaled no finite entries overflow. What it reads is apart, or both reductions would be one slow loop.
+  # XLA on CPU finds the largest float much faster than the largest integer, but drops a NaN. A sum keeps it, and scaled
+  # down no finite entries overflow. The barrier keeps XLA from fusing the two reductions into one slow loop.
   found = _reduced(magnitude(x), lax.max, 0.0, over) if p > 0 else _reduced(magnitude(x), lax.min, math.inf, over)
   scaled = magnitude(lax.optimization_barrier(x))
   total = _reduced(scaled * scaled.dtype.type(2.0**-100), lax.add, 0.0, over)

@@ -9,8 +9,8 @@ A rule is a pair of pure functions, as an `optax.GradientTransformation` is:
 shape or (). A norm above `limit` is rescaled to `target`, which is at most `limit` and has no meaning elsewhere. A
 rule is built of `jnp` operations on a state of fixed shapes and dtypes, and then works under jit, scan and vmap.
 
-Norms of exactly 0 enter no statistic: a leaf whose gradient comes late would be held at 0 for good. No limit is the
-largest number of the dtype of the norms; a rule of your own may answer `jnp.inf`.
+Norms of exactly 0 enter no statistic, but for the first one of `ema_ratio`: a leaf whose gradient comes late would be
+held at 0 for good. No limit is the largest number of the dtype of the norms; a rule of your own may answer `jnp.inf`.
 
 A step whose norms are not all finite changes no rule state, with one exception: the count of a
 schedule moves at every step.

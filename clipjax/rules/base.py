@@ -99,7 +99,7 @@ def as_rule(value: Any, argument: str) -> Rule:
     check_takes(value.update, f"the `update` of `{argument}`", "norms, state", "", keywords=("global_norm",))
     return value
   if callable(value):
-    check_takes(value, f"the schedule `{argument}`", "count", "1.0")
+    check_takes(value, f"the schedule `{argument}`", "count", "0.1 * count")
     return _of_count(value)
   if isinstance(value, tuple | list | dict) or value is None:
     raise TypeError(

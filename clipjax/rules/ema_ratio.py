@@ -17,12 +17,12 @@ class EmaRatioState(NamedTuple):
 
   Attributes:
     ema: shape of the norms: the average of the clipped norms; 0 where there is none yet.
-    paused: bool, shape of the norms: whether the last norm was 0.
+    had_zero: bool, shape of the norms: whether a norm of 0 has entered the average.
     seen: int32, shape (): finite steps so far, up to `warmup_steps`.
   """
 
   ema: jax.Array
-  paused: jax.Array
+  had_zero: jax.Array
   seen: jax.Array
 
 
@@ -34,10 +34,10 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
 
   During the warm-up the whole gradient is clipped by its global norm, to `max_norm`, and the average is the smallest
   clipped norm that is not 0. A leaf without an average, because its norms were all 0, goes on under the global rule
-  until it has one: else it would be clipped to 0 for ever. After the warm-up a norm of 0 enters the average as in the
-  paper, but only the first of several in a row: else a leaf that pauses would be held near 0 for long. After a lasting
-  rise the average grows by at most `(1 - decay) * (ratio - 1)` a step, so that at the defaults of AdaGC every one of
-  200 steps after it is clipped (docs/methods.md).
+  until it has one: else it would be clipped to 0 for ever. After the warm-up the first norm of 0 enters the average, as
+  in the paper. Later ones do not: a leaf whose gradient is 0 now and then would be clipped to 0 in the end. After a
+  lasting rise the average grows by at most `(1 - decay) * (ratio - 1)` a step, so that at the defaults of AdaGC every
+  one of 200 steps after it is clipped (docs/methods.md).
 
   Args:
     ratio: how much larger than its average a norm may be, > 0.
@@ -89,8 +89,9 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
     kept = jnp.minimum(norms, limit)
     lowest = jnp.where(has_ema & (kept > 0), jnp.minimum(state.ema, kept), jnp.where(has_ema, state.ema, kept))
     moved = jnp.where(has_ema, past * state.ema + (1 - past) * kept, kept)
-    is_zero = norms == 0
-    ema = jnp.where(warm, lowest, jnp.where(is_zero & state.paused, state.ema, moved))
-    return limit, limit, EmaRatioState(ema, is_zero, jnp.minimum(state.seen + 1, warmup_steps))
+    # A gradient that is 0 now and then, as that of an expert, would draw its average down to 0 and stay there.
+    is_zero = (norms == 0) & has_ema & ~warm
+    ema = jnp.where(warm, lowest, jnp.where(is_zero & state.had_zero, state.ema, moved))
+    return limit, limit, EmaRatioState(ema, state.had_zero | is_zero, jnp.minimum(state.seen + 1, warmup_steps))
 
   return Rule(init, update)

@@ -127,7 +127,7 @@ def zscore(
     if restart_after is not None:
       locked = in_a_row >= restart_after
       new = ZScoreState(*(jnp.where(locked, jnp.zeros((), v.dtype), v) for v in new))
-    # A norm of 0 is that of a leaf which has no gradient yet: statistics of it would hold the leaf at 0 for good.
+    # Skip norms of 0: a leaf without a gradient yet would otherwise stay clipped to 0.
     return limit, target, jax.tree.map(lambda now, old: jnp.where(norms == 0, old, now), new, state)
 
   return Rule(init, update)

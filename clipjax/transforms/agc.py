@@ -114,6 +114,8 @@ def _decide(
   limits = [share * jnp.maximum(of_params, least) for of_params in measure(units, weights).norms]
   most = no_limit(dtype)  # Of parameters that are 0 too, where the share has no limit.
   limits = [jnp.where(share >= most, most, jnp.minimum(limit, most)) for limit in limits]
+  # What has no entries has no limit: a leaf that is None among them.
+  limits = [limit if jnp.size(w) else jnp.full_like(limit, most) for limit, w in zip(limits, weights, strict=True)]
 
   def of_leaves(values: Iterable[jax.Array]) -> jax.Array:
     """The norms of leaves from those of their units, each of which counts once."""
@@ -165,6 +167,8 @@ def _without_rule(state: ClipState) -> ClipState:
 def _unit_axes(x: Any, axis: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
   """The axes over which the norm of a unit of this leaf is taken."""
   shape = jnp.shape(x)
+  if x is ABSENT:
+    return (0,)
   if axis is not None:
     for a in axis:
       if not -len(shape) <= a < len(shape):

@@ -12,7 +12,7 @@ from clipjax import nonfinite, scaling
 from clipjax.checks import check_name, check_track
 from clipjax.groups import Labels
 from clipjax.norms.sums import Measured
-from clipjax.rules.base import as_rule, keep_where
+from clipjax.rules.base import as_rule, keep_where, no_limit
 from clipjax.scaling import Limits
 from clipjax.transforms.engine import Clip, Decision, MaxNorm, asked, of_rule, spec_of_blocks, transformation
 from clipjax.transforms.state import ClipState
@@ -61,7 +61,7 @@ def clip_by_value(
     whole = Limits(norm, limit, jnp.clip(target, 0, limit))
     fields = {
       "norm": norm,
-      "norm_clipped": jnp.minimum(norm, limit),
+      "norm_clipped": jnp.where(limit >= no_limit(limit.dtype), norm, jnp.minimum(norm, limit)),
       "max_norm": limit,
       "scale": scaling.scale_of(whole),
       "norms": state.norms,

@@ -22,8 +22,8 @@ from clipjax.norms.sums import NormSpec, norm_dtype
 from clipjax.rules.base import Rule, StateCheck, as_rule, ask, in_dtype, keep_where, no_limit, same_structure
 from clipjax.trees import is_float0, prepare
 
-_NO_LIMIT = 2**31 - 1
-_ENOUGH = 10  # Steps in a row that no run loses to chance.
+_MOST_SKIPS = 2**31 - 1
+_DEFAULT_SKIPS = 10  # Steps in a row that no run loses to chance.
 
 
 @carries_labels
@@ -118,7 +118,7 @@ def skip_steps(
       f"`inner` must be an Optax transformation, got {describe(inner)}: pass one such as optax.adam(1e-3)."
     )
   if max_consecutive_skips is not None:
-    check_whole(max_consecutive_skips, "max_consecutive_skips", 1, _NO_LIMIT)
+    check_whole(max_consecutive_skips, "max_consecutive_skips", 1, _MOST_SKIPS)
   protected = optax.with_extra_args_support(inner)
   norms = as_rule(jnp.inf if norm_rule is None else norm_rule, "norm_rule")
   losses = as_rule(jnp.inf if loss_rule is None else loss_rule, "loss_rule")
@@ -136,7 +136,7 @@ def skip_steps(
       steps=jnp.zeros((), jnp.int32),
       skipped_steps=jnp.zeros((), jnp.int32),
       consecutive=jnp.zeros((), jnp.int32),
-      max_consecutive_skips=jnp.full((), max_consecutive_skips or _ENOUGH, jnp.int32),
+      max_consecutive_skips=jnp.full((), max_consecutive_skips or _DEFAULT_SKIPS, jnp.int32),
       norm_rule=norms.init((), dtype),
       loss_rule=losses.init((), dtype),
       inner_state=protected.init(params),
