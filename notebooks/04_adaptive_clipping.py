@@ -200,7 +200,8 @@ for ax, (name, run) in zip(axes.flat, runs.items(), strict=True):
   ax.semilogy(run["norm"], color=GREY, linewidth=0.8, label="norm as it came")
   ax.semilogy(np.where(run["used"] > 0, run["used"], np.nan), color=BLUE, linewidth=0.8, label="norm that was used")
   if name not in ("AdaGC", "AGC"):  # Those have a limit for each leaf or unit.
-    ax.semilogy(run["limit"], color=GREEN, linewidth=1.4, label="limit")
+    there = run["limit"] < np.finfo(np.float32).max  # A step without a limit has the largest number.
+    ax.semilogy(np.where(there, run["limit"], np.nan), color=GREEN, linewidth=1.4, label="limit")
   ax.set_title(name, fontsize=10)
   mark_broken(ax)
 axes[0, 0].set_ylim(0.03, 300)

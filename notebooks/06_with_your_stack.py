@@ -191,7 +191,8 @@ plt.show()
 
 # %%
 def columns(rows):
-  return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+  # No limit, in the warm-up, is the largest number: it is left out.
+  return {key: np.array([row[key] if row[key] < 3e38 else np.nan for row in rows]) for key in rows[0]}
 
 
 column = {name: columns(rows) for name, rows in seen.items()}
