@@ -235,8 +235,8 @@ def test_a_vmap_that_hides_a_mesh_axis_is_an_error(check_vma):
   axis_name = None if check_vma else "data"
   lanes = SOME[:3]  # Without the checks only another size than that of the mesh axis tells.
   message = (
-    r"^`axis_name` of a vmap must not be that of a mesh axis around, got 'data', over which '\.' is to be summed: give "
-    r"the axis of the vmap another name\."
+    r"^`axis_name` of a vmap must differ from the mesh axes around it, got 'data', over which '\.' is to be summed: "
+    r"give the axis of the vmap another name\."
   )
 
   def norms(name):
