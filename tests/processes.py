@@ -10,6 +10,16 @@ import sys
 import time
 
 TESTS = pathlib.Path(__file__).parent
+# How a program begins, of which each of two processes has four of eight devices.
+TWO_OF_FOUR_DEVICES = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], *map(int, sys.argv[2:]))
+assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
+"""
 _GLOO = re.compile(r"\[Gloo\]|peer ranks")  # Its threads write into each other's lines.
 
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import oracle_norm
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from processes import outputs_of_processes
+from processes import TWO_OF_FOUR_DEVICES, outputs_of_processes
 
 import clipjax
 from clipjax.arithmetic import vector_norm
@@ -139,15 +139,7 @@ def test_every_order_and_every_entry_sees_what_one_shard_holds(mode):
   check_all_shards(mode)
 
 
-# Each of two processes, with four devices of its own.
-PROGRAM = """
-import sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], *map(int, sys.argv[2:]))
-assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
+PROGRAM = f"""{TWO_OF_FOUR_DEVICES}
 import test_nan_in_a_shard
 for mode in ("auto", "shard_map"):
   test_nan_in_a_shard.check_all_shards(mode)

@@ -13,7 +13,7 @@ import pytest
 from helpers import cases, factories
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from processes import outputs_of_processes
+from processes import TWO_OF_FOUR_DEVICES, outputs_of_processes
 
 import clipjax
 from clipjax import rules
@@ -147,15 +147,7 @@ def leaves_of(steps, names):
   return jax.device_get([[jax.tree.leaves({name: part[name] for name in names}) for part in step] for step in steps])
 
 
-# Each of two processes, with four devices of its own.
-PROGRAM = """
-import sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], *map(int, sys.argv[2:]))
-assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
+PROGRAM = f"""{TWO_OF_FOUR_DEVICES}
 import pathlib
 import pickle
 import test_sharding

@@ -111,7 +111,7 @@ def as_rule(value: Any, argument: str) -> Rule:
 
 
 def ask(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-  """The limit, the target and the next state, checked: a rule may be the user's own."""
+  """The limit, the target and the next state, checked: a rule may be the user's own. inf becomes `no_limit`."""
   answer = rule.update(norms, state, global_norm=global_norm)
   if not isinstance(answer, tuple) or len(answer) != 3:
     got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else describe(answer)
@@ -139,7 +139,8 @@ def _checked_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
       f"a rule's `{what}` must have shape () or that of the norms, {norms.shape}, got {value.shape}: "
       "compute it from `norms` element by element."
     )
-  return value
+  most = no_limit(value.dtype)
+  return jnp.where(value > most, most, value)  # NaN stays: XLA before 0.9 makes a number of a constant `minimum`.
 
 
 def _is_real(answer: Any) -> bool:

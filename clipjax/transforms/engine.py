@@ -21,7 +21,7 @@ from clipjax.groups import Labels
 from clipjax.mesh import axes_size, check_axis_name
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype
-from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where, no_limit
+from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where
 from clipjax.scaling import Limits, norm_after, rescale_jit, scale_of
 from clipjax.transforms.state import ClipState, check_state, empty_state, next_state
 from clipjax.trees import Prepared, prepare
@@ -173,9 +173,7 @@ def spec_of_blocks(p: float) -> Callable[[Prepared, Labels], NormSpec]:
 def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
   """What the rule answers, its limit from 0 to `no_limit`; limit and target stay one array where they are one."""
   limit, target, new = ask(rule, norms, state, global_norm)
-  # By `where`, since XLA before 0.9 makes 0 of a constant `maximum(NaN, 0)`.
-  most = no_limit(limit.dtype)
-  least = jnp.where(limit < 0, 0, jnp.where(limit > most, most, limit))
+  least = jnp.where(limit < 0, 0, limit)  # XLA before 0.9 makes 0 of a constant `maximum(NaN, 0)`.
   return least, least if target is limit else target, new
 
 

@@ -153,8 +153,6 @@ def skip_steps(
     loss = _loss(extra_args, loss_rule is not None, norm_dtype())
     max_norm, _, norm_state = ask(norms, norm, norm_rule_state, norm)
     max_loss, _, loss_state = ask(losses, loss, loss_rule_state, norm)
-    # No state holds an inf; a norm or a loss that is inf is rejected by itself.
-    max_norm, max_loss = (jnp.minimum(x, no_limit(x.dtype)) for x in (max_norm, max_loss))
     bad = ~jnp.isfinite(norm) | jnp.isnan(max_norm) | jnp.isnan(max_loss)
     skip = norm > max_norm
     if loss_rule is not None:
