@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 
 from clipjax.checks import describe
+from clipjax.leaves import is_measured
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
 from clipjax.state_search import found_in, held_tree, is_wrapper, named, unwrapped
 from clipjax.transforms.watch import WatchState
-from clipjax.trees import is_measured
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 Vector: TypeAlias = np.ndarray[Any, Any]

@@ -120,24 +120,28 @@ def _reciprocal_jvp(primals: Any, tangents: Any) -> Any:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def vector_norm(norms: jax.Array, p: float) -> jax.Array:
-  """The p-norm of p-norms, shape (n,): rescaled by the largest, so right at every magnitude, with its derivative."""
+  """The p-norm of p-norms along the last axis: rescaled by the largest, so right at every magnitude.
+
+  Shape (..., n) to (...). Its derivative is right wherever it is finite.
+  """
   if p in (0, 1):  # For 0 they are counts.
-    return jnp.sum(norms)
+    return jnp.sum(norms, axis=-1)
   if math.isinf(p):
-    return extreme(norms, p, (0,))
-  largest = jnp.max(norms, initial=0.0)  # It may drop a NaN, which is in the sum.
+    return extreme(norms, p, (norms.ndim - 1,))
+  largest = jnp.max(norms, axis=-1, initial=0.0)  # It may drop a NaN, which is in the sum.
   usable = (largest >= jnp.finfo(norms.dtype).tiny) & (largest < jnp.inf)  # False for NaN too.
-  return largest * root(jnp.sum(power(divide(norms, jnp.where(usable, largest, 1)), p)), p)
+  units = divide(norms, jnp.where(usable, largest, 1)[..., None])
+  return largest * root(jnp.sum(power(units, p), axis=-1), p)
 
 
 @vector_norm.defjvp
 def _vector_norm_jvp(p: float, primals: Any, tangents: Any) -> Any:
   (norms,), (dnorms,) = primals, tangents
   norm = vector_norm(norms, p)
-  change = direction(norms, norm, p)
+  change = direction(norms, norm[..., None], p)
   if math.isinf(p):
-    change = change / lax.stop_gradient(jnp.maximum(jnp.sum(change), 1))
-  return norm, jnp.sum(change * dnorms)
+    change = change / lax.stop_gradient(jnp.maximum(jnp.sum(change, axis=-1, keepdims=True), 1))
+  return norm, jnp.sum(change * dnorms, axis=-1)
 
 
 def direction(x: jax.Array, norm: jax.Array, p: float) -> jax.Array:

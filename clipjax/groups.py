@@ -1,7 +1,8 @@
-"""Which leaves share a norm, and their names: what travels in a state, as a static pytree node without children.
+"""Which leaves, or slices of stacked ones, share a norm: what travels in a state, as a static node without children.
 
 The names are fixed at `init` and carried, because Flax NNX and Equinox hand `init` and `update` trees of different
-structure: which leaf belongs to which group is known by its position among the floating and complex leaves.
+structure: which leaf belongs to which group is known by its position among the floating and complex leaves. A block
+is what has a norm; a slice is a layer of a stacked leaf, or a whole leaf.
 
 Labels are equal when their content is. The exception is a state that `optax.tree.map_params` makes from a placeholder
 for the parameters, to see which arrays of a real state are copies of them: its labels become those that they meet.
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from jax import export
 
 from clipjax.checks import check_takes, describe, is_function
-from clipjax.trees import is_measured, leaf_names, measured_leaves
+from clipjax.leaves import is_measured, leaf_names, measured_leaves
+from clipjax.stacks import Stack, Stacks, slice_names, slice_types, spread_out, stacks_of
 
 State = TypeVar("State")
 
@@ -30,37 +32,54 @@ class Labels:
     name: first part of the keys of metrics.
     unit: "global", "group" or "leaf": what a block is.
     leaves: the leaf names.
-    block_names: the names of groups, or those of the leaves, in the order of the norms; () for global.
-    block_of: for each leaf, the index of its block.
+    block_names: the names of groups, or those of the slices, in the order of the norms; () for global.
+    block_of: for each slice, the index of its block.
+    stacks: which leaves are stacked layers, and so have many slices; () for none, where a slice is a leaf.
   """
 
-  __slots__ = ("_hash", "_static", "block_names", "block_of", "leaves", "name", "unit")
+  __slots__ = ("_hash", "_static", "block_names", "block_of", "leaves", "name", "stacks", "unit")
 
   def __init__(
-    self, name: str, unit: str, leaves: tuple[str, ...], block_names: tuple[str, ...], block_of: tuple[int, ...]
+    self,
+    name: str,
+    unit: str,
+    leaves: tuple[str, ...],
+    block_names: tuple[str, ...],
+    block_of: tuple[int, ...],
+    stacks: Stacks = (),
   ):
     self.name = name
     self.unit = unit
     self.leaves = leaves
     self.block_names = block_names
     self.block_of = block_of
+    self.stacks = stacks
     self._hash = hash(self._content())  # Every jitted call asks for it.
     self._static: Labels | _Unknown = self
 
   @classmethod
-  def of(cls, tree: Any, *, name: str, unit: str) -> "Labels":
-    """Labels for one block of all leaves ("global") or a block for each ("leaf")."""
-    leaves = leaf_names(tree)
-    blocks = ((), (0,) * len(leaves)) if unit == "global" else (leaves, tuple(range(len(leaves))))
-    return cls(name, unit, leaves, *blocks)._for(tree)
+  def of(cls, tree: Any, *, name: str, unit: str, stacked: Any = None, axis_name: Any = None) -> "Labels":
+    """Labels for one block of all leaves ("global") or a block for each slice ("leaf")."""
+    leaves, stacks = leaf_names(tree), stacks_of(tree, stacked, axis_name=axis_name)
+    slices = slice_names(leaves, stacks)
+    blocks = ((), (0,) * len(slices)) if unit == "global" else (slices, tuple(range(len(slices))))
+    return cls(name, unit, leaves, *blocks, stacks)._for(tree)
 
   @classmethod
   def by_group(
-    cls, tree: Any, *, name: str, groups: Callable[[str, Any], Hashable] | Any, known: tuple[str, ...] | None
+    cls,
+    tree: Any,
+    *,
+    name: str,
+    groups: Callable[[str, Any], Hashable] | Any,
+    known: tuple[str, ...] | None,
+    stacked: Any = None,
+    axis_name: Any = None,
   ) -> "Labels":
     """Labels from a function or a tree of labels; `known` are the labels that have a threshold, None for any."""
-    names = leaf_names(tree)
-    labels = _group_labels(tree, names, groups)
+    leaves, stacks = leaf_names(tree), stacks_of(tree, stacked, axis_name=axis_name)
+    names = slice_names(leaves, stacks)
+    labels = _group_labels(tree, names, stacks, groups)
     found = tuple(dict.fromkeys(labels))
     order = found if known is None else known
     if names:  # A placeholder without leaves is asked for its structure alone.
@@ -76,7 +95,8 @@ class Labels:
             f"`max_norm` must have thresholds for labels in use, got one for '{label}', which no leaf has (the leaves "
             f"have {', '.join(map(repr, found))}): remove it, or mend `groups`."
           )
-    return cls(name, "group", names, order, tuple(order.index(label) for label in labels))._for(tree)
+    place = {label: i for i, label in enumerate(order)}
+    return cls(name, "group", leaves, order, tuple(place[label] for label in labels), stacks)._for(tree)
 
   def _for(self, tree: Any) -> "Labels":
     """These labels, which are unknown ones where the tree is the placeholder of `optax.tree.map_params`."""
@@ -85,11 +105,16 @@ class Labels:
     return self
 
   @property
+  def slices(self) -> tuple[str, ...]:
+    """The names of all slices."""
+    return self.block_names if self.unit == "leaf" else slice_names(self.leaves, self.stacks)
+
+  @property
   def blocks(self) -> tuple[tuple[int, ...], ...]:
-    """The leaf indices of each block."""
+    """The slices of each block."""
     out: list[list[int]] = [[] for _ in range(1 if self.unit == "global" else len(self.block_names))]
-    for leaf, block in enumerate(self.block_of):
-      out[block].append(leaf)
+    for i, block in enumerate(self.block_of):
+      out[block].append(i)
     return tuple(map(tuple, out))
 
   @property
@@ -123,7 +148,7 @@ class Labels:
       )
 
   def _content(self) -> tuple[Any, ...]:
-    return (self.name, self.unit, self.leaves, self.block_names, self.block_of)
+    return (self.name, self.unit, self.leaves, self.block_names, self.block_of, self.stacks)
 
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, Labels):
@@ -174,11 +199,12 @@ class _Unknown:
 _UNITS = {"global": "the whole tree", "group": "group", "leaf": "leaf"}
 
 
-def _group_labels(tree: Any, names: tuple[str, ...], groups: Any) -> list[str]:
+def _group_labels(tree: Any, names: tuple[str, ...], stacks: Stacks, groups: Any) -> list[str]:
+  """The label of each slice, of which these are the names."""
   if is_function(groups):
-    measured = measured_leaves(tree)
+    types = slice_types(measured_leaves(tree), stacks)
     check_takes(groups, "`groups`", "path, leaf", "path.split('/')[0]")
-    labels = [groups(name, leaf) for name, leaf in zip(names, measured, strict=True)]
+    labels = [groups(name, leaf) for name, leaf in zip(names, types, strict=True)]
   else:
     if not names:
       return []
@@ -190,6 +216,7 @@ def _group_labels(tree: Any, names: tuple[str, ...], groups: Any) -> list[str]:
         f"`groups` must be a function (path, leaf) -> label or a tree of labels like the parameters: {error}"
       ) from None
     labels = [label for label, leaf in zip(per_leaf, leaves, strict=True) if is_measured(leaf)]
+    labels = spread_out(labels, stacks) if stacks else labels
   for name, label in zip(names, labels, strict=True):
     if label is None or isinstance(label, jax.Array) or not isinstance(label, Hashable):
       raise TypeError(f"`groups` must give strings, got {describe(label)} for leaf '{name}': pass a label.")
@@ -220,8 +247,9 @@ def _register_with_flax() -> None:
 
 
 def _from_json(data: bytes) -> Labels:
-  name, unit, *lists = json.loads(data)
-  return Labels(name, unit, *map(tuple, lists))
+  name, unit, leaves, block_names, block_of, stacks = json.loads(data)
+  of_leaves = tuple(s and Stack(*s) for s in stacks)
+  return Labels(name, unit, tuple(leaves), tuple(block_names), tuple(block_of), of_leaves)
 
 
 export.register_pytree_node_serialization(

@@ -131,6 +131,12 @@ def without_reduced(x: Any) -> Any:
   return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
+def replicated(x: jax.Array) -> jax.Array:
+  """A small array whose type has no explicit mesh axes: JAX puts no arrays together that are sharded differently."""
+  spec = getattr(jax.typeof(x).sharding, "spec", ())
+  return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if any(axes is not None for axes in spec) else x
+
+
 def varying_axes(x: Any) -> Axes:
   """The mesh axes over which the shards of `x` differ inside `shard_map`; empty elsewhere."""
   if not isinstance(x, jax.Array):

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 
+from clipjax.stacks import by_slice, slice_names
 from clipjax.trees import Prepared
 
 
@@ -45,8 +47,16 @@ def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
   if isinstance(bad, jax.core.Tracer):
     checkify.check(~bad, text + ': see `on_nonfinite="error"` in the docstring of clipjax.clip_grad_norm', norm=norm)
   elif bool(bad):
-    finite = [bool(jnp.isfinite(x).all()) for x in prepared.measured]
-    names = [name for name, is_finite in zip(prepared.names(), finite, strict=True) if not is_finite]
+    stacks = prepared.stacks or (None,) * len(prepared.measured)
+    finite = [
+      jnp.isfinite(by_slice(jnp.asarray(x), s)).all(axis=1) for x, s in zip(prepared.measured, stacks, strict=True)
+    ]
+    slices = slice_names(prepared.names(), prepared.stacks)
+    names = [
+      name
+      for name, is_finite in zip(slices, np.concatenate([np.zeros(0, bool), *finite]), strict=True)
+      if not is_finite
+    ]
     where = ", ".join(f"'{name}'" for name in names[:10]) + (", ..." if len(names) > 10 else "")
     raise FloatingPointError(
       text.format(norm=float(norm))

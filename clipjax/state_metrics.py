@@ -96,8 +96,9 @@ def blocks_name(name: str, labels: Labels, states: Iterable[tuple[str, Labels]])
   """What numbers by block go by: `name`, unless a label is the name of a leaf, of other entries, in another state."""
   if labels.unit == "group":
     shared = [set(other.block_names) for base, other in states if base == name and other.unit == "leaf"]
+    slices = labels.slices
     for label, block in zip(labels.block_names, labels.blocks, strict=True):
-      if [labels.leaves[i] for i in block] != [label] and any(label in names for names in shared):
+      if [slices[i] for i in block] != [label] and any(label in names for names in shared):
         return f"{name}_group"
   return name
 

@@ -99,7 +99,7 @@ def _problem(name: str, state: Any, accumulators: Sequence[Any]) -> str:
     where = "somewhere"
   elif labels.unit == "global":
     first = [i for i in np.unique(state.nonfinite_leaf) if i >= 0]
-    where = f"first in leaf {', '.join(repr(labels.leaves[i]) for i in first)}" if first else ""
+    where = f"first in leaf {', '.join(repr(labels.slices[i]) for i in first)}" if first else ""
   else:
     bad = ~np.isfinite(state.norms).reshape(-1, state.norms.shape[-1]).all(axis=0)
     names = [repr(label) for label, is_bad in zip(labels.block_names, bad, strict=True) if is_bad]

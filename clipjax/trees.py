@@ -1,26 +1,22 @@
-"""A tree of gradients, prepared: its measured leaves, their names, and the mesh axes that they are spread over.
+"""A tree of gradients, prepared: its measured leaves, their stacked axes, and the mesh axes that they are spread over.
 
-Floating and complex leaves are measured. None and `optax.MaskedNode` are no leaves at all; float0 leaves (the
-cotangents of integers) pass through untouched; anything else is a `TypeError` that names its path, except in `init`,
-which passes over it. A name is the path with '/' between its parts; only the `value` of a Flax box is left out of it.
+Floating and complex leaves are measured; float0 leaves (the cotangents of integers) pass through untouched; anything
+else is a `TypeError` that names its path, except in `init`, which passes over it.
 
 Which leaf is which: by position where `update` sees as many leaves as `init` did, else by name. So a frozen leaf may be
 None in the gradients, and the parameters may have leaves that the gradients do not have.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clipjax import mesh
 from clipjax.checks import describe
-
-# Stands in for a leaf that is None in this tree: it has norm 0, and no entry to clip.
-ABSENT = np.zeros((0,), np.float32)
+from clipjax.leaves import is_float0, is_measured, leaf_names, measured_leaves, named_leaves
+from clipjax.stacks import Stacks, absent, check_layers
 
 
 class Prepared(NamedTuple):
@@ -31,10 +27,11 @@ class Prepared(NamedTuple):
     leaves: all its leaves, float0 included.
     treedef: its structure.
     measured: the floating and complex leaves, in tree order; where some of those that `init` saw are None now, all of
-      those, in the order of `init`, with `ABSENT` in the place of each that is None.
+      those, in the order of `init`, with `stacks.absent` in the place of each that is None.
     axes: the mesh axes to reduce each measured leaf over.
     places: where in `measured` each floating and complex leaf of the tree is.
     known: the names that `init` saw where some leaves are None now; else None.
+    stacks: which of the measured leaves are stacked layers; () for none.
   """
 
   tree: Any
@@ -44,6 +41,7 @@ class Prepared(NamedTuple):
   axes: tuple[mesh.Axes, ...]
   places: Sequence[int]
   known: Sequence[str] | None
+  stacks: Stacks
 
   def with_measured(self, values: Sequence[Any]) -> Any:
     """The tree with new values for the measured leaves, float0 leaves as they were."""
@@ -60,7 +58,13 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-  tree: Any, argument: str, *, axis_name: Any = None, known: Sequence[str] | None = None, params: Any = None
+  tree: Any,
+  argument: str,
+  *,
+  axis_name: Any = None,
+  known: Sequence[str] | None = None,
+  stacks: Stacks = (),
+  params: Any = None,
 ) -> Prepared:
   """Takes a tree of gradients apart, and checks it.
 
@@ -69,11 +73,12 @@ def prepare(
     argument: what a message calls them.
     axis_name: as in `global_norm`.
     known: names of the leaves that `init` saw; None for any.
+    stacks: which of them are stacked layers.
     params: the parameters; where given, a gradient that is not reduced over their mesh axes is an error.
 
   Raises:
     TypeError: for a leaf that has no norm, with its path.
-    ValueError: for leaves that `init` did not see, or an unreduced gradient.
+    ValueError: for leaves that `init` did not see, a stack with other layers, or an unreduced gradient.
   """
   leaves, treedef = jax.tree.flatten(tree)
   flags = [is_measured(x) for x in leaves]
@@ -94,16 +99,18 @@ def prepare(
     measured = list(map(mesh.without_reduced, measured))
   axes = mesh.resolve_axes(tree, leaves, flags, axis_name, names)
   places: Sequence[int] = range(len(measured))
-  absent = known is not None and len(measured) != len(known)
-  if known is not None and absent:
+  is_partial = known is not None and len(measured) != len(known)
+  if known is not None and is_partial:
     got = names()
     if not _is_frozen_part(known, got, tree):
       raise ValueError(_other_leaves(known, got))
     place_of = {name: i for i, name in enumerate(known)}
     places = [place_of[name] for name in got]
-    measured = _spread(measured, places, len(known), ABSENT)
-    axes = tuple(_spread(axes, places, len(known), ()))
-  prepared = Prepared(tree, leaves, treedef, measured, axes, places, known if absent else None)
+    measured = _spread(measured, places, list(map(absent, stacks or (None,) * len(known))))
+    axes = tuple(_spread(axes, places, [()] * len(known)))
+  prepared = Prepared(tree, leaves, treedef, measured, axes, places, known if is_partial else None, stacks)
+  if stacks:
+    check_layers(measured, stacks, prepared.names, argument)
   if params is not None and (has_spec or mesh.manual_axes()):  # An eager step has no time for what cannot be there.
     mesh.check_unreduced(measured_leaves(params), "params", lambda: leaf_names(params))
     mesh.check_reduced(measured, paired(params, prepared), prepared.names)
@@ -122,15 +129,15 @@ def paired(params: Any, prepared: Prepared) -> list[Any]:
 def _is_frozen_part(known: Sequence[str], names: Sequence[str], tree: Any) -> bool:
   """Whether these names are some of the known ones, and every other one is None in the tree."""
   absent = set(known).difference(names)
-  frozen = ["/".join(parts) for parts, leaf in _named_leaves((), tree, with_none=True) if leaf is None]
+  frozen = ["/".join(parts) for parts, leaf, _ in named_leaves(tree, with_none=True) if leaf is None]
   starts = tuple(f"{name}/" for name in frozen if name)
   explained = all("" in frozen or name in frozen or name.startswith(starts) for name in absent)
   return explained and set(names) <= set(known)
 
 
-def _spread(values: Sequence[Any], places: Sequence[int], size: int, other: Any) -> list[Any]:
-  """A list of some size with the values in their places, and `other` elsewhere."""
-  out = [other] * size
+def _spread(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
+  """The values in their places, and `others` elsewhere."""
+  out = list(others)
   for i, value in zip(places, values, strict=True):
     out[i] = value
   return out
@@ -146,65 +153,6 @@ def check_real(prepared: Prepared, argument: str) -> None:
       )
 
 
-def measured_leaves(tree: Any) -> list[Any]:
-  """The floating and complex leaves of a tree."""
-  return [x for x in jax.tree.leaves(tree) if is_measured(x)]
-
-
-def is_measured(leaf: Any) -> bool:
-  """Whether a leaf has a norm: floating and complex arrays whose dtype has zero and NaN, and Python floats."""
-  dtype = _dtype(leaf)
-  return dtype is not None and _has_norm(dtype)
-
-
-def is_float0(leaf: Any) -> bool:
-  """Whether this is the cotangent of an integer, which holds nothing."""
-  return bool(_dtype(leaf) == jax.dtypes.float0)
-
-
-def leaf_names(tree: Any, keep: Callable[[Any], bool] = is_measured) -> tuple[str, ...]:
-  """Names the leaves that `keep` wants: '.' for a bare array, '_2' and so on behind a name that is taken."""
-  names: list[str] = []
-  taken: set[str] = set()
-  for parts, leaf in _named_leaves((), tree):
-    if not keep(leaf):
-      continue
-    base = name = "/".join(parts) or "."
-    copy = 1
-    while name in taken:
-      copy += 1
-      name = f"{base}_{copy}"
-    taken.add(name)
-    names.append(name)
-  return tuple(names)
-
-
-def _named_leaves(
-  prefix: tuple[str, ...], tree: Any, *, with_none: bool = False
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-  """Every leaf with the parts of its name, without those that a Flax box adds for its content."""
-  of_box = _is_box(type(tree))
-
-  def ends(x: Any) -> bool:
-    return x is not tree and (_is_box(type(x)) or (with_none and x is None))
-
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=ends)[0]:
-    keys = path[1:] if of_box and getattr(path[0], "name", None) == "value" else path
-    parts = (*prefix, *(jax.tree_util.keystr((key,), simple=True) for key in keys))
-    if _is_box(type(leaf)):
-      yield from _named_leaves(parts, leaf, with_none=with_none)
-    else:
-      yield parts, leaf
-
-
-def _is_box(kind: Any) -> bool:
-  """Whether this is a Flax NNX variable, or a box that carries metadata beside an array, as Flax Linen has them."""
-  return any(base.__name__ in _BOXES and base.__module__.startswith("flax.") for base in kind.__mro__)
-
-
-_BOXES = ("Variable", "VariableState", "AxisMetadata")
-
-
 def _other_leaves(known: Sequence[str], got: Sequence[str]) -> str:
   """The message where `update` sees leaves that `init` did not."""
   extra = [name for name in got if name not in known]
@@ -218,16 +166,3 @@ def _other_leaves(known: Sequence[str], got: Sequence[str]) -> str:
     f"`updates` must have as many floating leaves as `init` saw, {len(known)}, got {len(got)}"
     f"{' (' + '; '.join(lists) + ')' if lists else ''}: call `init` with the parameters that you train."
   )
-
-
-@functools.cache  # An eager call asks it of every leaf.
-def _has_norm(dtype: Any) -> bool:
-  inexact = jnp.issubdtype(dtype, np.inexact)
-  return bool(inexact) and not np.dtype(dtype).name.startswith(("float8_e8m0", "float6_", "float4_"))
-
-
-def _dtype(leaf: Any) -> Any:
-  dtype = getattr(leaf, "dtype", None)
-  if dtype is None and isinstance(leaf, bool | int | float | complex):
-    return np.dtype(type(leaf))
-  return dtype

@@ -26,7 +26,7 @@ from helpers import NO_LIMIT, assert_bits_equal, cases, factories
 import clipjax
 from clipjax import rules
 from clipjax.groups import Labels
-from clipjax.trees import leaf_names
+from clipjax.leaves import leaf_names
 
 
 class Pair(NamedTuple):

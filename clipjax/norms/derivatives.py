@@ -16,7 +16,7 @@ from jax import lax
 from clipjax import mesh
 from clipjax.arithmetic import direction, parts, widest
 from clipjax.norms import sums
-from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
+from clipjax.norms.sums import Measured, NormSpec, end_to_end, norm_dtype, stack
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -50,7 +50,7 @@ def _measure_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
   if math.isinf(spec.ord):  # Entries that tie for the extreme share its derivative.
     ties = [lax.stop_gradient(jnp.maximum(n, 1)) for n in change([jnp.abs(g) for g in directions])]
     dnorms = [dn / n for dn, n in zip(dnorms, ties, strict=True)]
-  vector = stack([] if spec.over else dnorms, norm_dtype())
+  vector = end_to_end(dnorms, norm_dtype()) if spec.over else stack(dnorms, norm_dtype())
   no_change: Any = np.zeros((), jax.dtypes.float0)  # Of a whole number.
   return measured, Measured(tuple(dnorms), vector, no_change)
 

@@ -11,7 +11,8 @@ Squares of float32 entries leave the range of float32 beyond about 1e-19 and 1e1
 is taken is settled by `lax.platform_dependent` when a program is lowered.
 
 A norm belongs to a block: a tuple of leaf indices. All leaves in one block make the global norm, one leaf a block the
-norm of each leaf, anything between a group. `over` takes the norms of parts of a leaf instead, as AGC does.
+norm of each leaf, anything between a group. `over` takes the norms of parts of a leaf instead: of the slices of
+stacked layers, or of the units of AGC.
 """
 
 import functools
@@ -30,6 +31,7 @@ from clipjax import mesh
 from clipjax.arithmetic import divide, extreme, parts, power, root, upcast, vector_norm, widest
 from clipjax.conditional import chunks, run_if, run_if_any
 from clipjax.mesh import Axes
+from clipjax.stacks import Stacks, over
 
 # Up to so many entries XLA on CPU sums about as fast in float64.
 SMALL = 1 << 16
@@ -44,7 +46,8 @@ class NormSpec(NamedTuple):
     ord: the order p of the norm.
     blocks: for each norm, the indices of the leaves that it measures.
     axes: the mesh axes to reduce each leaf over, as `mesh.resolve_axes` gives them.
-    over: for each leaf the array axes that its norms are taken over, which stay with size 1; () for whole leaves.
+    over: for each leaf the array axes that its norms are taken over, which stay with size 1, () for all of them and a
+      norm of shape (); then each leaf is a block. () for whole leaves.
   """
 
   ord: float
@@ -53,13 +56,19 @@ class NormSpec(NamedTuple):
   over: tuple[tuple[int, ...], ...] = ()
 
 
+def spec_of_slices(ord: float, leaves: Sequence[Any], axes: tuple[Axes, ...], stacks: Stacks) -> NormSpec:
+  """What to measure where each slice of stacked leaves, and each other leaf, has a norm of its own."""
+  return NormSpec(ord, tuple((i,) for i in range(len(leaves))), axes, over(leaves, stacks))
+
+
 class Measured(NamedTuple):
   """What was measured, in `norm_dtype()`.
 
   Attributes:
     norms: the norm of each block, of shape (); with `over`, of the shape of the leaf with size 1 there.
-    vector: the same as one vector, of shape (n,); of shape (0,) with `over`.
-    first_bad: int32, shape (): the first leaf with a NaN, or without any, with an inf or a sum that overflowed; -1.
+    vector: the same as one vector, of shape (n,); with `over` those of all leaves, one after the other.
+    first_bad: int32, shape (): the first leaf with a NaN, or without any, with an inf or a sum that overflowed; -1 for
+      none. With `over` the first such entry of `vector`.
   """
 
   norms: tuple[jax.Array, ...]
@@ -132,12 +141,20 @@ def measure_on(platform: str, spec: NormSpec, xs: Sequence[jax.Array], lazy_vmap
     for b, norm in zip(blocks, norms, strict=True):
       found[b].append(norm)
   whole = tuple(n[0] if len(n) == 1 else vector_norm(stack(n, norm_dtype()), spec.ord) for n in found)
+  if spec.over:
+    vector = end_to_end(whole, norm_dtype())
+    return Measured(whole, vector, first_bad(vector))
   if one_each and xs:
     indices, of_kinds = zip(*numbers, strict=True)
     vector = of_kinds[0] if len(numbers) == 1 else jnp.concatenate(of_kinds)[np.argsort(np.concatenate(indices))]
   else:
-    vector = stack([] if spec.over else whole, norm_dtype(), barrier=platform == "cpu")
+    vector = stack(whole, norm_dtype(), barrier=platform == "cpu")
   return Measured(whole, vector, _first_bad(numbers, len(xs)))
+
+
+def first_bad(vector: jax.Array) -> jax.Array:
+  """The first entry that is NaN, or without any, the first that is inf; -1 for none."""
+  return _first_bad([(np.arange(vector.size), vector)], vector.size)
 
 
 def _first_bad(numbers: Iterable[tuple[Any, jax.Array]], n: int) -> jax.Array:
@@ -359,6 +376,12 @@ def stack(values: Iterable[jax.Array], dtype: Any, *, barrier: bool = False) -> 
     return jnp.zeros((0,), dtype)
   # Without a barrier XLA on CPU makes a reduction of the vector into one of the scalars again, which takes it long.
   return lax.optimization_barrier(jnp.stack(scalars)) if barrier else jnp.stack(scalars)
+
+
+def end_to_end(values: Iterable[jax.Array], dtype: Any) -> jax.Array:
+  """Arrays of any shapes as one vector, of shape (0,) where there are none."""
+  flat = [mesh.replicated(lax.convert_element_type(v, dtype).ravel()) for v in values]
+  return jnp.concatenate(flat) if flat else jnp.zeros((0,), dtype)
 
 
 def _allowed(dtype: Any) -> AbstractContextManager[Any]:

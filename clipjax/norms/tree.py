@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from clipjax.checks import check_ord
 from clipjax.norms.derivatives import measure_jit
-from clipjax.norms.sums import NormSpec, norm_dtype
+from clipjax.norms.sums import NormSpec, norm_dtype, spec_of_slices
+from clipjax.stacks import stacks_of
 from clipjax.trees import prepare
 
 
@@ -50,31 +51,40 @@ def global_norm(tree: Any, ord: float | None = None, *, axis_name: Any = None) -
   return measure_jit(spec, prepared.measured).norms[0]
 
 
-def leaf_norms(tree: Any, ord: float | None = None, *, axis_name: Any = None) -> Any:
+def leaf_norms(tree: Any, ord: float | None = None, *, stacked: Any = None, axis_name: Any = None) -> Any:
   """The p-norm of each leaf by itself, `(sum |x|^p)^(1/p)`, in a tree of the same structure.
 
   Each is as right as `global_norm`, also beside leaves of another magnitude. 0 for an empty leaf, for zeros and for a
-  float0 leaf; inf and NaN stay in their leaf.
+  float0 leaf; inf and NaN stay in their leaf, and in their layer.
 
   Args:
     tree: pytree of floating or complex arrays of any shape; None stays None.
     ord: as in `global_norm`.
+    stacked: as in `clip_by_leaf_norm`: which axis of a leaf counts layers.
     axis_name: as in `global_norm`.
 
   Returns:
-    The tree with a norm, shape (), float32 (float64 when x64 is enabled), in place of each leaf.
+    The tree with a norm, shape (), float32 (float64 when x64 is enabled), in place of each leaf; of a stacked leaf with
+    its norms by layer, shape (layers,).
 
   Raises:
     TypeError: for an integer, bool or other leaf, with its path, and for an `ord` that is no Python number.
-    ValueError: for an `ord` that is negative, other than -inf, or NaN.
+    ValueError: for an `ord` that is negative, other than -inf, or NaN; for an axis that a leaf does not have.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
     >>> norms = clipjax.leaf_norms({"w": jnp.array([3.0, 4.0]), "b": jnp.array([1e-25])})
     >>> print(norms["w"], norms["b"])
     5.0 1e-25
+    >>> print(clipjax.leaf_norms({"blocks": jnp.array([[3.0, 4.0], [6.0, 8.0]])}, stacked=0)["blocks"])
+    [ 5. 10.]
   """
   p = check_ord(ord, for_clip=False)
   prepared = prepare(tree, "tree", axis_name=axis_name)
-  spec = NormSpec(p, tuple((i,) for i in range(len(prepared.measured))), prepared.axes)
-  return prepared.with_all(measure_jit(spec, prepared.measured).norms, lambda _: jnp.zeros((), norm_dtype()))
+  leaves, stacks = prepared.measured, stacks_of(tree, stacked, axis_name=axis_name)
+  if stacks:
+    spec = spec_of_slices(p, leaves, prepared.axes, stacks)
+  else:
+    spec = NormSpec(p, tuple((i,) for i in range(len(leaves))), prepared.axes)
+  norms = [n.ravel() if n.ndim else n for n in measure_jit(spec, leaves).norms]
+  return prepared.with_all(norms, lambda _: jnp.zeros((), norm_dtype()))

@@ -19,12 +19,13 @@ from clipjax.arithmetic import vector_norm
 from clipjax.groups import Labels
 from clipjax.mesh import varying_axes
 from clipjax.norms.derivatives import measure
-from clipjax.norms.sums import Measured, NormSpec, norm_dtype, stack
+from clipjax.norms.sums import Measured, NormSpec, end_to_end, first_bad, norm_dtype
 from clipjax.rules.base import no_limit
 from clipjax.scaling import Limits, norm_after, scale_of
+from clipjax.stacks import Stack, Stacks, by_slice, is_absent
 from clipjax.transforms.engine import Clip, Decision, transformation
 from clipjax.transforms.state import ClipState
-from clipjax.trees import ABSENT, Prepared, paired
+from clipjax.trees import Prepared, paired
 
 Axis = int | tuple[int, ...] | None
 
@@ -34,6 +35,7 @@ def adaptive_grad_clip(
   eps: ArrayLike = 1e-3,
   *,
   axis: Axis = None,
+  stacked: Any = None,
   on_nonfinite: str = "propagate",
   name: str = "grad",
   track: bool = True,
@@ -45,21 +47,22 @@ def adaptive_grad_clip(
   inf or NaN, or a norm of parameters is, or the global norm is above the largest float32, `on_nonfinite` says what
   happens to every leaf.
 
-  Layers that are stacked for `lax.scan` have one axis more, which these rules take for something else: give `axis`,
-  the axes over which the norm of a unit is taken, or exempt them with `optax.masked`. Under plain jit on sharded arrays
-  all is right as it stands; inside `shard_map` a leaf that varies over a mesh axis is an error.
+  Layers that are stacked for `lax.scan` have one axis more, which these rules take for something else: say which with
+  `stacked`, and they hold for each slice. Under plain jit on sharded arrays all is right as it stands; inside
+  `shard_map` a leaf that varies over a mesh axis is an error.
 
   Args:
     clipping: number or scalar array >= 0: the largest ratio of the norm of an update to that of its parameters.
     eps: number or scalar array >= 0: the least norm of parameters, so that units that start at zero can learn.
-    axis: the axes that make up a unit, for every leaf; None takes the rule above.
+    axis: the axes that make up a unit, for every leaf, or slice of a stacked one; None takes the rule above.
+    stacked: as in `clip_by_leaf_norm`.
     on_nonfinite: "propagate", "zero" or "error", as in `clip_by_global_norm`.
     name: first part of the keys of `clipjax.metrics`.
     track: as in `clip_by_global_norm`.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`, whose `update` needs `params`. Its `ClipState` has, by leaf, the norm
-    before the clip, the smallest limit of a unit and the smallest factor.
+    An `optax.GradientTransformationExtraArgs`, whose `update` needs `params`. Its `ClipState` has, by leaf or slice,
+    the norm before the clip, the smallest limit of a unit and the smallest factor.
 
   Raises:
     ValueError: for a negative or NaN Python number or an unknown policy; in `update`, without `params`, or with
@@ -87,27 +90,34 @@ def adaptive_grad_clip(
   checks.check_policy(on_nonfinite)
   axis = _checked_axis(axis)
   checks.check_track(track, "clipping")
-  label = partial(Labels.of, name=checks.check_name(name), unit="leaf")
+  label = partial(Labels.of, name=checks.check_name(name), unit="leaf", stacked=stacked)
 
   def spec(prepared: Prepared, labels: Labels) -> NormSpec:
-    return _spec_of_units(prepared.measured, labels.leaves, axis)
+    return _spec_of_units(prepared.measured, labels, axis)
 
   def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
     weights = _matching_params(prepared, params)
-    units = _spec_of_units(weights, state.labels.leaves, axis)
+    units = _spec_of_units(weights, state.labels, axis)
     share, least = checks.within_range(clipping), checks.within_range(eps)
-    decision: Decision = _decide(units, on_nonfinite, measured.norms, weights, share, least)
-    return decision
+    stacks = state.labels.stacks or (None,) * len(weights)
+    limits, bad, fields = _decide(units, stacks, on_nonfinite, measured.norms, weights, share, least)
+    return Decision(limits, tuple(range(len(weights))), bad, fields)
 
   return transformation(
     Clip(label, lambda labels: (), _without_rule, spec=spec, decide=decide, on_nonfinite=on_nonfinite), track
   )
 
 
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _decide(
-  units: NormSpec, policy: str, norms: Sequence[jax.Array], weights: Sequence[Any], clipping: Any, eps: Any
-) -> Decision:
+  units: NormSpec,
+  stacks: Stacks,
+  policy: str,
+  norms: Sequence[jax.Array],
+  weights: Sequence[Any],
+  clipping: Any,
+  eps: Any,
+) -> tuple[list[Limits], jax.Array, dict[str, Any]]:
   """The limits of all units, from the norms of their parameters."""
   dtype = norm_dtype()
   share, least = (jnp.maximum(jnp.asarray(x).astype(dtype), 0) for x in (clipping, eps))
@@ -117,41 +127,43 @@ def _decide(
   # What has no entries has no limit: a leaf that is None among them.
   limits = [limit if jnp.size(w) else jnp.full_like(limit, most) for limit, w in zip(limits, weights, strict=True)]
 
-  def of_leaves(values: Iterable[jax.Array]) -> jax.Array:
-    """The norms of leaves from those of their units, each of which counts once."""
-    return stack([vector_norm(v.ravel(), 2.0) for v in values], dtype)
+  def of_slices(values: Iterable[jax.Array], p: float) -> jax.Array:
+    """The norms of leaves, or slices, from those of their units, each of which counts once."""
+    return end_to_end([vector_norm(by_slice(v, s), p) for v, s in zip(values, stacks, strict=True)], dtype)
 
-  by_leaf = of_leaves(norms)
-  norm = vector_norm(by_leaf, 2.0)
+  norms_of_slices = of_slices(norms, 2.0)
+  norm = vector_norm(norms_of_slices, 2.0)
   # Not `jnp.min`, which may drop the NaN of one unit.
-  lowest = stack([vector_norm(limit.ravel(), -math.inf) for limit in limits], dtype)
+  lowest = of_slices(limits, -math.inf)
   lowest = jnp.where(lowest > most, most, lowest)  # Of a leaf without units.
   bad = nonfinite.is_bad(norm, [lowest])
   of_units = [Limits.of(n, limit, limit, bad) for n, limit in zip(norms, limits, strict=True)]
-  after = of_leaves(norm_after(n, unit) for n, unit in zip(norms, of_units, strict=True))
-  scales = [scale_of(unit).ravel() for unit in of_units]
-  scale = stack([vector_norm(s, -math.inf) if s.size else jnp.ones((), dtype) for s in scales], dtype)
+  after = of_slices((norm_after(n, unit) for n, unit in zip(norms, of_units, strict=True)), 2.0)
+  scale = of_slices(map(scale_of, of_units), -math.inf)
+  scale = jnp.where(scale > 1, 1, scale)
   fields = {
     "norm": norm,
     "norm_clipped": nonfinite.number(policy, bad, vector_norm(after, 2.0)),
     "max_norm": lowest,
     "scale": nonfinite.number(policy, bad, scale),
-    "norms": by_leaf,
+    "norms": norms_of_slices,
+    "first_bad": first_bad(norms_of_slices),
     "clipped": (scale < 1).any(),
     "rule": (),
   }
-  return Decision(of_units, bad, fields)
+  return of_units, bad, fields
 
 
-def _spec_of_units(leaves: Sequence[Any], names: Sequence[str], axis: tuple[int, ...] | None) -> NormSpec:
+def _spec_of_units(leaves: Sequence[Any], labels: Labels, axis: tuple[int, ...] | None) -> NormSpec:
   """What to measure where each unit has a norm of its own."""
-  for name, x in zip(names, leaves, strict=True):
+  for name, x in zip(labels.leaves, leaves, strict=True):
     if axes := varying_axes(x):
       raise ValueError(
         f"`updates` must not vary over mesh axes inside shard_map, got '{name}' varying over {list(axes)}: its type "
         "does not say which of its axes are sharded. Clip outside, under plain jit."
       )
-  over = tuple(_unit_axes(x, axis, name) for x, name in zip(leaves, names, strict=True))
+  stacks = labels.stacks or (None,) * len(leaves)
+  over = tuple(_unit_axes(x, s, axis, name) for x, s, name in zip(leaves, stacks, labels.leaves, strict=True))
   return NormSpec(2.0, tuple((i,) for i in range(len(over))), ((),) * len(over), over)
 
 
@@ -164,11 +176,18 @@ def _without_rule(state: ClipState) -> ClipState:
   return state
 
 
-def _unit_axes(x: Any, axis: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
+def _unit_axes(x: Any, stack: Stack | None, axis: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
   """The axes over which the norm of a unit of this leaf is taken."""
-  shape = jnp.shape(x)
-  if x is ABSENT:
-    return (0,)
+  if stack is None:
+    return (0,) if is_absent(x) else _unit_axes_of_shape(jnp.shape(x), axis, name)
+  others = [a for a in range(jnp.ndim(x)) if a != stack.axis]
+  if is_absent(x):
+    return tuple(others)
+  return tuple(others[a] for a in _unit_axes_of_shape(tuple(jnp.shape(x)[a] for a in others), axis, f"{name}[0]"))
+
+
+def _unit_axes_of_shape(shape: tuple[int, ...], axis: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
+  """The axes of a leaf, or slice, of this shape."""
   if axis is not None:
     for a in axis:
       if not -len(shape) <= a < len(shape):
@@ -190,12 +209,12 @@ def _unit_axes(x: Any, axis: tuple[int, ...] | None, name: str) -> tuple[int, ..
 
 
 def _matching_params(prepared: Prepared, params: Any) -> list[Any]:
-  """The parameters of the measured leaves; `ABSENT` for those of leaves that are None."""
+  """The parameters of the measured leaves; those of leaves that are None are absent too."""
   if params is None:
     raise ValueError(
       "`params` must be given to clip by the norm of parameters, got None: call update(grads, state, params)."
     )
-  weights = [ABSENT if x is ABSENT else w for x, w in zip(prepared.measured, paired(params, prepared), strict=True)]
+  weights = [x if is_absent(x) else w for x, w in zip(prepared.measured, paired(params, prepared), strict=True)]
   for i, (x, w) in enumerate(zip(prepared.measured, weights, strict=True)):
     if w is None or jnp.shape(w) != jnp.shape(x):
       got = "none" if w is None else checks.describe(w)

@@ -80,6 +80,7 @@ def clip_by_leaf_norm(
   max_norm: MaxNorm,
   ord: float | None = None,
   *,
+  stacked: Any = None,
   eps: ArrayLike = 0.0,
   on_nonfinite: str = "propagate",
   axis_name: Any = None,
@@ -92,8 +93,13 @@ def clip_by_leaf_norm(
   does a global norm above the largest float32, even where the norm of each leaf is finite.
 
   Args:
-    max_norm: as in `clip_by_global_norm`; one number for all leaves. A rule sees the norms as a vector.
+    max_norm: as in `clip_by_global_norm`; one number for all leaves. A rule sees the norms as a vector, with an entry
+      for each slice of a stacked leaf.
     ord: as in `clip_by_global_norm`.
+    stacked: which axis of a leaf counts layers, where layers are stacked in one array, as `nn.scan` and `nnx.scan` keep
+      them: `(path, leaf) -> axis or None`, a prefix tree of axes, or the name of that axis in the metadata of Flax
+      boxes, such as "layers". Each slice is then a leaf of its own, `blocks/w[3]`. Under `optax.inject_hyperparams`
+      name it in `static_args`.
     eps: as in `clip_by_global_norm`.
     on_nonfinite: as in `clip_by_global_norm`.
     axis_name: as in `clip_by_global_norm`.
@@ -104,8 +110,9 @@ def clip_by_leaf_norm(
     An `optax.GradientTransformationExtraArgs` with a `ClipState`; `metrics(state, per_leaf=True)` has every norm.
 
   Raises:
-    ValueError: as in `clip_by_global_norm`.
-    TypeError: as in `clip_by_global_norm`.
+    ValueError: as in `clip_by_global_norm`; in `init`, for an axis that a leaf does not have, a tree of axes that does
+      not match, or a name that no leaf carries; in `update`, for another number of layers than `init` saw.
+    TypeError: as in `clip_by_global_norm`; in `init`, for an axis that is no Python integer.
     FloatingPointError: as in `clip_by_global_norm`.
 
   Example:
@@ -115,11 +122,16 @@ def clip_by_leaf_norm(
     >>> updates, state = tx.update(grads, tx.init(grads))
     >>> print(updates["w"], updates["b"])
     [0.6 0.8] [0.5]
+    >>> layers = {"blocks": jnp.array([[3.0, 4.0], [0.3, 0.4]])}
+    >>> tx = clipjax.clip_by_leaf_norm(1.0, stacked=0)
+    >>> print(tx.update(layers, tx.init(layers))[0]["blocks"])
+    [[0.6 0.8]
+     [0.3 0.4]]
 
   References:
     `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm, does this to one tensor.
   """
-  label = partial(Labels.of, name=check_name(name), unit="leaf")
+  label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
   check_track(track, "max_norm", max_norm)
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
   return clip_by_rule(max_norm, "max_norm", label, ord=ord, **options)
@@ -130,6 +142,7 @@ def clip_by_group_norm(
   groups: Callable[[str, Any], Hashable] | Any,
   *,
   ord: float | None = None,
+  stacked: Any = None,
   eps: ArrayLike = 0.0,
   on_nonfinite: str = "propagate",
   axis_name: Any = None,
@@ -146,6 +159,7 @@ def clip_by_group_norm(
     groups: `(path, leaf) -> label`, the path being the leaf's name such as "encoder/w", or a tree of labels of the
       structure of the parameters. Under `optax.inject_hyperparams` name it in `static_args`.
     ord: as in `clip_by_global_norm`.
+    stacked: as in `clip_by_leaf_norm`; a function `groups` is asked for each slice.
     eps: as in `clip_by_global_norm`.
     on_nonfinite: as in `clip_by_global_norm`.
     axis_name: as in `clip_by_global_norm`.
@@ -185,7 +199,9 @@ def clip_by_group_norm(
     if len(set(known)) < len(known):
       raise ValueError(f"labels of groups must differ as strings, got {list(max_norm)} in `max_norm`: rename one.")
     rule = _by_label({str(key): value for key, value in max_norm.items()})
-  label = partial(Labels.by_group, name=check_name(name), groups=groups, known=known)
+  label = partial(
+    Labels.by_group, name=check_name(name), groups=groups, known=known, stacked=stacked, axis_name=axis_name
+  )
   check_track(track, "max_norm", *(max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]))
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
   return clip_by_rule(rule, "max_norm", label, ord=ord, **options)
@@ -194,6 +210,7 @@ def clip_by_group_norm(
 def clip_by_block_rms(
   max_rms: MaxNorm,
   *,
+  stacked: Any = None,
   eps: ArrayLike = 0.0,
   on_nonfinite: str = "propagate",
   axis_name: Any = None,
@@ -207,6 +224,7 @@ def clip_by_block_rms(
 
   Args:
     max_rms: number or scalar array >= 0, schedule, or rule; a rule sees the rms of the leaves as a vector.
+    stacked: as in `clip_by_leaf_norm`.
     eps: as in `clip_by_global_norm`, added to the rms.
     on_nonfinite: as in `clip_by_global_norm`.
     axis_name: as in `clip_by_global_norm`.
@@ -232,7 +250,7 @@ def clip_by_block_rms(
     Shazeer and Stern, Adafactor: adaptive learning rates with sublinear memory cost, 2018,
     https://arxiv.org/abs/1804.04235; section 6, update clipping.
   """
-  label = partial(Labels.of, name=check_name(name), unit="leaf")
+  label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
   check_track(track, "max_rms", max_rms)
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
   return clip_by_rule(max_rms, "max_rms", label, rms=True, **options)

@@ -68,7 +68,7 @@ def clip_by_value(
       "clipped": norm > limit,
       "rule": keep_where(bad, state.rule, rule_state),
     }
-    return Decision([whole], bad, fields)
+    return Decision([whole], state.labels.block_of, bad, fields)
 
   return transformation(
     Clip(label, **of_rule(rule), spec=spec_of_blocks(math.inf), decide=decide, scale=_clamp, axis_name=axis_name), track

@@ -7,11 +7,12 @@ distinguishes one clip from another is how it measures, decides and scales: a `C
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -20,9 +21,10 @@ from clipjax.arithmetic import vector_norm
 from clipjax.groups import Labels
 from clipjax.mesh import axes_size, check_axis_name
 from clipjax.norms.derivatives import measure_jit
-from clipjax.norms.sums import Measured, NormSpec, norm_dtype
+from clipjax.norms.sums import Measured, NormSpec, norm_dtype, spec_of_slices
 from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where
 from clipjax.scaling import Limits, norm_after, rescale_jit, scale_of
+from clipjax.stacks import slice_sizes, split, spread_out
 from clipjax.transforms.state import ClipState, check_state, empty_state, next_state
 from clipjax.trees import Prepared, prepare
 
@@ -33,12 +35,15 @@ class Decision(NamedTuple):
   """What a step comes to, before anything is scaled.
 
   Attributes:
-    limits: what holds for each block.
+    limits: what holds for each block; where leaves are stacked or have units, for each leaf, of a shape that
+      broadcasts against it.
+    block_of: for each leaf, which of the limits hold for it.
     bad: shape (), bool: the step is not finite.
     fields: of the next state.
   """
 
   limits: list[Limits]
+  block_of: tuple[int, ...]
   bad: jax.Array
   fields: dict[str, Any]
 
@@ -86,17 +91,20 @@ def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformati
     del extra_args
     now: ClipState = clip.fit_rule(check_state(state, unlabelled)) if track else init(updates)
     # Prepare: the leaves, their mesh axes, and whether they are those that `init` saw.
-    prepared = prepare(updates, "updates", axis_name=clip.axis_name, known=now.labels.leaves, params=params)
+    known, stacks = now.labels.leaves, now.labels.stacks
+    prepared = prepare(updates, "updates", axis_name=clip.axis_name, known=known, stacks=stacks, params=params)
     # Measure: one read of each leaf.
     measured = measure_jit(clip.spec(prepared, now.labels), prepared.measured)
     # Decide: the rule answers with a limit for each block.
     decision = clip.decide(prepared, measured, now, params)
     # Scale: each leaf by the factor of its block, or as the policy for a nonfinite step has it.
-    scaled = clip.scale(now.labels.block_of, prepared.measured, decision.limits)
+    scaled = clip.scale(decision.block_of, prepared.measured, decision.limits)
     settled = nonfinite.settle(clip.on_nonfinite, prepared, scaled, decision.bad, decision.fields["norm"])
     # Next state: what was measured, and the counters.
-    after = next_state(now, bad=decision.bad, first_bad=measured.first_bad, **decision.fields) if track else state
-    return prepared.with_measured(settled), after
+    if not track:
+      return prepared.with_measured(settled), state
+    fields = {"first_bad": measured.first_bad, **decision.fields}
+    return prepared.with_measured(settled), next_state(now, bad=decision.bad, **fields)
 
   return optax.GradientTransformationExtraArgs(init if track else optax.init_empty_state, update)
 
@@ -121,21 +129,24 @@ def clip_by_rule(
 
   def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
     del params
-    is_global = state.labels.unit == "global"
-    block_norms, norms = measured.norms, measured.norms[0] if is_global else measured.vector
+    labels, is_global = state.labels, state.labels.unit == "global"
+    block_norms, norms = measured.norms, measured.norms[0] if is_global else together(measured.vector, labels, p)
     global_norm = norms if is_global else vector_norm(norms, p)
     if rms:
-      roots = _root_sizes(prepared)
-      block_norms = tuple(n / r for n, r in zip(block_norms, roots, strict=True))
+      roots = _root_sizes(prepared)  # A block is a slice here.
+      block_norms = () if labels.stacks else tuple(n / r for n, r in zip(block_norms, roots, strict=True))
       norms = norms / jnp.asarray(roots, norms.dtype)
     limit, target, rule_state = asked(rule, norms, state.rule, global_norm)
     bad = nonfinite.is_bad(global_norm, [limit] if target is limit else [limit, target])
-    per_block = [Limits.of(n, _item(limit, b), _item(target, b), bad, eps) for b, n in enumerate(block_norms)]
-    if is_global:
-      whole = per_block[0]
+    spread = limit if is_global else jnp.broadcast_to(limit, norms.shape)
+    whole = Limits.of(norms, spread, spread if target is limit else target, bad, eps)
+    block_of = labels.block_of
+    if labels.stacks:
+      limits, block_of = limits_of_leaves(whole, labels, prepared.measured), tuple(range(len(prepared.measured)))
+    elif is_global:
+      limits = [whole]
     else:
-      spread = jnp.broadcast_to(limit, norms.shape)
-      whole = Limits.of(norms, spread, spread if target is limit else target, bad, eps)
+      limits = [Limits.of(n, _item(limit, b), _item(target, b), bad, eps) for b, n in enumerate(block_norms)]
     after = norm_after(norms, whole)
     if rms:
       after = after * jnp.asarray(roots, after.dtype)
@@ -148,7 +159,7 @@ def clip_by_rule(
       "clipped": (whole.norm > limit).any(),
       "rule": keep_where(bad, state.rule, rule_state),
     }
-    return Decision(per_block, bad, fields)
+    return Decision(limits, block_of, bad, fields)
 
   return transformation(
     Clip(label, **of_rule(rule), spec=spec_of_blocks(p), decide=decide, on_nonfinite=on_nonfinite, axis_name=axis_name),
@@ -166,8 +177,31 @@ def of_rule(rule: Rule) -> dict[str, Any]:
 
 
 def spec_of_blocks(p: float) -> Callable[[Prepared, Labels], NormSpec]:
-  """What to measure where each block has one norm."""
-  return lambda prepared, labels: NormSpec(p, labels.blocks, prepared.axes)
+  """What to measure where each block has one norm; of a tree with stacked leaves, each slice."""
+
+  def spec(prepared: Prepared, labels: Labels) -> NormSpec:
+    if not labels.stacks:
+      return NormSpec(p, labels.blocks, prepared.axes)
+    return spec_of_slices(p, prepared.measured, prepared.axes, labels.stacks)
+
+  return spec
+
+
+def together(norms: jax.Array, labels: Labels, p: float) -> jax.Array:
+  """The norms of all blocks from what was measured: those of slices, where leaves are stacked."""
+  if not labels.stacks or labels.unit == "leaf":
+    return norms
+  # A row for each block, filled up with the norm 0 that stands behind the others.
+  rows = np.full((len(labels.block_names), max(map(len, labels.blocks), default=0)), norms.size)
+  for row, block in zip(rows, labels.blocks, strict=True):
+    row[: len(block)] = block
+  return vector_norm(jnp.concatenate([norms, jnp.zeros(1, norms.dtype)])[rows], p)
+
+
+def limits_of_leaves(whole: Limits, labels: Labels, leaves: Sequence[Any]) -> list[Limits]:
+  """The limits of each leaf, in a shape that broadcasts against it, from those of all blocks."""
+  of_slices = whole if labels.unit == "leaf" else Limits(*(x[np.array(labels.block_of)] for x in whole))
+  return [Limits(*fields) for fields in zip(*(split(x, leaves, labels.stacks) for x in of_slices), strict=True)]
 
 
 def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -178,9 +212,10 @@ def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> t
 
 
 def _root_sizes(prepared: Prepared) -> list[float]:
-  """What turns the rms of each leaf into its norm."""
-  sizes = (jnp.size(x) * axes_size(axes) for x, axes in zip(prepared.measured, prepared.axes, strict=True))
-  return [math.sqrt(max(size, 1)) for size in sizes]
+  """What turns the rms of each slice into its norm."""
+  stacks = prepared.stacks or (None,) * len(prepared.measured)
+  pairs = zip(slice_sizes(prepared.measured, stacks), spread_out(prepared.axes, stacks), strict=True)
+  return [math.sqrt(max(size * axes_size(axes), 1)) for size, axes in pairs]
 
 
 def _item(value: jax.Array, b: int) -> jax.Array:

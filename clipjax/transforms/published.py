@@ -129,6 +129,7 @@ def adagc(
   decay: float = 0.99,
   warmup_steps: int = 100,
   max_norm: float = 1.0,
+  stacked: Any = None,
   eps: ArrayLike = 0.0,
   on_nonfinite: str = "propagate",
   axis_name: Any = None,
@@ -144,6 +145,7 @@ def adagc(
     decay: weight of the past in the averages.
     warmup_steps: finite steps in which the global norm is clipped to `max_norm`.
     max_norm: the threshold of the warm-up.
+    stacked: as in `clip_by_leaf_norm`: a layer of a stack has an average of its own.
     eps: as in `clip_by_global_norm`.
     on_nonfinite: as in `clip_by_global_norm`.
     axis_name: as in `clip_by_global_norm`.
@@ -171,4 +173,4 @@ def adagc(
     https://arxiv.org/abs/2502.11034; algorithm 1.
   """
   rule = rules.ema_ratio(ratio, decay=decay, warmup_steps=warmup_steps, max_norm=max_norm)
-  return clip_by_leaf_norm(rule, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name, name=name)
+  return clip_by_leaf_norm(rule, stacked=stacked, eps=eps, on_nonfinite=on_nonfinite, axis_name=axis_name, name=name)

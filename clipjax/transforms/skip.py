@@ -16,11 +16,12 @@ from jax.typing import ArrayLike
 
 from clipjax.checks import check_state, check_whole, describe
 from clipjax.groups import Labels, carries_labels
+from clipjax.leaves import is_float0
 from clipjax.mesh import check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import NormSpec, norm_dtype
 from clipjax.rules.base import Rule, StateCheck, as_rule, ask, in_dtype, keep_where, no_limit, same_structure
-from clipjax.trees import is_float0, prepare
+from clipjax.trees import prepare
 
 _MOST_SKIPS = 2**31 - 1
 _DEFAULT_SKIPS = 10  # Steps in a row that no run loses to chance.

@@ -21,9 +21,10 @@ from clipjax.checks import check_flag, check_name, check_state, check_whole
 from clipjax.groups import Labels, carries_labels
 from clipjax.mesh import Axes, all_reduce, axes_size, check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure
-from clipjax.norms.sums import NormSpec, norm_dtype, stack
+from clipjax.norms.sums import NormSpec, end_to_end, norm_dtype, spec_of_slices, stack
 from clipjax.rules.base import in_dtype
-from clipjax.trees import ABSENT, paired, prepare
+from clipjax.stacks import absent, check_layers, over
+from clipjax.trees import paired, prepare
 
 # Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
 LOOK_EVERY = 16
@@ -93,7 +94,13 @@ export.register_namedtuple_serialization(WatchState, serialized_name="clipjax.Wa
 
 
 def watch(
-  *, history: int = 0, per_leaf: bool = True, param_norms: bool = True, axis_name: Any = None, name: str = "grad"
+  *,
+  history: int = 0,
+  per_leaf: bool = True,
+  stacked: Any = None,
+  param_norms: bool = True,
+  axis_name: Any = None,
+  name: str = "grad",
 ) -> optax.GradientTransformationExtraArgs:
   """Measures updates and hands them on as they are: norms, zeros, nonfinite entries, the worst step, the last steps.
 
@@ -106,6 +113,7 @@ def watch(
     history: the norms of so many last steps stay on the device, 4 bytes each, so that a loop that reads once in so
       many steps, or a `jax.lax.scan` over them, misses none.
     per_leaf: whether to keep numbers by leaf, 20 bytes for each; the global ones are always kept.
+    stacked: as in `clip_by_leaf_norm`: a layer of a stack has numbers of its own.
     param_norms: whether to take the norms of the parameters, where `update` is given them. False leaves them alone:
       what else reads parameters that a step updates in place, donated, makes XLA on CPU copy them.
     axis_name: as in `global_norm`.
@@ -117,7 +125,8 @@ def watch(
     `<name>/norm/<leaf>`, `<name>/ratio/<leaf>`, `<name>/nonfinite/<leaf>` and `<name>/worst_norm/<leaf>`.
 
   Raises:
-    ValueError: for a negative `history`; in `update`, for another number of leaves than `init` saw.
+    ValueError: for a negative `history`, `stacked` with `per_leaf=False`; in `init`, for an axis that a leaf does not
+      have; in `update`, for another number of leaves or layers than `init` saw.
     TypeError: for a `history` that is no Python integer, a `per_leaf` or `param_norms` that is no bool; in `update`,
       for an integer or bool leaf, with its path.
 
@@ -139,7 +148,12 @@ def watch(
   check_flag(per_leaf, "per_leaf")
   check_flag(param_norms, "param_norms")
   check_axis_name(axis_name)
-  label = partial(Labels.of, name=check_name(name), unit="leaf" if per_leaf else "global")
+  if stacked is not None and not per_leaf:
+    raise ValueError(
+      "`stacked` must be None with `per_leaf=False`, which keeps no numbers by layer, got both: leave one of them out."
+    )
+  unit = "leaf" if per_leaf else "global"
+  label = partial(Labels.of, name=check_name(name), unit=unit, stacked=stacked, axis_name=axis_name)
   unlabelled = label(())
 
   def init(params: optax.Params) -> WatchState:
@@ -152,9 +166,12 @@ def watch(
     check_state(state, WatchState)
     state.labels.check_state(unlabelled, state.norms)
     _check_history(state, history)
-    prepared = prepare(updates, "updates", axis_name=axis_name, known=state.labels.leaves, params=params)
+    known, stacks = state.labels.leaves, state.labels.stacks
+    prepared = prepare(updates, "updates", axis_name=axis_name, known=known, stacks=stacks, params=params)
     pairs = paired(params, prepared) if param_norms and params is not None else []
-    weights = [ABSENT if w is None else w for w in pairs]
+    weights = [absent(s) if w is None else w for w, s in zip(pairs, stacks or (None,) * len(pairs), strict=False)]
+    if weights and stacks:
+      check_layers(weights, stacks, prepared.names, "params")
     of_params = tuple(map(varying_axes, weights)) if axis_name is None else prepared.axes
     return updates, _watched(_Spread(prepared.axes, of_params), prepared.measured, weights, state)
 
@@ -240,7 +257,8 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
 
 def _measured(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> tuple[jax.Array, Any]:
   """The global norm, and those of the leaves where they are kept."""
-  measured = measure(NormSpec(2.0, labels.blocks, axes), leaves)
+  spec = spec_of_slices(2.0, leaves, axes, labels.stacks) if labels.stacks else NormSpec(2.0, labels.blocks, axes)
+  measured = measure(spec, leaves)
   if labels.unit == "global":
     return measured.norms[0], ()
   return vector_norm(measured.vector, 2.0), measured.vector
@@ -266,10 +284,12 @@ def _look_if(due: jax.Array, axes: _Spread, leaves: Sequence[Any], weights: Sequ
 
 def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], unseen: _Look) -> _Look:
   """One read of the updates for the counts, one of the parameters for their norms."""
-  dtype = norm_dtype()
-  counts = [count.astype(dtype) for leaf in leaves for count in _zeros_and_nonfinite(upcast(leaf))]
+  dtype, of_slices = norm_dtype(), over(leaves, labels.stacks or (None,) * len(leaves))
+  pairs = zip(leaves, of_slices, strict=True)
+  counts = [count.astype(dtype) for leaf, axes_of in pairs for count in _zeros_and_nonfinite(upcast(leaf), axes_of)]
   counts = all_reduce(counts, [a for a in axes.updates for _ in range(2)])
-  zeros, nonfinite = stack(counts[::2], dtype), stack(counts[1::2], dtype)
+  joined = end_to_end if labels.stacks else stack
+  zeros, nonfinite = joined(counts[::2], dtype), joined(counts[1::2], dtype)
   size = sum(jnp.size(x) * axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
   # No more entries are zero than are finite. This keeps both counts in use, and with them the one reduction.
   fraction = jnp.minimum(zeros.sum(), size - nonfinite.sum()) / max(size, 1)
@@ -282,15 +302,15 @@ def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequenc
   return seen
 
 
-def _zeros_and_nonfinite(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The number of zeros, and of entries that are inf or NaN. Shape () each."""
+def _zeros_and_nonfinite(x: jax.Array, over: tuple[int, ...] = ()) -> tuple[jax.Array, jax.Array]:
+  """The number of zeros, and of entries that are inf or NaN, over some axes, or all of them, of shape () each."""
   # One reduction with two results: XLA on CPU would write out a copy of the leaf for either count by itself.
   flags = (x == 0).astype(jnp.int32), (~jnp.isfinite(x)).astype(jnp.int32)
   zero = jnp.zeros((), jnp.int32)
-  first = int(x.ndim > 1 and x.size > _LARGEST_COUNT)  # More than an int32 counts: first row by row.
-  axes = tuple(range(first, x.ndim))
-  zeros, nonfinite = lax.reduce(flags, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
+  axes = over or tuple(range(x.ndim))
+  first = int(len(axes) > 1 and x.size > _LARGEST_COUNT)  # More than an int32 counts: first row by row.
+  zeros, nonfinite = lax.reduce(flags, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes[first:])
   if not first:
     return zeros, nonfinite
   dtype = norm_dtype()
-  return zeros.astype(dtype).sum(), nonfinite.astype(dtype).sum()
+  return zeros.astype(dtype).sum(axes[0]), nonfinite.astype(dtype).sum(axes[0])

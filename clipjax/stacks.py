@@ -1,0 +1,222 @@
+"""Layers stacked in one array: which axis of a leaf counts them, and what each slice is called.
+
+A model that scans over its layers keeps the weights of all of them in one array. With `stacked=` each slice along that
+axis is a leaf of its own: slice 3 of `blocks/w` is `blocks/w[3]`. The axes are settled at `init` and travel in the
+labels of a state, with the number of layers, so that `update` can tell a leaf that has lost some.
+
+  what the user says of each leaf  ->  Stack(axis, size)  ->  the axes of a norm; names; vectors to leaves and back
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from clipjax import mesh
+from clipjax.checks import STATIC_ARGS_REMEDY, check_takes, describe, is_function
+from clipjax.leaves import axis_names, is_measured, leaf_names, measured_leaves, without_repeats
+
+_RULE = "`stacked` must be a function (path, leaf) -> axis, a prefix tree of axes, or the name of an axis"
+_FUNCTION = "write a function such as `lambda path, leaf: 0 if path.startswith('blocks/') else None`"
+
+
+class Stack(NamedTuple):
+  """A leaf of stacked layers.
+
+  Attributes:
+    axis: the axis that counts them, >= 0.
+    size: how many there are.
+  """
+
+  axis: int
+  size: int
+
+
+# For each leaf its stack, None for a leaf that is whole; () where no leaf is stacked.
+Stacks: TypeAlias = tuple[Stack | None, ...]
+
+
+# What the user says --------------------------------------------------------------------------------------------------
+
+
+def stacks_of(tree: Any, stacked: Any, *, axis_name: Any = None) -> Stacks:
+  """The stack of each measured leaf of a tree; () where none is stacked.
+
+  Args:
+    tree: the parameters, or gradients.
+    stacked: what the user said.
+    axis_name: as in `global_norm`; None where the types are to say over which mesh axes a leaf is spread.
+
+  Raises:
+    TypeError: for an axis that is no Python integer, with the leaf.
+    ValueError: for an axis that the leaf does not have, a tree that does not match, a name that no leaf carries, or a
+      leaf inside `shard_map` whose layers may be spread over devices.
+  """
+  if stacked is None:
+    return ()
+  names, leaves = leaf_names(tree), measured_leaves(tree)
+  axes = _axes_of(tree, stacked, names, leaves)
+  stacks = tuple(map(_checked, axes, leaves, names))
+  if axis_name is None and mesh.manual_axes():
+    for name, leaf, stack in zip(names, leaves, stacks, strict=True):
+      if stack and (varying := mesh.varying_axes(leaf)):
+        raise ValueError(
+          f"`stacked` must be of layers that each device holds all of, got '{name}' varying over {list(varying)} "
+          "inside shard_map, where its type does not say which of its axes are sharded: call `init` outside, with "
+          "whole parameters; or pass `axis_name=` the mesh axes that single layers are spread over, () for none."
+        )
+  return stacks if any(stacks) else ()
+
+
+def _axes_of(tree: Any, stacked: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
+  """What the user said of each measured leaf."""
+  if not names:  # A placeholder without leaves is asked for its structure alone.
+    return []
+  if isinstance(stacked, str):
+    return _named_axes(tree, stacked)
+  if is_function(stacked):
+    check_takes(stacked, "`stacked`", "path, leaf", "0 if path.startswith('blocks/') else None")
+    return [stacked(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+  try:  # Numbers in place of the axes: None is no leaf of a tree.
+    entries, treedef = jax.tree.flatten(stacked, is_leaf=lambda x: x is None)
+    places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(entries))), tree))
+  except ValueError as error:
+    raise ValueError(f"{_RULE}, got a tree that does not match: {error}") from None
+  return [entries[place] for place, leaf in zip(places, jax.tree.leaves(tree), strict=True) if is_measured(leaf)]
+
+
+def _named_axes(tree: Any, name: str) -> list[int | None]:
+  """For each leaf the axis that the metadata of its Flax box calls by this name."""
+  named = axis_names(tree)
+  found = [next((i for i, axis in enumerate(axes) if axis == name), None) for axes in named]
+  # A part of the model that a mask or a multi_transform has left may have no layers.
+  if all(axis is None for axis in found) and not _has_masked(tree):
+    known = sorted({axis for axes in named for axis in axes if isinstance(axis, str)})
+    has = f"they have {', '.join(map(repr, known))}" if known else "no leaf has metadata"
+    raise ValueError(
+      f"`stacked` must name an axis in the metadata of Flax boxes, got {name!r}, which no leaf has ({has}): give "
+      f"`metadata_params` to nn.scan or `transform_metadata` to nnx.scan, or {_FUNCTION}."
+    )
+  return found
+
+
+def _has_masked(tree: Any) -> bool:
+  leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+  return any(isinstance(x, optax.MaskedNode) for x in leaves)
+
+
+def _checked(axis: Any, leaf: Any, name: str) -> Stack | None:
+  """The stack of a leaf; raises for an axis that it does not have."""
+  if axis is None:
+    return None
+  if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+    remedy = f"pass a Python integer; {STATIC_ARGS_REMEDY}" if isinstance(axis, jax.Array) else "pass an integer"
+    raise TypeError(f"{_RULE}, got {describe(axis)} for the {describe(jnp.asarray(leaf))} at '{name}': {remedy}.")
+  shape = jnp.shape(leaf)
+  if not -len(shape) <= axis < len(shape):
+    allowed = f"from {-len(shape)} to {len(shape) - 1}" if shape else "and a scalar has none"
+    raise ValueError(
+      f"`stacked` must give an axis of the leaf, {allowed}, got {axis} for shape {shape} at '{name}': give None for a "
+      "leaf that is not stacked."
+    )
+  return Stack(int(axis) % len(shape), shape[axis])
+
+
+def check_layers(leaves: Sequence[Any], stacks: Stacks, names: Callable[[], Sequence[str]], argument: str) -> None:
+  """Raises for a stacked leaf that has not as many layers as `init` saw."""
+  for i, (leaf, stack) in enumerate(zip(leaves, stacks, strict=True) if stacks else ()):
+    shape = jnp.shape(leaf)
+    if stack and (len(shape) <= stack.axis or shape[stack.axis] != stack.size):
+      remedy = (
+        "its layers are spread over devices; clip outside shard_map, under plain jit, where sharded arrays need no "
+        "option"
+        if mesh.manual_axes()
+        else "call `init` with the parameters that you train"
+      )
+      raise ValueError(
+        f"`{argument}` must have the {stack.size} layers that `init` saw along axis {stack.axis} of '{names()[i]}', "
+        f"got {describe(leaf)}: {remedy}."
+      )
+
+
+# Norms of slices -----------------------------------------------------------------------------------------------------
+
+
+def over(leaves: Sequence[Any], stacks: Stacks) -> tuple[tuple[int, ...], ...]:
+  """For each leaf the axes that a norm of it is taken over: all but that of its layers; () for a whole leaf."""
+  return tuple(
+    tuple(a for a in range(jnp.ndim(leaf)) if a != stack.axis) if stack else ()
+    for leaf, stack in zip(leaves, stacks, strict=True)
+  )
+
+
+def sizes(stacks: Stacks) -> list[int]:
+  """How many norms each leaf has."""
+  return [stack.size if stack else 1 for stack in stacks]
+
+
+def spread_out(values: Sequence[Any], stacks: Stacks) -> list[Any]:
+  """For each slice what its leaf has."""
+  return [value for value, n in zip(values, sizes(stacks), strict=True) for _ in range(n)]
+
+
+def slice_sizes(leaves: Sequence[Any], stacks: Stacks) -> list[int]:
+  """For each slice the number of its entries."""
+  pairs = zip(leaves, sizes(stacks), strict=True)
+  return spread_out([jnp.size(leaf) // max(n, 1) for leaf, n in pairs], stacks)
+
+
+def split(vector: jax.Array, leaves: Sequence[Any], stacks: Stacks) -> Iterator[jax.Array]:
+  """Of a vector with an entry a slice, the entries of each leaf, in a shape that broadcasts against the leaf."""
+  start = 0
+  for leaf, stack in zip(leaves, stacks, strict=True):
+    if stack is None:
+      yield vector[start]
+      start += 1
+    else:
+      shape = [1] * jnp.ndim(leaf)
+      shape[stack.axis] = stack.size
+      yield vector[start : start + stack.size].reshape(shape)
+      start += stack.size
+
+
+def by_slice(x: Any, stack: Stack | None) -> Any:
+  """A leaf, or what broadcasts against it, as a matrix with a row for each slice."""
+  return x.reshape(1, -1) if stack is None else jnp.moveaxis(x, stack.axis, 0).reshape(stack.size, -1)
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+def slice_names(leaves: Sequence[str], stacks: Stacks) -> tuple[str, ...]:
+  """The names of all slices: "blocks/w[3]" for one of a stack, that of the leaf for a whole one."""
+  if not stacks:
+    return tuple(leaves)
+  pairs = zip(leaves, stacks, strict=True)
+  names = ([name] if s is None else [f"{name}[{i}]" for i in range(s.size)] for name, s in pairs)
+  return without_repeats(name for some in names for name in some)
+
+
+def slice_types(leaves: Sequence[Any], stacks: Stacks) -> list[Any]:
+  """What stands for each slice where a function of the user's asks for a leaf: the leaf itself, or shape and dtype."""
+  out: list[Any] = []
+  for leaf, stack in zip(leaves, stacks, strict=True) if stacks else ((leaf, None) for leaf in leaves):
+    if stack is None:
+      out.append(leaf)
+    else:
+      shape = jnp.shape(leaf)
+      out += [jax.ShapeDtypeStruct(shape[: stack.axis] + shape[stack.axis + 1 :], jnp.result_type(leaf))] * stack.size
+  return out
+
+
+def absent(stack: Stack | None) -> Any:
+  """Stands in for a leaf that is None in a tree: it has norm 0, one a layer where it is stacked, and no entries."""
+  return np.zeros((0,) if stack is None else (1,) * stack.axis + (stack.size, 0), np.float32)
+
+
+def is_absent(leaf: Any) -> bool:
+  """Whether this stands in for a leaf that is None."""
+  return isinstance(leaf, np.ndarray) and leaf.size == 0
