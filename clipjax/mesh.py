@@ -162,7 +162,7 @@ def axes_size(axes: Axes) -> int:
 
 
 def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float = 1.0) -> list[jax.Array]:
-  """Sums values over mesh axes, one collective a set of axes and dtype.
+  """Sums values of any shape over mesh axes, one collective a set of axes and dtype.
 
   For inf and -inf the maximum and minimum of values of at least 0, NaN where one is.
   """
@@ -172,14 +172,16 @@ def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float = 1.0
     if leaf_axes:
       together.setdefault((leaf_axes, value.dtype), []).append(i)
   for (leaf_axes, _), indices in together.items():
-    stacked = jnp.stack([values[i] for i in indices])
+    stacked = jnp.concatenate([values[i].ravel() for i in indices])
     if math.isinf(p):
       reduce: Callable[..., Any] = lax.pmax if p > 0 else lax.pmin
       reduced = lax.bitcast_convert_type(reduce(ordered_bits(stacked, p), leaf_axes), stacked.dtype)
     else:
       reduced = lax.psum(stacked, leaf_axes)
-    for k, i in enumerate(indices):
-      out[i] = reduced[k]
+    start = 0
+    for i in indices:
+      out[i] = reduced[start : start + values[i].size].reshape(values[i].shape)
+      start += values[i].size
   return out
 
 

@@ -145,10 +145,10 @@ def check_layers(leaves: Sequence[Any], stacks: Stacks, names: Callable[[], Sequ
 # Norms of slices -----------------------------------------------------------------------------------------------------
 
 
-def over(leaves: Sequence[Any], stacks: Stacks) -> tuple[tuple[int, ...], ...]:
-  """For each leaf the axes that a norm of it is taken over: all but that of its layers; () for a whole leaf."""
+def over(leaves: Sequence[Any], stacks: Stacks) -> tuple[tuple[int, ...] | None, ...]:
+  """For each leaf the axes that a norm of it is taken over: all but that of its layers; None for a whole leaf."""
   return tuple(
-    tuple(a for a in range(jnp.ndim(leaf)) if a != stack.axis) if stack else ()
+    tuple(a for a in range(jnp.ndim(leaf)) if a != stack.axis) if stack else None
     for leaf, stack in zip(leaves, stacks, strict=True)
   )
 
@@ -185,7 +185,9 @@ def split(vector: jax.Array, leaves: Sequence[Any], stacks: Stacks) -> Iterator[
 
 def by_slice(x: Any, stack: Stack | None) -> Any:
   """A leaf, or what broadcasts against it, as a matrix with a row for each slice."""
-  return x.reshape(1, -1) if stack is None else jnp.moveaxis(x, stack.axis, 0).reshape(stack.size, -1)
+  if stack is None:
+    return x.reshape(1, x.size)
+  return jnp.moveaxis(x, stack.axis, 0).reshape(stack.size, x.size // max(stack.size, 1))
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def _measure_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
   (leaves,), (dleaves,) = primals, tangents
   measured = _measure_beside_derivatives(spec, leaves)
   block_of = {i: b for b, block in enumerate(spec.blocks) for i in block}
-  over = spec.over or ((),) * len(leaves)
+  over = spec.over or (None,) * len(leaves)
 
   def change(weights: Sequence[jax.Array]) -> list[jax.Array]:
     """The sums of such weights over each block."""
@@ -64,8 +64,8 @@ def _real_product(g: jax.Array, dx: jax.Array) -> jax.Array:
   return sum(rest, start=first)
 
 
-def _sum(x: jax.Array, over: tuple[int, ...]) -> jax.Array:
-  return jnp.sum(x, axis=over, keepdims=True) if over else jnp.sum(x)
+def _sum(x: jax.Array, over: tuple[int, ...] | None) -> jax.Array:
+  return jnp.sum(x) if over is None else jnp.sum(x, axis=over, keepdims=True)
 
 
 def _block_sum(values: Sequence[jax.Array]) -> jax.Array:

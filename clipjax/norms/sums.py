@@ -46,14 +46,14 @@ class NormSpec(NamedTuple):
     ord: the order p of the norm.
     blocks: for each norm, the indices of the leaves that it measures.
     axes: the mesh axes to reduce each leaf over, as `mesh.resolve_axes` gives them.
-    over: for each leaf the array axes that its norms are taken over, which stay with size 1, () for all of them and a
-      norm of shape (); then each leaf is a block. () for whole leaves.
+    over: for each leaf the array axes that its norms are taken over, which stay with size 1; None for all of them, and
+      a norm of shape (). Each leaf is a block then. () where all norms are of whole leaves.
   """
 
   ord: float
   blocks: tuple[tuple[int, ...], ...]
   axes: tuple[Axes, ...]
-  over: tuple[tuple[int, ...], ...] = ()
+  over: tuple[tuple[int, ...] | None, ...] = ()
 
 
 def spec_of_slices(ord: float, leaves: Sequence[Any], axes: tuple[Axes, ...], stacks: Stacks) -> NormSpec:
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
   """What was measured, in `norm_dtype()`.
 
   Attributes:
-    norms: the norm of each block, of shape (); with `over`, of the shape of the leaf with size 1 there.
+    norms: the norm of each block, of shape (), or of the shape of the leaf with size 1 along its `over`.
     vector: the same as one vector, of shape (n,); with `over` those of all leaves, one after the other.
     first_bad: int32, shape (): the first leaf with a NaN, or without any, with an inf or a sum that overflowed; -1 for
       none. With `over` the first such entry of `vector`.
@@ -190,13 +190,13 @@ class _Kind(NamedTuple):
   blocks: Sequence[tuple[int, ...]]
   leaves: Mapping[int, jax.Array]
 
-  def over(self, i: int) -> tuple[int, ...]:
-    return self.spec.over[i] if self.spec.over else ()
+  def over(self, i: int) -> tuple[int, ...] | None:
+    return self.spec.over[i] if self.spec.over else None
 
   def size(self, block: tuple[int, ...]) -> int:
     """How many entries a norm is of, over all shards."""
     shapes = ((self.leaves[i].shape, self.over(i), self.spec.axes[i]) for i in block)
-    return sum(math.prod(s[a] for a in over or range(len(s))) * mesh.axes_size(axes) for s, over, axes in shapes)
+    return sum(math.prod(s[a] for a in _dims(len(s), over)) * mesh.axes_size(axes) for s, over, axes in shapes)
 
 
 def _square_norms(kind: _Kind, scales: Scales, *, numbers: bool = True) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -224,7 +224,7 @@ def _square_norms(kind: _Kind, scales: Scales, *, numbers: bool = True) -> tuple
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))  # Traced and lowered once for all leaves of one type.
-def _square_sums(platform: str, x: jax.Array, scales: Scales, over: tuple[int, ...]) -> Sequence[jax.Array]:
+def _square_sums(platform: str, x: jax.Array, scales: Scales, over: tuple[int, ...] | None) -> Sequence[jax.Array]:
   """The sums of squares of a leaf, one a scale."""
   squares = []
   for exponent in scales.exponents:
@@ -241,10 +241,8 @@ def _square_sums(platform: str, x: jax.Array, scales: Scales, over: tuple[int, .
     return [_reduced(s, lax.add, 0.0, over) for s in squares]
   # One reduction of three operands saves two kernels a leaf. (On a CPU it would add one entry after the other.)
   zeros = [scales.dtype(0) for s in squares]
-  sums = lax.reduce(
-    squares, zeros, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], over or tuple(range(x.ndim))
-  )
-  return [lax.expand_dims(s, over) for s in sums] if over else sums
+  sums = lax.reduce(squares, zeros, lambda a, b: [p + q for p, q in zip(a, b, strict=True)], _dims(x.ndim, over))
+  return [lax.expand_dims(s, over or ()) for s in sums]
 
 
 @partial(jax.jit, static_argnums=1)
@@ -315,21 +313,20 @@ def _power_norms(kind: _Kind) -> tuple[list[jax.Array], list[jax.Array]]:
   return norms, _column(kind.platform, numbers)
 
 
-def _power_sum(magnitude: jax.Array, p: float, over: tuple[int, ...]) -> jax.Array:
+def _power_sum(magnitude: jax.Array, p: float, over: tuple[int, ...] | None) -> jax.Array:
   """The sum of |x|^p, for 0 the number of nonzeros."""
   powers = (magnitude != 0).astype(magnitude.dtype) if p == 0 else power(magnitude, p)
   return _reduced(powers, lax.add, 0.0, over)
 
 
-def _extreme_magnitude(platform: str, x: jax.Array, p: float, over: tuple[int, ...]) -> jax.Array:
+def _extreme_magnitude(platform: str, x: jax.Array, p: float, over: tuple[int, ...] | None) -> jax.Array:
   """The largest (p = inf) or smallest (p = -inf) magnitude, NaN where an entry is."""
 
   def magnitude(x: jax.Array) -> jax.Array:
     return jnp.abs(widest(x) if jnp.iscomplexobj(x) else upcast(x))
 
   if platform != "cpu" or x.size <= FEW:
-    found = extreme(magnitude(x), p, over or tuple(range(x.ndim)))
-    return lax.expand_dims(found, over) if over else found
+    return lax.expand_dims(extreme(magnitude(x), p, _dims(x.ndim, over)), over or ())
   # XLA on CPU finds the largest float much faster than the largest integer, but drops a NaN. A sum keeps it, and scaled
   # down no finite entries overflow. The barrier keeps XLA from fusing the two reductions into one slow loop.
   found = _reduced(magnitude(x), lax.max, 0.0, over) if p > 0 else _reduced(magnitude(x), lax.min, math.inf, over)
@@ -341,10 +338,14 @@ def _extreme_magnitude(platform: str, x: jax.Array, p: float, over: tuple[int, .
 # Small parts ---------------------------------------------------------------------------------------------------------
 
 
-def _reduced(x: jax.Array, op: Callable[..., Any], start: float, over: tuple[int, ...]) -> jax.Array:
+def _dims(rank: int, over: tuple[int, ...] | None) -> tuple[int, ...]:
+  """The axes to reduce over: all of them where none are given."""
+  return tuple(range(rank)) if over is None else over
+
+
+def _reduced(x: jax.Array, op: Callable[..., Any], start: float, over: tuple[int, ...] | None) -> jax.Array:
   """A reduction over some axes, which stay with size 1, or over all of them."""
-  value: jax.Array = lax.reduce(x, x.dtype.type(start), op, over or tuple(range(x.ndim)))
-  return lax.expand_dims(value, over) if over else value
+  return lax.expand_dims(lax.reduce(x, x.dtype.type(start), op, _dims(x.ndim, over)), over or ())
 
 
 def _scalar(x: jax.Array) -> jax.Array:

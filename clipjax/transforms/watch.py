@@ -302,12 +302,12 @@ def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequenc
   return seen
 
 
-def _zeros_and_nonfinite(x: jax.Array, over: tuple[int, ...] = ()) -> tuple[jax.Array, jax.Array]:
+def _zeros_and_nonfinite(x: jax.Array, over: tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
   """The number of zeros, and of entries that are inf or NaN, over some axes, or all of them, of shape () each."""
   # One reduction with two results: XLA on CPU would write out a copy of the leaf for either count by itself.
   flags = (x == 0).astype(jnp.int32), (~jnp.isfinite(x)).astype(jnp.int32)
   zero = jnp.zeros((), jnp.int32)
-  axes = over or tuple(range(x.ndim))
+  axes = tuple(range(x.ndim)) if over is None else over
   first = int(len(axes) > 1 and x.size > _LARGEST_COUNT)  # More than an int32 counts: first row by row.
   zeros, nonfinite = lax.reduce(flags, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes[first:])
   if not first:

@@ -1,0 +1,428 @@
+"""Layers stacked in one array are leaves: a stacked model and the same model unrolled get the same updates and states.
+
+The oracle of everything here is the unrolled model, whose slices are leaves of their own, in the order of the stack.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_bits_equal, cases, oracle_norm
+
+import clipjax
+from clipjax import rules
+from clipjax.norms import sums
+from clipjax.stacks import Stack, slice_names, stacks_of
+
+AXES = {"a": 0, "b": None, "c": 1, "d": -1, "e": 0}
+SHAPES = {"a": (3, 2, 5), "b": (4,), "c": (2, 3, 4), "d": (5, 3), "e": (3,)}
+NAMES = ("a[0]", "a[1]", "a[2]", "b", "c[0]", "c[1]", "c[2]", "d[0]", "d[1]", "d[2]", "e[0]", "e[1]", "e[2]")
+ORDERS = (2.0, 1.0, math.inf, 3.0, 0.5)
+
+
+def layer(path, leaf=None):
+  """Groups: one for each layer, and one for each leaf that is whole."""
+  return path.rsplit("[")[-1]
+
+
+def transformations(stacked):
+  """Every transformation that takes `stacked`, each so that it clips: name -> transformation."""
+  per_layer = {"0]": 0.3, "1]": rules.percentile(50.0, window=3), "2]": None, "b": 0.5}
+  groups = layer if stacked else {i: layer(name) for i, name in enumerate(NAMES)}
+  return {
+    "leaf": clipjax.clip_by_leaf_norm(0.5, stacked=stacked),
+    "leaf with eps": clipjax.clip_by_leaf_norm(0.5, eps=0.1, stacked=stacked),
+    "leaf, zero": clipjax.clip_by_leaf_norm(0.5, on_nonfinite="zero", stacked=stacked),
+    "schedule": clipjax.clip_by_leaf_norm(lambda count: 0.1 * (1.0 + count.astype(jnp.float32)), stacked=stacked),
+    "rms": clipjax.clip_by_block_rms(0.2, stacked=stacked),
+    "group": clipjax.clip_by_group_norm(0.5, groups, stacked=stacked),
+    "groups": clipjax.clip_by_group_norm(per_layer, groups, stacked=stacked),
+    "agc": clipjax.adaptive_grad_clip(0.1, stacked=stacked),
+    "adagc": clipjax.adagc(1.01, warmup_steps=2, max_norm=0.5, stacked=stacked),
+    "zscore": clipjax.clip_by_leaf_norm(rules.zscore(1.0, warmup_steps=2), stacked=stacked),
+    "sigma": clipjax.clip_by_leaf_norm(rules.rolling_sigma(1.0, window=4, min_count=2), stacked=stacked),
+    "tracking": clipjax.clip_by_leaf_norm(rules.quantile_tracking(0.5), stacked=stacked),
+    "watch": clipjax.watch(history=3, stacked=stacked),
+  }
+
+
+def unrolled(tree):
+  """The same entries with each slice as a leaf of its own."""
+  out = []
+  for name in sorted(tree):
+    axis = AXES[name]
+    leaf = np.asarray(tree[name])
+    out += [leaf] if axis is None else [np.take(leaf, i, axis) for i in range(leaf.shape[axis])]
+  return {i: jnp.asarray(x) for i, x in enumerate(out)}
+
+
+def gradients(dtype, magnitude=1.0, steps=4, shapes=SHAPES):
+  """Some steps of gradients: a layer that spikes, one that is 0 at first, and entries of either sign."""
+  rng = np.random.default_rng(0)
+  for step in range(steps):
+    grads = {name: rng.standard_normal(shape) * 0.3 * (1 + step) for name, shape in shapes.items()}
+    grads["a"][1] *= 20 if step == 2 else 1
+    grads["c"][:, 2] *= step > 0
+    yield {name: jnp.asarray((x * magnitude).astype(jnp.dtype(dtype))) for name, x in grads.items()}
+
+
+def numbers(state):
+  """Everything in a state but its labels, in float64."""
+  return [np.asarray(x, np.float64) for x in jax.tree.leaves(state)]
+
+
+class Pair:
+  """A stacked model and the same model unrolled, under one transformation, each compiled once."""
+
+  def __init__(self, name):
+    self.txs = transformations(AXES)[name], transformations(None)[name]
+    self.updates = [jax.jit(tx.update) for tx in self.txs]
+
+  def check(self, steps, rtol=2e-6):
+    """The same updates and states over the steps; gives the last state of the stacked model."""
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), steps[0])
+    state, plain_state = self.txs[0].init(params), self.txs[1].init(unrolled(params))
+    assert state.labels.slices == NAMES
+    for grads in steps:
+      updates, state = self.updates[0](grads, state, params)
+      want, plain_state = self.updates[1](unrolled(grads), plain_state, unrolled(params))
+      for got, wanted in zip(unrolled(updates).values(), want.values(), strict=True):
+        assert got.dtype == wanted.dtype
+        # One unit in the last place of a 16-bit number is more than the limit on what is computed in float32.
+        room = max(rtol, 1.01 * float(jnp.finfo(got.dtype).eps) * (got.dtype.itemsize == 2))
+        np.testing.assert_allclose(np.float64(got), np.float64(wanted), rtol=room)
+      for got, wanted in zip(numbers(state), numbers(plain_state), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=rtol)
+    return state
+
+
+FEW = ("adagc", "agc", "group", "leaf", "watch")
+every = pytest.mark.parametrize("name", sorted(transformations(None)))
+mostly_few = pytest.mark.parametrize("name", cases(sorted(transformations(None)), slow=lambda name: name not in FEW))
+
+
+# The same as unrolled ------------------------------------------------------------------------------------------------
+
+
+def apart(grads):
+  """The gradients with entries of 1e-25 beside some of 1e25."""
+  layers = grads["a"].at[0].multiply(1e-25).at[2].multiply(1e25)
+  return {**grads, "a": layers, "d": grads["d"].at[:, 1].multiply(1e-25)}
+
+
+def with_bad(steps, bad):
+  """The steps with one bad layer in the second, and two in the last."""
+  out = [dict(grads) for grads in steps]
+  out[1]["c"] = out[1]["c"].at[0, 2, 1].set(bad)
+  out[3]["c"], out[3]["a"] = out[3]["c"].at[0, 2, 1].set(jnp.inf), out[3]["a"].at[1, 0, 0].set(bad)
+  return out
+
+
+@every
+def test_stacked_is_as_unrolled(name):
+  pair, steps = Pair(name), list(gradients("float32"))
+  state = pair.check(steps)
+  assert name == "watch" or state.clipped_steps > 0
+  pair.check([apart(grads) for grads in steps])
+  for bad in (jnp.nan, jnp.inf):
+    state = pair.check(with_bad(steps, bad))
+    assert state.nonfinite_steps == 2
+    if name != "watch":  # A NaN comes first, and without one the first inf.
+      assert NAMES[state.nonfinite_leaf] == "a[1]"
+    with pytest.raises(FloatingPointError, match=r"a\[1\]|in group '1\]', '2\]'"):
+      clipjax.raise_if_nonfinite(state)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@mostly_few
+def test_16_bit_leaves(name, dtype):
+  Pair(name).check(list(gradients(dtype)))
+
+
+@mostly_few
+def test_with_x64_and_wide_leaves(name):
+  with jax.enable_x64(True):
+    Pair(name).check(list(gradients("float64", 1e30)), rtol=1e-12)
+
+
+@mostly_few
+def test_large_leaves(name):
+  """Leaves of many entries are summed in another way on CPU, and once more where that leaves its range."""
+  size = sums.SMALL // 8
+  shapes = {**SHAPES, "a": (3, size, 3), "c": (size // 2, 3, 2)}
+  steps = [{**g, "a": g["a"].at[1].multiply(1e-25)} for g in gradients("float32", steps=2, shapes=shapes)]
+  Pair(name).check(steps)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_every_order(p):
+  steps = list(gradients("float32"))
+  plain, tx = (clipjax.clip_by_leaf_norm(0.5, p, stacked=s) for s in (None, AXES))
+  grouped = clipjax.clip_by_group_norm(0.5, layer, ord=p, stacked=AXES)
+  of_groups = clipjax.clip_by_group_norm(0.5, {i: layer(n) for i, n in enumerate(NAMES)}, ord=p)
+  for one, other in ((tx, plain), (grouped, of_groups)):
+    for grads in steps:
+      updates, state = jax.jit(one.update)(grads, one.init(grads))
+      want, wanted = jax.jit(other.update)(unrolled(grads), other.init(unrolled(grads)))
+      for a, b in zip(unrolled(updates).values(), want.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6)
+      np.testing.assert_allclose(state.norms, wanted.norms, rtol=2e-6)
+      np.testing.assert_allclose(state.norm, wanted.norm, rtol=2e-6)
+
+
+@pytest.mark.parametrize("p", [*ORDERS, 0.0, -math.inf])
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_norms_are_those_of_the_oracle(p, magnitude):
+  (grads,) = gradients("float32", magnitude, steps=1)
+  if p == 0.5 and magnitude > 1:
+    grads = jax.tree.map(lambda x: x * 1e-3, grads)  # The norm itself is above the largest float32.
+  norms = clipjax.leaf_norms(grads, p, stacked=AXES)
+  assert {name: x.shape for name, x in norms.items()} == {name: (3,) if name != "b" else () for name in SHAPES}
+  want = [oracle_norm([x], p) for x in unrolled(grads).values()]
+  np.testing.assert_allclose(np.concatenate([np.ravel(norms[name]) for name in sorted(norms)]), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 3.0])
+def test_every_platform_has_the_norms_of_slices(platform, p):
+  shapes = {"a": (3, 70, 1000), "b": (4,), "c": (40, 3, 5)}
+  (grads,) = gradients("float32", steps=1, shapes=shapes)
+  grads["a"] = grads["a"].at[1].multiply(1e-25).at[2].multiply(1e20)
+  leaves, stacks = list(grads.values()), stacks_of(grads, {name: AXES[name] for name in shapes})
+  spec = sums.spec_of_slices(p, leaves, ((),) * 3, stacks)
+  got = jax.jit(lambda xs: sums.measure_on(platform, spec, xs))(leaves)
+  want = [oracle_norm([x], p) for x in unrolled(grads).values()]
+  # XLA on CPU adds the three sums of a GPU one entry after the other.
+  np.testing.assert_allclose(got.vector, want, rtol=2e-5 if platform == "gpu" else 1e-6)
+  assert got.first_bad == -1
+  bad = sums.measure_on(platform, spec, [leaves[0], leaves[1], leaves[2].at[0, 2, 0].set(jnp.nan)])
+  assert bad.first_bad == 6
+
+
+@pytest.mark.parametrize("axis", cases([0, 1, 2], slow=(1, 2)))
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0])
+def test_layers_of_many_entries(axis, magnitude):
+  x = jnp.full(tuple(np.insert([2500, 1000], axis, 4).tolist()), magnitude, jnp.float32)
+  np.testing.assert_allclose(clipjax.leaf_norms(x, stacked=axis), magnitude * math.sqrt(2.5e6), rtol=1e-6)
+
+
+def test_a_layer_under_its_limit_keeps_its_bits():
+  rng = np.random.default_rng(0)
+  for dtype in ("float32", "bfloat16", "float16"):
+    grads = {"a": jnp.asarray(rng.standard_normal((3, 7, 11)), dtype).at[1].multiply(100)}
+    tx = clipjax.clip_by_leaf_norm(50.0, stacked=0)
+    updates, state = jax.jit(tx.update)(grads, tx.init(grads))
+    assert_bits_equal(updates["a"][::2], grads["a"][::2])
+    assert (state.scale == 1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("ord", [2.0, 1.0, 3.0, math.inf])
+def test_derivatives_are_those_of_the_model_unrolled(ord):
+  (grads,) = gradients("float32", steps=1)
+
+  def loss(tree, split, stacked):
+    tx = clipjax.clip_by_leaf_norm(0.5, ord, stacked=stacked)
+    groups = layer if stacked else {i: layer(name) for i, name in enumerate(NAMES)}
+    by_layer = clipjax.clip_by_group_norm(0.5, groups, ord=ord, stacked=stacked)
+    clipped, state = tx.update(tree, tx.init(tree))
+    grouped, _ = by_layer.update(tree, by_layer.init(tree))
+    weights = np.arange(1, 1 + sum(x.size for x in jax.tree.leaves(unrolled(grads)))) / 100
+    flat = jnp.concatenate([x.ravel() for x in (*split(clipped), *split(grouped))])
+    return jnp.sum(flat * np.tile(weights, 2).astype(np.float32)) + jnp.sum(state.norms)
+
+  def of_stack(tree):
+    return [
+      x
+      for name in sorted(tree)
+      for x in ([tree[name]] if AXES[name] is None else jnp.moveaxis(tree[name], AXES[name], 0))
+    ]
+
+  got = jax.jit(jax.grad(lambda tree: loss(tree, of_stack, AXES)))(grads)
+  want = jax.jit(jax.grad(lambda tree: loss(tree, lambda leaves: list(leaves.values()), None)))(unrolled(grads))
+  for a, b in zip(unrolled(got).values(), want.values(), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_leaf_without_layers_and_one_layer():
+  tree = {"none": jnp.zeros((0, 4)), "one": jnp.full((1, 4), 2.0), "empty": jnp.zeros((2, 0))}
+  for name in FEW:
+    tx = transformations({"none": 0, "one": 0, "empty": 0})[name]
+    updates, state = jax.jit(tx.update)(tree, tx.init(tree), tree)
+    assert state.labels.slices == ("empty[0]", "empty[1]", "one[0]")
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, tree)
+    assert state.nonfinite_steps == 0
+  assert clipjax.leaf_norms(tree, stacked=0)["none"].shape == (0,)
+
+
+def test_a_stack_that_is_none_now_has_a_norm_of_0_for_each_layer():
+  params = {"a": jnp.ones((3, 2)), "b": jnp.full((2, 3), 2.0), "c": jnp.ones(2)}
+  grads = {"a": jnp.ones((3, 2)), "b": None, "c": jnp.ones(2)}
+  for name in FEW:
+    tx = transformations({"a": 0, "b": 1, "c": None})[name]
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert updates["b"] is None
+    if state.norms.shape == (7,):
+      np.testing.assert_array_equal(state.norms[3:6], 0)
+    assert state.finite
+
+
+# What is said of them ------------------------------------------------------------------------------------------------
+
+
+def test_metrics_and_groups_name_the_layers():
+  tree = {"blocks": {"w": jnp.asarray([[3.0, 4.0], [6.0, 8.0]]), "b": jnp.asarray([0.0, 24.0])}, "head": jnp.ones(1)}
+  tx = optax.chain(
+    clipjax.watch(stacked={"blocks": 0, "head": None}),
+    clipjax.clip_by_group_norm(1.0, layer, stacked=lambda path, leaf: 0 if "blocks" in path else None, name="layers"),
+  )
+  _, state = tx.update(tree, tx.init(tree))
+  found = {key: float(value) for key, value in clipjax.metrics(state, per_leaf=True).items()}
+  assert {key.removeprefix("grad/norm/"): x for key, x in found.items() if key.startswith("grad/norm/")} == {
+    "blocks/b[0]": 0, "blocks/b[1]": 24, "blocks/w[0]": 5, "blocks/w[1]": 10, "head": 1,
+  }  # fmt: skip
+  assert {key.removeprefix("layers/norm/"): x for key, x in found.items() if key.startswith("layers/norm/")} == {
+    "0]": 5, "1]": 26, "head": 1,
+  }  # fmt: skip
+
+
+def test_a_function_of_groups_is_asked_for_each_slice_with_its_shape_and_dtype():
+  asked = []
+  tree = {"a": jnp.ones((3, 2, 5), jnp.bfloat16), "b": jnp.ones(4)}
+  tx = clipjax.clip_by_group_norm(
+    1.0, lambda path, leaf: asked.append((path, leaf.shape, str(leaf.dtype))) or "all", stacked={"a": 1, "b": None}
+  )
+  tx.init(tree)
+  assert asked == [("a[0]", (3, 5), "bfloat16"), ("a[1]", (3, 5), "bfloat16"), ("b", (4,), "float32")]
+
+
+def test_a_tree_of_labels_groups_all_layers_of_a_leaf():
+  tree = {"a": jnp.ones((3, 2)), "b": jnp.ones(4)}
+  tx = clipjax.clip_by_group_norm(1.0, {"a": "body", "b": "head"}, stacked={"a": 0, "b": None})
+  assert tx.init(tree).labels.blocks == ((0, 1, 2), (3,))
+
+
+def test_forms_of_stacked_agree():
+  tree = {"blocks": {"w": jnp.ones((3, 2)), "b": jnp.ones((3,))}, "head": jnp.ones(4)}
+  forms = (
+    lambda path, leaf: 0 if path.startswith("blocks/") else None,
+    {"blocks": 0, "head": None},
+    {"blocks": {"w": 0, "b": -1}, "head": None},
+    {"blocks": {"w": np.int64(-2), "b": 0}, "head": None},
+  )
+  assert {stacks_of(tree, form) for form in forms} == {(Stack(0, 3), Stack(0, 3), None)}
+  assert stacks_of(tree["blocks"], 0) == (Stack(0, 3), Stack(0, 3))
+  assert stacks_of(tree, lambda path, leaf: None) == stacks_of(tree, None) == ()
+  assert stacks_of(tree, {"blocks": {"w": 1, "b": None}, "head": None}) == (None, Stack(1, 2), None)
+
+
+def test_a_name_that_is_taken_gets_a_number():
+  assert slice_names(("a", "a[0]"), (Stack(0, 2), None)) == ("a[0]", "a[1]", "a[0]_2")
+
+
+def test_a_nonfinite_step_names_the_layers_when_it_raises_at_once():
+  grads = {"a": jnp.ones((3, 2)).at[1].set(jnp.nan), "b": jnp.ones(2), "c": jnp.ones((2, 2)).at[0, 1].set(jnp.inf)}
+  tx = clipjax.clip_by_leaf_norm(1.0, stacked={"a": 0, "b": None, "c": 1}, on_nonfinite="error")
+  with pytest.raises(FloatingPointError, match=r"\(norm nan\) in 'a\[1\]', 'c\[1\]': lower"):
+    tx.update(grads, tx.init(grads))
+
+
+# Bad calls -----------------------------------------------------------------------------------------------------------
+
+TREE = {"blocks": {"w": jnp.ones((3, 2)), "gain": jnp.ones(3)}, "head": jnp.asarray(1.0)}
+RULE = "`stacked` must be a function (path, leaf) -> axis, a prefix tree of axes, or the name of an axis"
+WRONG = {
+  "out of range": (
+    {"blocks": {"w": 2, "gain": 0}, "head": None}, ValueError,
+    "`stacked` must give an axis of the leaf, from -2 to 1, got 2 for shape (3, 2) at 'blocks/w': give None for a leaf "
+    "that is not stacked.",
+  ),
+  "below the range": (
+    lambda path, leaf: -2 if path == "blocks/gain" else None, ValueError,
+    "`stacked` must give an axis of the leaf, from -1 to 0, got -2 for shape (3,) at 'blocks/gain': give None for a "
+    "leaf that is not stacked.",
+  ),
+  "too flat": (
+    0, ValueError,
+    "`stacked` must give an axis of the leaf, and a scalar has none, got 0 for shape () at 'head': give None for a "
+    "leaf that is not stacked.",
+  ),
+  "no integer": (
+    lambda path, leaf: "layers", TypeError,
+    f"{RULE}, got 'layers' (str) for the float32[3] at 'blocks/gain': pass an integer.",
+  ),
+  "a bool": (
+    {"blocks": True, "head": None}, TypeError,
+    f"{RULE}, got True (bool) for the float32[3] at 'blocks/gain': pass an integer.",
+  ),
+  "an array": (
+    {"blocks": jnp.asarray(0), "head": None}, TypeError,
+    f"{RULE}, got int32[] for the float32[3] at 'blocks/gain': pass a Python integer; under "
+    "`optax.inject_hyperparams`, name it in `static_args`.",
+  ),
+  "a tree that does not match": ({"blocks": 0}, ValueError, f"{RULE}, got a tree that does not match: "),
+  "a name without metadata": (
+    "layers", ValueError,
+    "`stacked` must name an axis in the metadata of Flax boxes, got 'layers', which no leaf has (no leaf has "
+    "metadata): give `metadata_params` to nn.scan or `transform_metadata` to nnx.scan, or write a function such as "
+    "`lambda path, leaf: 0 if path.startswith('blocks/') else None`.",
+  ),
+  "a function of one argument": (
+    lambda path: 0, TypeError,
+    "`stacked` must take (path, leaf), got a function of (path): write `lambda path, leaf: 0 if "
+    "path.startswith('blocks/') else None`.",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(WRONG))
+@pytest.mark.parametrize("name", cases(sorted(transformations(None)), slow=lambda name: name not in ("leaf", "watch")))
+def test_wrong_stacked(name, case):
+  stacked, kind, message = WRONG[case]
+  with pytest.raises(kind) as caught:
+    transformations(stacked)[name].init(TREE)
+  assert str(caught.value).startswith(message) if message.endswith(": ") else str(caught.value) == message
+  with pytest.raises(kind):
+    clipjax.leaf_norms(TREE, stacked=stacked)
+
+
+def test_a_traced_axis():
+  with pytest.raises(TypeError, match=r"got traced int32\[\] for the .* name it in `static_args`"):
+    jax.jit(lambda axis: clipjax.leaf_norms(TREE["blocks"], stacked=axis))(0)
+  tx = optax.inject_hyperparams(clipjax.clip_by_leaf_norm)(1.0, stacked=0)
+  with pytest.raises(TypeError, match="name it in `static_args`"):
+    tx.init(TREE["blocks"])
+  tx = optax.inject_hyperparams(clipjax.clip_by_leaf_norm, static_args=("stacked",))(1.0, stacked=0)
+  assert tx.init(TREE["blocks"]).inner_state.labels.shape == (6,)
+
+
+def test_another_number_of_layers_than_init_saw():
+  tx = clipjax.watch(stacked={"blocks": 0, "head": None})
+  state = tx.init(TREE)
+  fewer = {"blocks": {"w": jnp.ones((2, 2)), "gain": jnp.ones(3)}, "head": jnp.asarray(1.0)}
+  with pytest.raises(ValueError, match="layers") as caught:
+    tx.update(fewer, state)
+  assert str(caught.value) == (
+    "`updates` must have the 3 layers that `init` saw along axis 0 of 'blocks/w', got float32[2,2]: call `init` with "
+    "the parameters that you train."
+  )
+  with pytest.raises(ValueError, match="`params` must have the 3 layers"):
+    tx.update(TREE, state, fewer)
+
+
+def test_watch_without_numbers_by_leaf_has_no_use_for_it():
+  with pytest.raises(ValueError, match="per_leaf") as caught:
+    clipjax.watch(per_leaf=False, stacked=0)
+  assert str(caught.value) == (
+    "`stacked` must be None with `per_leaf=False`, which keeps no numbers by layer, got both: leave one of them out."
+  )
+
+
+def test_every_function_that_takes_stacked_is_in_the_table():
+  made = {"leaf": "clip_by_leaf_norm", "group": "clip_by_group_norm", "rms": "clip_by_block_rms"}
+  made |= {"agc": "adaptive_grad_clip", "adagc": "adagc", "watch": "watch"}
+  assert set(made) <= set(transformations(None))
+  takes = {name for name in clipjax.__all__ if "stacked" in getattr(getattr(clipjax, name), "__annotations__", {})}
+  assert takes == {*made.values(), "leaf_norms"}
