@@ -22,9 +22,9 @@ BATCH = 8  # Sequences on one device; on many there is one for each.
 
 
 def sharding(mesh_: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-  """Matrices are split over both axes where they divide; everything else is on every device."""
-  divides = len(shape) == 2 and shape[0] % mesh_.shape["x"] == 0 and shape[1] % mesh_.shape["y"] == 0
-  return NamedSharding(mesh_, PartitionSpec("x", "y") if divides else PartitionSpec())
+  """Matrices, and those in a stack, are split over both axes where they divide; the rest is on every device."""
+  divides = len(shape) >= 2 and shape[-2] % mesh_.shape["x"] == 0 and shape[-1] % mesh_.shape["y"] == 0
+  return NamedSharding(mesh_, PartitionSpec(*[None] * (len(shape) - 2), "x", "y") if divides else PartitionSpec())
 
 
 def compiled(clip: optax.GradientTransformation, case: Case, dtype: str, mesh_: Mesh) -> tuple[Any, float]:
@@ -62,7 +62,7 @@ def measured(case: Case, dtype: str, mesh_: Mesh, rounds: int, on_tpu: bool) -> 
   """All clips in one case; compile times are the best of rounds in which the clips take turns."""
   variants: dict[str, dict[str, Any]] = {}
   for _ in range(rounds):
-    for name, clip in clips().items():
+    for name, clip in clips(case).items():
       program, seconds = compiled(clip, case, dtype, mesh_)
       if name not in variants:
         variants[name] = {**facts(program, on_tpu), "compile": seconds}

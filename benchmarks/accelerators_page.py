@@ -12,7 +12,7 @@ from accelerators_targets import EXTRA, TARGETS
 from speed_sections import DASH, table
 from speed_trees import CLIPJAX, NO_CLIP, OPTAX
 
-ORDER = ("one", "tf", "many", "train")
+ORDER = ("one", "tf", "many", "stack", "train")
 BYTES = ("temporaries", "HBM traffic")  # Bounds on bytes; tables give them in MB.
 
 

@@ -29,14 +29,16 @@ class Case(NamedTuple):
     title: what the page calls it.
     shapes: of the parameters, by name.
     trains: whether the step computes its gradients from tokens.
+    stacked: whether the leaves of "blocks/" are layers stacked along axis 0, each with a norm of its own.
   """
 
   title: str
   shapes: Shapes
   trains: bool = False
+  stacked: bool = False
 
 
-def transformer(width: int, blocks: int, vocabulary: int, positions: int) -> Shapes:
+def transformer(width: int, blocks: int, vocabulary: int, positions: int, *, stacked: bool = False) -> Shapes:
   """The leaves of a decoder: embeddings, blocks of attention and MLP with gains and a bias, gain, output."""
   block = {
     "gain1": (width,),
@@ -47,31 +49,43 @@ def transformer(width: int, blocks: int, vocabulary: int, positions: int) -> Sha
     "bias": (4 * width,),
     "down": (4 * width, width),
   }
-  inside = {f"{i}/{name}": shape for i in range(blocks) for name, shape in block.items()}
+  if stacked:
+    inside: Shapes = {f"blocks/{name}": (blocks, *shape) for name, shape in block.items()}
+  else:
+    inside = {f"{i}/{name}": shape for i in range(blocks) for name, shape in block.items()}
   ends = {"gain": (width,), "head": (width, vocabulary), "head_bias": (vocabulary,)}
   return {"embedding": (vocabulary, width), "positions": (positions, width), **inside, **ends}
 
 
 def cases(quick: bool = False) -> dict[str, Case]:
   """The cases by key; a quick run has fewer leaves, for they are what compilers take their time over."""
-  count, blocks = (60, 1) if quick else (300, 4)
+  count, blocks, layers = (60, 1, 6) if quick else (300, 4, 24)
   return {
     "one": Case("one leaf of 16M", {"w": (4096, 4096)}),
     "tf": Case("Transformer of 61 leaves", transformer(512, 8, 8192, 512)),
     "many": Case(f"{count} leaves of 64x64", {f"w{i}": (64, 64) for i in range(count)}),
+    "stack": Case(
+      f"{layers} stacked layers, 12 leaves", transformer(512, layers, 8192, 512, stacked=True), stacked=True
+    ),
     "train": Case("training step", transformer(512, blocks, 8192, SEQUENCE), trains=True),
   }
 
 
-def clips() -> dict[str, optax.GradientTransformation]:
-  """The clips by name; the first is none."""
+def clips(case: Case) -> dict[str, optax.GradientTransformation]:
+  """The clips by name; the first is none. By leaf is by layer where layers are stacked."""
+
+  def layers(path: str, leaf: Any) -> int | None:
+    del leaf
+    return 0 if path.startswith("blocks/") else None
+
+  stacked = layers if case.stacked else None
   return {
     NO_CLIP: optax.identity(),
     OPTAX: optax.clip_by_global_norm(1.0),
     CLIPJAX: clipjax.clip_by_global_norm(1.0),
-    BY_LEAF: clipjax.clip_by_leaf_norm(1.0),
+    BY_LEAF: clipjax.clip_by_leaf_norm(1.0, stacked=stacked),
     ZCLIP: clipjax.zclip(),
-    WATCHED_LEAVES: optax.chain(clipjax.watch(), clipjax.clip_by_global_norm(1.0)),
+    WATCHED_LEAVES: optax.chain(clipjax.watch(stacked=stacked), clipjax.clip_by_global_norm(1.0)),
   }
 
 

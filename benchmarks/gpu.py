@@ -66,9 +66,9 @@ class Steps:
     self.grads = {name: draw(key, shape) for key, (name, shape) in zip(keys, case.shapes.items(), strict=True)}
     self.params = jax.tree.map(jnp.zeros_like, self.grads)
     self.adam = optax.adam(1e-3).init(self.params)
-    self.clips = {name: clip.init(self.params) for name, clip in clips().items()}
+    self.clips = {name: clip.init(self.params) for name, clip in clips(case).items()}
     self.programs = {}
-    for name, clip in clips().items():
+    for name, clip in clips(case).items():
       step = step_of(optax.chain(clip, optax.adam(1e-3)))
       state = (self.clips[name], self.adam)
       self.programs[name] = jax.jit(step, donate_argnums=(1, 2)).lower(self.grads, state, self.params).compile()

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from clipjax import checks, nonfinite
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import NormSpec, norm_dtype
-from clipjax.scaling import Limits, clamp, rescale
+from clipjax.scaling import Limits, Spread, clamp, rescale
 from clipjax.trees import check_real, prepare
 
 
@@ -131,4 +131,4 @@ def _clip(
     norm = jnp.where(norm < 0, np.array(np.nan, dtype), norm)
   limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
   bad = nonfinite.is_bad(norm, [limit])
-  return rescale((0,) * len(leaves), leaves, [Limits.of(norm, limit, limit, bad, eps)]), norm, bad
+  return rescale(Spread((0,) * len(leaves)), leaves, [Limits.of(norm, limit, limit, bad, eps)]), norm, bad

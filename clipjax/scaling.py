@@ -16,6 +16,7 @@ from jax import lax
 
 from clipjax.arithmetic import by_parts, divide, quotient, upcast, widest
 from clipjax.checks import within_range
+from clipjax.stacks import Stacks, split
 
 
 class Limits(NamedTuple):
@@ -68,23 +69,45 @@ def norm_after(norms: jax.Array, limits: Limits) -> jax.Array:
 # Rescaling -----------------------------------------------------------------------------------------------------------
 
 
+class Spread(NamedTuple):
+  """Which limits hold for which leaf; static.
+
+  Attributes:
+    block_of: for each leaf, or slice where leaves are stacked, the index of its block.
+    stacks: which leaves are stacked; where any is, the limits of all blocks come as one `Limits` of shape (n,).
+  """
+
+  block_of: tuple[int, ...]
+  stacks: Stacks = ()
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def rescale(block_of: tuple[int, ...], leaves: Sequence[Any], limits: Sequence[Limits]) -> list[jax.Array]:
-  """Each leaf times the factor of its block.
+def rescale(spread: Spread, leaves: Sequence[Any], limits: Sequence[Limits]) -> list[jax.Array]:
+  """Each leaf times the factor of its block, or the factors of its slices.
 
   Args:
-    block_of: the block of each leaf; static.
+    spread: which limits hold for which leaf.
     leaves: the measured leaves.
     limits: what holds for each block.
   """
   xs = [jnp.asarray(x) for x in leaves]
   dtypes = [upcast(x).real.dtype for x in xs]
+  if spread.stacks:  # All factors together: one for each leaf by itself would be a kernel each.
+    (whole,) = limits
+    of_dtype = {dtype: _of_leaves(spread, factor_of(whole, dtype), xs) for dtype in dict.fromkeys(dtypes)}
+    return [_multiplied(x, of_dtype[dtype][i]) for i, (x, dtype) in enumerate(zip(xs, dtypes, strict=True))]
   # One factor for each block and dtype: leaves of one block share it.
-  factors = {key: factor_of(limits[key[0]], key[1]) for key in zip(block_of, dtypes, strict=True)}
-  return [_multiplied(x, factors[b, dtype]) for x, b, dtype in zip(xs, block_of, dtypes, strict=True)]
+  factors = {key: factor_of(limits[key[0]], key[1]) for key in zip(spread.block_of, dtypes, strict=True)}
+  return [_multiplied(x, factors[b, dtype]) for x, b, dtype in zip(xs, spread.block_of, dtypes, strict=True)]
 
 
 rescale_jit = jax.jit(rescale, static_argnums=0, inline=True)
+
+
+def _of_leaves(spread: Spread, vector: jax.Array, leaves: Sequence[Any]) -> list[jax.Array]:
+  """Of a vector with an entry a block, what each leaf has, in a shape that broadcasts against it."""
+  in_order = spread.block_of == tuple(range(vector.shape[0]))
+  return list(split(vector if in_order else vector[np.array(spread.block_of)], leaves, spread.stacks))
 
 
 @partial(jax.jit, static_argnums=(1, 2))  # Traced and lowered once for all blocks.
@@ -165,13 +188,19 @@ def _rounded_by_hand(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 @rescale.defjvp
-def _rescale_jvp(block_of: tuple[int, ...], primals: Any, tangents: Any) -> Any:
+def _rescale_jvp(spread: Spread, primals: Any, tangents: Any) -> Any:
   (leaves, limits), (dleaves, dlimits) = primals, tangents
+
+  def by_leaf(limits: Sequence[Limits]) -> list[Limits]:
+    if not spread.stacks:
+      return [limits[b] for b in spread.block_of]
+    return [Limits(*fields) for fields in zip(*(_of_leaves(spread, x, leaves) for x in limits[0]), strict=True)]
+
   out = []
-  for x, dx, b in zip(leaves, dleaves, block_of, strict=True):
-    dy = change(widest(x), widest(dx), limits[b], dlimits[b])
-    out.append(jnp.where(limits[b].kept, dx, dy.astype(dx.dtype)))
-  return rescale(block_of, leaves, limits), out
+  for x, dx, block, dblock in zip(leaves, dleaves, by_leaf(limits), by_leaf(dlimits), strict=True):
+    dy = change(widest(x), widest(dx), block, dblock)
+    out.append(jnp.where(block.kept, dx, dy.astype(dx.dtype)))
+  return rescale(spread, leaves, limits), out
 
 
 def change(x: jax.Array, dx: jax.Array, block: Limits, dblock: Limits) -> jax.Array:

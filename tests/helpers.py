@@ -93,6 +93,14 @@ def factories():
   }
 
 
+def operations(jaxpr):
+  """How many operations a program has, with those of the programs in it."""
+  inner = [list(eqn.params.values()) for eqn in jaxpr.eqns]
+  programs = jax.tree.leaves(inner, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+  found = (getattr(x, "jaxpr", x) for x in programs)
+  return len(jaxpr.eqns) + sum(operations(x) for x in found if hasattr(x, "eqns"))
+
+
 def conditionals(jaxpr, platform):
   """How often a program branches on what a step computes, after the choice of a platform."""
   found = 0

@@ -231,7 +231,7 @@ def test_an_all_reduce_sums_256_numbers():
 def test_only_a_training_step_has_a_bound_on_compile_time():
   slow = {CLIPJAX: {"compile": 14.0}}
   failed = [
-    x for key in ("one", "tf", "many", "train") for x in verdicts([case("gpu", key, variants=slow)]) if not x.holds
+    x for key in ("one", "tf", "many", "stack", "train") for x in verdicts([case("gpu", key, variants=slow)]) if not x.holds
   ]
   assert [(x.bound.what, x.clip) for x in failed] == [(COMPILE, CLIPJAX)]
 
@@ -389,7 +389,8 @@ def test_a_gpu_adds_no_long_row_one_after_the_other(dtype):
 @functools.cache
 def compiled(target):
   """The cases of a target that compile in a minute."""
-  return list(accelerators.compile_cases(target, ["tf", "many"], ["float32", "bfloat16"], quick=True))
+  asked = (["tf", "many"], ["float32", "bfloat16"]), (["stack"], ["float32"])
+  return [case for only, dtypes in asked for case in accelerators.compile_cases(target, only, dtypes, quick=True)]
 
 
 @pytest.mark.aot

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_bits_equal, cases, oracle_norm
+from helpers import assert_bits_equal, cases, operations, oracle_norm
 
 import clipjax
 from clipjax import rules
@@ -207,6 +207,16 @@ def test_every_platform_has_the_norms_of_slices(platform, p):
 def test_layers_of_many_entries(axis, magnitude):
   x = jnp.full(tuple(np.insert([2500, 1000], axis, 4).tolist()), magnitude, jnp.float32)
   np.testing.assert_allclose(clipjax.leaf_norms(x, stacked=axis), magnitude * math.sqrt(2.5e6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_program_is_as_long_for_many_layers_as_for_few(name):
+  def length(layers):
+    tree = {"a": jnp.ones((layers, 2, 5)), "b": jnp.ones(4), "c": jnp.ones((3, layers))}
+    tx = transformations({"a": 0, "b": None, "c": 1})[name]
+    return operations(jax.make_jaxpr(tx.update)(tree, tx.init(tree), tree).jaxpr)
+
+  assert length(3) == length(70)
 
 
 def test_a_layer_under_its_limit_keeps_its_bits():

@@ -21,7 +21,7 @@ from clipjax.mesh import varying_axes
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import Measured, NormSpec, end_to_end, first_bad, norm_dtype
 from clipjax.rules.base import no_limit
-from clipjax.scaling import Limits, norm_after, scale_of
+from clipjax.scaling import Limits, Spread, norm_after, scale_of
 from clipjax.stacks import Stack, Stacks, by_slice, is_absent
 from clipjax.transforms.engine import Clip, Decision, transformation
 from clipjax.transforms.state import ClipState
@@ -101,7 +101,7 @@ def adaptive_grad_clip(
     share, least = checks.within_range(clipping), checks.within_range(eps)
     stacks = state.labels.stacks or (None,) * len(weights)
     limits, bad, fields = _decide(units, stacks, on_nonfinite, measured.norms, weights, share, least)
-    return Decision(limits, tuple(range(len(weights))), bad, fields)
+    return Decision(limits, Spread(tuple(range(len(weights)))), bad, fields)
 
   return transformation(
     Clip(label, lambda labels: (), _without_rule, spec=spec, decide=decide, on_nonfinite=on_nonfinite), track

@@ -13,7 +13,7 @@ from clipjax.checks import check_name, check_track
 from clipjax.groups import Labels
 from clipjax.norms.sums import Measured
 from clipjax.rules.base import as_rule, keep_where, no_limit
-from clipjax.scaling import Limits
+from clipjax.scaling import Limits, Spread
 from clipjax.transforms.engine import Clip, Decision, MaxNorm, asked, of_rule, spec_of_blocks, transformation
 from clipjax.transforms.state import ClipState
 from clipjax.trees import Prepared, check_real
@@ -68,15 +68,15 @@ def clip_by_value(
       "clipped": norm > limit,
       "rule": keep_where(bad, state.rule, rule_state),
     }
-    return Decision([whole], state.labels.block_of, bad, fields)
+    return Decision([whole], Spread(state.labels.block_of), bad, fields)
 
   return transformation(
     Clip(label, **of_rule(rule), spec=spec_of_blocks(math.inf), decide=decide, scale=_clamp, axis_name=axis_name), track
   )
 
 
-def _clamp(block_of: tuple[int, ...], leaves: list[Any], limits: list[Limits]) -> list[jax.Array]:
+def _clamp(spread: Spread, leaves: list[Any], limits: list[Limits]) -> list[jax.Array]:
   """Entry by entry: there is no factor that could be NaN."""
-  del block_of
+  del spread
   clamped: list[jax.Array] = scaling.clamp(leaves, limits[0].limit)
   return clamped

@@ -7,7 +7,7 @@ distinguishes one clip from another is how it measures, decides and scales: a `C
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -23,8 +23,8 @@ from clipjax.mesh import axes_size, check_axis_name
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype, spec_of_slices
 from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where
-from clipjax.scaling import Limits, norm_after, rescale_jit, scale_of
-from clipjax.stacks import slice_sizes, split, spread_out
+from clipjax.scaling import Limits, Spread, norm_after, rescale_jit, scale_of
+from clipjax.stacks import slice_sizes, spread_out
 from clipjax.transforms.state import ClipState, check_state, empty_state, next_state
 from clipjax.trees import Prepared, prepare
 
@@ -35,15 +35,15 @@ class Decision(NamedTuple):
   """What a step comes to, before anything is scaled.
 
   Attributes:
-    limits: what holds for each block; where leaves are stacked or have units, for each leaf, of a shape that
-      broadcasts against it.
-    block_of: for each leaf, which of the limits hold for it.
+    limits: what holds for each block; where leaves have units, for each leaf, of a shape that broadcasts against it;
+      where they are stacked, for all blocks in one.
+    spread: which of them hold for which leaf.
     bad: shape (), bool: the step is not finite.
     fields: of the next state.
   """
 
   limits: list[Limits]
-  block_of: tuple[int, ...]
+  spread: Spread
   bad: jax.Array
   fields: dict[str, Any]
 
@@ -61,7 +61,7 @@ class Clip(NamedTuple):
     fit_rule: the state with that of its rule in the right dtypes; raises for the state of another rule.
     spec: `(prepared, labels) -> NormSpec`, what to measure.
     decide: from what was measured, to limits and the fields of the next state.
-    scale: `(block_of, leaves, limits) -> leaves`.
+    scale: `(spread, leaves, limits) -> leaves`.
     on_nonfinite: the policy.
     axis_name: mesh axes.
   """
@@ -98,7 +98,7 @@ def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformati
     # Decide: the rule answers with a limit for each block.
     decision = clip.decide(prepared, measured, now, params)
     # Scale: each leaf by the factor of its block, or as the policy for a nonfinite step has it.
-    scaled = clip.scale(decision.block_of, prepared.measured, decision.limits)
+    scaled = clip.scale(decision.spread, prepared.measured, decision.limits)
     settled = nonfinite.settle(clip.on_nonfinite, prepared, scaled, decision.bad, decision.fields["norm"])
     # Next state: what was measured, and the counters.
     if not track:
@@ -140,12 +140,8 @@ def clip_by_rule(
     bad = nonfinite.is_bad(global_norm, [limit] if target is limit else [limit, target])
     spread = limit if is_global else jnp.broadcast_to(limit, norms.shape)
     whole = Limits.of(norms, spread, spread if target is limit else target, bad, eps)
-    block_of = labels.block_of
-    if labels.stacks:
-      limits, block_of = limits_of_leaves(whole, labels, prepared.measured), tuple(range(len(prepared.measured)))
-    elif is_global:
-      limits = [whole]
-    else:
+    limits = [whole]
+    if not labels.stacks and not is_global:
       limits = [Limits.of(n, _item(limit, b), _item(target, b), bad, eps) for b, n in enumerate(block_norms)]
     after = norm_after(norms, whole)
     if rms:
@@ -159,7 +155,7 @@ def clip_by_rule(
       "clipped": (whole.norm > limit).any(),
       "rule": keep_where(bad, state.rule, rule_state),
     }
-    return Decision(limits, block_of, bad, fields)
+    return Decision(limits, Spread(labels.block_of, labels.stacks), bad, fields)
 
   return transformation(
     Clip(label, **of_rule(rule), spec=spec_of_blocks(p), decide=decide, on_nonfinite=on_nonfinite, axis_name=axis_name),
@@ -196,12 +192,6 @@ def together(norms: jax.Array, labels: Labels, p: float) -> jax.Array:
   for row, block in zip(rows, labels.blocks, strict=True):
     row[: len(block)] = block
   return vector_norm(jnp.concatenate([norms, jnp.zeros(1, norms.dtype)])[rows], p)
-
-
-def limits_of_leaves(whole: Limits, labels: Labels, leaves: Sequence[Any]) -> list[Limits]:
-  """The limits of each leaf, in a shape that broadcasts against it, from those of all blocks."""
-  of_slices = whole if labels.unit == "leaf" else Limits(*(x[np.array(labels.block_of)] for x in whole))
-  return [Limits(*fields) for fields in zip(*(split(x, leaves, labels.stacks) for x in of_slices), strict=True)]
 
 
 def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
