@@ -84,7 +84,7 @@ def _axes_of(tree: Any, stacked: Any, names: Sequence[str], leaves: Sequence[Any
     entries, treedef = jax.tree.flatten(stacked, is_leaf=lambda x: x is None)
     places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(entries))), tree))
   except ValueError as error:
-    raise ValueError(f"{_RULE}, got a tree that does not match: {error}") from None
+    raise ValueError(f"{_RULE}, got a tree that does not match: {_FUNCTION}. JAX says of the tree: {error}") from None
   return [entries[place] for place, leaf in zip(places, jax.tree.leaves(tree), strict=True) if is_measured(leaf)]
 
 
@@ -97,8 +97,9 @@ def _named_axes(tree: Any, name: str) -> list[int | None]:
     known = sorted({axis for axes in named for axis in axes if isinstance(axis, str)})
     has = f"they have {', '.join(map(repr, known))}" if known else "no leaf has metadata"
     raise ValueError(
-      f"`stacked` must name an axis in the metadata of Flax boxes, got {name!r}, which no leaf has ({has}): give "
-      f"`metadata_params` to nn.scan or `transform_metadata` to nnx.scan, or {_FUNCTION}."
+      f"`stacked` must name an axis in the metadata of Flax boxes, got {name!r}, which no leaf has ({has}): give axis "
+      "names to the variables too, and `metadata_params` to nn.scan or `transform_metadata` to the nnx.vmap that "
+      f"makes the layers; or {_FUNCTION}."
     )
   return found
 

@@ -270,5 +270,4 @@ assert not np.array_equal(forgetful["loss"], after["loss"])
 # - A checkpoint that was written with `optax.clip_by_global_norm` restores into
 #   `clipjax.clip_by_global_norm(max_norm, track=False)`, which keeps no state.
 #
-# This is the last of the six notebooks. The [README](../README.md) has the table of all functions, and the way here
-# from Optax, torch, TensorFlow and Keras.
+# Next: [07_scanned_layers](07_scanned_layers.ipynb), a model that keeps all of its layers in one array.
