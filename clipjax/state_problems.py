@@ -103,7 +103,8 @@ def _problem(name: str, state: Any, accumulators: Sequence[Any]) -> str:
   else:
     bad = ~np.isfinite(state.norms).reshape(-1, state.norms.shape[-1]).all(axis=0)
     names = [repr(label) for label, is_bad in zip(labels.block_names, bad, strict=True) if is_bad]
-    where = f"in {labels.unit} {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
+    listed = f"in {labels.unit} {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
+    where = f"in every {labels.unit}" if bad.all() and bad.size > 3 else listed
   norms = state.norm if np.ndim(state.norm) == 0 else state.norm[~state.finite].flat[0]
   remedy = 'look at the batch, or pass on_nonfinite="zero" to drop such steps.'
   return (

@@ -202,6 +202,7 @@ LIMITS = [
   ("HBM traffic", WATCHED_LEAVES, "tpu", "traffic", 10**9 + 4 * 10**7 + 26 * SCALARS),
   ("all-reduces, beyond Optax's", CLIPJAX, "pod", "all_reduces", 1),
   ("all-reduces, beyond Optax's", BY_LEAF, "pod", "all_reduces", 1),
+  ("HBM traffic, by layer", BY_LEAF, "pod", "traffic", 10**9 + 26 * SCALARS),
   (COMPILE, CLIPJAX, "tpu", "compile", 13),
   (COMPILE, BY_LEAF, "gpu", "compile", 13),
 ]
@@ -209,8 +210,9 @@ LIMITS = [
 
 @pytest.mark.parametrize(("what", "clip", "target", "key", "largest"), LIMITS)
 def test_a_bound_holds_at_its_limit_and_not_above(what, clip, target, key, largest):
-  found = [case(target, "train", variants={clip: {key: largest + more}}) for more in (0, 1)]
-  assert [x for x in verdicts([case(target, "train")]) if not x.holds] == []
+  of = "stack" if what.endswith("by layer") else "train"
+  found = [case(target, of, variants={clip: {key: largest + more}}) for more in (0, 1)]
+  assert [x for x in verdicts([case(target, of)]) if not x.holds] == []
   assert [x for x in verdicts(found[:1]) if not x.holds] == []
   failed = [x for x in verdicts(found[1:]) if not x.holds and x.clip == clip]
   assert [(x.bound.what, x.clip, x.target, x.case) for x in failed] == [
@@ -231,7 +233,10 @@ def test_an_all_reduce_sums_256_numbers():
 def test_only_a_training_step_has_a_bound_on_compile_time():
   slow = {CLIPJAX: {"compile": 14.0}}
   failed = [
-    x for key in ("one", "tf", "many", "stack", "train") for x in verdicts([case("gpu", key, variants=slow)]) if not x.holds
+    x
+    for key in ("one", "tf", "many", "stack", "train")
+    for x in verdicts([case("gpu", key, variants=slow)])
+    if not x.holds
   ]
   assert [(x.bound.what, x.clip) for x in failed] == [(COMPILE, CLIPJAX)]
 

@@ -372,12 +372,17 @@ WRONG = {
     f"{RULE}, got int32[] for the float32[3] at 'blocks/gain': pass a Python integer; under "
     "`optax.inject_hyperparams`, name it in `static_args`.",
   ),
-  "a tree that does not match": ({"blocks": 0}, ValueError, f"{RULE}, got a tree that does not match: "),
+  "a tree that does not match": (
+    {"blocks": 0}, ValueError,
+    f"{RULE}, got a tree that does not match: write a function such as `lambda path, leaf: 0 if "
+    "path.startswith('blocks/') else None`. JAX says of the tree: ",
+  ),
   "a name without metadata": (
     "layers", ValueError,
     "`stacked` must name an axis in the metadata of Flax boxes, got 'layers', which no leaf has (no leaf has "
-    "metadata): give `metadata_params` to nn.scan or `transform_metadata` to nnx.scan, or write a function such as "
-    "`lambda path, leaf: 0 if path.startswith('blocks/') else None`.",
+    "metadata): give axis names to the variables too, and `metadata_params` to nn.scan or `transform_metadata` to "
+    "the nnx.vmap that makes the layers; or write a function such as `lambda path, leaf: 0 if "
+    "path.startswith('blocks/') else None`.",
   ),
   "a function of one argument": (
     lambda path: 0, TypeError,
