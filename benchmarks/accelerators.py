@@ -1,9 +1,9 @@
 """What the compilers for TPUs and GPUs make of a clip, without a TPU or a GPU.
 
 Run `python benchmarks/accelerators.py [--target tpu pod gpu] [--only one tf many stack train] [--rounds 2] [--quick]
-[--dtype float32 bfloat16] [--out docs/accelerators.md]`: it prints what it finds, and writes the page and, beside it, the
-numbers as JSON. Cases that are not compiled keep the numbers that the JSON has. `pip install -e ".[aot]"` installs the
-compilers; a target without one is left out. Each target has a process of its own, one after another.
+[--dtype float32 bfloat16] [--out docs/accelerators.md]`: it prints what it finds, and writes the page and, beside it,
+the numbers as JSON. Cases that are not compiled keep the numbers that the JSON has. `pip install -e ".[aot]"` installs
+the compilers; a target without one is left out. Each target has a process of its own, one after another.
 """
 
 import argparse
