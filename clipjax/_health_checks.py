@@ -63,7 +63,7 @@ def _first_layers(view: View) -> str:
         name for name, x in zip(names, rows[0], strict=True) if np.isinf(x) or (quantity == "nonfinite" and x > 0)
       ]
       if layers:
-        return f"; first in {'every leaf' if len(layers) == len(names) > 3 else several(layers)}"
+        return f"; first in {'every leaf' if len(layers) == len(names) > 3 else several(layers, names)}"
   return ""
 
 
@@ -82,7 +82,7 @@ def _zero_gradient(view: View) -> Iterator[Finding]:
     "FAIL",
     "zero-gradient",
     f"{len(zero)} of {len(names)} layers had a gradient of exactly 0 at all {rows} steps at which it was recorded: "
-    f"{several(zero)}. Rule: no layer may, as such a layer does not learn.",
+    f"{several(zero, names)}. Rule: no layer may, as such a layer does not learn.",
     "Look whether the layer is used, behind stop_gradient, or behind units that are dead; a layer that is frozen on "
     "purpose belongs in optax.masked.",
   )
@@ -112,7 +112,7 @@ def _clipped_often(view: View) -> Iterator[Finding]:
       continue
     limits = view.column(f"{name}/max_norm")
     moved = limits.size and limits.max() > 1.001 * limits.min()
-    which = "" if "" in often else f" in {several(list(often))}"
+    which = "" if "" in often else f" in {several(list(often), list(shares))}"
     yield Finding(
       "WARN",
       "clipped-often",

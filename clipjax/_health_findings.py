@@ -128,13 +128,17 @@ class View(NamedTuple):
   def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
     """What was recorded by leaf or group: names (L,), steps (m,) and values (m, L), inf for what was not finite.
 
-    Groups are columns too, with a number at every step, and NaN where there is none.
+    Groups are columns too, with a number at every step, and NaN where there is none; groups of stacked layers, which
+    may be hundreds, are not.
     """
     key = f"{name}/{quantity}"
     keys = [other for other in self.run.columns if other.startswith(f"{key}/")]
     labels = tuple(other.removeprefix(f"{key}/") for other in keys)
-    if key in self.run.vectors and set(labels) != set(self.run.leaves[name]):
-      steps, values = self.run.vectors[key]
-      return self.run.leaves[name], steps, np.where(np.isnan(values), np.inf, values)
+    # A clip of other blocks than the watch of its name has, in the record, their unit at the end.
+    names = (by for by in (name, f"{name}_group", f"{name}_leaf") if f"{by}/{quantity}" in self.run.vectors)
+    by = next(names, None)
+    if by is not None and (not keys or (by == name and set(labels) != set(self.run.leaves[by]))):
+      steps, values = self.run.vectors[f"{by}/{quantity}"]
+      return self.run.leaves[by], steps, np.where(np.isnan(values), np.inf, values)
     columns = [np.where(self.run.flags.get(k, False), np.inf, self.run.columns[k]) for k in keys]
     return labels, self.run.steps, np.stack(columns, 1) if keys else np.zeros((len(self.run.steps), 0))

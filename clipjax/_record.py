@@ -40,7 +40,8 @@ class Recorder:
   `watch(history=N)` the steps between two pushes, up to N, become rows with their norm.
 
   Norms by leaf are written once in `every` pushes, at a step that is not finite, and at a worst step 10% above the last
-  one written; of many steps in a row that are not finite, for the first `every`.
+  one written; of many steps in a row that are not finite, for the first `every`. Slices of stacked layers are leaves
+  in this, and so are groups of them. Numbers by other groups are in every row.
 
   Only process 0 writes. A full disk, or a writer that raises, is a warning, once, and the training goes on; up to
   16 MiB of rows wait until they can be written, beyond that the oldest are dropped. Make the `Recorder` after
@@ -120,7 +121,7 @@ class Recorder:
     packer, arrays = self._packed(opt_state)
     if taken := [key for key in scalars if key in RESERVED or key in packer.metric_keys]:
       raise ValueError(f"`{taken[0]}` must be another key, got one that the Recorder writes itself: rename it.")
-    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+    if any(issubclass(kind, jax.core.Tracer) for kind in {*map(type, arrays)}):
       raise TypeError(_INSIDE_JIT.format("opt_state", "a traced one"))
     if not self._is_alone:
       arrays = [_record_pack.first_shard(x) for x in arrays]
@@ -190,8 +191,8 @@ class Recorder:
     vectors = _fetched([p.vector for p in batch])
     weights = _fetched([p.weights for p in batch])
     rows: list[dict[str, Any]] = []
-    for pushed, words, counts in zip(batch, vectors, weights, strict=True):
-      for row in self._rows.of(pushed, words, counts):
+    for pushed, seen, counts in zip(batch, _seen(batch, vectors), weights, strict=True):
+      for row in self._rows.of(pushed, seen, counts):
         if rows and rows[-1]["step"] == row["step"]:
           merge(rows[-1], row)
         else:
@@ -273,6 +274,19 @@ def _step(step: Any) -> int | None:
   if isinstance(step, jax.Array | np.ndarray) and step.shape == () and jnp.issubdtype(step.dtype, jnp.integer):
     return None if isinstance(step, jax.Array) else int(step)
   raise TypeError(f"`step` must be an integer, got {describe(step)}: pass the number of the step.")
+
+
+def _seen(batch: list[Pushed], vectors: list[Any]) -> list[_record_pack.Seen | None]:
+  """What the vectors hold; all those of one layout are taken apart together."""
+  out: list[_record_pack.Seen | None] = [None] * len(batch)
+  places: dict[_record_pack.Layout, list[int]] = {}
+  for i, (pushed, words) in enumerate(zip(batch, vectors, strict=True)):
+    if words is not None:
+      places.setdefault(pushed.layout, []).append(i)
+  for layout, some in places.items():
+    for i, seen in zip(some, layout.read([vectors[i] for i in some]), strict=True):
+      out[i] = seen
+  return out
 
 
 def _fetched(arrays: list[jax.Array | None]) -> list[Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clipjax._record_text import json_array
 from clipjax._run import RESERVED, checked_path, is_run
 from clipjax.checks import caller_level
 
@@ -37,6 +38,7 @@ class RunFile:
       )
     self.had_rows = size > 0
     self._is_torn = size > 0 and not _ends_with_newline(self.path)
+    self._entry: dict[str, Any] = {}
     self._header = b""
     self._waiting: deque[bytes] = deque()
     self._is_reported = False
@@ -44,10 +46,9 @@ class RunFile:
   def write(self, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Appends rows, and a header before them where it is new or the file is."""
     lines = [_line(row) for row in rows]
-    head = _line(header)
-    if head != self._header:
-      self._header = head
-      lines.insert(0, head)
+    if header != self._entry or not self._header:  # Its text may have the names of thousands of slices.
+      self._entry, self._header = header, _line(header)
+      lines.insert(0, self._header)
     if lines:
       self._waiting.append(b"".join(lines))
     if self._waiting:
@@ -97,8 +98,16 @@ def _ends_with_newline(path: Path) -> bool:
     return file.read() == b"\n"
 
 
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
 def _line(entry: dict[str, Any]) -> bytes:
-  return json.dumps(entry, allow_nan=False).encode() + b"\n"
+  """A row, or a header; what a row has by leaf are vectors."""
+  text = _encode({key: value for key, value in entry.items() if key != "leaf"} if "leaf" in entry else entry)
+  if "leaf" in entry:
+    vectors = ", ".join([f"{_encode(key)}: {json_array(vector)}" for key, vector in entry["leaf"].items()])
+    text = f'{text[:-1]}, "leaf": {{{vectors}}}}}'
+  return text.encode() + b"\n"
 
 
 class Writer:

@@ -7,6 +7,7 @@ states of this package in a large optimizer state is slow, so it is done once: a
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from clipjax._record_text import numbers
 from clipjax.checks import describe
 from clipjax.leaves import is_measured
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
@@ -28,6 +30,7 @@ LOW, HIGH, BINS = -8, 2, 40
 EDGES = np.linspace(LOW, HIGH, BINS + 1)
 _CHUNK = 2**22  # Entries of a leaf that are binned at once; more would take as much memory again as the leaf.
 
+_SHAPE = attrgetter("shape", "dtype")
 _NOT_READ = ("rule", "norm_rule", "loss_rule", "inner_state", "labels")
 
 
@@ -58,6 +61,10 @@ class Seen(NamedTuple):
   rings: dict[str, Ring]
 
 
+_KINDS = ("count", "pushed", "metric", "vector", "ring")
+_ARRAYS = ("vector", "ring")  # Of one entry each; all others are scalars.
+
+
 class _Entry(NamedTuple):
   """A run of words that hold numbers of one dtype: one array, or scalars, each with its key."""
 
@@ -73,32 +80,34 @@ class Layout:
 
   def __init__(self, shapes: Mapping[tuple[str, str], Any]):
     self.entries: list[_Entry] = []
-    start = 0
+    start = self._scalars = 0
     for (kind, dtype, *_), members in _grouped(shapes).items():
       words = sum(int(np.prod(shapes[member].shape)) for member in members) * (dtype.itemsize // 4)
       keys = tuple(key for _, key in members)
       self.entries.append(_Entry(kind, keys, dtype, start, start + words))
       start += words
+      self._scalars = self._scalars if kind in _ARRAYS else start
+    self.metric_keys = tuple(key for kind, key in shapes if kind == "metric")
 
-  def read(self, words: Words) -> Seen:
-    """Takes a vector apart."""
-    found: dict[str, dict[str, Any]] = {kind: {} for kind in ("count", "pushed", "metric", "vector", "ring")}
+  def read(self, vectors: Sequence[Words]) -> list[Seen]:
+    """Takes vectors apart."""
+    # np.stack of numpy 2.4 keeps a tuple for ever.
+    scalars = np.array([words[: self._scalars] for words in vectors])
+    every: list[dict[str, dict[str, Any]]] = [{kind: {} for kind in _KINDS} for _ in vectors]
     for kind, keys, dtype, start, stop in self.entries:
-      values = words[start:stop].view(dtype)
-      if kind in ("vector", "ring"):
-        found[kind][keys[0]] = values
+      if kind in _ARRAYS:
+        for found, words in zip(every, vectors, strict=True):
+          found[kind][keys[0]] = words[start:stop].view(dtype)
       else:
-        found[kind].update(zip(keys, numbers(values), strict=True))
-    count = found["count"]
-    rings = {name: Ring(int(count[f"ring {name}"]), norms) for name, norms in found["ring"].items()}
-    return Seen(count.get("step"), count.get("user_step"), found["pushed"], found["metric"], found["vector"], rings)
+        for found, values in zip(every, numbers(scalars[:, start:stop].view(dtype)), strict=True):
+          found[kind].update(zip(keys, values, strict=True))
+    return [_seen(found) for found in every]
 
 
-def numbers(values: Vector) -> list[float]:
-  """Python numbers; a float32 as the shortest of those that are nearest to it, so that 0.1 is not 0.10000000149."""
-  if values.dtype != np.float32:
-    return values.tolist()  # type: ignore[no-any-return]  # numpy does not say.
-  return [float(f"{x:.9g}") for x in values.tolist()]
+def _seen(found: dict[str, dict[str, Any]]) -> Seen:
+  count = found["count"]
+  rings = {name: Ring(int(count[f"ring {name}"]), norms) for name, norms in found["ring"].items()}
+  return Seen(count.get("step"), count.get("user_step"), found["pushed"], found["metric"], found["vector"], rings)
 
 
 class Packer:
@@ -142,7 +151,7 @@ class Packer:
 
   def pack(self, arrays: list[Any], scalars: dict[str, Any]) -> tuple[jax.Array | None, Layout]:
     """Enqueues the program; the vector is None where there is nothing to pack."""
-    key = (tuple(scalars), tuple([(x.shape, x.dtype) for x in (*arrays, *scalars.values())]))
+    key = (tuple(scalars), *map(_SHAPE, arrays), *map(_SHAPE, scalars.values()))
     layout = self._layouts.get(key)
     if layout is None:
       layout = self._layouts[key] = Layout(jax.eval_shape(self._entries, arrays, scalars))
@@ -171,7 +180,8 @@ class Packer:
       vectors = vectors_of(state)
       for quantity, value in global_numbers(state).items():
         out.setdefault(("metric", f"{source.name}/{quantity}"), value)
-      if state.labels.unit == "group":
+      # With a group for each of hundreds of stacked layers, numbers by group are vectors, as those by leaf are.
+      if state.labels.unit == "group" and not state.labels.stacks:
         by = blocks_name(source.name, source.labels, [(s.name, s.labels) for s in self._sources])
         for quantity, vector in vectors.items():
           for i, label in enumerate(state.labels.block_names):
@@ -252,13 +262,13 @@ def _as_recorded(value: Any) -> jax.Array:
 
 
 def _grouped(shapes: Mapping[tuple[str, str], Any]) -> dict[tuple[str, np.dtype[Any]], list[tuple[str, str]]]:
-  """The entries in the order of the vector: scalars of one kind and dtype together, arrays each by itself."""
+  """The entries in the order of the vector: scalars of one kind and dtype together, then arrays each by itself."""
   out: dict[Any, list[tuple[str, str]]] = {}
   for kind, key in shapes:
     dtype = np.dtype(shapes[kind, key].dtype)
     place = (kind, dtype) if shapes[kind, key].shape == () else (kind, dtype, key)
     out.setdefault(place, []).append((kind, key))
-  return out
+  return dict(sorted(out.items(), key=lambda item: item[0][0] in _ARRAYS))
 
 
 # Parameters ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Steps are taken in the order of the pushes; what a row depends on of those befor
 
 import math
 import warnings
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from clipjax import _record_pack
 from clipjax._record_outputs import RunFile
+from clipjax._record_text import numbers
 from clipjax._run import merge, read_run
 from clipjax.checks import caller_level
 from clipjax.rules.base import is_no_limit
@@ -53,25 +55,24 @@ class Rows:
     self._incomplete: dict[str, Any] | None = None
     self._is_gap_reported = False
 
-  def of(self, pushed: Pushed, words: Any, counts: Any) -> list[dict[str, Any]]:
+  def of(self, pushed: Pushed, seen: _record_pack.Seen | None, counts: Any) -> list[dict[str, Any]]:
     """The rows of the steps in the rings of watches since the last push, then the row of this one."""
-    seen = pushed.layout.read(words) if words is not None else _record_pack.Seen(None, None, {}, {}, {}, {})
+    seen = seen or _record_pack.Seen(None, None, {}, {}, {}, {})
     user_step = pushed.step if pushed.step is not None else seen.user_step
     step = seen.step if seen.step is not None else user_step
     if step is None:  # It was on the device, and could not be read.
       return []
     values: dict[str, Any] = {**pushed.scalars, **seen.pushed}
     between: list[dict[str, Any]] = []
-    vectors: dict[str, Any] = {}
     if seen.step:  # Before the first update nothing has been measured.
-      values |= {key: _limit_as_inf(key, value) for key, value in seen.metrics.items()}
+      values |= seen.metrics
+      values |= {key: math.inf for key in _limits(pushed.layout.metric_keys) if is_no_limit(values[key])}
       between = self._between(step, seen.rings)
-      vectors = {key: _limit_as_inf(key, vector) for key, vector in seen.vectors.items()}
     row = {"step": step, "time": round(pushed.time, 6), **_finite(values)}
     if user_step not in (None, step):
       row["user_step"] = user_step
-    if vectors and self._is_by_leaf_due(pushed.by_leaf, row, seen.metrics):
-      row["leaf"] = {key: _numbers_or_none(vector) for key, vector in vectors.items()}
+    if seen.step and seen.vectors and self._is_by_leaf_due(pushed, row, seen.metrics):
+      row["leaf"] = {key: _limit_as_inf(key, vector) for key, vector in seen.vectors.items()}
     if counts is not None:
       row["weights"] = _record_pack.weights_row(counts)
     self._step = step
@@ -91,15 +92,11 @@ class Rows:
     row, self._incomplete = self._incomplete, None
     return row
 
-  def _is_by_leaf_due(self, is_regular: bool, row: dict[str, Any], measured: dict[str, Any]) -> bool:
-    is_bad = any(_MAY_BE_INF.isdisjoint(key.split("/")) for key in row.get("nonfinite", ()))
+  def _is_by_leaf_due(self, pushed: Pushed, row: dict[str, Any], measured: dict[str, Any]) -> bool:
+    is_bad = any(not _is_of(key, _MAY_BE_INF) for key in row.get("nonfinite", ()))
     self._bad_in_a_row = self._bad_in_a_row + 1 if is_bad else 0
-    worst = {
-      key: (measured[key[: -len("norm")] + "step"], norm)
-      for key, norm in measured.items()
-      if key.endswith("/worst_norm")
-    }
-    due = is_regular or 0 < self._bad_in_a_row <= self._every
+    worst = {norm: (measured[step], measured[norm]) for norm, step in _worst(pushed.layout.metric_keys)}
+    due = pushed.by_leaf or 0 < self._bad_in_a_row <= self._every
     for key, (step, norm) in worst.items():
       written_step, written_norm = self._worst.get(key, (0, 0.0))
       due = due or (step != written_step and not norm <= _WORSE * written_norm)  # Above, or NaN.
@@ -120,7 +117,7 @@ class Rows:
         self._report_gap(name, size, step - last)
       first = max(count - size + 1, 1) if last is None else max(count - size + 1, 1, last - lag + 1)
       for i in range(first, count):
-        norm = _record_pack.numbers(norms[(i - 1) % size : (i - 1) % size + 1])[0]
+        norm = numbers(norms[(i - 1) % size : (i - 1) % size + 1])[0]
         rows.setdefault(i + lag, {"step": i + lag})[f"{name}/norm"] = norm
     if rows and self._step is None and self._file is not None and self._file.had_rows:
       rows = _without_known(rows, str(self._file.path))
@@ -160,13 +157,26 @@ def _without_known(rows: dict[int, dict[str, Any]], path: str) -> dict[int, dict
   return {step: row for step, row in rows.items() if step >= begin}
 
 
-def _limit_as_inf(key: str, value: Any) -> Any:
+def _is_of(key: str, quantities: frozenset[str]) -> bool:
+  """Whether a key is that of one of these quantities, of all leaves or of a group."""
+  return not quantities.isdisjoint(key.split("/"))
+
+
+@lru_cache(64)  # Each row asks for them.
+def _limits(keys: tuple[str, ...]) -> tuple[str, ...]:
+  """Those that are limits."""
+  return tuple(key for key in keys if _is_of(key, _LIMITS))
+
+
+@lru_cache(64)
+def _worst(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+  """Of each watch the keys of the norm and the number of its worst step."""
+  return tuple((key, key[: -len("norm")] + "step") for key in keys if key.endswith("/worst_norm"))
+
+
+def _limit_as_inf(key: str, vector: Any) -> Any:
   """No limit is inf in a row, not the largest number, which stands for it in a state."""
-  if _LIMITS.isdisjoint(key.split("/")):
-    return value
-  if isinstance(value, float):
-    return math.inf if is_no_limit(value) else value
-  return np.where(is_no_limit(value), math.inf, value)
+  return np.where(is_no_limit(vector), math.inf, vector) if _is_of(key, _LIMITS) else vector
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +185,3 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
   if not flags:
     return values
   return {**{key: None if key in flags else value for key, value in values.items()}, "nonfinite": flags}
-
-
-def _numbers_or_none(vector: Any) -> list[float | None]:
-  return [x if math.isfinite(x) else None for x in _record_pack.numbers(vector)]

@@ -5,6 +5,7 @@ have the colours of the caller's matplotlib style, which for the page is `_page.
 `_report_series.thin`; what is said in numbers is not drawn here.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY)
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 WIDE, NARROW = 8.2, 3.9
 PERCENTILES = (50, 90, 99)
+MOST_LINES = 360  # Of the heat map: what a browser draws finer than two pixels, it may leave out.
 BAND, MIDDLE = (1e-4, 1e-2), 1e-3  # Where update over parameter is usual: CS231n, Karpathy.
 
 
@@ -71,19 +73,20 @@ def histogram(norm: Floats, percentiles: Sequence[float], width: float = WIDE) -
 
 def layers(found: Vectors, width: float = WIDE) -> Figure:
   """The norm of each layer, the first on top, against the step, as colour; at most one label for each line of text."""
-  count = len(found.names)
-  height = float(np.clip(0.17 * count + 1.4, 2.2, 8.5))
+  height = float(np.clip(0.17 * len(found.names) + 1.4, 2.2, 8.5))
   figure, axes = _figure(width, height)
   grid = _report_series.time_grid(found.steps, found.values, bins_of(width) // 3)
+  depth = _report_series.by_depth(found.names, grid.values, MOST_LINES)
   axes.set_facecolor("none")
-  image, handles = _draw_grid(axes, grid)
+  image, handles = _draw_grid(axes, grid._replace(values=depth.values))
   bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.02, aspect=40, shrink=0.8, label="norm")
   bar.set_ticks(_ticks(image.norm.vmin, image.norm.vmax, 4 if width < WIDE else 8))
   bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(10.0**x)))
-  each = math.ceil(count / max(1, int((height - 1.2) / 0.16)))
-  at = np.arange(0, count, each)
-  names = [short(name, 18 if width < WIDE else 36) for name in _report_series.without_common(found.names)[::each]]
-  axes.set_yticks(at, names, parse_math=False, fontsize=7.5)
+  labels = _layer_labels(depth, len(depth.values) / max(1, int((height - 1.2) / 0.16)), 18 if width < WIDE else 36)
+  axes.set_yticks(list(labels), list(labels.values()), parse_math=False, fontsize=7.5)
+  for above, below in itertools.pairwise(depth.stacks):
+    if above.size > 1 or below.size > 1:
+      axes.axhline(below.start - 0.5, color="white", linewidth=0.8)
   axes.grid(visible=False)
   _step_axis(axes, np.array([grid.start, grid.stop]), width)
   axes.set_xlim(grid.start, grid.stop)
@@ -237,6 +240,29 @@ def _draw_grid(axes: Axes, grid: _report_series.Grid) -> tuple[Any, list[Patch]]
   )
   marks = ((np.isnan(log), _BAD, "not finite"), (grid.values == 0, _ZERO, "zero"))
   return image, [Patch(color=colour, label=label) for mask, colour, label in marks if mask.any()]
+
+
+def _layer_labels(depth: _report_series.Depth, room: float, length: int) -> dict[float, str]:
+  """The labels of lines of a heat map by their place, `room` lines apart: of stacks, of whole leaves, of depths."""
+  out: dict[float, str] = {}
+
+  def is_free(place: float) -> bool:
+    return all(abs(place - other) >= room for other in out)
+
+  whole = [stack for stack in depth.stacks if stack.size == 1]
+  stacked = sorted((stack for stack in depth.stacks if stack.size > 1), key=lambda stack: -stack.size)
+  for stacks in (stacked, whole):  # Stacks, which may all be of "blocks", leave out what they share.
+    names = _report_series.without_common(tuple(stack.name for stack in stacks))
+    for stack, name in zip(stacks, names, strict=True):
+      if is_free(stack.start):
+        layers = f"[0..{stack.size - 1}]" if stack.size > 1 else ""
+        out[stack.start] = short(name, length - len(layers)) + layers
+  each = next(d * 10**e for e in range(9) for d in (1, 2, 5) if d * 10**e >= room * depth.per)
+  for stack in depth.stacks:
+    for layer in range(each, stack.size, each):
+      if is_free(place := stack.start + layer / depth.per):
+        out[place] = f"[{layer}]"
+  return dict(sorted(out.items()))
 
 
 def _mark(axes: Axes, steps: Ints, mask: Any, bins: int, height: float, **style: Any) -> None:

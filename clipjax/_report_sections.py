@@ -13,7 +13,7 @@ from clipjax import _report_figures, _report_page, _report_series
 from clipjax._report_page import code, text
 from clipjax._report_series import NormSeries, Vectors, column, flag, short
 from clipjax._run import Bools, Floats, Ints, Run
-from clipjax._words import counted, duration, number, percent
+from clipjax._words import Stack, counted, duration, in_stacks, number, percent, several
 
 _MOST_LAYERS = 5  # Named of the worst step.
 
@@ -128,10 +128,17 @@ def _layers(run: Run, name: str) -> list[Section]:
     low, high = int(np.nanargmin(middle)), int(np.nanargmax(middle))
     said.append(f"Smallest median {number(middle[low])} in {short(found.names[low], 60)}, largest {_of(found, high)}.")
   bad = np.flatnonzero(np.isnan(values).any(axis=0))
-  names = ", ".join(short(found.names[i], 60) for i in bad[:_MOST_LAYERS])
+  if len(in_stacks(found.names)) < len(found.names):
+    names = several([found.names[i] for i in bad], found.names)
+  else:
+    names = ", ".join(short(found.names[i], 60) for i in bad[:_MOST_LAYERS])
   said.append(f"{bad.size:,} layers were not finite at some step{': ' + names if bad.size else ''}.")
-  caption = f"One row for each of {len(found.names):,} layers, the first on top. Names are shortened, and where there "
-  caption += f"are many, not every row has one; all are in the table below. {code(f'{name}/norm')}, log scale."
+  caption = f"One row for each of {len(found.names):,} layers, the first on top. "
+  if (per := _report_series.by_depth(found.names, values.T, _report_figures.MOST_LINES).per) > 1:
+    caption = f"{len(found.names):,} layers, the first on top; of a stack, each row has the largest of {per:,} "
+    caption += "neighbours. "
+  caption += "Names are shortened, and where there are many, not every row has one; all are in the table below. "
+  caption += f"{code(f'{name}/norm')}, log scale."
   return [_section(title, partial(_report_figures.layers, found), " ".join(said), caption)]
 
 
@@ -236,17 +243,36 @@ def _table(run: Run, name: str) -> Section:
     return ""
   ratio = _report_series.vectors(run, "update/ratio")
   shares = dict(zip(ratio.names, _medians(ratio.values), strict=True)) if ratio is not None else {}
-  values, middle = found.values, _medians(found.values)
-  rows = []
-  for i, layer in enumerate(found.names):
-    known = values[:, i][np.isfinite(values[:, i])]
-    cells = [number(middle[i]), number(known.max())] if known.size else ["none", "none"]
-    cells.append(f"{int(np.isnan(values[:, i]).sum()):,}")
-    rows.append((code(layer), *cells, *([number(shares[layer])] if layer in shares else [""] if shares else [])))
   head = ["layer", "median norm", "largest", "not finite", *(["update ratio"] if shares else [])]
+  stacks = in_stacks(found.names)
+  rows = [_row(found, stack, shares) for stack in stacks]
   label = f"Layers: {len(found.names):,}; steps at which they were recorded: {found.steps.size:,}"
   inside = f"<details><summary>{label}</summary>{_report_page.table(head, rows, 'cards')}</details>"
+  if len(stacks) < len(found.names):
+    inside += '<p class="soft">Of stacked layers the medians are medians over the layers; each layer is below.</p>'
+  for stack in [stack for stack in stacks if stack.size > 1]:
+    layers = [Stack(found.names[i], i, 1) for i in range(stack.start, stack.start + stack.size)]
+    table = _report_page.table(head, [_row(found, layer, shares) for layer in layers], "cards")
+    inside += f"<details><summary>{stack.size:,} layers of {code(stack.name)}</summary>{table}</details>"
   return f"<section><h2>All layers</h2>{inside}</section>"
+
+
+def _row(found: Vectors, stack: Stack, shares: dict[str, float]) -> list[str]:
+  """The cells of a leaf, or of all layers of a stack together: medians of the layers, and which was the largest."""
+  names = found.names[stack.start : stack.start + stack.size]
+  values = found.values[:, stack.start : stack.start + stack.size]
+  largest = np.where(np.isfinite(values), values, -np.inf).max(axis=0)
+  cells, which = [code(stack.name)], int(largest.argmax())
+  if stack.size > 1:
+    cells = [code(f"{stack.name}[0..{stack.size - 1}]")]
+  if np.isfinite(largest[which]):
+    cells += [number(float(np.nanmedian(_medians(values)))), number(float(largest[which]))]
+    cells[-1] += f" in [{which}]" if stack.size > 1 else ""
+  else:
+    cells += ["none", "none"]
+  cells.append(f"{int(np.isnan(values).sum()):,}")
+  known = [shares[name] for name in names if np.isfinite(shares.get(name, np.nan))]
+  return [*cells, *([number(float(np.median(known))) if known else ""] if shares else [])]
 
 
 # Words --------------------------------------------------------------------------------------------------------------

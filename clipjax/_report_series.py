@@ -4,12 +4,14 @@ Numbers are always of all steps. Only what is drawn is thinned, by `thin`, `thin
 them keeps the extremes. NaN stands for what is absent or was not finite, as in a `Run`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from clipjax._run import Bools, Floats, Ints, Run
 from clipjax._run_norms import acted, main_name, norms_of_run
+from clipjax._words import Stack, in_stacks
 
 
 class NormSeries(NamedTuple):
@@ -232,6 +234,27 @@ def time_grid(steps: Ints, values: Floats, bins: int) -> Grid:
     inside = values[which == i]
     grid[:, i] = inside.max(axis=0) if len(inside) else grid[:, i - 1]
   return Grid(start, stop, grid)
+
+
+class Depth(NamedTuple):
+  """Layers as the lines of a map: `values` (lines, columns), each line the greatest of `per` layers of one stack.
+
+  `stacks` have their place among the lines in `start`, and the number of their layers in `size`.
+  """
+
+  values: Floats
+  stacks: tuple[Stack, ...]
+  per: int
+
+
+def by_depth(names: tuple[str, ...], values: Floats, most: int) -> Depth:
+  """Values (L, columns) with neighbouring layers of a stack in one line where there are more than about `most`."""
+  stacks = in_stacks(names)
+  per = math.ceil(len(names) / most)
+  firsts = [range(stack.start, stack.start + stack.size, per) for stack in stacks]
+  starts = np.cumsum([0, *map(len, firsts)]).tolist()
+  lines: Floats = np.maximum.reduceat(values, np.concatenate(firsts), axis=0)  # NaN is the greatest.
+  return Depth(lines, tuple(s._replace(start=start) for s, start in zip(stacks, starts, strict=False)), per)
 
 
 # Names --------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Run:
 
   `run[key]` is a column, or for a leaf, as in `run["grad/norm/w"]`, its numbers spread over all steps, NaN where none
   were recorded. `run.keys()` are the keys of both kinds, `key in run` and `len(run)`, the number of steps, work too.
+  A slice of stacked layers is a leaf, as in `run["grad/norm/blocks/w[3]"]`.
 
   Attributes:
     path: the file.
@@ -94,10 +95,12 @@ class Run:
     """The vector that a key such as "grad/norm/w" belongs to, and the place of the leaf in it."""
     if not isinstance(key, str):
       return None
-    for vector in self.vectors:
-      leaves = self.leaves[vector.rpartition("/")[0]]
-      if key.startswith(vector + "/") and key[len(vector) + 1 :] in leaves:
-        return vector, leaves.index(key[len(vector) + 1 :])
+    for ending in ("", "_group", "_leaf"):  # Of blocks that are not those of the watch of this name.
+      for vector in self.vectors:
+        name, _, quantity = vector.rpartition("/")
+        start, leaves = f"{name.removesuffix(ending)}/{quantity}/", self.leaves[name]
+        if name.endswith(ending) and key.startswith(start) and key[len(start) :] in leaves:
+          return vector, leaves.index(key[len(start) :])
     return None
 
 

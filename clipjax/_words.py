@@ -1,7 +1,9 @@
 """Numbers, names and steps as the texts of the run wing show them; it loads without JAX."""
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 
 def described(x: Any) -> str:
@@ -25,10 +27,100 @@ def percent(share: float) -> str:
   return f"{100 * share:.3g}%"
 
 
-def several(names: Sequence[str], most: int = 3) -> str:
-  """Names, quoted, which also shows what is not printable; the first few of many."""
-  shown = ", ".join(repr(name) for name in names[:most])
-  return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+_MOST_RANGES = 3  # Of layers that are named; of more, their number is told.
+
+
+class Stack(NamedTuple):
+  """Names that follow each other: of all layers of a stacked leaf, or of one leaf.
+
+  Attributes:
+    name: that of the leaf.
+    start: the place of the first name.
+    size: how many layers; 1 for a leaf that is whole.
+  """
+
+  name: str
+  start: int
+  size: int
+
+
+def in_stacks(names: Sequence[str]) -> list[Stack]:
+  """The names, those of one stack together: "w[0]", "w[1]", "w[2]" are the stack "w"."""
+  out: list[Stack] = []
+  for i, name in enumerate(names):
+    leaf, layer = _layer(name)
+    last = out[-1] if out else None
+    if last is not None and layer == last.size and _layer(names[last.start]) == (leaf, 0):
+      out[-1] = Stack(leaf, last.start, last.size + 1)
+    else:
+      out.append(Stack(name, i, 1))
+  return out
+
+
+def several(names: Sequence[str], among: Sequence[str], most: int = 3) -> str:
+  """Names, quoted, which also shows what is not printable; the first few of many.
+
+  Layers of a stack are said together, and so is one layer of many stacks: "all 24 layers of 'blocks/w'",
+  "'blocks/w[3..7]'", "layer 3 of all 12 stacks".
+
+  Args:
+    names: some of `among`, in their order.
+    among: the names of all leaves or groups.
+    most: how many are said.
+  """
+  sizes = {stack.name: stack.size for stack in in_stacks(among) if stack.size > 1}
+  layers: dict[tuple[str, bool], list[int]] = {}  # By leaf, and whether it is a stack.
+  for name in names:
+    leaf, layer = _layer(name)
+    is_stack = layer >= 0 and leaf in sizes
+    layers.setdefault((leaf if is_stack else name, is_stack), []).append(layer)
+  alike: dict[tuple[int, ...], list[str]] = {}
+  for (leaf, is_stack), some in layers.items():
+    if is_stack:
+      alike.setdefault(tuple(some), []).append(leaf)
+  said: list[tuple[str, int]] = []  # Each with the number of its names.
+  for (leaf, is_stack), some in layers.items():
+    others = alike[tuple(some)] if is_stack else []
+    if len(others) > most or 1 < len(others) == len(sizes):
+      if leaf == others[0]:
+        said.append((_of_stacks(some, others, sizes, most), len(some) * len(others)))
+    elif is_stack and len(some) == sizes[leaf]:
+      said.append((f"all {len(some)} layers of {leaf!r}", len(some)))
+    else:
+      said.append((_of_stack(leaf, some) if is_stack else repr(leaf), len(some)))
+  shown = ", ".join(text for text, _ in said[:most])
+  left = sum(count for _, count in said[most:])
+  return f"{shown} and {left} more" if left else shown
+
+
+def _of_stacks(layers: Sequence[int], leaves: Sequence[str], sizes: dict[str, int], most: int) -> str:
+  """The same layers of many stacks."""
+  ranges = _ranges(layers)
+  which = f"layer{'s' if len(layers) > 1 else ''} {', '.join(ranges)}"
+  if len(layers) == sizes[leaves[0]] or len(ranges) > _MOST_RANGES:
+    which = f"{'all ' if len(layers) == sizes[leaves[0]] else ''}{len(layers)} layers"
+  if len(leaves) == len(sizes):
+    return f"{which} of all {len(leaves)} stacks"
+  return f"{which} of {len(leaves)} stacks ({', '.join(map(repr, leaves[:most]))} and {len(leaves) - most} more)"
+
+
+def _layer(name: str) -> tuple[str, int]:
+  """The leaf and the number of a layer of it; the name and -1 where it is none."""
+  match = re.fullmatch(r"(.*)\[(0|[1-9][0-9]{0,8})\]", name, re.DOTALL)
+  return (match[1], int(match[2])) if match else (name, -1)
+
+
+def _of_stack(leaf: str, layers: Sequence[int]) -> str:
+  """Some layers of one stack."""
+  ranges = _ranges(layers)
+  return f"{len(layers)} layers of {leaf!r}" if len(ranges) > _MOST_RANGES else repr(f"{leaf}[{', '.join(ranges)}]")
+
+
+def _ranges(layers: Iterable[int]) -> list[str]:
+  """Ascending numbers, neighbours together: 0 and 3..7."""
+  groups = itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0])
+  runs = [[layer for _, layer in group] for _, group in groups]
+  return [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
 
 
 def at_steps(steps: Any) -> str:
