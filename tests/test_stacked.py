@@ -130,7 +130,9 @@ def test_stacked_is_as_unrolled(name):
   for bad in (jnp.nan, jnp.inf):
     state = pair.check(with_bad(steps, bad))
     assert state.nonfinite_steps == 2
-    if name != "watch":  # A NaN comes first, and without one the first inf.
+    if name == "watch":
+      assert {n for n, count in zip(NAMES, state.nonfinite, strict=True) if count} == {"a[1]", "c[2]"}
+    else:  # A NaN comes first, and without one the first inf.
       assert NAMES[state.nonfinite_leaf] == "a[1]"
     with pytest.raises(FloatingPointError, match=r"a\[1\]|in group '1\]', '2\]'"):
       clipjax.raise_if_nonfinite(state)
