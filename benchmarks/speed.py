@@ -26,6 +26,7 @@ HOMES = {
   "norm": ("speed_gradients", "norm"),
   "clip": ("speed_gradients", "clip"),
   "adam": ("speed_adam", "adam"),
+  "stacked": ("speed_adam", "stacked"),
   "compile": ("speed_adam", "compile_time"),
   "train": ("speed_training", "train"),
   "eager": ("speed_gradients", "eager"),

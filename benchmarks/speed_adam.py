@@ -19,6 +19,7 @@ from speed_peers import PAUSE, Plan, dtypes, peer_turns, started
 from speed_trees import (
   AUTOCLIP,
   BY_GROUP,
+  BY_LAYER,
   BY_LEAF,
   CLIPJAX,
   LOOK,
@@ -159,6 +160,27 @@ def measured(plan: Plan, tree: Tree, dtype: str, names: tuple[str, ...]) -> Case
   for name, size in sizes.items():
     variants[name]["temporaries"] = size
   return case_of(tree, dtype, variants)
+
+
+def stacked(plan: Plan) -> list[Case]:
+  """What a clip by leaf adds where 24 layers are stacked in each leaf, and where each of these layers is a leaf."""
+  layers, width = (3, 32) if plan.quick else (24, 256)
+  of_layer = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width), (width,), (width,)]
+  cases = []
+  for axis in (0, 1):
+    shapes = [(*shape[:axis], layers, *shape[axis:]) for shape in of_layer]
+    tree = Tree(f"axis {axis}", f"{layers} layers stacked along axis {axis}", shapes)
+    limit = half_norm(tree.parameters // len(shapes))
+    variants = {
+      NO_CLIP: optax.identity(),
+      OPTAX: optax.clip_by_global_norm(half_norm(tree.parameters)),
+      BY_LEAF: clipjax.clip_by_leaf_norm(limit),
+      BY_LAYER: clipjax.clip_by_leaf_norm(limit / math.sqrt(layers), stacked=axis),
+    }
+    for dtype in ("float32", "bfloat16"):
+      steps = Steps(variants, gradients(shapes, dtype), gradients(shapes, dtype))
+      cases.append(case_of(tree, dtype, {**summary(interleave(steps.turns(), plan.rounds), NO_CLIP)}))
+  return cases
 
 
 def compile_time(plan: Plan) -> list[Case]:

@@ -6,6 +6,8 @@ from typing import Any
 import speed_targets
 from speed_trees import (
   AT_ONCE,
+  BY_LAYER,
+  BY_LEAF,
   CLIPJAX,
   EAGER,
   IN_TURN,
@@ -168,6 +170,26 @@ def torch_rows(cases: Sequence[Case]) -> list[list[str]]:
   return rows
 
 
+def stacked_text(section: Json) -> list[str]:
+  """Layers that are leaves of their own."""
+  rows = []
+  for case in section["cases"]:
+    v = case["variants"]
+    for name in (NO_CLIP, OPTAX, BY_LEAF, BY_LAYER):
+      ratio = None if name == NO_CLIP else speed_targets.layers_ratio(v, name)
+      cells = (ms(v[name]["median"]), ms(v[name]["min"]), DASH if name == NO_CLIP else ms(v[name]["added"]))
+      rows.append((case["tree"], case["dtype"], name, *cells, DASH if ratio is None else f"{ratio:.2f}"))
+  case = section["cases"][0]
+  head = ("tree", "dtype", "clip", "step, ms", "fastest", "added, ms", "added / by leaf")
+  return [
+    f"A step of Adam, {case['parameters']:,} parameters in {case['leaves']} arrays. By leaf each array has one norm; "
+    "with `stacked=` each of its layers has one.",
+    "",
+    *table(head, rows, left=3),
+    *notes(section),
+  ]
+
+
 def compile_text(section: Json) -> list[str]:
   """Compile times."""
   lines = []
@@ -289,6 +311,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Json], list[str]]]] = {
   "norm": ("The norm alone", norm_text),
   "clip": ("The clip alone", clip_text),
   "adam": ("What a clip adds to Adam", adam_text),
+  "stacked": ("Stacked layers", stacked_text),
   "compile": ("Compile time", compile_text),
   "train": ("A whole training step", train_text),
   "eager": ("Eager calls", eager_text),

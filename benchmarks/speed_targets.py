@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from speed_trees import (
   AT_ONCE,
+  BY_LAYER,
   BY_LEAF,
   CLIPJAX,
   EAGER,
@@ -68,6 +69,12 @@ def watched_ratio(v: Variants) -> float:
   return (base + added) / (base + float(v[CLIPJAX]["added"]))
 
 
+def layers_ratio(v: Variants, name: str) -> float | None:
+  """What a clip adds over what the clip by leaf adds; None where that adds nothing."""
+  base = float(v[BY_LEAF]["added"])
+  return float(v[name]["added"]) / base if base > 0 else None
+
+
 def over(v: Variants, a: str, b: str, of: str = "median") -> float:
   """The time of one variant over that of another."""
   ratio: float = v[a][of] / v[b][of]
@@ -82,7 +89,7 @@ def ahead_of(v: Variants, names: Iterable[str]) -> float | None:
 
 def targets(data: Mapping[str, Any]) -> list[Target]:
   """Every row, in the order of the page."""
-  return [*adam_targets(data), *compile_targets(data), *norm_targets(data), *step_targets(data)]
+  return [*adam_targets(data), *stacked_targets(data), *compile_targets(data), *norm_targets(data), *step_targets(data)]
 
 
 def adam_targets(data: Mapping[str, Any]) -> list[Target]:
@@ -111,6 +118,17 @@ def adam_targets(data: Mapping[str, Any]) -> list[Target]:
       text = f"{share:.1%} (Optax {case['variants'][OPTAX]['temporaries'] / case['bytes']:.0%})"
     what = f"temporaries, over the bytes of the gradient: {named(case, key)}, float32"
     rows.append(at_most(what, "adam", 0.02, share, text, "{:.0%}"))
+  return rows
+
+
+def stacked_targets(data: Mapping[str, Any]) -> list[Target]:
+  """What norms of layers add, over norms of whole arrays."""
+  rows = []
+  for axis in (0, 1):
+    case = find(data, "stacked", f"axis {axis}")
+    ratio = layers_ratio(case["variants"], BY_LAYER) if case else None
+    what = f"added to Adam with `stacked=`, over by leaf: {case['tree'] if case else f'layers along axis {axis}'}"
+    rows.append(at_most(what, "stacked", 1.3, ratio, "" if ratio is None else f"{ratio:.2f}"))
   return rows
 
 

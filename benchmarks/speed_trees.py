@@ -20,6 +20,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SUM, PLAIN, NO_CLIP, OPTAX, CLIPJAX = "jnp.sum", "plain", "no clip", "Optax", "clipjax"
 LEAF_NORMS = "clipjax.leaf_norms"
 UNTRACKED, BY_LEAF, BY_GROUP = "clipjax, track=False", "clipjax, by leaf", "clipjax, by group"
+BY_LAYER = "clipjax, by leaf, stacked="
 AUTOCLIP, ZCLIP = "clipjax.autoclip", "clipjax.zclip"
 WATCHED, WATCHED_LEAVES = "watch(per_leaf=False) + clipjax", "watch() + clipjax"
 LOOK = "watch() + clipjax, a step that looks"
