@@ -133,8 +133,31 @@ def without_reduced(x: Any) -> Any:
 
 def replicated(x: jax.Array) -> jax.Array:
   """A small array whose type has no explicit mesh axes: JAX puts no arrays together that are sharded differently."""
-  spec = getattr(jax.typeof(x).sharding, "spec", ())
-  return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if any(axes is not None for axes in spec) else x
+  return _resharded(x, x, ()) if any(axes is not None for axes in _explicit_spec(x)) else x
+
+
+def split_as(x: jax.Array, leaf: Any, axis: int) -> jax.Array:
+  """A small array that broadcasts against a leaf, split along one axis as an explicit type says that the leaf is.
+
+  JAX broadcasts what is whole, but chooses between no arrays of one shape that are sharded differently.
+  """
+  spec = _explicit_spec(leaf)
+  axes = spec[axis] if axis < len(spec) else None
+  return x if axes is None else _resharded(x, leaf, (*(None,) * axis, axes))
+
+
+def _explicit_spec(x: Any) -> Sequence[Any]:
+  """For each array axis the explicit mesh axes that the type has there."""
+  spec: Sequence[Any] = getattr(jax.typeof(x).sharding, "spec", ())
+  return spec
+
+
+def _resharded(x: jax.Array, leaf: Any, spec: Sequence[Any]) -> jax.Array:
+  """The array with another spec on the mesh of a leaf, which need not be the one that is set around."""
+  resharded: jax.Array = jax.sharding.reshard(
+    x, jax.sharding.NamedSharding(_sharding_of(leaf).mesh, jax.sharding.PartitionSpec(*spec))
+  )
+  return resharded
 
 
 def varying_axes(x: Any) -> Axes:

@@ -180,12 +180,13 @@ def split(vector: jax.Array, leaves: Sequence[Any], stacks: Stacks) -> Iterator[
     else:
       shape = [1] * jnp.ndim(leaf)
       shape[stack.axis] = stack.size
-      yield vector[start : start + stack.size].reshape(shape)
+      yield mesh.split_as(vector[start : start + stack.size].reshape(shape), leaf, stack.axis)
       start += stack.size
 
 
 def by_slice(x: Any, stack: Stack | None) -> Any:
-  """A leaf, or what broadcasts against it, as a matrix with a row for each slice."""
+  """What broadcasts against a leaf, such as the norms of its units, as a matrix with a row for each slice."""
+  x = mesh.replicated(x)  # JAX merges no axes of which an explicit mesh splits one.
   if stack is None:
     return x.reshape(1, x.size)
   return jnp.moveaxis(x, stack.axis, 0).reshape(stack.size, x.size // max(stack.size, 1))

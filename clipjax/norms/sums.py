@@ -381,7 +381,7 @@ def stack(values: Iterable[jax.Array], dtype: Any, *, barrier: bool = False) -> 
 
 def end_to_end(values: Iterable[jax.Array], dtype: Any) -> jax.Array:
   """Arrays of any shapes as one vector, of shape (0,) where there are none."""
-  flat = [mesh.replicated(lax.convert_element_type(v, dtype).ravel()) for v in values]
+  flat = [mesh.replicated(lax.convert_element_type(v, dtype)).ravel() for v in values]
   return jnp.concatenate(flat) if flat else jnp.zeros((0,), dtype)
 
 

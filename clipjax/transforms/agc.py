@@ -90,7 +90,8 @@ def adaptive_grad_clip(
   checks.check_policy(on_nonfinite)
   axis = _checked_axis(axis)
   checks.check_track(track, "clipping")
-  label = partial(Labels.of, name=checks.check_name(name), unit="leaf", stacked=stacked)
+  # With a name there is no error at `init` inside shard_map: `update` has one that says more.
+  label = partial(Labels.of, name=checks.check_name(name), unit="leaf", stacked=stacked, axis_name=())
 
   def spec(prepared: Prepared, labels: Labels) -> NormSpec:
     return _spec_of_units(prepared.measured, labels, axis)

@@ -98,8 +98,9 @@ def clip_by_leaf_norm(
     ord: as in `clip_by_global_norm`.
     stacked: which axis of a leaf counts layers, where layers are stacked in one array, as `nn.scan` and `nnx.scan` keep
       them: `(path, leaf) -> axis or None`, a prefix tree of axes, or the name of that axis in the metadata of Flax
-      boxes, such as "layers". Each slice is then a leaf of its own, `blocks/w[3]`. Under `optax.inject_hyperparams`
-      name it in `static_args`.
+      boxes, such as "layers". Each slice is then a leaf of its own, `blocks/w[3]`. By a name, leaves that carry none
+      stay whole, as biases under `nn.scan` do whose initializer makes no box; a function finds them too. Under
+      `optax.inject_hyperparams` name it in `static_args`.
     eps: as in `clip_by_global_norm`.
     on_nonfinite: as in `clip_by_global_norm`.
     axis_name: as in `clip_by_global_norm`.

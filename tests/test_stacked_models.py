@@ -1,0 +1,346 @@
+"""Models that scan over their layers, of each library: the same steps as of the model unrolled, and layers by name.
+
+Every model is trained for some steps with a watch and clips that know of its layers. The oracle gets the same gradients
+with each layer as a leaf of its own, and knows nothing of layers.
+"""
+
+import re
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import cases
+from jax import lax
+from jax.sharding import AxisType
+from unrolled import assert_as_unrolled, assert_same_numbers, slices_of, unrolled
+
+import clipjax
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # As users have it; the libraries need it.
+
+LAYERS, WIDTH, STEPS = 2, 4, 4
+
+
+def batches():
+  """Inputs and targets of few examples, so that norms rise and fall from step to step."""
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(STEPS, 3, WIDTH)), rng.normal(size=(STEPS, 3, 2))
+  return list(zip(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32), strict=True))
+
+
+def optimizer(stacked=None, *, units=False):
+  """Norms by layer in a watch, under a rule with averages, and, with `units`, of units against their parameters."""
+  of_units = [clipjax.adaptive_grad_clip(0.3, stacked=stacked, name="units")] if units else []
+  rule = clipjax.adagc(1.01, warmup_steps=1, max_norm=10.0, stacked=stacked)
+  return optax.chain(clipjax.watch(stacked=stacked, history=2), rule, *of_units, optax.sgd(0.1))
+
+
+def with_bad_layer(grads, leaf, axis, layer):
+  """The gradients with NaN in one layer of one leaf."""
+
+  def mended(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return x.at[(slice(None),) * axis + (layer,)].set(jnp.nan) if name in (leaf, f"{leaf}/value") else x
+
+  return jax.tree_util.tree_map_with_path(mended, grads)
+
+
+def assert_trains_as_unrolled(gradient, params, stacked, axis_of, bad, *, plain=lambda tree: tree, units=False):
+  """Trains a model beside itself unrolled, and at last with a layer that is not finite.
+
+  Args:
+    gradient: `(params, x, y) -> grads`, in which a leaf may be None.
+    params: of the model.
+    stacked: what the clips are told.
+    axis_of: `name -> axis of its layers or None`.
+    bad: a leaf, the axis of its layers and the layer that becomes NaN.
+    plain: takes boxes off a tree.
+    units: whether the units of layers are clipped too.
+  """
+  tx, each = optimizer(stacked, units=units), optimizer(units=units)
+  layers = lambda tree: unrolled(plain(tree), axis_of, LAYERS)  # noqa: E731
+  state, of_each = tx.init(params), each.init(layers(params))
+  gradient, update, update_each = jax.jit(gradient), jax.jit(tx.update), jax.jit(each.update)
+  for x, y in batches():
+    grads = gradient(params, x, y)
+    updates, state = update(grads, state, params)
+    want, of_each = update_each(layers(grads), of_each, layers(params))
+    assert_as_unrolled((plain(updates), state), (want, of_each), axis_of, LAYERS)
+    params = jax.tree.map(lambda p, u: p if u is None else p + u, params, updates, is_leaf=lambda x: x is None)
+  assert update._cache_size() == 1
+  names = slices_of(state)[0]
+  assert sum("[" in name for name in names) >= LAYERS
+  scale, norms = np.asarray(state[1].scale), np.asarray(state[0].norms)
+  assert 0 < np.sum(scale < 1) < scale.size
+  assert np.unique(norms[norms > 0]).size == np.sum(norms > 0)  # What is exchanged would be seen.
+  assert clipjax.metrics(state, per_leaf=True).keys() == clipjax.metrics(of_each, per_leaf=True).keys()
+  _, state = update(with_bad_layer(grads, *bad), state, params)
+  with pytest.raises(FloatingPointError) as error:
+    clipjax.raise_if_nonfinite(state)
+  name = f"{bad[0]}[{bad[2]}]"
+  assert str(error.value).startswith(f"step {STEPS + 1} of 'grad' was not finite: norm nan, in leaf '{name}'. ")
+  assert clipjax.metrics(state, per_leaf=True)[f"grad/nonfinite/{name}"] > 0
+  return names
+
+
+# Flax Linen ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+  """A layer, whose weights may be in boxes with the names of their axes, but not its biases."""
+
+  boxed: object
+
+  @nn.compact
+  def __call__(self, x, _):
+    init = nn.initializers.lecun_normal()
+    kernel_init = init if self.boxed is None else self.boxed(init, ("in", "out"))
+    return x + jnp.tanh(nn.Dense(WIDTH, kernel_init=kernel_init, name="dense")(x)), None
+
+
+class Scanned(nn.Module):
+  """A scan over layers, of parameters that are stacked along an axis."""
+
+  boxed: object
+  axis: int
+
+  @nn.compact
+  def __call__(self, x):
+    scan = nn.scan(
+      Block,
+      variable_axes={"params": self.axis},
+      split_rngs={"params": True},
+      length=LAYERS,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return nn.Dense(2, name="head")(scan(self.boxed, name="blocks")(x, None)[0])
+
+
+def in_blocks(axis):
+  return lambda name, leaf=None: axis if name.startswith("blocks/") else None
+
+
+def linen(boxed, axis):
+  """The parameters of a model, and its gradient."""
+  model = Scanned(boxed, axis)
+  params = model.init(jax.random.key(0), batches()[0][0])["params"]
+  loss = lambda params, x, y: jnp.mean((model.apply({"params": params}, x) - y) ** 2)  # noqa: E731
+  return params, jax.grad(loss)
+
+
+# 1 is where MaxText has its layers.
+@pytest.mark.parametrize(
+  ("boxed", "axis"),
+  [(nn.with_partitioning, 0), (nn.with_logical_partitioning, 1)],
+  ids=["partitioned, axis 0", "logically partitioned, axis 1"],
+)
+def test_linen_by_the_name_of_the_axis(boxed, axis):
+  params, gradient = linen(boxed, axis)
+  # A bias has no box, and with it no name: its layers are one leaf.
+  axis_of = lambda name: axis if name == "blocks/dense/kernel" else None  # noqa: E731
+  bad = ("blocks/dense/kernel", axis, 1)
+  names = assert_trains_as_unrolled(gradient, params, "layers", axis_of, bad, plain=nn.meta.unbox)
+  assert names == (
+    "blocks/dense/bias", *(f"blocks/dense/kernel[{i}]" for i in range(LAYERS)), "head/bias", "head/kernel",
+  )  # fmt: skip
+
+
+def test_linen_without_boxes():
+  params, gradient = linen(None, 1)
+  names = assert_trains_as_unrolled(gradient, params, in_blocks(1), in_blocks(1), ("blocks/dense/bias", 1, 0))
+  assert names[:2] == ("blocks/dense/bias[0]", "blocks/dense/bias[1]") and len(names) == 2 * LAYERS + 2
+
+
+# Flax NNX ------------------------------------------------------------------------------------------------------------
+
+
+class NNXBlock(nnx.Module):
+  def __init__(self, rngs, names):
+    init = nnx.initializers.lecun_normal()
+    self.linear = nnx.Linear(
+      WIDTH, WIDTH, rngs=rngs, kernel_init=nnx.with_partitioning(init, names) if names else init
+    )  # fmt: skip
+
+
+class NNXScanned(nnx.Module):
+  """Layers that `nnx.vmap` has made, and `nnx.scan` goes over."""
+
+  def __init__(self, axis, names=None):
+    rngs, named = nnx.Rngs(0), {nnx.PARTITION_NAME: "layers"}
+    make = nnx.vmap(lambda rngs: NNXBlock(rngs, names), in_axes=0, out_axes=axis, transform_metadata=named)
+    self.blocks = nnx.split_rngs(splits=LAYERS)(make)(rngs)
+    self.head = nnx.Linear(WIDTH, 2, rngs=rngs)
+    self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+    self._scan = nnx.scan(
+      lambda block, x: x + jnp.tanh(block.linear(x)),
+      in_axes=(axis, nnx.Carry),
+      out_axes=nnx.Carry,
+      transform_metadata=named,
+    )
+
+  def __call__(self, x):
+    self.calls[...] += 1
+    return self.head(self._scan(self.blocks, x))
+
+
+@pytest.mark.parametrize(("by_name", "axis"), cases([(True, 1), (False, 0)], {(False, 0)}))
+def test_nnx(by_name, axis):
+  # Names of axes are those of a mesh, which there must be one of; by None what is on each device as a whole.
+  mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+  with jax.set_mesh(mesh):
+    model = NNXScanned(axis, (None, "model") if by_name else None)
+    optimizer_of_model = nnx.Optimizer(model, optimizer("layers" if by_name else in_blocks(axis)), wrt=nnx.Param)
+    axis_of = (lambda name: axis if name == "blocks/linear/kernel" else None) if by_name else in_blocks(axis)
+    layers = lambda state: unrolled(nnx.to_pure_dict(state), axis_of)  # noqa: E731
+    each = optimizer()
+    of_each, update_each = each.init(layers(nnx.state(model, nnx.Param))), jax.jit(each.update)
+    graph, everything = nnx.split((model, optimizer_of_model))
+
+    @jax.jit
+    def step(everything, x, y, noise):
+      model, opt = nnx.merge(graph, everything)
+      grads = nnx.grad(lambda m: jnp.mean((m(x) - y) ** 2))(model)
+      grads["blocks"]["linear"]["kernel"][...] += noise
+      opt.update(model, grads)
+      return nnx.split((model, opt))[1], nnx.state(grads)
+
+    shape = model.blocks.linear.kernel.shape
+    for x, y in batches():
+      before = layers(nnx.state(nnx.merge(graph, everything)[0], nnx.Param))
+      everything, grads = step(everything, x, y, jnp.zeros(shape))
+      want, of_each = update_each(layers(grads), of_each, before)
+      model, opt = nnx.merge(graph, everything)
+      assert_same_numbers(layers(nnx.state(model, nnx.Param)), optax.apply_updates(before, want), rtol=1e-5)
+      mine, theirs = (clipjax.metrics(state, per_leaf=True) for state in (opt, of_each))
+      assert mine.keys() == theirs.keys()
+      assert_same_numbers(mine, theirs)
+    assert 0 < np.sum(of_each[1].scale < 1) < of_each[1].scale.size and model.calls[...] == STEPS
+    assert opt.opt_state[0].labels.slices == slices_of(of_each)[0]
+    bad = jnp.zeros(shape).at[(slice(None),) * axis + (1,)].set(jnp.inf)
+    _, opt = nnx.merge(graph, step(everything, x, y, bad)[0])
+    with pytest.raises(FloatingPointError, match=re.escape("norm inf, in leaf 'blocks/linear/kernel[1]'. ")):
+      clipjax.raise_if_nonfinite(opt)
+
+
+# Equinox -------------------------------------------------------------------------------------------------------------
+
+
+class EquinoxBlock(eqx.Module):
+  linear: eqx.nn.Linear
+  gate: jax.Array  # One number a layer.
+  activation: object
+
+  def __init__(self, key):
+    self.linear = eqx.nn.Linear(WIDTH, WIDTH, use_bias=False, key=key)
+    self.gate, self.activation = jax.random.uniform(key), jnp.tanh
+
+
+class EquinoxScanned(eqx.Module):
+  """Layers that `filter_vmap` has made, a count that is no float, and what is None where arrays are asked for."""
+
+  blocks: EquinoxBlock
+  head: eqx.nn.Linear
+  calls: jax.Array
+
+  def __init__(self, key):
+    keys = jax.random.split(key, LAYERS)
+    self.blocks = eqx.filter_vmap(EquinoxBlock)(keys)
+    self.head = eqx.nn.Linear(WIDTH, 2, key=key)
+    self.calls = jnp.zeros((LAYERS,), jnp.int32)
+
+  def __call__(self, x):
+    arrays, static = eqx.partition(self.blocks, eqx.is_array)
+
+    def layer(x, arrays):
+      block = eqx.combine(arrays, static)
+      return x + block.gate * block.activation(block.linear(x)), None
+
+    return self.head(lax.scan(layer, x, arrays)[0])
+
+
+@pytest.mark.parametrize("form", ["function", "module of axes", "module with one axis for all blocks"])
+def test_equinox(form):
+  model = EquinoxScanned(jax.random.key(0))
+  params, static = eqx.partition(model, eqx.is_inexact_array)
+  nowhere = jax.tree.map(lambda _: None, params)
+  axes = {
+    "function": in_blocks(0),
+    "module of axes": eqx.tree_at(
+      lambda m: m.blocks, nowhere, jax.tree.map(lambda _: 0, params.blocks), is_leaf=lambda x: x is None
+    ),
+    "module with one axis for all blocks": eqx.tree_at(lambda m: m.blocks, nowhere, 0),
+  }[form]
+  loss = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)  # noqa: E731
+
+  def gradient(params, x, y):
+    return eqx.filter_grad(loss)(eqx.combine(params, static), x, y)
+
+  assert gradient(params, *batches()[0]).blocks.activation is None and params.calls is None
+  names = assert_trains_as_unrolled(gradient, params, axes, in_blocks(0), ("blocks/gate", 0, 1))
+  weights, gates = ([f"blocks/{kind}[{i}]" for i in range(LAYERS)] for kind in ("linear/weight", "gate"))
+  assert names == (*weights, *gates, "head/weight", "head/bias")
+
+
+# Plain JAX -----------------------------------------------------------------------------------------------------------
+
+
+def plain_model():
+  """Parameters and loss of a scan over layers, of which each has a low-rank part, as LoRA adds it."""
+  rng = np.random.default_rng(2)
+  shapes = {
+    "blocks": {"w": (LAYERS, WIDTH, WIDTH), "b": (WIDTH, LAYERS), "up": (LAYERS, WIDTH, 1), "down": (LAYERS, 1, WIDTH)},
+    "head": (WIDTH, 2),
+  }  # fmt: skip
+  normal = lambda shape: jnp.asarray(rng.normal(size=shape) * 0.5, jnp.float32)  # noqa: E731
+  params = jax.tree.map(normal, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+  def loss(params, x, y):
+    def layer(x, block):
+      w, b, up, down = block
+      return x + jnp.tanh(x @ (w + up @ down) + b), None
+
+    blocks = params["blocks"]
+    x, _ = lax.scan(layer, x, (blocks["w"], blocks["b"].T, blocks["up"], blocks["down"]))
+    return jnp.mean((x @ params["head"] - y) ** 2)
+
+  return params, loss
+
+
+AXES = {"blocks": {"w": 0, "b": 1, "up": 0, "down": -3}, "head": None}
+
+
+def axis_of_plain(name, leaf=None):
+  return None if name == "head" else AXES["blocks"][name.split("/")[1]]
+
+
+@pytest.mark.parametrize("stacked", [AXES, axis_of_plain], ids=["tree", "function"])
+def test_a_scan_of_plain_jax(stacked):
+  params, loss = plain_model()
+  names = assert_trains_as_unrolled(jax.grad(loss), params, stacked, axis_of_plain, ("blocks/b", 1, 0))
+  assert names[:3] == ("blocks/b[0]", "blocks/b[1]", "blocks/down[0]") and names[-1] == "head"
+
+
+def test_frozen_stacks_are_none_in_the_gradients_and_have_norms_of_0():
+  params, loss = plain_model()
+  is_trained = {"blocks": {"w": False, "b": False, "up": True, "down": True}, "head": False}
+
+  def gradient(params, x, y):
+    trained, frozen = eqx.partition(params, is_trained)
+    return jax.grad(lambda trained: loss(eqx.combine(trained, frozen), x, y))(trained)
+
+  grads = gradient(params, *batches()[0])
+  assert grads["blocks"]["w"] is None and grads["head"] is None
+  names = assert_trains_as_unrolled(gradient, params, AXES, axis_of_plain, ("blocks/up", 0, 1), units=True)
+  tx = clipjax.clip_by_leaf_norm(1e-3, stacked=AXES)
+  updates, state = tx.update(grads, tx.init(params))
+  assert updates["blocks"]["w"] is None and names == state.labels.slices
+  norms = dict(zip(names, np.asarray(state.norms), strict=True))
+  for name, norm in norms.items():
+    leaf, _, layer = name.partition("[")
+    want = grads["blocks"][leaf.removeprefix("blocks/")][int(layer[0])] if "up" in leaf or "down" in leaf else 0.0
+    np.testing.assert_allclose(norm, np.linalg.norm(want), rtol=2e-6, err_msg=name)
