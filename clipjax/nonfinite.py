@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from clipjax.stacks import by_slice, slice_names
+from clipjax.stacks import over, slice_names
 from clipjax.trees import Prepared
 
 
@@ -48,9 +48,8 @@ def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
     checkify.check(~bad, text + ': see `on_nonfinite="error"` in the docstring of clipjax.clip_grad_norm', norm=norm)
   elif bool(bad):
     stacks = prepared.stacks or (None,) * len(prepared.measured)
-    finite = [
-      jnp.isfinite(by_slice(jnp.asarray(x), s)).all(axis=1) for x, s in zip(prepared.measured, stacks, strict=True)
-    ]
+    pairs = zip(prepared.measured, over(prepared.measured, stacks), strict=True)
+    finite = [np.asarray(jnp.isfinite(x).all(axis=axes)).ravel() for x, axes in pairs]
     slices = slice_names(prepared.names(), prepared.stacks)
     names = [
       name
