@@ -263,6 +263,7 @@ def test_vmap_over_models():
     assert_as_unrolled(got, want, axis_of)
 
 
+@pytest.mark.slow
 def test_gradients_through_clips_of_units_of_several_models():
   """As in meta-learning: a loss of what the clip has left, and of the norms in its state."""
   weights, examples = gradients(1, seed=3)[0], gradients(2)
@@ -297,6 +298,7 @@ def test_nothing_on_the_way_of_a_finite_step_is_nan_or_inf(magnitude, frozen):
   assert frozen == (updates["gates"] is None)
 
 
+@pytest.mark.slow
 def test_a_state_from_before_x64_goes_on_in_float64():
   state, of_each = clip(AXES).init(PARAMS), clip().init(layers(PARAMS))
   grad = gradients(1)[0]
