@@ -65,8 +65,9 @@ def stacks_of(tree: Any, stacked: Any, *, axis_name: Any = None) -> Stacks:
       if stack and (varying := mesh.varying_axes(leaf)):
         raise ValueError(
           f"`stacked` must be of layers that each device holds all of, got '{name}' varying over {list(varying)} "
-          "inside shard_map, where its type does not say which of its axes are sharded: call `init` outside, with "
-          "whole parameters; or pass `axis_name=` the mesh axes that single layers are spread over, () for none."
+          "inside shard_map, where its type does not say which of its axes are sharded: call the `init` of a "
+          "transformation outside, with whole parameters; or pass `axis_name=` the mesh axes that single layers are "
+          "spread over, () for none."
         )
   return stacks if any(stacks) else ()
 
