@@ -4,6 +4,7 @@ A push enqueues one small program and returns; numbers are read from the device 
 once. So a loop is not slowed down by its log, and a crash costs the last rows alone.
 """
 
+import functools
 import numbers
 import os
 import time
@@ -236,13 +237,18 @@ def _split(scalars: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(
           f"`{key}` must be a scalar, got shape {value.shape}: reduce it, for example with jnp.mean, or push an entry."
         )
-      if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+      if not _is_real(value.dtype):
         raise _no_number(key, value)
     if isinstance(value, jax.Array):
       device[key] = value
     else:
       host[key] = _python_number(key, value)
   return host, device
+
+
+@functools.cache  # Every push asks it of every scalar.
+def _is_real(dtype: Any) -> bool:
+  return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def _python_number(key: str, value: Any) -> int | float:
@@ -289,9 +295,17 @@ def _seen(batch: list[Pushed], vectors: list[Any]) -> list[_record_pack.Seen | N
   return out
 
 
+def _are_on_cpu(arrays: list[jax.Array | None]) -> bool:
+  """Whether these arrays, all of one place, are in the memory of the host; of none, yes."""
+  first = next((array for array in arrays if array is not None), None)
+  return first is None or all(device.platform == "cpu" for device in first.devices())
+
+
 def _fetched(arrays: list[jax.Array | None]) -> list[Any]:
   """The arrays on the host, together; None for one that a failed step has left without a value."""
   try:
+    if _are_on_cpu(arrays):  # `device_get` would ask for a copy of each first.
+      return [array if array is None else np.asarray(array) for array in arrays]
     return list(jax.device_get(arrays))
   except Exception as error:
     out: list[Any] = []

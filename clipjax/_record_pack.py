@@ -7,6 +7,7 @@ states of this package in a large optimizer state is slow, so it is done once: a
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -196,7 +197,11 @@ class Packer:
   def _pack(self, arrays: list[Any], scalars: dict[str, Any]) -> jax.Array:
     entries = self._entries(arrays, scalars)
     order = [member for members in _grouped(entries).values() for member in members]
-    return jnp.concatenate([lax.bitcast_convert_type(entries[m], jnp.uint32).ravel() for m in order])
+    # Those of one dtype together, then their bits. Behind a barrier XLA on CPU copies each vector at once; fused with
+    # the rest it would ask of each word where it goes.
+    runs = [jnp.concatenate([entries[m].ravel() for m in run]) for _, run in groupby(order, lambda m: entries[m].dtype)]
+    bits = [lax.bitcast_convert_type(run, jnp.uint32).ravel() for run in lax.optimization_barrier(runs)]
+    return jnp.concatenate(lax.optimization_barrier(bits))
 
 
 class _OtherStructureError(Exception):
@@ -262,13 +267,16 @@ def _as_recorded(value: Any) -> jax.Array:
 
 
 def _grouped(shapes: Mapping[tuple[str, str], Any]) -> dict[tuple[str, np.dtype[Any]], list[tuple[str, str]]]:
-  """The entries in the order of the vector: scalars of one kind and dtype together, then arrays each by itself."""
+  """The entries in the order of the vector: scalars of one kind and dtype together, then arrays each by itself.
+
+  Within the scalars, and within the arrays, those of one dtype follow each other.
+  """
   out: dict[Any, list[tuple[str, str]]] = {}
   for kind, key in shapes:
     dtype = np.dtype(shapes[kind, key].dtype)
     place = (kind, dtype) if shapes[kind, key].shape == () else (kind, dtype, key)
     out.setdefault(place, []).append((kind, key))
-  return dict(sorted(out.items(), key=lambda item: item[0][0] in _ARRAYS))
+  return dict(sorted(out.items(), key=lambda item: (item[0][0] in _ARRAYS, item[0][1].name)))
 
 
 # Parameters ---------------------------------------------------------------------------------------------------------
