@@ -128,8 +128,7 @@ class View(NamedTuple):
   def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
     """What was recorded by leaf or group: names (L,), steps (m,) and values (m, L), inf for what was not finite.
 
-    Groups are columns too, with a number at every step, and NaN where there is none; groups of stacked layers, which
-    may be hundreds, are not.
+    Groups are columns too, with a number at every step, and NaN where there is none, up to 64 of them.
     """
     key = f"{name}/{quantity}"
     keys = [other for other in self.run.columns if other.startswith(f"{key}/")]

@@ -42,7 +42,7 @@ class Recorder:
 
   Norms by leaf are written once in `every` pushes, at a step that is not finite, and at a worst step 10% above the last
   one written; of many steps in a row that are not finite, for the first `every`. Slices of stacked layers are leaves
-  in this, and so are groups of them. Numbers by other groups are in every row.
+  in this, and so are groups where there are more than 64. Numbers by fewer groups are in every row.
 
   Only process 0 writes. A full disk, or a writer that raises, is a warning, once, and the training goes on; up to
   16 MiB of rows wait until they can be written, beyond that the oldest are dropped. Make the `Recorder` after

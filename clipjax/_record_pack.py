@@ -29,6 +29,7 @@ Vector: TypeAlias = np.ndarray[Any, Any]
 # Log10 of |w|, four bins a decade; what is beyond counts in the outermost bin.
 LOW, HIGH, BINS = -8, 2, 40
 EDGES = np.linspace(LOW, HIGH, BINS + 1)
+MOST_COLUMNS = 64  # Groups up to which each has columns of its own.
 _CHUNK = 2**22  # Entries of a leaf that are binned at once; more would take as much memory again as the leaf.
 
 _SHAPE = attrgetter("shape", "dtype")
@@ -181,8 +182,8 @@ class Packer:
       vectors = vectors_of(state)
       for quantity, value in global_numbers(state).items():
         out.setdefault(("metric", f"{source.name}/{quantity}"), value)
-      # With a group for each of hundreds of stacked layers, numbers by group are vectors, as those by leaf are.
-      if state.labels.unit == "group" and not state.labels.stacks:
+      # With a group for each of hundreds of layers, numbers by group are vectors alone, as those by leaf are.
+      if state.labels.unit == "group" and len(state.labels.block_names) <= MOST_COLUMNS:
         by = blocks_name(source.name, source.labels, [(s.name, s.labels) for s in self._sources])
         for quantity, vector in vectors.items():
           for i, label in enumerate(state.labels.block_names):

@@ -134,8 +134,9 @@ def _layers(run: Run, name: str) -> list[Section]:
     names = ", ".join(short(found.names[i], 60) for i in bad[:_MOST_LAYERS])
   said.append(f"{bad.size:,} layers were not finite at some step{': ' + names if bad.size else ''}.")
   caption = f"One row for each of {len(found.names):,} layers, the first on top. "
-  if (per := _report_series.by_depth(found.names, values.T, _report_figures.MOST_LINES).per) > 1:
-    caption = f"{len(found.names):,} layers, the first on top; of a stack, each row has the largest of {per:,} "
+  depth = _report_series.by_depth(found.names, values.T, _report_figures.MOST_LINES)
+  if len(depth.values) < len(found.names):
+    caption = f"{len(found.names):,} layers, the first on top; of a stack, each row has the largest of {depth.per:,} "
     caption += "neighbours. "
   caption += "Names are shortened, and where there are many, not every row has one; all are in the table below. "
   caption += f"{code(f'{name}/norm')}, log scale."

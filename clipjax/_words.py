@@ -74,13 +74,13 @@ def several(names: Sequence[str], among: Sequence[str], most: int = 3) -> str:
     leaf, layer = _layer(name)
     is_stack = layer >= 0 and leaf in sizes
     layers.setdefault((leaf if is_stack else name, is_stack), []).append(layer)
-  alike: dict[tuple[int, ...], list[str]] = {}
+  alike: dict[tuple[tuple[int, ...], bool], list[str]] = {}  # By layers, and whether these are all.
   for (leaf, is_stack), some in layers.items():
     if is_stack:
-      alike.setdefault(tuple(some), []).append(leaf)
+      alike.setdefault((tuple(some), len(some) == sizes[leaf]), []).append(leaf)
   said: list[tuple[str, int]] = []  # Each with the number of its names.
   for (leaf, is_stack), some in layers.items():
-    others = alike[tuple(some)] if is_stack else []
+    others = alike[tuple(some), len(some) == sizes[leaf]] if is_stack else []
     if len(others) > most or 1 < len(others) == len(sizes):
       if leaf == others[0]:
         said.append((_of_stacks(some, others, sizes, most), len(some) * len(others)))

@@ -11,7 +11,7 @@ from jax.custom_batching import custom_vmap
 
 Arrays = list[jax.Array]
 
-# A large leaf of zeros sends about 1 / _MAX_CHUNKS of the gradient through a branch.
+# A large leaf of zeros sends about 1 / _MAX_CHUNKS of the gradient through a branch, or itself where it is larger.
 _MAX_CHUNKS = 16
 
 

@@ -80,22 +80,22 @@ class Labels:
     leaves, stacks = leaf_names(tree), stacks_of(tree, stacked, axis_name=axis_name)
     names = slice_names(leaves, stacks)
     labels = _group_labels(tree, names, stacks, groups)
-    found = tuple(dict.fromkeys(labels))
-    order = found if known is None else known
+    in_use = dict.fromkeys(labels)
+    order = tuple(in_use) if known is None else known
+    place = {label: i for i, label in enumerate(order)}
     if names:  # A placeholder without leaves is asked for its structure alone.
       for label, leaf in zip(labels, names, strict=True):
-        if label not in order:
+        if label not in place:
           raise ValueError(
             f"`max_norm` must have a threshold for every label, got none for '{label}' of leaf '{leaf}' (it has "
             f"{', '.join(map(repr, order)) or 'none'}): add it, with None to exempt the group."
           )
       for label in order:
-        if label not in found:
+        if label not in in_use:
           raise ValueError(
             f"`max_norm` must have thresholds for labels in use, got one for '{label}', which no leaf has (the leaves "
-            f"have {', '.join(map(repr, found))}): remove it, or mend `groups`."
+            f"have {', '.join(map(repr, in_use))}): remove it, or mend `groups`."
           )
-    place = {label: i for i, label in enumerate(order)}
     return cls(name, "group", leaves, order, tuple(place[label] for label in labels), stacks)._for(tree)
 
   def _for(self, tree: Any) -> "Labels":
@@ -122,13 +122,22 @@ class Labels:
     """The shape of the norms: () for a global one."""
     return () if self.unit == "global" else (len(self.block_names),)
 
-  def check_state(self, unlabelled: "Labels", norms: Any) -> None:
+  def check_state(self, unlabelled: "Labels", norms: Any, *, stacked: Any, updates: Any) -> None:
     """Raises where the state of these labels is that of another kind of clip, of other thresholds or another model.
 
     Args:
       unlabelled: what the transformation would call no leaves at all.
       norms: those of the state; not every library checks the shapes that it restores.
+      stacked: what the user of the transformation said.
+      updates: the gradients, to be asked where the state knows no stacks though there may be some.
     """
+    may_be_stacked = is_function(stacked) and not self.stacks  # A tree or a name may not fit these updates.
+    if bool(self.stacks) > (stacked is not None) or (may_be_stacked and stacks_of(updates, stacked, axis_name=())):
+      raise ValueError(
+        f"`state` must be of {'leaves' if self.stacks else 'layers'}, as the one that `init` gave, got one of "
+        f"{'layers' if self.stacks else 'leaves'}: it was made {'with' if self.stacks else 'without'} `stacked`; call "
+        "`init` anew."
+      )
     if self.unit != unlabelled.unit:
       raise ValueError(
         f"`state` must be of norms by {_UNITS[unlabelled.unit]}, as the one that `init` gave, got one of norms by "

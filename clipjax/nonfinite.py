@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from clipjax.stacks import over, slice_names
+from clipjax.stacks import Stack, by_leaf, over, slice_names
 from clipjax.trees import Prepared
 
 
@@ -47,9 +47,7 @@ def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
   if isinstance(bad, jax.core.Tracer):
     checkify.check(~bad, text + ': see `on_nonfinite="error"` in the docstring of clipjax.clip_grad_norm', norm=norm)
   elif bool(bad):
-    stacks = prepared.stacks or (None,) * len(prepared.measured)
-    pairs = zip(prepared.measured, over(prepared.measured, stacks), strict=True)
-    finite = [np.asarray(jnp.isfinite(x).all(axis=axes)).ravel() for x, axes in pairs]
+    finite = list(map(_finite_slices, prepared.measured, by_leaf(prepared.stacks, len(prepared.measured))))
     slices = slice_names(prepared.names(), prepared.stacks)
     names = [
       name
@@ -62,3 +60,12 @@ def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
       + (f" in {where}" if names else "")
       + ': lower the learning rate, or pass on_nonfinite="zero" to drop such steps.'
     )
+
+
+def _finite_slices(leaf: Any, stack: Stack | None) -> np.ndarray[Any, Any]:
+  """For each slice of a leaf whether all of it is finite, as far as this process can tell."""
+  (axes,) = over([leaf], (stack,))
+  finite = jnp.isfinite(leaf).all(axis=axes)
+  if not finite.is_fully_addressable:  # Of other processes, which may not have called: the answer for the whole leaf.
+    finite = jnp.broadcast_to(jnp.asarray(bool(finite.all())), finite.shape)
+  return np.asarray(finite).reshape(-1)

@@ -39,6 +39,11 @@ class Stack(NamedTuple):
 Stacks: TypeAlias = tuple[Stack | None, ...]
 
 
+def by_leaf(stacks: Stacks, leaves: int) -> Stacks:
+  """The stack of each of so many leaves, where none may be stacked."""
+  return stacks or (None,) * leaves
+
+
 # What the user says --------------------------------------------------------------------------------------------------
 
 
@@ -64,10 +69,10 @@ def stacks_of(tree: Any, stacked: Any, *, axis_name: Any = None) -> Stacks:
     for name, leaf, stack in zip(names, leaves, stacks, strict=True):
       if stack and (varying := mesh.varying_axes(leaf)):
         raise ValueError(
-          f"`stacked` must be of layers that each device holds all of, got '{name}' varying over {list(varying)} "
-          "inside shard_map, where its type does not say which of its axes are sharded: call the `init` of a "
-          "transformation outside, with whole parameters; or pass `axis_name=` the mesh axes that single layers are "
-          "spread over, () for none."
+          f"`stacked` needs every layer on each device, got '{name}' varying over {list(varying)} inside shard_map, "
+          "where its type does not say which of its axes are sharded: pass `axis_name=` the mesh axes that single "
+          "layers are spread over, () for none; or, of a transformation with a state, call `init` outside, with whole "
+          "parameters."
         )
   return stacks if any(stacks) else ()
 
@@ -93,8 +98,8 @@ def _named_axes(tree: Any, name: str) -> list[int | None]:
   """For each leaf the axis that the metadata of its Flax box calls by this name."""
   named = axis_names(tree)
   found = [next((i for i, axis in enumerate(axes) if axis == name), None) for axes in named]
-  # A part of the model that a mask or a multi_transform has left may have no layers.
-  if all(axis is None for axis in found) and not _has_masked(tree):
+  # What a mask, a multi_transform or None has left of the model may have no layers.
+  if all(axis is None for axis in found) and not _has_gaps(tree):
     known = sorted({axis for axes in named for axis in axes if isinstance(axis, str)})
     has = f"they have {', '.join(map(repr, known))}" if known else "no leaf has metadata"
     raise ValueError(
@@ -105,9 +110,11 @@ def _named_axes(tree: Any, name: str) -> list[int | None]:
   return found
 
 
-def _has_masked(tree: Any) -> bool:
-  leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-  return any(isinstance(x, optax.MaskedNode) for x in leaves)
+def _has_gaps(tree: Any) -> bool:
+  def is_gap(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+  return any(map(is_gap, jax.tree.leaves(tree, is_leaf=is_gap)))
 
 
 def _checked(axis: Any, leaf: Any, name: str) -> Stack | None:
@@ -116,7 +123,7 @@ def _checked(axis: Any, leaf: Any, name: str) -> Stack | None:
     return None
   if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
     remedy = f"pass a Python integer; {STATIC_ARGS_REMEDY}" if isinstance(axis, jax.Array) else "pass an integer"
-    raise TypeError(f"{_RULE}, got {describe(axis)} for the {describe(jnp.asarray(leaf))} at '{name}': {remedy}.")
+    raise TypeError(f"{_RULE}, got {describe(axis)} for the {describe(leaf)} at '{name}': {remedy}.")
   shape = jnp.shape(leaf)
   if not -len(shape) <= axis < len(shape):
     allowed = f"from {-len(shape)} to {len(shape) - 1}" if shape else "and a scalar has none"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from clipjax import mesh
 from clipjax.checks import describe
 from clipjax.leaves import is_float0, is_measured, leaf_names, measured_leaves, named_leaves
-from clipjax.stacks import Stacks, absent, check_layers
+from clipjax.stacks import Stacks, absent, by_leaf, check_layers
 
 
 class Prepared(NamedTuple):
@@ -106,7 +106,7 @@ def prepare(
       raise ValueError(_other_leaves(known, got))
     place_of = {name: i for i, name in enumerate(known)}
     places = [place_of[name] for name in got]
-    measured = _spread(measured, places, list(map(absent, stacks or (None,) * len(known))))
+    measured = _spread(measured, places, list(map(absent, by_leaf(stacks, len(known)))))
     axes = tuple(_spread(axes, places, [()] * len(known)))
   prepared = Prepared(tree, leaves, treedef, measured, axes, places, known if is_partial else None, stacks)
   if stacks:

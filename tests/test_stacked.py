@@ -3,7 +3,9 @@
 The oracle of everything here is the unrolled model, whose slices are leaves of their own, in the order of the stack.
 """
 
+import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +271,33 @@ def test_a_leaf_without_layers_and_one_layer():
   assert clipjax.leaf_norms(tree, stacked=0)["none"].shape == (0,)
 
 
+@pytest.mark.parametrize("tree", [{}, {"a": jnp.zeros((0, 3))}], ids=["no leaf", "no layer"])
+def test_nothing_to_clip(tree):
+  for name, stacked in itertools.product(FEW, (0, None)):
+    if (name, stacked) != ("group", None):  # Whose labels are those of another tree.
+      tx = transformations(stacked)[name]
+      updates, state = jax.jit(tx.update)(tree, tx.init(tree), tree)
+      assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, tree)
+      assert state.norm == 0 and state.finite
+
+
+def test_groups_of_very_different_sizes():
+  rng = np.random.default_rng(0)
+  tree = {f"w{i}": jnp.asarray(rng.standard_normal((40, 3)), jnp.float32) for i in range(6)}
+  groups = lambda path, leaf: path if path < "w2" else path[:2] if path > "w4" else "rest"  # noqa: E731
+  tx = clipjax.clip_by_group_norm(1.0, groups, stacked=0)
+  _, state = tx.update(tree, tx.init(tree))
+  entries = {}
+  for name, leaf in tree.items():
+    for i in range(40):
+      entries.setdefault(groups(f"{name}[{i}]", None), []).append(leaf[i])
+  assert list(entries) == list(state.labels.block_names) and len(entries) == 83
+  np.testing.assert_allclose(state.norms, [oracle_norm(x) for x in entries.values()], rtol=1e-6)
+  # No more than twice the slices are looked up, though the largest group is 80 times the smallest.
+  text = str(jax.make_jaxpr(tx.update)(tree, tx.init(tree)))
+  assert max(int(n) * int(m) for n, m in re.findall(r"f32\[(\d+),(\d+)\]", text)) <= 2 * 240
+
+
 def test_a_stack_that_is_none_now_has_a_norm_of_0_for_each_layer():
   params = {"a": jnp.ones((3, 2)), "b": jnp.full((2, 3), 2.0), "c": jnp.ones(2)}
   grads = {"a": jnp.ones((3, 2)), "b": None, "c": jnp.ones(2)}
@@ -427,6 +456,29 @@ def test_another_number_of_layers_than_init_saw():
   )
   with pytest.raises(ValueError, match="`params` must have the 3 layers"):
     tx.update(TREE, state, fewer)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_state_from_before_stacked_was_given_and_the_reverse(name):
+  tree = {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}
+  layers = lambda path, leaf: 0 if path == "a" else None  # noqa: E731
+  with_function = transformations(layers)[name]
+  without = clipjax.clip_by_group_norm(0.5, layer) if name == "group" else transformations(None)[name]
+  for tx, other, got in ((with_function, without, "leaves"), (without, with_function, "layers")):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the whole text is below)
+      tx.update(tree, other.init(tree), tree)
+    wanted, how = ("layers", "without") if got == "leaves" else ("leaves", "with")
+    assert str(caught.value) == (
+      f"`state` must be of {wanted}, as the one that `init` gave, got one of {got}: it was made {how} `stacked`; call "
+      "`init` anew."
+    )
+  whole = {"b": jnp.ones(2)}  # A part of a model without layers.
+  with_function.update(whole, with_function.init(whole), whole)
+
+
+def test_a_name_where_the_layers_are_none():
+  tree = {"blocks": None, "head": jnp.ones(2)}
+  assert clipjax.leaf_norms(tree, stacked="layers")["blocks"] is None
 
 
 def test_watch_without_numbers_by_leaf_has_no_use_for_it():

@@ -221,9 +221,9 @@ def with_init_inside(tx, specs=INSIDE, **options):
 
 
 HOLDS_ALL = re.escape(
-  "`stacked` must be of layers that each device holds all of, got 'by_both' varying over ['a', 'b'] inside shard_map, "
-  "where its type does not say which of its axes are sharded: call the `init` of a transformation outside, with whole "
-  "parameters; or pass `axis_name=` the mesh axes that single layers are spread over, () for none."
+  "`stacked` needs every layer on each device, got 'by_both' varying over ['a', 'b'] inside shard_map, where its type "
+  "does not say which of its axes are sharded: pass `axis_name=` the mesh axes that single layers are spread over, () "
+  "for none; or, of a transformation with a state, call `init` outside, with whole parameters."
 )
 INIT = ["clip_by_leaf_norm", "clip_by_group_norm", "clip_by_block_rms", "watch"]
 

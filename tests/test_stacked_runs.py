@@ -105,11 +105,15 @@ def test_every_slice_and_every_group_is_what_metrics_says(recorded):
   assert not [key for key in run.columns if "layer" in key]
 
 
-def test_groups_of_leaves_that_are_not_stacked_stay_columns(tmp_path):
-  path = tmp_path / "run.jsonl"
-  record(path, clipjax.clip_by_group_norm(1.0, lambda path, leaf: path[0]), grads_of(2, 2), steps=3)
-  run = clipjax.read_run(path)
-  assert run.columns["grad/norm/b"].shape == (3,)
+@pytest.mark.parametrize("layers", [None, stacked])
+def test_up_to_64_groups_are_columns(tmp_path, layers):
+  for groups, is_column in ((64, True), (65, False)):
+    path = tmp_path / f"{groups}.jsonl"
+    tree = {"blocks": {f"{i:02}": jnp.ones((1, 2)) for i in range(groups)}}
+    record(path, clipjax.clip_by_group_norm(1.0, lambda path, leaf: path[:9], stacked=layers), tree, steps=3)
+    run = clipjax.read_run(path)
+    assert ("grad/norm/blocks/07" in run.columns) == is_column
+    assert np.isfinite(run["grad/norm/blocks/07"]).sum() == (3 if is_column else 1)
 
 
 def test_text_of_vectors_is_that_of_single_numbers():
@@ -183,6 +187,12 @@ ALL = ("embed", *layers_of("b/k", "b/q", "b/v", "b/w"))
 )
 def test_layers_are_said_together(names, text):
   assert several(names, ALL) == text
+
+
+def test_stacks_of_other_depths_are_told_apart():
+  among = (*layers_of("enc/q", "enc/k", size=6), *layers_of("dec/q", "dec/k", size=12))
+  bad = layers_of("enc/q", "enc/k", "dec/q", "dec/k", size=6)
+  assert several(bad, among) == "all 6 layers of 'enc/q', all 6 layers of 'enc/k', 'dec/q[0..5]' and 6 more"
 
 
 def test_the_same_layer_of_many_stacks_and_names_that_are_no_layers():
@@ -342,3 +352,6 @@ def test_many_layers_share_rows_of_the_map_and_the_caption_says_so():
   run = run_of_stacks([f"b/{i}" for i in range(12)], 200)
   (section,) = _report_sections._layers(run, "grad")
   assert "2,402 layers, the first on top; of a stack, each row has the largest of 7 neighbours. " in section
+  run.leaves["grad"] = tuple(f"w{i}" for i in range(2402))  # Without a stack each has a row of its own.
+  (section,) = _report_sections._layers(run, "grad")
+  assert "One row for each of 2,402 layers, the first on top. " in section

@@ -5,7 +5,8 @@ Squares of float32 entries leave the range of float32 beyond about 1e-19 and 1e1
 - Accelerators read each leaf once, into three sums of squares at the scales 2^-96, 1 and 2^96, which XLA fuses into
   one pass. `where` picks the one that kept its range: no branch, no second read, nothing doubled by `vmap`.
 - XLA on CPU reads a leaf once for each sum. A small leaf is summed in float64, which holds the square of any float32.
-  A large one is summed in float32, and once more in float64 where that left its range, behind a `cond`.
+  A large one is summed in float32, and once more in float64 where that left its range, behind a `cond`; of stacked
+  layers all, though one alone may be 0.
 
 16-bit and 8-bit floats other than bfloat16 need neither. float64 leaves have the same two ways at wider scales. Which
 is taken is settled by `lax.platform_dependent` when a program is lowered.
@@ -162,7 +163,7 @@ def _first_bad(numbers: Iterable[tuple[Any, jax.Array]], n: int) -> jax.Array:
   worst = jnp.zeros((), jnp.int32)
   for i, x in numbers:  # 0 for a finite number; else the larger the worse, and the earlier.
     rank = jnp.where(x < jnp.inf, 0, jnp.where(x == jnp.inf, 2 * n - 1 - i, 3 * n - 1 - i)).astype(jnp.int32)
-    worst = jnp.maximum(worst, rank.max())
+    worst = jnp.maximum(worst, rank.max(initial=0))
   return jnp.where(worst > 0, n - 1 - lax.rem(worst, np.int32(max(n, 1))), -1).astype(jnp.int32)
 
 

@@ -22,7 +22,7 @@ from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import Measured, NormSpec, end_to_end, first_bad, norm_dtype
 from clipjax.rules.base import no_limit
 from clipjax.scaling import Limits, Spread, norm_after, scale_of
-from clipjax.stacks import Stack, Stacks, by_slice, is_absent
+from clipjax.stacks import Stack, Stacks, by_leaf, by_slice, is_absent
 from clipjax.transforms.engine import Clip, Decision, transformation
 from clipjax.transforms.state import ClipState
 from clipjax.trees import Prepared, paired
@@ -100,12 +100,12 @@ def adaptive_grad_clip(
     weights = _matching_params(prepared, params)
     units = _spec_of_units(weights, state.labels, axis)
     share, least = checks.within_range(clipping), checks.within_range(eps)
-    stacks = state.labels.stacks or (None,) * len(weights)
+    stacks = by_leaf(state.labels.stacks, len(weights))
     limits, bad, fields = _decide(units, stacks, on_nonfinite, measured.norms, weights, share, least)
     return Decision(limits, Spread(tuple(range(len(weights)))), bad, fields)
 
   return transformation(
-    Clip(label, lambda labels: (), _without_rule, spec=spec, decide=decide, on_nonfinite=on_nonfinite), track
+    Clip(label, lambda labels: (), _without_rule, spec, decide, on_nonfinite=on_nonfinite, stacked=stacked), track
   )
 
 
@@ -163,7 +163,7 @@ def _spec_of_units(leaves: Sequence[Any], labels: Labels, axis: tuple[int, ...] 
         f"`updates` must not vary over mesh axes inside shard_map, got '{name}' varying over {list(axes)}: its type "
         "does not say which of its axes are sharded. Clip outside, under plain jit."
       )
-  stacks = labels.stacks or (None,) * len(leaves)
+  stacks = by_leaf(labels.stacks, len(leaves))
   over = tuple(_unit_axes(x, s, axis, name) for x, s, name in zip(leaves, stacks, labels.leaves, strict=True))
   return NormSpec(2.0, tuple((i,) for i in range(len(over))), ((),) * len(over), over)
 

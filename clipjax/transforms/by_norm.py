@@ -134,7 +134,7 @@ def clip_by_leaf_norm(
   """
   label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
   check_track(track, "max_norm", max_norm)
-  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name, "stacked": stacked}
   return clip_by_rule(max_norm, "max_norm", label, ord=ord, **options)
 
 
@@ -160,7 +160,7 @@ def clip_by_group_norm(
     groups: `(path, leaf) -> label`, the path being the leaf's name such as "encoder/w", or a tree of labels of the
       structure of the parameters. Under `optax.inject_hyperparams` name it in `static_args`.
     ord: as in `clip_by_global_norm`.
-    stacked: as in `clip_by_leaf_norm`; a function `groups` is asked for each slice.
+    stacked: as in `clip_by_leaf_norm`; a function `groups` is asked for each slice, of which it gets shape and dtype.
     eps: as in `clip_by_global_norm`.
     on_nonfinite: as in `clip_by_global_norm`.
     axis_name: as in `clip_by_global_norm`.
@@ -204,7 +204,7 @@ def clip_by_group_norm(
     Labels.by_group, name=check_name(name), groups=groups, known=known, stacked=stacked, axis_name=axis_name
   )
   check_track(track, "max_norm", *(max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]))
-  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name, "stacked": stacked}
   return clip_by_rule(rule, "max_norm", label, ord=ord, **options)
 
 
@@ -253,7 +253,7 @@ def clip_by_block_rms(
   """
   label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
   check_track(track, "max_rms", max_rms)
-  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
+  options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name, "stacked": stacked}
   return clip_by_rule(max_rms, "max_rms", label, rms=True, **options)
 
 

@@ -24,7 +24,7 @@ from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import Measured, NormSpec, norm_dtype, spec_of_slices
 from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where
 from clipjax.scaling import Limits, Spread, norm_after, rescale_jit, scale_of
-from clipjax.stacks import slice_sizes, spread_out
+from clipjax.stacks import by_leaf, slice_sizes, spread_out
 from clipjax.transforms.state import ClipState, check_state, empty_state, next_state
 from clipjax.trees import Prepared, prepare
 
@@ -64,6 +64,7 @@ class Clip(NamedTuple):
     scale: `(spread, leaves, limits) -> leaves`.
     on_nonfinite: the policy.
     axis_name: mesh axes.
+    stacked: which axis of a leaf counts layers, as the user said.
   """
 
   label: Callable[[Any], Labels]
@@ -74,6 +75,7 @@ class Clip(NamedTuple):
   scale: Callable[..., list[jax.Array]] = rescale_jit
   on_nonfinite: str = "propagate"
   axis_name: Any = None
+  stacked: Any = None
 
 
 def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformationExtraArgs:
@@ -89,7 +91,10 @@ def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformati
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, Any]:
     del extra_args
-    now: ClipState = clip.fit_rule(check_state(state, unlabelled)) if track else init(updates)
+    if track:
+      now = clip.fit_rule(check_state(state, unlabelled, stacked=clip.stacked, updates=updates))
+    else:
+      now = init(updates)
     # Prepare: the leaves, their mesh axes, and whether they are those that `init` saw.
     known, stacks = now.labels.leaves, now.labels.stacks
     prepared = prepare(updates, "updates", axis_name=clip.axis_name, known=known, stacks=stacks, params=params)
@@ -120,6 +125,7 @@ def clip_by_rule(
   eps: ArrayLike = 0.0,
   on_nonfinite: str = "propagate",
   axis_name: Any = None,
+  stacked: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The clip of norms whose limits a rule gives; with `rms` norms are divided by the root of the number of entries."""
   rule = as_rule(threshold, argument)
@@ -133,9 +139,9 @@ def clip_by_rule(
     block_norms, norms = measured.norms, measured.norms[0] if is_global else together(measured.vector, labels, p)
     global_norm = norms if is_global else vector_norm(norms, p)
     if rms:
-      roots = _root_sizes(prepared)  # A block is a slice here.
+      roots = _root_sizes(prepared, norms.dtype)  # A block is a slice here.
       block_norms = () if labels.stacks else tuple(n / r for n, r in zip(block_norms, roots, strict=True))
-      norms = norms / jnp.asarray(roots, norms.dtype)
+      norms = norms / roots
     limit, target, rule_state = asked(rule, norms, state.rule, global_norm)
     bad = nonfinite.is_bad(global_norm, [limit] if target is limit else [limit, target])
     spread = limit if is_global else jnp.broadcast_to(limit, norms.shape)
@@ -145,7 +151,7 @@ def clip_by_rule(
       limits = [Limits.of(n, _item(limit, b), _item(target, b), bad, eps) for b, n in enumerate(block_norms)]
     after = norm_after(norms, whole)
     if rms:
-      after = after * jnp.asarray(roots, after.dtype)
+      after = after * roots
     fields = {
       "norm": global_norm,
       "norm_clipped": nonfinite.number(on_nonfinite, bad, after if is_global else vector_norm(after, p)),
@@ -157,10 +163,8 @@ def clip_by_rule(
     }
     return Decision(limits, Spread(labels.block_of, labels.stacks), bad, fields)
 
-  return transformation(
-    Clip(label, **of_rule(rule), spec=spec_of_blocks(p), decide=decide, on_nonfinite=on_nonfinite, axis_name=axis_name),
-    track,
-  )
+  options = {"on_nonfinite": on_nonfinite, "axis_name": axis_name, "stacked": stacked}
+  return transformation(Clip(label, **of_rule(rule), spec=spec_of_blocks(p), decide=decide, **options), track)
 
 
 def of_rule(rule: Rule) -> dict[str, Any]:
@@ -187,11 +191,18 @@ def together(norms: jax.Array, labels: Labels, p: float) -> jax.Array:
   """The norms of all blocks from what was measured: those of slices, where leaves are stacked."""
   if not labels.stacks or labels.unit == "leaf":
     return norms
-  # A row for each block, filled up with the norm 0 that stands behind the others.
-  rows = np.full((len(labels.block_names), max(map(len, labels.blocks), default=0)), norms.size)
-  for row, block in zip(rows, labels.blocks, strict=True):
-    row[: len(block)] = block
-  return vector_norm(jnp.concatenate([norms, jnp.zeros(1, norms.dtype)])[rows], p)
+  # Blocks of similar size are the rows of a matrix, filled up with the norm 0 that stands behind the others.
+  alike: dict[int, list[int]] = {}
+  blocks = labels.blocks
+  for b, block in enumerate(blocks):
+    alike.setdefault(len(block).bit_length(), []).append(b)
+  padded, found = jnp.concatenate([norms, jnp.zeros(1, norms.dtype)]), [norms[:0]]
+  for some in alike.values():
+    rows = np.full((len(some), max(len(blocks[b]) for b in some)), norms.size)
+    for row, b in zip(rows, some, strict=True):
+      row[: len(blocks[b])] = blocks[b]
+    found.append(vector_norm(padded[rows], p))
+  return jnp.concatenate(found)[np.argsort([b for some in alike.values() for b in some])]
 
 
 def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -201,11 +212,11 @@ def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> t
   return least, least if target is limit else target, new
 
 
-def _root_sizes(prepared: Prepared) -> list[float]:
+def _root_sizes(prepared: Prepared, dtype: Any) -> np.ndarray[Any, Any]:
   """What turns the rms of each slice into its norm."""
-  stacks = prepared.stacks or (None,) * len(prepared.measured)
+  stacks = by_leaf(prepared.stacks, len(prepared.measured))
   pairs = zip(slice_sizes(prepared.measured, stacks), spread_out(prepared.axes, stacks), strict=True)
-  return [math.sqrt(max(size * axes_size(axes), 1)) for size, axes in pairs]
+  return np.array([math.sqrt(max(size * axes_size(axes), 1)) for size, axes in pairs], dtype)
 
 
 def _item(value: jax.Array, b: int) -> jax.Array:

@@ -17,6 +17,8 @@ from clipjax.rules.base import no_limit
 class ClipState(NamedTuple):
   """What a clip has seen; one structure from `init` on. n is the number of groups or leaves, 0 for a global clip.
 
+  Slices of stacked leaves are leaves here.
+
   Norms are float32, or float64 when x64 is enabled, whatever the dtypes of the gradients.
 
   Attributes:
@@ -30,8 +32,8 @@ class ClipState(NamedTuple):
     clipped_steps: int32, shape (): those of them in which anything was clipped.
     nonfinite_steps: int32, shape (): those of them whose norm, or threshold, was not finite.
     finite: bool, shape (): whether the last step was finite.
-    nonfinite_leaf: int32, shape (): at a step that was not finite, the first leaf with a NaN, or without any, with an
-      inf or a sum of squares that overflowed; -1 for none.
+    nonfinite_leaf: int32, shape (): at a step that was not finite, the first leaf, or slice of a stacked one, with a
+      NaN, or without any, with an inf or a sum of squares that overflowed: its place in `labels.slices`; -1 for none.
     rule: the state of the rule.
     labels: names of leaves and groups; static, no arrays.
   """
@@ -88,9 +90,9 @@ def next_state(
   )
 
 
-def check_state(state: Any, unlabelled: Labels) -> ClipState:
-  """The state; raises where `update` is given that of something else. `unlabelled` are the labels of no leaves."""
+def check_state(state: Any, unlabelled: Labels, *, stacked: Any, updates: Any) -> ClipState:
+  """The state; raises where `update` is given that of something else. The rest as in `Labels.check_state`."""
   or_else = ", or `track=False` to go on with a checkpoint of optax.clip_by_global_norm"
   checks.check_state(state, ClipState, or_else=or_else)
-  state.labels.check_state(unlabelled, state.norms)
+  state.labels.check_state(unlabelled, state.norms, stacked=stacked, updates=updates)
   return cast(ClipState, state)

@@ -23,7 +23,7 @@ from clipjax.mesh import Axes, all_reduce, axes_size, check_axis_name, varying_a
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import NormSpec, end_to_end, norm_dtype, spec_of_slices, stack
 from clipjax.rules.base import in_dtype
-from clipjax.stacks import absent, check_layers, over
+from clipjax.stacks import absent, by_leaf, check_layers, over
 from clipjax.trees import paired, prepare
 
 # Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
@@ -33,7 +33,7 @@ _LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
 @carries_labels
 class WatchState(NamedTuple):
-  """What a watch has seen; one structure from `init` on. n is the number of leaves.
+  """What a watch has seen; one structure from `init` on. n is the number of leaves, and slices of stacked ones.
 
   Norms are float32, or float64 when x64 is enabled. Fields of shape (n,) are () with `per_leaf=False`, `history` is ()
   with `history=0`.
@@ -164,12 +164,12 @@ def watch(
   ) -> tuple[optax.Updates, WatchState]:
     del extra_args
     check_state(state, WatchState)
-    state.labels.check_state(unlabelled, state.norms)
+    state.labels.check_state(unlabelled, state.norms, stacked=stacked, updates=updates)
     _check_history(state, history)
     known, stacks = state.labels.leaves, state.labels.stacks
     prepared = prepare(updates, "updates", axis_name=axis_name, known=known, stacks=stacks, params=params)
     pairs = paired(params, prepared) if param_norms and params is not None else []
-    weights = [absent(s) if w is None else w for w, s in zip(pairs, stacks or (None,) * len(pairs), strict=False)]
+    weights = [absent(s) if w is None else w for w, s in zip(pairs, by_leaf(stacks, len(pairs)), strict=False)]
     if weights and stacks:
       check_layers(weights, stacks, prepared.names, "params")
     of_params = tuple(map(varying_axes, weights)) if axis_name is None else prepared.axes
@@ -284,7 +284,7 @@ def _look_if(due: jax.Array, axes: _Spread, leaves: Sequence[Any], weights: Sequ
 
 def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], unseen: _Look) -> _Look:
   """One read of the updates for the counts, one of the parameters for their norms."""
-  dtype, of_slices = norm_dtype(), over(leaves, labels.stacks or (None,) * len(leaves))
+  dtype, of_slices = norm_dtype(), over(leaves, by_leaf(labels.stacks, len(leaves)))
   pairs = zip(leaves, of_slices, strict=True)
   counts = [count.astype(dtype) for leaf, axes_of in pairs for count in _zeros_and_nonfinite(upcast(leaf), axes_of)]
   counts = all_reduce(counts, [a for a in axes.updates for _ in range(2)])
