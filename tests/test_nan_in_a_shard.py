@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import oracle_norm
+from helpers import cases, oracle_norm
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from processes import TWO_OF_FOUR_DEVICES, outputs_of_processes
@@ -154,7 +154,7 @@ def test_two_processes_see_it(tmp_path):
   assert [out.splitlines()[-1] for out in outputs] == ["seen"] * 2
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("mode", cases(["auto", "explicit"], {"auto"}))
 @pytest.mark.parametrize("value", VALUES)
 def test_an_error_names_the_leaf_of_the_shard(mode, value):
   mesh = mesh_of(mode)

@@ -107,7 +107,7 @@ SHAPES = [(), (5,), (1, 5), (5, 1), (4, 3), (2, 4, 3), (2, 3, 4, 5)]  # Rank 5 i
 def test_unitwise_norm(shape):
   x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
   # A limit of 1 on parameters of norm 1 shows each unit's norm as what is left of it.
-  axes = agc._unit_axes(x, None, "x")
+  axes = agc._unit_axes(x, None, None, "x")
   ours = jnp.broadcast_to(measure(NormSpec(2.0, ((0,),), ((),), (axes,)), [x]).norms[0], x.shape)
   np.testing.assert_allclose(ours, optax.transforms.unitwise_norm(x), rtol=1e-6)
 

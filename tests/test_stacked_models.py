@@ -262,7 +262,9 @@ class EquinoxScanned(eqx.Module):
     return self.head(lax.scan(layer, x, arrays)[0])
 
 
-@pytest.mark.parametrize("form", ["function", "module of axes", "module with one axis for all blocks"])
+@pytest.mark.parametrize(
+  "form", cases(["function", "module of axes", "module with one axis for all blocks"], {"module of axes"})
+)
 def test_equinox(form):
   model = EquinoxScanned(jax.random.key(0))
   params, static = eqx.partition(model, eqx.is_inexact_array)
