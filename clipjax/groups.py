@@ -19,7 +19,7 @@ from jax import export
 
 from clipjax.checks import check_takes, describe, is_function
 from clipjax.leaves import is_measured, leaf_names, measured_leaves
-from clipjax.stacks import Stack, Stacks, slice_names, slice_types, spread_out, stacks_of
+from clipjax.stacks import Stack, Stacks, by_leaf, slice_names, slice_types, spread_out, stacks_of
 
 State = TypeVar("State")
 
@@ -225,7 +225,7 @@ def _group_labels(tree: Any, names: tuple[str, ...], stacks: Stacks, groups: Any
         f"`groups` must be a function (path, leaf) -> label or a tree of labels like the parameters: {error}"
       ) from None
     labels = [label for label, leaf in zip(per_leaf, leaves, strict=True) if is_measured(leaf)]
-    labels = spread_out(labels, stacks) if stacks else labels
+    labels = spread_out(labels, by_leaf(stacks, len(labels)))
   for name, label in zip(names, labels, strict=True):
     if label is None or isinstance(label, jax.Array) or not isinstance(label, Hashable):
       raise TypeError(f"`groups` must give strings, got {describe(label)} for leaf '{name}': pass a label.")

@@ -136,7 +136,7 @@ def _checked(axis: Any, leaf: Any, name: str) -> Stack | None:
 
 def check_layers(leaves: Sequence[Any], stacks: Stacks, names: Callable[[], Sequence[str]], argument: str) -> None:
   """Raises for a stacked leaf that has not as many layers as `init` saw."""
-  for i, (leaf, stack) in enumerate(zip(leaves, stacks, strict=True) if stacks else ()):
+  for i, (leaf, stack) in enumerate(zip(leaves, stacks, strict=True)):
     shape = jnp.shape(leaf)
     if stack and (len(shape) <= stack.axis or shape[stack.axis] != stack.size):
       remedy = (
@@ -215,7 +215,7 @@ def slice_names(leaves: Sequence[str], stacks: Stacks) -> tuple[str, ...]:
 def slice_types(leaves: Sequence[Any], stacks: Stacks) -> list[Any]:
   """What stands for each slice where a function of the user's asks for a leaf: the leaf itself, or shape and dtype."""
   out: list[Any] = []
-  for leaf, stack in zip(leaves, stacks, strict=True) if stacks else ((leaf, None) for leaf in leaves):
+  for leaf, stack in zip(leaves, by_leaf(stacks, len(leaves)), strict=True):
     if stack is None:
       out.append(leaf)
     else:

@@ -59,7 +59,7 @@ class NormSpec(NamedTuple):
 
 def spec_of_slices(ord: float, leaves: Sequence[Any], axes: tuple[Axes, ...], stacks: Stacks) -> NormSpec:
   """What to measure where each slice of stacked leaves, and each other leaf, has a norm of its own."""
-  return NormSpec(ord, tuple((i,) for i in range(len(leaves))), axes, over(leaves, stacks))
+  return NormSpec(ord, tuple((i,) for i in range(len(leaves))), axes, over(leaves, stacks) if stacks else ())
 
 
 class Measured(NamedTuple):

@@ -81,10 +81,6 @@ def leaf_norms(tree: Any, ord: float | None = None, *, stacked: Any = None, axis
   """
   p = check_ord(ord, for_clip=False)
   prepared = prepare(tree, "tree", axis_name=axis_name)
-  leaves, stacks = prepared.measured, stacks_of(tree, stacked, axis_name=axis_name)
-  if stacks:
-    spec = spec_of_slices(p, leaves, prepared.axes, stacks)
-  else:
-    spec = NormSpec(p, tuple((i,) for i in range(len(leaves))), prepared.axes)
-  norms = [n.ravel() if n.ndim else n for n in measure_jit(spec, leaves).norms]
+  spec = spec_of_slices(p, prepared.measured, prepared.axes, stacks_of(tree, stacked, axis_name=axis_name))
+  norms = [n.ravel() if n.ndim else n for n in measure_jit(spec, prepared.measured).norms]
   return prepared.with_all(norms, lambda _: jnp.zeros((), norm_dtype()))
