@@ -21,13 +21,13 @@ tx = optax.chain(clipjax.watch(), clipjax.clip_by_global_norm(5.0), optax.sgd(1.
 params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
 grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
 opt_state = tx.init(params)
-with clipjax.Recorder("run.jsonl") as recorder:
+with clipjax.runs.Recorder("run.jsonl") as recorder:
   for step in range(30):
     updates, opt_state = jax.jit(tx.update)(grads, opt_state, params)
     recorder.push(step, opt_state, loss=1.0)
 assert jnp.allclose(updates["w"], -grads["w"] * 5 / 13), updates
 assert clipjax.metrics(opt_state)["grad/norm"] == 13
-run = clipjax.read_run("run.jsonl")
-assert {finding.name for finding in clipjax.diagnose(run).findings} >= {"clipped-often"}
-assert clipjax.suggest_max_norm(run).max_norm > 0
+run = clipjax.runs.read_run("run.jsonl")
+assert {finding.name for finding in clipjax.runs.diagnose(run).findings} >= {"clipped-often"}
+assert clipjax.runs.suggest_max_norm(run).max_norm > 0
 print(f"clipjax {metadata.version('clipjax')} works with", *(f"{d.name} {d.version}" for d in metadata.distributions()))

@@ -35,7 +35,7 @@ Rule = Callable[[Array, float], float]
 
 
 def typical(norms: Array) -> Array:
-  """A run without its first tenth, as `clipjax.suggest_max_norm` takes it."""
+  """A run without its first tenth, as `clipjax.runs.suggest_max_norm` takes it."""
   return norms[norms.size // 10 :]
 
 
@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
   "p90": lambda norms, k: np.percentile(norms, 90),
   "p90 / k": lambda norms, k: np.percentile(norms, 90) / k,
   "p75 / k": lambda norms, k: (
-    clipjax.suggest_max_norm(norms, learning_rate=1.0, new_learning_rate=k, warmup_steps=0).max_norm
+    clipjax.runs.suggest_max_norm(norms, learning_rate=1.0, new_learning_rate=k, warmup_steps=0).max_norm
   ),
   "rms / k": lambda norms, k: math.sqrt(np.square(norms).mean()) / k,
   "mean / k": lambda norms, k: norms.mean() / k,
@@ -63,13 +63,13 @@ RULES: dict[str, Rule] = {
   "p90 of the later half / k": lambda norms, k: np.percentile(late(norms), 90) / k,
   "p90 / k^1.5": lambda norms, k: np.percentile(norms, 90) / k**1.5,
 }
-SUGGESTED = "p75 / k"  # What `clipjax.suggest_max_norm` says; its warm-up is left out for every rule.
+SUGGESTED = "p75 / k"  # What `clipjax.runs.suggest_max_norm` says; its warm-up is left out for every rule.
 SOURCES, SOURCE_RULES = (-4, -2, 1), ("p90 / k", "p75 / k", "mean / k")  # Steps of the grid from the best rate.
 GUARDS: dict[str, Rule] = {
   "p50": lambda norms, k: np.percentile(norms, 50),
   "p90": lambda norms, k: np.percentile(norms, 90),
   "p99": lambda norms, k: np.percentile(norms, 99),
-  "2 * p90": lambda norms, k: clipjax.suggest_max_norm(norms, scale_free=True, warmup_steps=0).max_norm,
+  "2 * p90": lambda norms, k: clipjax.runs.suggest_max_norm(norms, scale_free=True, warmup_steps=0).max_norm,
   "4 * p90": lambda norms, k: 4 * np.percentile(norms, 90),
   "10 * p90": lambda norms, k: 10 * np.percentile(norms, 90),
   "100 * p90": lambda norms, k: 100 * np.percentile(norms, 90),

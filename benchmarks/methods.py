@@ -23,7 +23,8 @@ import numpy as np
 import optax
 
 import clipjax
-from clipjax import _demo, rules
+from clipjax import rules
+from clipjax.demo import model
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 96, 2, 4, 64, 8
 WITHIN = 1.01  # Medians up to 1 % above the lowest of a row are set in bold too: three seeds tell no less apart.
@@ -98,11 +99,11 @@ def init_transformer(key: jax.Array) -> Params:
     return {**matrices, "attention_gain": jnp.ones(WIDTH), "mlp_gain": jnp.ones(WIDTH)}
 
   return {
-    "embed": normal((_demo.CHARACTERS, WIDTH), 0.5),
+    "embed": normal((model.CHARACTERS, WIDTH), 0.5),
     "positions": normal((CONTEXT, WIDTH), 0.5),
     "blocks": [block() for _ in range(LAYERS)],
     "gain": jnp.ones(WIDTH),
-    "out": normal((WIDTH, _demo.CHARACTERS), 0.01),
+    "out": normal((WIDTH, model.CHARACTERS), 0.01),
   }
 
 
@@ -127,12 +128,12 @@ def _normed(x: jax.Array, gain: jax.Array) -> jax.Array:
 
 MODELS = {
   "rnn": Model(
-    f"Tanh RNN of {_demo.HIDDEN} units, SGD with momentum {_demo.MOMENTUM:g}",
-    _demo.init_params,
-    _demo.loss_fn,
-    _demo.BATCH,
-    _demo.LENGTH,
-    lambda rate: optax.sgd(rate, momentum=_demo.MOMENTUM),
+    f"Tanh RNN of {model.HIDDEN} units, SGD with momentum {model.MOMENTUM:g}",
+    model.init_params,
+    model.loss_fn,
+    model.BATCH,
+    model.LENGTH,
+    lambda rate: optax.sgd(rate, momentum=model.MOMENTUM),
     (0.5, 1.0, 1.5, 2.0),
     250,
   ),
@@ -186,7 +187,7 @@ def trainer(model: Model, wrap: Callable[[Optimizer], Optimizer], steps: int) ->
 
 def compare(model: Model, steps: int, seeds: int) -> dict[tuple[float, str], Result]:
   """Every method at every learning rate, by (learning rate, method)."""
-  text = jnp.asarray(_demo.read_text())
+  text = jnp.asarray(model.read_text())
   results = {}
   for name, wrap in METHODS.items():
     train = trainer(model, wrap, steps)

@@ -21,29 +21,29 @@ import numpy as np
 import optax
 
 import clipjax
-from clipjax import _demo
+from clipjax.demo import model
 
 Clocks = tuple[float, float]  # Seconds on the wall, and of all cores together.
 
 
 def optimizer(watched: bool) -> optax.GradientTransformationExtraArgs:
   """The demo's optimizer, or the same with a watch before its clip."""
-  tx = _demo.optimizer(jnp.float32(1))
+  tx = model.optimizer(jnp.float32(1))
   return optax.chain(clipjax.watch(history=16), tx) if watched else tx
 
 
 def trainer(watched: bool) -> tuple[Any, Any]:
   """A compiled step `(params, state, number) -> (params, state, loss)`, and the arguments of the first one."""
   key_params, key = jax.random.split(jax.random.key(0))
-  text = jnp.asarray(_demo.read_text())
+  text = jnp.asarray(model.read_text())
   tx = optimizer(watched)
 
   def step(params: Any, state: Any, number: Any) -> Any:
-    loss, grads = jax.value_and_grad(_demo.loss_fn)(params, _demo.batch(text, key, number))
+    loss, grads = jax.value_and_grad(model.loss_fn)(params, model.batch(text, key, number))
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
 
-  params = _demo.init_params(key_params)
+  params = model.init_params(key_params)
   return jax.jit(step, donate_argnums=(0, 1)), (params, tx.init(params))
 
 
@@ -54,7 +54,7 @@ def demo_steps(folder: Path, rounds: int) -> dict[str, list[Clocks]]:
   states = list(states)
   times: dict[str, list[Clocks]] = {name: [] for name in names}
   rng = np.random.default_rng(0)
-  with clipjax.Recorder(folder / "run.jsonl") as recorder:
+  with clipjax.runs.Recorder(folder / "run.jsonl") as recorder:
     for turn in range(1, rounds + 21):
       for i in rng.permutation(len(names)):
         start = time.perf_counter(), time.process_time()
@@ -74,7 +74,7 @@ def push_time(folder: Path, leaves: int, pushes: int) -> tuple[float, float]:
   state = jax.jit(tx.update)(params, tx.init(params), params)[1]
   loss = jnp.float32(1)
   times = []
-  with clipjax.Recorder(folder / f"{leaves}.jsonl") as recorder:
+  with clipjax.runs.Recorder(folder / f"{leaves}.jsonl") as recorder:
     recorder.push(0, state, loss=loss)
     for step in range(pushes):
       jax.block_until_ready(state)
@@ -111,7 +111,7 @@ def row_times(folder: Path, clip: str, rows: int, every: int = 50) -> dict[str, 
     "24 leaves": states_of((4, 4), 24, None, clip),
     "200 layers x 12 arrays": states_of((200, 4, 4), 12, lambda path, leaf: 0, clip),
   }
-  recorders = {name: clipjax.Recorder(folder / f"{clip} {name}.jsonl", every=every) for name in models}
+  recorders = {name: clipjax.runs.Recorder(folder / f"{clip} {name}.jsonl", every=every) for name in models}
   times: dict[str, list[Clocks]] = {name: [] for name in models}
   rng = np.random.default_rng(0)
   loss = jnp.float32(1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipjax import _demo
+from clipjax.demo import model
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -62,7 +62,7 @@ def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
 
 def text_data() -> jax.Array:
   """The codes of the text, shape (n,)."""
-  return jnp.asarray(_demo.read_text())
+  return jnp.asarray(model.read_text())
 
 
 def windows(length: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -93,11 +93,11 @@ def init_transformer(
     return {**matrices, "attention_gain": jnp.ones(width), "mlp_gain": jnp.ones(width)}
 
   return {
-    "embed": normal(next(keys), (_demo.CHARACTERS, width), 0.5),
+    "embed": normal(next(keys), (model.CHARACTERS, width), 0.5),
     "positions": normal(next(keys), (context, width), 0.5),
     "blocks": [block() for _ in range(layers)],
     "gain": jnp.ones(width),
-    "out": normal(next(keys), (width, _demo.CHARACTERS), 0.01),
+    "out": normal(next(keys), (width, model.CHARACTERS), 0.01),
   }
 
 
@@ -179,13 +179,13 @@ def _patches(x: jax.Array, stride: int) -> jax.Array:
 
 MODELS = {
   "rnn": Model(
-    f"RNN, {_demo.HIDDEN} tanh units",
+    f"RNN, {model.HIDDEN} tanh units",
     (0.25, 1.0),
     text_data,
-    _demo.init_params,
+    model.init_params,
     windows(RNN_LENGTH),
     noise,
-    _demo.loss_fn,
+    model.loss_fn,
   ),
   "transformer": Model(
     f"Transformer, {LAYERS} layers of {WIDTH}",

@@ -23,7 +23,7 @@ from speed_trees import (
 from timing import Turn, interleave, summary, turn_of
 
 import clipjax
-from clipjax import _demo
+from clipjax.demo import model
 
 WIDTH, LAYERS, CONTEXT, BATCH = 192, 4, 64, 8
 THRESHOLDS = 16
@@ -64,10 +64,10 @@ def vmap(plan: Plan) -> list[Case]:
   """A step of 16 trainings of the demo's model that differ in the threshold: one after another, and at once."""
   number = 2 if plan.quick else THRESHOLDS
   limits = jnp.geomspace(1 / 16, 16, number)
-  text = jnp.asarray(_demo.read_text())
+  text = jnp.asarray(model.read_text())
   key_params, key = jax.random.split(jax.random.key(0))
-  batch = _demo.batch(text, key, jnp.int32(0))
-  shapes = [x.shape for x in jax.tree.leaves(_demo.init_params(key_params))]
+  batch = model.batch(text, key, jnp.int32(0))
+  shapes = [x.shape for x in jax.tree.leaves(model.init_params(key_params))]
   makers: dict[str, Any] = {
     NO_CLIP: lambda _: optax.identity(),
     OPTAX: optax.clip_by_global_norm,
@@ -77,15 +77,15 @@ def vmap(plan: Plan) -> list[Case]:
   for name, make in makers.items():
 
     def optimizer(limit: Any, make: Any = make) -> optax.GradientTransformation:
-      return optax.chain(make(limit), optax.sgd(0.25, momentum=_demo.MOMENTUM))  # Stable: the norms stay finite.
+      return optax.chain(make(limit), optax.sgd(0.25, momentum=model.MOMENTUM))  # Stable: the norms stay finite.
 
     def step(params: Any, state: Any, limit: Any, optimizer: Any = optimizer) -> Any:
-      grads = jax.grad(_demo.loss_fn)(params, batch)
+      grads = jax.grad(model.loss_fn)(params, batch)
       updates, state = optimizer(limit).update(grads, state, params)
       return optax.apply_updates(params, updates), state
 
     def start(optimizer: Any = optimizer) -> Any:
-      params = _demo.init_params(key_params)
+      params = model.init_params(key_params)
       return params, optimizer(limits[0]).init(params)
 
     turns[IN_TURN.format(name)] = one_after_another(jax.jit(step, donate_argnums=(0, 1)), start, limits)

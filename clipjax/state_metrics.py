@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clipjax import quantities
 from clipjax.arithmetic import quotient
 from clipjax.checks import check_flag
 from clipjax.groups import Labels
@@ -107,48 +108,48 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
   """What a state says of all leaves together, by quantity."""
   if isinstance(state, SkipState):
     return {
-      "norm": state.norm,
-      "loss": state.loss,
-      "max_norm": state.max_norm,
-      "max_loss": state.max_loss,
-      "fraction": _share(state.skipped_steps, state.steps),
-      "consecutive": state.consecutive,
-      "steps": state.steps,
+      quantities.NORM: state.norm,
+      quantities.LOSS: state.loss,
+      quantities.MAX_NORM: state.max_norm,
+      quantities.MAX_LOSS: state.max_loss,
+      quantities.FRACTION: _share(state.skipped_steps, state.steps),
+      quantities.CONSECUTIVE: state.consecutive,
+      quantities.STEPS: state.steps,
     }
   if isinstance(state, WatchState):
     return {
-      "norm": state.norm,
-      "zero_fraction": state.zero_fraction,
-      "param_norm": state.param_norm,
-      "ratio": _ratio(state.norm, state.param_norm),
-      "worst_norm": state.worst_norm,
-      "worst_step": state.worst_step,
-      "nonfinite_steps": state.nonfinite_steps,
-      "steps": state.steps,
+      quantities.NORM: state.norm,
+      quantities.ZERO_FRACTION: state.zero_fraction,
+      quantities.PARAM_NORM: state.param_norm,
+      quantities.RATIO: _ratio(state.norm, state.param_norm),
+      quantities.WORST_NORM: state.worst_norm,
+      quantities.WORST_STEP: state.worst_step,
+      quantities.NONFINITE_STEPS: state.nonfinite_steps,
+      quantities.STEPS: state.steps,
     }
   is_global = state.labels.unit == "global"
   return {
-    "norm": state.norm,
-    "norm_clipped": state.norm_clipped,
-    "max_norm": state.max_norm if is_global else _smallest(state.max_norm, None),
-    "scale": state.scale if is_global else _smallest(state.scale, 1.0),
-    "clip_fraction": _share(state.clipped_steps, state.steps),
-    "clipped_steps": state.clipped_steps,
-    "nonfinite_steps": state.nonfinite_steps,
-    "steps": state.steps,
+    quantities.NORM: state.norm,
+    quantities.NORM_CLIPPED: state.norm_clipped,
+    quantities.MAX_NORM: state.max_norm if is_global else _smallest(state.max_norm, None),
+    quantities.SCALE: state.scale if is_global else _smallest(state.scale, 1.0),
+    quantities.CLIP_FRACTION: _share(state.clipped_steps, state.steps),
+    quantities.CLIPPED_STEPS: state.clipped_steps,
+    quantities.NONFINITE_STEPS: state.nonfinite_steps,
+    quantities.STEPS: state.steps,
   }
 
 
 def vectors_of(state: Any) -> dict[str, Any]:
   """What a state says of each group or leaf, by quantity, each of shape (..., n)."""
   if isinstance(state, ClipState) and state.labels.unit != "global":
-    return {"norm": state.norms, "max_norm": state.max_norm, "scale": state.scale}
+    return {quantities.NORM: state.norms, quantities.MAX_NORM: state.max_norm, quantities.SCALE: state.scale}
   if isinstance(state, WatchState) and not isinstance(state.norms, tuple):
     return {
-      "norm": state.norms,
-      "ratio": _ratio(state.norms, state.param_norms),
-      "nonfinite": state.nonfinite,
-      "worst_norm": state.worst_norms,
+      quantities.NORM: state.norms,
+      quantities.RATIO: _ratio(state.norms, state.param_norms),
+      quantities.NONFINITE: state.nonfinite,
+      quantities.WORST_NORM: state.worst_norms,
     }
   return {}
 

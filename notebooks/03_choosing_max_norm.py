@@ -142,12 +142,12 @@ def step(name, params, opt_state, i, max_norm, rate):
 
 params = rnn(jax.random.key(0))
 opt_state = optimizer(math.inf, 0.25).init(params)
-with clipjax.Recorder("run.jsonl") as recorder:
+with clipjax.runs.Recorder("run.jsonl") as recorder:
   for i in range(STEPS):
     params, opt_state, loss = step("rnn", params, opt_state, i, math.inf, 0.25)
     recorder.push(i, opt_state, params=params, loss=loss)
-run = clipjax.read_run("run.jsonl")
-report = clipjax.diagnose(run)
+run = clipjax.runs.read_run("run.jsonl")
+report = clipjax.runs.diagnose(run)
 assert not [finding for finding in report.findings if finding.level == "FAIL"]
 print(report)
 
@@ -156,8 +156,8 @@ print(report)
 # page.
 
 # %%
-clipjax.write_report(run, "report.html")
-clipjax.plot_norms(run).savefig("norms.png", dpi=90)
+clipjax.runs.write_report(run, "report.html")
+clipjax.runs.plot_norms(run).savefig("norms.png", dpi=90)
 Image("norms.png")
 
 # %% [markdown]
@@ -167,8 +167,8 @@ Image("norms.png")
 # budget*: the product of rate and threshold bounds how far one step can go.
 
 # %%
-print(clipjax.suggest_max_norm(run, model="rnn"), end="\n\n")
-print(clipjax.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.5).reason)
+print(clipjax.runs.suggest_max_norm(run, model="rnn"), end="\n\n")
+print(clipjax.runs.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.5).reason)
 
 # %% [markdown]
 # ## 16 thresholds at once
@@ -208,7 +208,7 @@ for name, (*_, (low, high)) in MODELS.items():
   best = int(final(losses).argmin())
   base = RATES[best]
   for k in FACTORS:
-    advice = clipjax.suggest_max_norm(norms[best], learning_rate=base, new_learning_rate=k * base, model=name)
+    advice = clipjax.runs.suggest_max_norm(norms[best], learning_rate=base, new_learning_rate=k * base, model=name)
     assert f"{low:g} to {high:g}" in str(advice)  # The rule of thumb, as the suggestion quotes it.
     tried = np.array([advice.max_norm, math.sqrt(low * high), np.inf])
     ends = final(train(name, np.append(THRESHOLDS, tried), np.full(RATES.size, k * base))[0])

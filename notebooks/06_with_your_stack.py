@@ -123,8 +123,9 @@ for i in range(STEPS):
 # %% [markdown]
 # ## Plain JAX, with TensorBoard
 #
-# Parameters are a dict, the step is a function. A `clipjax.Recorder` writes what the clip has measured to a file and to
-# any number of `writers`; a tensorboardX or torch `SummaryWriter` is one. It never makes the loop wait for the device.
+# Parameters are a dict, the step is a function. A `clipjax.runs.Recorder` writes what the clip has measured to a file
+# and to any number of `writers`; a tensorboardX or torch `SummaryWriter` is one. It never makes the loop wait for the
+# device.
 
 
 # %%
@@ -154,7 +155,10 @@ def new_run(params):
   return {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
 
 
-with SummaryWriter(str(folder / "board")) as board, clipjax.Recorder(folder / "run.jsonl", writers=[board]) as recorder:
+with (
+  SummaryWriter(str(folder / "board")) as board,
+  clipjax.runs.Recorder(folder / "run.jsonl", writers=[board]) as recorder,
+):
   uninterrupted, seen["plain JAX"] = train(new_run(start), STEPS, recorder)
 
 # %% [markdown]

@@ -128,12 +128,12 @@ def train(name, tx, factor=300.0):
   # Returns the trained model, its optimizer, and the recorded run.
   model = Model(nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-  with clipjax.Recorder(f"{folder}/{name}.jsonl", every=1) as recorder:  # 1: norms by leaf at every step.
+  with clipjax.runs.Recorder(f"{folder}/{name}.jsonl", every=1) as recorder:  # 1: norms by leaf at every step.
     for step in range(1, STEPS + 1):
       loss, grads = gradient(model, batch_of(step), jnp.float32(factor if step == SPIKE else 1))
       update(optimizer, model, grads)
       recorder.push(step, optimizer, loss=loss)
-  return model, optimizer, clipjax.read_run(f"{folder}/{name}.jsonl")
+  return model, optimizer, clipjax.runs.read_run(f"{folder}/{name}.jsonl")
 
 
 # %% [markdown]

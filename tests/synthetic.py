@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clipjax._run import Run
+from clipjax.runs.run import Run
 
 N = 400
 

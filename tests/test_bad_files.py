@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import clipjax
-from clipjax import __main__ as cli
-from clipjax import _record_outputs
+from clipjax import cli
+from clipjax.runs import outputs
 
 TX = clipjax.clip_by_global_norm(1.0)
 GRADS = {"w": jnp.array([3.0, 4.0])}
@@ -40,7 +40,7 @@ BAD_PATHS = {
 def run_file(tmp_path):
   """A recorded run of five steps."""
   path = tmp_path / "run.jsonl"
-  with clipjax.Recorder(path, every=2) as recorder:
+  with clipjax.runs.Recorder(path, every=2) as recorder:
     for step, state in enumerate(STATES[1:], 1):
       recorder.push(step, state, params=GRADS, loss=1.0 / step)
   return path
@@ -61,11 +61,11 @@ def error_of(kind, call):
 def test_what_is_no_path(case, function, run_file, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   path, kind, text = BAD_PATHS[case]
-  run = clipjax.read_run(run_file)
+  run = clipjax.runs.read_run(run_file)
   call = {
-    "Recorder": clipjax.Recorder,
-    "read_run": clipjax.read_run,
-    "write_report": lambda path: clipjax.write_report(run, path),
+    "Recorder": clipjax.runs.Recorder,
+    "read_run": clipjax.runs.read_run,
+    "write_report": lambda path: clipjax.runs.write_report(run, path),
   }
   assert error_of(kind, lambda: call[function](path)) == text
   assert list(tmp_path.iterdir()) == [run_file]
@@ -95,7 +95,7 @@ def test_a_recorder_that_fails_makes_no_file_and_touches_none(case, run_file, tm
   options, kind, text = RECORDERS[case]
   before = run_file.read_bytes()
   for path in (run_file, tmp_path / "new.jsonl"):
-    assert error_of(kind, lambda: clipjax.Recorder(path, **options)) == text  # noqa: B023  (called at once)
+    assert error_of(kind, lambda: clipjax.runs.Recorder(path, **options)) == text  # noqa: B023  (called at once)
   assert run_file.read_bytes() == before and list(tmp_path.iterdir()) == [run_file]
 
 
@@ -103,7 +103,7 @@ def test_a_recorder_that_fails_makes_no_file_and_touches_none(case, run_file, tm
 def test_a_file_of_somebody_else_is_not_appended_to(content, tmp_path):
   path = tmp_path / "notes"
   path.write_bytes(content)
-  assert error_of(ValueError, lambda: clipjax.Recorder(path)) == (
+  assert error_of(ValueError, lambda: clipjax.runs.Recorder(path)) == (
     f"`path` must be a new file or one that a Recorder wrote, got {str(path)!r}, which is neither: name another file."
   )
   assert path.read_bytes() == content
@@ -111,10 +111,12 @@ def test_a_file_of_somebody_else_is_not_appended_to(content, tmp_path):
 
 def test_a_place_that_cannot_be_written(tmp_path):
   missing = tmp_path / "none" / "run.jsonl"
-  assert error_of(FileNotFoundError, lambda: clipjax.Recorder(missing)) == (
+  assert error_of(FileNotFoundError, lambda: clipjax.runs.Recorder(missing)) == (
     f"[Errno 2] No such file or directory: '{missing}'"
   )
-  assert error_of(IsADirectoryError, lambda: clipjax.Recorder(tmp_path)) == f"[Errno 21] Is a directory: '{tmp_path}'"
+  assert (
+    error_of(IsADirectoryError, lambda: clipjax.runs.Recorder(tmp_path)) == f"[Errno 21] Is a directory: '{tmp_path}'"
+  )
   assert list(tmp_path.iterdir()) == []
 
 
@@ -217,14 +219,14 @@ PUSHES = {
 def test_a_push_that_fails_leaves_no_trace_and_the_next_ones_are_written(case, tmp_path):
   push, kind, text = PUSHES[case]
   path = tmp_path / "run.jsonl"
-  with clipjax.Recorder(path, every=2) as recorder:
+  with clipjax.runs.Recorder(path, every=2) as recorder:
     assert error_of(kind, lambda: push(recorder)) == text  # First of all.
     recorder.push(1, STATES[1], loss=0.5, params=GRADS)
     if not case.startswith("parameters"):  # They are looked at once in `every` pushes.
       assert error_of(kind, lambda: push(recorder)) == text  # With a push waiting.
     recorder.push(2, STATES[2], loss=0.25)
     recorder.push(3, STATES[3])
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run.steps.tolist() == [1, 2, 3] and run.parameters == 2 and run.weights[0].tolist() == [1]
   np.testing.assert_array_equal(run["loss"], [0.5, 0.25, math.nan])
   assert run["grad/norm"].tolist() == [5.0] * 3 and "tokens" not in run and "user_step" not in run
@@ -232,7 +234,7 @@ def test_a_push_that_fails_leaves_no_trace_and_the_next_ones_are_written(case, t
 
 def test_a_push_after_close_writes_nothing(run_file):
   before = run_file.read_bytes()
-  recorder = clipjax.Recorder(run_file)
+  recorder = clipjax.runs.Recorder(run_file)
   recorder.close()
   after_open = run_file.read_bytes()
   assert error_of(ValueError, lambda: recorder.push(6, STATES[5])) == (
@@ -243,23 +245,23 @@ def test_a_push_after_close_writes_nothing(run_file):
 
 
 def test_a_full_disk_is_one_warning_at_the_caller_and_loses_no_row(tmp_path, monkeypatch):
-  path, whole = tmp_path / "run.jsonl", _record_outputs._write_all
+  path, whole = tmp_path / "run.jsonl", outputs._write_all
 
   def half(file, text):
     whole(file, text[: len(text) // 2])
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  with clipjax.Recorder(path, every=1) as recorder:
+  with clipjax.runs.Recorder(path, every=1) as recorder:
     recorder.push(1, STATES[1])
     recorder.flush()
-    monkeypatch.setattr(_record_outputs, "_write_all", half)
+    monkeypatch.setattr(outputs, "_write_all", half)
     with pytest.warns(RuntimeWarning) as caught:  # noqa: PT031  (one warning for all of it)
       recorder.push(2, STATES[2])
       recorder.flush()
       recorder.push(3, STATES[3])
       recorder.flush()
-    assert clipjax.read_run(path).steps.tolist() == [1]  # What was there is still whole.
-    monkeypatch.setattr(_record_outputs, "_write_all", whole)
+    assert clipjax.runs.read_run(path).steps.tolist() == [1]  # What was there is still whole.
+    monkeypatch.setattr(outputs, "_write_all", whole)
     recorder.push(4, STATES[4])
   (warning,) = caught
   assert str(warning.message) == (
@@ -267,14 +269,15 @@ def test_a_full_disk_is_one_warning_at_the_caller_and_loses_no_row(tmp_path, mon
     "written when it is possible again: make room, or mend the path."
   )
   assert pathlib.Path(warning.filename).name == "test_bad_files.py"
-  assert clipjax.read_run(path).steps.tolist() == [1, 2, 3, 4]
+  assert clipjax.runs.read_run(path).steps.tolist() == [1, 2, 3, 4]
 
 
 # Run files ----------------------------------------------------------------------------------------------------------
 
 HEADER = b'{"clipjax_run": 1, "version": "0.1.0", "leaves": {"grad": ["w"]}, "parameters": 2}\n'
 OTHER = (
-  "`path` must be a file that `clipjax.Recorder` wrote, got {!r}, which has {}: pass the path that the Recorder was "
+  "`path` must be a file that `clipjax.runs.Recorder` wrote, got {!r}, which has {}: pass the path that the "
+  "Recorder was "
   "given."
 )
 NO_HEADER, OTHER_HEADER, OTHER_ROWS = "no header of one", "a header of another kind", "rows of another kind ({})"
@@ -319,7 +322,7 @@ def test_a_file_that_no_recorder_wrote(case, tmp_path, capsys):
   path = tmp_path / "run.jsonl"
   path.write_bytes(content)
   text = OTHER.format(str(path), what)
-  assert error_of(ValueError, lambda: clipjax.read_run(path)) == text
+  assert error_of(ValueError, lambda: clipjax.runs.read_run(path)) == text
   for command in ("report", "suggest"):
     assert cli.main([command, str(path)]) == 2
     assert capsys.readouterr() == ("", f"clipjax: {text}\n")
@@ -327,34 +330,36 @@ def test_a_file_that_no_recorder_wrote(case, tmp_path, capsys):
 
 
 def test_a_run_that_is_not_there_or_of_a_later_format(tmp_path):
-  name = "`path` must be a file that `clipjax.Recorder` wrote, got"
+  name = "`path` must be a file that `clipjax.runs.Recorder` wrote, got"
   path = tmp_path / "run.jsonl"
-  assert error_of(FileNotFoundError, lambda: clipjax.read_run(path)) == (
+  assert error_of(FileNotFoundError, lambda: clipjax.runs.read_run(path)) == (
     f"{name} {str(path)!r}, which does not exist: look at its spelling."
   )
-  assert error_of(ValueError, lambda: clipjax.read_run(tmp_path)) == (
+  assert error_of(ValueError, lambda: clipjax.runs.read_run(tmp_path)) == (
     f"{name} the directory {str(tmp_path)!r}: name the file."
   )
   path.write_bytes(b" \n")
-  assert error_of(ValueError, lambda: clipjax.read_run(path)) == (
+  assert error_of(ValueError, lambda: clipjax.runs.read_run(path)) == (
     f"{name} {str(path)!r}, which is empty: a Recorder writes its first rows after `every` steps, or when it is closed."
   )
   path.write_bytes(b'{"clipjax_run": 2, "version": "9.0"}\n')
-  assert error_of(ValueError, lambda: clipjax.read_run(path)) == (
+  assert error_of(ValueError, lambda: clipjax.runs.read_run(path)) == (
     f"`path` must be a file of format 1 or below, got {str(path)!r} of format 2: read it with the version of clipjax "
     "that wrote it, 9.0, or a later one."
   )
 
 
 def test_a_run_cut_anywhere_gives_the_rows_that_are_whole(run_file):
-  data, whole = run_file.read_bytes(), clipjax.read_run(run_file)
+  data, whole = run_file.read_bytes(), clipjax.runs.read_run(run_file)
   header = data.index(b"\n")
   for end in range(0, len(data), 7):
     run_file.write_bytes(data[:end])
     if end < header:
-      assert "which is empty" in (text := error_of(ValueError, lambda: clipjax.read_run(run_file))) or NO_HEADER in text
+      assert (
+        "which is empty" in (text := error_of(ValueError, lambda: clipjax.runs.read_run(run_file))) or NO_HEADER in text
+      )
       continue
-    run = clipjax.read_run(run_file)
+    run = clipjax.runs.read_run(run_file)
     complete = sum(b'"step"' in line and line.endswith(b"}") for line in data[:end].split(b"\n"))
     assert run.steps.tolist() == whole.steps[: len(run)].tolist() and abs(len(run) - complete) <= 1
     np.testing.assert_array_equal(run["grad/norm"] if len(run) else [], whole["grad/norm"][: len(run)])
@@ -369,12 +374,12 @@ def test_a_run_with_a_byte_flipped_is_read_or_refused(run_file):
     changed[rng.integers(len(data))] ^= 1 << rng.integers(8)
     run_file.write_bytes(bytes(changed))
     try:
-      run = clipjax.read_run(run_file)
+      run = clipjax.runs.read_run(run_file)
     except ValueError as error:  # Nothing else may come out.
       refused += 1
       assert str(error).startswith("`path` must be a file ")  # noqa: PT017  (most files raise nothing)
     else:
-      str(clipjax.diagnose(run))
+      str(clipjax.runs.diagnose(run))
   assert refused
 
 
@@ -383,30 +388,34 @@ def test_a_run_with_a_byte_flipped_is_read_or_refused(run_file):
 WHOLE = ("min_steps", "spike_window")
 
 
-@pytest.mark.parametrize("field", clipjax.HealthLimits._fields)
+@pytest.mark.parametrize("field", clipjax.runs.HealthLimits._fields)
 @pytest.mark.parametrize("value", ["0.5", None, True, 1j, [1.0], np.ones(2)])
 def test_a_limit_that_is_no_number(field, value, run_file):
   least = {"min_steps": 1, "spike_window": 2}.get(field, 0)
   got = f"{value!r} ({type(value).__name__})" if isinstance(value, str | bool) else f"a {type(value).__name__}"
-  run = clipjax.read_run(run_file)
-  assert error_of(TypeError, lambda: clipjax.diagnose(run, limits=clipjax.HealthLimits(**{field: value}))) == (
+  run = clipjax.runs.read_run(run_file)
+  assert error_of(
+    TypeError, lambda: clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits(**{field: value}))
+  ) == (
     f"`limits.{field}` must be a {'whole ' if field in WHOLE else ''}number >= {least}, got {got}: pass one such as "
-    f"{clipjax.HealthLimits._field_defaults[field]}."
+    f"{clipjax.runs.HealthLimits._field_defaults[field]}."
   )
 
 
-@pytest.mark.parametrize("field", clipjax.HealthLimits._fields)
+@pytest.mark.parametrize("field", clipjax.runs.HealthLimits._fields)
 def test_a_limit_out_of_its_range(field, run_file):
   least = {"min_steps": 1, "spike_window": 2}.get(field, 0)
-  run = clipjax.read_run(run_file)
+  run = clipjax.runs.read_run(run_file)
   for value in (-1, least - 1) if field in WHOLE else (-1.0, math.nan, -math.inf):
-    assert error_of(ValueError, lambda: clipjax.diagnose(run, limits=clipjax.HealthLimits(**{field: value}))) == (  # noqa: B023
+    assert error_of(
+      ValueError, lambda value=value: clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits(**{field: value}))
+    ) == (
       f"`limits.{field}` must be a {'whole ' if field in WHOLE else ''}number >= {least}, got {value}: pass one such "
-      f"as {clipjax.HealthLimits._field_defaults[field]}."
+      f"as {clipjax.runs.HealthLimits._field_defaults[field]}."
     )
   # The ends of the range are limits like others.
   for value in (least,) if field in WHOLE else (0, 0.0, math.inf, np.float32(1)):
-    assert clipjax.diagnose(run, limits=clipjax.HealthLimits(**{field: value})).steps == 5
+    assert clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits(**{field: value})).steps == 5
 
 
 @pytest.mark.parametrize("limits", [{"min_steps": 1}, {"min_steps": 1, "spike_window": 2, "spike_sigma": math.inf}])
@@ -417,115 +426,117 @@ def test_limits_that_let_a_short_run_be_judged(limits, tmp_path):
     rows = [{**row, "val_loss": 2.0, "update/ratio": 0.0, "skip/consecutive": 0} for row in rows]
     path.write_bytes(HEADER + "\n".join(map(json.dumps, rows)).encode() + b"\n")
     for warmup in (0, None, 1):
-      report = clipjax.diagnose(clipjax.read_run(path), limits=clipjax.HealthLimits(**limits), warmup_steps=warmup)
+      report = clipjax.runs.diagnose(
+        clipjax.runs.read_run(path), limits=clipjax.runs.HealthLimits(**limits), warmup_steps=warmup
+      )
       assert "nan" not in str(report) and report.steps == steps
 
 
-LIST = "pass clipjax.read_run(path) or a list of numbers."
+LIST = "pass clipjax.runs.read_run(path) or a list of numbers."
 NORMS = "`norms_or_run` must be a Run or a 1-D array of norms"
-NO_RUN = "read the file with clipjax.read_run(path)."
+NO_RUN = "read the file with clipjax.runs.read_run(path)."
 JUDGED = {
   "diagnose of a path": (
-    lambda run: clipjax.diagnose("run.jsonl"), TypeError, f"`run` must be a Run, got 'run.jsonl' (str): {NO_RUN}",
+    lambda run: clipjax.runs.diagnose("run.jsonl"), TypeError, f"`run` must be a Run, got 'run.jsonl' (str): {NO_RUN}",
   ),
   "diagnose of nothing": (
-    lambda run: clipjax.diagnose(None), TypeError, f"`run` must be a Run, got a NoneType: {NO_RUN}",
+    lambda run: clipjax.runs.diagnose(None), TypeError, f"`run` must be a Run, got a NoneType: {NO_RUN}",
   ),
   "limits as a dict": (
-    lambda run: clipjax.diagnose(run, limits={"rise": 2.0}),
+    lambda run: clipjax.runs.diagnose(run, limits={"rise": 2.0}),
     TypeError, "`limits` must be a HealthLimits, got a dict: pass one such as HealthLimits(clip_fraction=0.9).",
   ),
   "the class of limits": (
-    lambda run: clipjax.diagnose(run, limits=clipjax.HealthLimits),
+    lambda run: clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits),
     TypeError, "`limits` must be a HealthLimits, got a type: pass one such as HealthLimits(clip_fraction=0.9).",
   ),
   "a warm-up below 0": (
-    lambda run: clipjax.diagnose(run, warmup_steps=-1),
+    lambda run: clipjax.runs.diagnose(run, warmup_steps=-1),
     ValueError, "`warmup_steps` must be >= 0, got -1: pass 0 to leave no step out.",
   ),
   "a warm-up as a string": (
-    lambda run: clipjax.suggest_max_norm(run, warmup_steps="3"),
+    lambda run: clipjax.runs.suggest_max_norm(run, warmup_steps="3"),
     TypeError, "`warmup_steps` must be a whole number or None, got '3' (str): pass how many steps to leave out.",
   ),
   "a table of no width": (
-    lambda run: clipjax.diagnose(run).table("wide"),
+    lambda run: clipjax.runs.diagnose(run).table("wide"),
     TypeError, "`width` must be a whole number, got 'wide' (str): pass how many columns the text may have.",
   ),
   "suggest of a path": (
-    lambda run: clipjax.suggest_max_norm("run.jsonl"), TypeError, f"{NORMS}, got 'run.jsonl' (str): {LIST}",
+    lambda run: clipjax.runs.suggest_max_norm("run.jsonl"), TypeError, f"{NORMS}, got 'run.jsonl' (str): {LIST}",
   ),
   "suggest of a dict": (
-    lambda run: clipjax.suggest_max_norm({"norm": [1.0]}), TypeError, f"{NORMS}, got a dict: {LIST}",
+    lambda run: clipjax.runs.suggest_max_norm({"norm": [1.0]}), TypeError, f"{NORMS}, got a dict: {LIST}",
   ),
-  "suggest of flags": (lambda run: clipjax.suggest_max_norm([True]), TypeError, f"{NORMS}, got a list: {LIST}"),
+  "suggest of flags": (lambda run: clipjax.runs.suggest_max_norm([True]), TypeError, f"{NORMS}, got a list: {LIST}"),
   "suggest of complex numbers": (
-    lambda run: clipjax.suggest_max_norm(np.ones(3) * 1j), TypeError, f"{NORMS}, got a ndarray: {LIST}",
+    lambda run: clipjax.runs.suggest_max_norm(np.ones(3) * 1j), TypeError, f"{NORMS}, got a ndarray: {LIST}",
   ),
   "suggest of a matrix": (
-    lambda run: clipjax.suggest_max_norm(np.ones((2, 2))),
+    lambda run: clipjax.runs.suggest_max_norm(np.ones((2, 2))),
     ValueError, f"{NORMS}, got shape (2, 2): pass the norm of each step.",
   ),
   "suggest of one number": (
-    lambda run: clipjax.suggest_max_norm(3.0), ValueError, f"{NORMS}, got shape (): pass the norm of each step.",
+    lambda run: clipjax.runs.suggest_max_norm(3.0), ValueError, f"{NORMS}, got shape (): pass the norm of each step.",
   ),
   "suggest of nothing": (
-    lambda run: clipjax.suggest_max_norm([]), ValueError, f"{NORMS}, got shape (0,): pass the norm of each step.",
+    lambda run: clipjax.runs.suggest_max_norm([]), ValueError, f"{NORMS}, got shape (0,): pass the norm of each step.",
   ),
   "suggest inside jit": (
-    lambda run: jax.jit(clipjax.suggest_max_norm)(jnp.ones(30)), TypeError, f"{NORMS}, got a {TRACER[0]}: {LIST}",
+    lambda run: jax.jit(clipjax.runs.suggest_max_norm)(jnp.ones(30)), TypeError, f"{NORMS}, got a {TRACER[0]}: {LIST}",
   ),
   "suggest of a negative norm": (
-    lambda run: clipjax.suggest_max_norm([1.0, -2.0]),
+    lambda run: clipjax.runs.suggest_max_norm([1.0, -2.0]),
     ValueError, "`norms_or_run` must be norms, which are >= 0, got -2 at index 1: pass norms, not their logarithms.",
   ),
   "suggest of NaN": (
-    lambda run: clipjax.suggest_max_norm([math.nan] * 20),
+    lambda run: clipjax.runs.suggest_max_norm([math.nan] * 20),
     ValueError,
     "`norms_or_run` must have finite norms after the warm-up of 2 steps, got none of 20 (0 finite in all): record more "
     "steps, at a learning rate at which they stay finite, or lower `warmup_steps`.",
   ),
   "suggest of zeros": (
-    lambda run: clipjax.suggest_max_norm([0.0] * 20),
+    lambda run: clipjax.runs.suggest_max_norm([0.0] * 20),
     ValueError,
     "`norms_or_run` must have norms above 0, got 0 in 100% of 18: look why the gradient is zero before you clip it.",
   ),
   "one rate of two": (
-    lambda run: clipjax.suggest_max_norm(run, new_learning_rate=0.1),
+    lambda run: clipjax.runs.suggest_max_norm(run, new_learning_rate=0.1),
     ValueError,
     "`learning_rate` and `new_learning_rate` must be given both or neither, got None and 0.1: pass the rate of the "
     "recorded run and the one that the threshold is for.",
   ),
   "a rate of 0": (
-    lambda run: clipjax.suggest_max_norm(run, learning_rate=0, new_learning_rate=0.1),
+    lambda run: clipjax.runs.suggest_max_norm(run, learning_rate=0, new_learning_rate=0.1),
     ValueError, "`learning_rate` must be > 0 and finite, got 0: pass a float such as 0.1.",
   ),
   "a rate that is NaN": (
-    lambda run: clipjax.suggest_max_norm(run, learning_rate=0.1, new_learning_rate=math.nan),
+    lambda run: clipjax.runs.suggest_max_norm(run, learning_rate=0.1, new_learning_rate=math.nan),
     ValueError, "`new_learning_rate` must be > 0 and finite, got nan: pass a float such as 0.1.",
   ),
   "a complex rate": (
-    lambda run: clipjax.suggest_max_norm(run, learning_rate=np.complex64(1), new_learning_rate=0.1),
+    lambda run: clipjax.runs.suggest_max_norm(run, learning_rate=np.complex64(1), new_learning_rate=0.1),
     TypeError, "`learning_rate` must be a number, got a complex64: pass a float such as 0.1.",
   ),
   "a model that is a number": (
-    lambda run: clipjax.suggest_max_norm(run, model=3),
+    lambda run: clipjax.runs.suggest_max_norm(run, model=3),
     ValueError,
     "`model` must be one of feed-forward, cnn, rnn, lstm, transformer or None, got 3 (int): pass the nearest.",
   ),
   "scale_free as a number": (
-    lambda run: clipjax.suggest_max_norm(run, scale_free=1),
+    lambda run: clipjax.runs.suggest_max_norm(run, scale_free=1),
     TypeError, "`scale_free` must be True or False, got 1 (int): pass one of them.",
   ),
   "plot of a path": (
-    lambda run: clipjax.plot_norms(pathlib.PurePosixPath("a")),
+    lambda run: clipjax.runs.plot_norms(pathlib.PurePosixPath("a")),
     TypeError, f"`run` must be a Run, got a PurePosixPath: {NO_RUN}",
   ),
   "a report, arguments swapped": (
-    lambda run: clipjax.write_report("out.html", run),
+    lambda run: clipjax.runs.write_report("out.html", run),
     TypeError, f"`run` must be a Run, got 'out.html' (str): {NO_RUN}",
   ),
   "a report over its run": (
-    lambda run: clipjax.write_report(run, run.path),
+    lambda run: clipjax.runs.write_report(run, run.path),
     ValueError, "`path` must be another file than that of the run, got {path}: name one for the page.",
   ),
   "a column that is not there": (
@@ -538,7 +549,7 @@ JUDGED = {
 def test_wrong_arguments_of_what_judges_a_run(case, run_file, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   call, kind, text = JUDGED[case]
-  run, before = clipjax.read_run(run_file), run_file.read_bytes()
+  run, before = clipjax.runs.read_run(run_file), run_file.read_bytes()
   message = error_of(kind, lambda: call(run))
   if kind is KeyError:  # Its text is quoted, and goes on with other near names.
     assert message.strip("\"'").startswith(text.format(path=run.path))
@@ -548,7 +559,7 @@ def test_wrong_arguments_of_what_judges_a_run(case, run_file, tmp_path, monkeypa
 
 
 def test_a_report_on_a_full_disk_leaves_the_old_one(run_file, tmp_path, monkeypatch):
-  page, run = tmp_path / "report.html", clipjax.read_run(run_file)
+  page, run = tmp_path / "report.html", clipjax.runs.read_run(run_file)
   page.write_text("old")
   whole = pathlib.Path.write_bytes
 
@@ -557,20 +568,22 @@ def test_a_report_on_a_full_disk_leaves_the_old_one(run_file, tmp_path, monkeypa
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr(pathlib.Path, "write_bytes", half)
-  assert error_of(OSError, lambda: clipjax.write_report(run, page)) == f"[Errno 28] No space left on device: '{page}'"
+  assert (
+    error_of(OSError, lambda: clipjax.runs.write_report(run, page)) == f"[Errno 28] No space left on device: '{page}'"
+  )
   assert page.read_text() == "old" and sorted(tmp_path.iterdir()) == sorted([page, run_file])
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_device(run_file, capsys):
-  run = clipjax.read_run(run_file)
-  assert error_of(OSError, lambda: clipjax.write_report(run, "/dev/full")) == (
+  run = clipjax.runs.read_run(run_file)
+  assert error_of(OSError, lambda: clipjax.runs.write_report(run, "/dev/full")) == (
     "[Errno 28] No space left on device: '/dev/full'"
   )
   assert cli.main(["report", str(run_file), "-o", "/dev/full"]) == 2
   assert capsys.readouterr().err == "clipjax: cannot write /dev/full: No space left on device\n"
   assert pathlib.Path("/dev/full").is_char_device()
-  assert error_of(ValueError, lambda: clipjax.Recorder("/dev/full")) == (
+  assert error_of(ValueError, lambda: clipjax.runs.Recorder("/dev/full")) == (
     "`path` must be a new file or one that a Recorder wrote, got '/dev/full', which is neither: name another file."
   )
 
@@ -609,7 +622,7 @@ def test_wrong_options_are_told_and_nothing_is_written(case, run_file, tmp_path,
 ONE_LINE = {
   "no such run": (["suggest", "none.jsonl"], "cannot read none.jsonl: there is no such file"),
   "a directory": (
-    ["report", "."], "`path` must be a file that `clipjax.Recorder` wrote, got the directory '.': name the file.",
+    ["report", "."], "`path` must be a file that `clipjax.runs.Recorder` wrote, got the directory '.': name the file.",
   ),
   "a directory for the page": (["report", "run.jsonl", "-o", "."], "cannot write .: Is a directory"),
   "no such directory": (

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import clipjax
-from clipjax import __main__ as cli
-from clipjax import _suggest
+from clipjax import cli
+from clipjax.runs import suggest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEADER = '{"clipjax_run": 1, "version": "0.1.0", "leaves": {}, "parameters": 12, "every": 1}'
@@ -40,9 +40,9 @@ def pages(monkeypatch):
     pathlib.Path(path).write_text("<html>")
     return pathlib.Path(path)
 
-  module = types.ModuleType("clipjax._report")
+  module = types.ModuleType("clipjax.runs.report.write")
   module.write_report = write_report
-  monkeypatch.setitem(sys.modules, "clipjax._report", module)
+  monkeypatch.setitem(sys.modules, "clipjax.runs.report.write", module)
   monkeypatch.setattr(clipjax, "_report", module, raising=False)
   return calls
 
@@ -60,14 +60,14 @@ def one_line(capsys):
 
 def test_suggest_prints_the_suggestion(run, capsys):
   assert cli.main(["suggest", str(run)]) == 0
-  assert capsys.readouterr() == (f"{clipjax.suggest_max_norm(clipjax.read_run(run))}\n", "")
+  assert capsys.readouterr() == (f"{clipjax.runs.suggest_max_norm(clipjax.runs.read_run(run))}\n", "")
 
 
 def test_suggest_hands_every_option_on(run, capsys):
   args = ["--model", "transformer", "--learning-rate", "0.1", "--new-learning-rate", "1e0", "--scale-free"]
   assert cli.main(["suggest", str(run), *args]) == 0
-  want = clipjax.suggest_max_norm(
-    clipjax.read_run(run), model="transformer", learning_rate=0.1, new_learning_rate=1.0, scale_free=True
+  want = clipjax.runs.suggest_max_norm(
+    clipjax.runs.read_run(run), model="transformer", learning_rate=0.1, new_learning_rate=1.0, scale_free=True
   )
   assert capsys.readouterr().out == f"{want}\n"
 
@@ -96,7 +96,7 @@ def test_suggest_says_in_one_line_that_there_are_no_norms(tmp_path, capsys):
 def test_the_help_names_the_families(capsys):
   with pytest.raises(SystemExit):
     cli.main(["suggest", "--help"])
-  *names, last = _suggest.FAMILIES
+  *names, last = suggest.FAMILIES
   assert f"{', '.join(names)} or {last}" in " ".join(capsys.readouterr().out.split())
 
 
@@ -106,7 +106,7 @@ def test_the_help_names_the_families(capsys):
 def test_report_prints_findings_and_the_path_of_the_page(run, pages, capsys):
   assert cli.main(["report", str(run)]) == 0
   page = run.with_suffix(".html")
-  assert capsys.readouterr() == (f"{clipjax.diagnose(clipjax.read_run(run))}\n\nWrote {page}\n", "")
+  assert capsys.readouterr() == (f"{clipjax.runs.diagnose(clipjax.runs.read_run(run))}\n\nWrote {page}\n", "")
   ((judged, path),) = pages
   assert (judged.path, path) == (str(run), page)
 
@@ -136,9 +136,10 @@ def test_a_report_that_cannot_be_written_is_one_line(run, pages, tmp_path, capsy
 def test_a_report_without_matplotlib_is_one_line(run, tmp_path):
   # A `_report` that imports it when it is called, as the one that is there or will be.
   code = (
-    "import sys, types; sys.modules['matplotlib'] = None; m = types.ModuleType('clipjax._report')\n"
+    "import sys, types; sys.modules['matplotlib'] = None; m = types.ModuleType('clipjax.runs.report.write')\n"
     "def write_report(run, path): import matplotlib.figure\n"
-    "m.write_report = write_report; sys.modules['clipjax._report'] = m; import clipjax; clipjax._report = m\n"
+    "m.write_report = write_report; sys.modules['clipjax.runs.report.write'] = m; import clipjax; "
+    "clipjax.runs.report.write = m\n"
     "from clipjax.__main__ import main; sys.exit(main())"
   )
   got = python("-c", code, "report", str(run))
@@ -151,8 +152,8 @@ def test_names_that_stdout_cannot_encode_are_escaped(tmp_path):
   header = HEADER.replace('"leaves": {}', '"leaves": {"grad": ["Größe", "b"]}')
   run = write(tmp_path / "läuf.jsonl", [1.0] * 40, header, leaf=[{"grad/norm": [0.0, 1.0]}] * 40)
   code = (
-    "import sys, types; m = types.ModuleType('clipjax._report'); m.write_report = lambda run, path: path\n"
-    "sys.modules['clipjax._report'] = m; import clipjax; clipjax._report = m\n"
+    "import sys, types; m = types.ModuleType('clipjax.runs.report.write'); m.write_report = lambda run, path: path\n"
+    "sys.modules['clipjax.runs.report.write'] = m; import clipjax; clipjax.runs.report.write = m\n"
     "from clipjax.__main__ import main; sys.exit(main())"
   )
   got = python("-c", code, "report", str(run), encoding="ascii")
@@ -274,12 +275,12 @@ def test_a_suggestion_loads_numpy_and_not_jax(run):
   got = python("-c", SHOW_MODULES, "suggest", str(run))
   assert (got.returncode, got.stderr) == (0, b"")
   modules = got.stdout.decode().splitlines()[-1].split()
-  assert "numpy" in modules and "clipjax._suggest" in modules
+  assert "numpy" in modules and "clipjax.runs.suggest" in modules
   assert not {"jax", "optax", "matplotlib"} & set(modules)
 
 
 def test_a_verdict_loads_numpy_and_not_jax(run):
-  code = "import sys, clipjax; clipjax.diagnose(clipjax.read_run(sys.argv[1])); print('jax' in sys.modules)"
+  code = "import sys, clipjax; clipjax.runs.diagnose(clipjax.runs.read_run(sys.argv[1])); print('jax' in sys.modules)"
   assert python("-c", code, str(run)).stdout == b"False\n"
 
 

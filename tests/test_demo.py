@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 import clipjax
-from clipjax import __main__ as cli
-from clipjax import _demo as demo
+from clipjax import cli
+from clipjax.demo import compare as demo
+from clipjax.demo import model, picture, training
 
 STEPS = 12
 FORCES_A_TERMINAL = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")  # What rich takes for one.
@@ -30,7 +31,7 @@ def reports():
 
 @pytest.fixture(scope="module")
 def runs(reports):
-  return demo.train_all(STEPS, 0, lambda *args: reports.append(args))
+  return training.train_all(STEPS, 0, lambda *args: reports.append(args))
 
 
 def run_python(*args, **env):
@@ -53,7 +54,7 @@ def trained(loss, norm, max_norm=1.0):
     "grad/clip_fraction": np.cumsum(clipped) / np.arange(1, norm.size + 1),
     "grad/nonfinite_steps": np.cumsum(~np.isfinite(norm)).astype(np.float64),
   }
-  return demo.Trained(max_norm, series, 1.5)
+  return training.Trained(max_norm, series, 1.5)
 
 
 def summary(first=5.0, final=2.0, label="max_norm 1", **fields):
@@ -73,7 +74,7 @@ WIDE = summary(final=445.9, label="max_norm 0.25", largest_norm=1.366e11, median
 
 
 def test_every_run_has_a_value_for_every_step(runs):
-  assert [run.max_norm for run in runs] == list(demo.MAX_NORMS)
+  assert [run.max_norm for run in runs] == list(training.MAX_NORMS)
   for run in runs:
     assert {"loss", "grad/norm", "grad/norm_clipped", "grad/scale", "grad/clip_fraction"} <= set(run.series)
     assert {values.shape for values in run.series.values()} == {(STEPS,)}
@@ -99,11 +100,11 @@ def test_the_runs_differ_in_the_threshold_alone(runs):
 
 def test_one_compilation_serves_every_threshold_and_the_seed_decides_the_rest(monkeypatch, runs):
   traces = []
-  train_step = demo.train_step
+  train_step = model.train_step
   monkeypatch.setattr(demo, "train_step", lambda *args: traces.append(None) or train_step(*args))
-  again = demo.train_all(3, 0, lambda *_: None)
+  again = training.train_all(3, 0, lambda *_: None)
   assert len(traces) == 1
-  other = demo.train_all(1, 1, lambda *_: None)
+  other = training.train_all(1, 1, lambda *_: None)
   for before, after in zip(runs, again, strict=True):
     np.testing.assert_allclose(after.series["loss"], before.series["loss"][:3], rtol=1e-5)
   assert other[0].series["loss"][0] != again[0].series["loss"][0]
@@ -111,15 +112,15 @@ def test_one_compilation_serves_every_threshold_and_the_seed_decides_the_rest(mo
 
 def test_progress_is_reported_now_and_then_and_at_the_last_step(runs, reports):
   assert [(label, step) for label, step, _ in reports] == [
-    (run.label, step) for run in runs for step in (demo.READ_EVERY, STEPS)
+    (run.label, step) for run in runs for step in (training.READ_EVERY, STEPS)
   ]
   assert reports[1][2] == {name: values[-1] for name, values in runs[0].series.items()}
 
 
 def test_the_text_is_long_and_ascii():
-  text = demo.read_text()
+  text = model.read_text()
   assert text.size > 100_000
-  assert text.max() < demo.CHARACTERS
+  assert text.max() < model.CHARACTERS
   assert b"Python" in text.tobytes()
 
 
@@ -235,7 +236,7 @@ def test_without_a_terminal_there_are_plain_lines_only():
 
 def test_json_keeps_every_number_and_has_null_for_the_rest():
   run = trained([5.0, math.inf, math.nan], [2.0, math.inf, math.nan], math.inf)
-  got = json.loads(demo.to_json([run], 7), parse_constant=pytest.fail)
+  got = json.loads(training.to_json([run], 7), parse_constant=pytest.fail)
   assert (got["seed"], got["clipjax"]) == (7, clipjax.__version__)
   assert got["runs"][0]["max_norm"] is None
   assert got["runs"][0]["series"]["loss"] == [5.0, None, None]
@@ -244,7 +245,7 @@ def test_json_keeps_every_number_and_has_null_for_the_rest():
 
 def test_picture_shows_series_limits_and_clipped_steps():
   three = [trained([5.0, 6.0], [3.0, 0.1], math.inf), trained([5.0, 4.0], [3.0, 0.5]), trained([5.0, 3.0], [3.0, 2.0])]
-  top, bottom = demo.picture(three).axes
+  top, bottom = picture.picture(three).axes
   assert [axes.get_yscale() for axes in (top, bottom)] == ["log", "log"]
   assert top.get_ylabel() == "Loss (nats per character)"
   assert (bottom.get_ylabel(), bottom.get_xlabel()) == ("Gradient norm before the clip", "Step")
@@ -263,7 +264,7 @@ def test_picture_shows_series_limits_and_clipped_steps():
   "bad", [[math.nan] * 3, [math.inf] * 3, [0.0] * 3, [2.0, math.nan, 3e38], [math.nan, 1e-40, 1]]
 )
 def test_picture_leaves_gaps_for_what_a_log_axis_cannot_show(tmp_path, bad):
-  figure = demo.picture([trained(bad, bad, c) for c in demo.MAX_NORMS])
+  figure = picture.picture([trained(bad, bad, c) for c in training.MAX_NORMS])
   figure.savefig(tmp_path / "x.png")
   want = [math.isfinite(x) and x > 0 for x in bad]
   assert np.isfinite(figure.axes[0].lines[0].get_ydata()).tolist() == want
@@ -278,7 +279,7 @@ def assert_demo_files(out, steps):
   assert {len(values) for run in series for values in run["series"].values()} == {steps}
   names = ["clipjax_demo.json", "clipjax_demo.png", "clipjax_demo_run.html", "clipjax_demo_run.jsonl"]
   assert sorted(path.name for path in out.iterdir()) == names
-  run = clipjax.read_run(out / "clipjax_demo_run.jsonl")
+  run = clipjax.runs.read_run(out / "clipjax_demo_run.jsonl")
   assert run.steps.tolist() == list(range(1, steps + 1))
   assert {"loss", "grad/norm", "grad/norm/recurrent", "update/ratio/recurrent", "tokens"} <= set(run.keys())
   assert run.parameters == 128 * 128 * 3 + 128 * 2
@@ -299,8 +300,8 @@ def test_demo_in_ascii_without_a_terminal(tmp_path):
   assert "\r" not in text.replace("\r\n", "\n")
   assert "max_norm 0.25: step 30 of 30, loss " in text
   assert f"Wrote {out / 'clipjax_demo.png'} and {out / 'clipjax_demo.json'}" in text
-  run = clipjax.read_run(out / "clipjax_demo_run.jsonl")
-  suggested = clipjax.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.0, model="rnn")
+  run = clipjax.runs.read_run(out / "clipjax_demo_run.jsonl")
+  suggested = clipjax.runs.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.0, model="rnn")
   assert str(suggested) in text
   assert "With it, at a rate of 2, the loss went from " in text
   assert text.endswith(f"the report {out / 'clipjax_demo_run.html'}\n")
@@ -401,5 +402,7 @@ def test_help_and_version_load_neither_jax_nor_the_extra(args):
 
 
 def test_the_demo_loads_no_pyplot():
-  got = run_python("-c", "import sys, clipjax._demo; print('jax' in sys.modules, 'matplotlib.pyplot' in sys.modules)")
+  got = run_python(
+    "-c", "import sys, clipjax.demo.compare; print('jax' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+  )
   assert got.stdout.decode().split() == ["True", "False"]

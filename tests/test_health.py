@@ -13,13 +13,13 @@ import pytest
 from synthetic import N, bad, healthy, layered, only, run_of, with_spikes
 
 import clipjax
-from clipjax import _health_checks, _health_facts
-from clipjax._words import number, percent
+from clipjax.runs.health import facts, gradient
+from clipjax.runs.words import number, percent
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_run_has_no_defect(seed):
-  report = clipjax.diagnose(run_of(healthy(seed), **layered([1.0, 0.3])))
+  report = clipjax.runs.diagnose(run_of(healthy(seed), **layered([1.0, 0.3])))
   assert bad(report) == []
   assert {"norms", "clipped", "parameters", "step-time", "throughput"} <= {f.name for f in report.findings}
 
@@ -27,7 +27,7 @@ def test_a_healthy_run_has_no_defect(seed):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("n", [1, 5, 22, 60, 3000])
 def test_a_healthy_run_has_no_defect_at_any_length(seed, n):
-  assert bad(clipjax.diagnose(run_of(healthy(seed, n)))) == []
+  assert bad(clipjax.runs.diagnose(run_of(healthy(seed, n)))) == []
 
 
 # Numbers ------------------------------------------------------------------------------------------------------------
@@ -38,18 +38,18 @@ def test_percentiles_leave_out_the_warm_up_and_what_is_not_finite():
   norm[[50, 60]] = np.nan
   flags = {"grad/norm": np.isnan(norm)}
   want = norm[40:][np.isfinite(norm[40:])]
-  message = only(clipjax.diagnose(run_of({"grad/norm": norm}, flags=flags)), "norms").message
+  message = only(clipjax.runs.diagnose(run_of({"grad/norm": norm}, flags=flags)), "norms").message
   p50, p90, p99 = (f"{p:.3g}" for p in np.percentile(want, [50, 90, 99]))
   assert message.startswith(
     f"p50 {p50}, p90 {p90}, p99 {p99}, largest 360, of 358 finite norms after the warm-up of 40"
   )
-  assert "of 398 finite" in only(clipjax.diagnose(run_of({"grad/norm": norm}), warmup_steps=0), "norms").message
+  assert "of 398 finite" in only(clipjax.runs.diagnose(run_of({"grad/norm": norm}), warmup_steps=0), "norms").message
 
 
 def test_the_warm_up_is_a_tenth_at_most_a_hundred_steps_and_counts_steps_not_rows():
   norm = np.ones(100)
-  assert clipjax.diagnose(run_of({"grad/norm": norm})).warmup_steps == 10
-  sparse = clipjax.diagnose(run_of({"grad/norm": norm}, steps=np.arange(100) * 50 + 7))
+  assert clipjax.runs.diagnose(run_of({"grad/norm": norm})).warmup_steps == 10
+  sparse = clipjax.runs.diagnose(run_of({"grad/norm": norm}, steps=np.arange(100) * 50 + 7))
   assert sparse.warmup_steps == 100
   assert "of 98 finite norms" in only(sparse, "norms").message
 
@@ -60,25 +60,25 @@ def test_step_time_and_throughput():
   seconds = np.where(np.arange(n) % 2, 0.039, 0.001)
   seconds[[1, 51]] = 9.0
   columns = {"grad/norm": np.ones(n), "time": np.cumsum(seconds) + 1e9, "tokens": np.full(n, 640.0)}
-  report = clipjax.diagnose(run_of(columns, steps=np.arange(n) * 10))
+  report = clipjax.runs.diagnose(run_of(columns, steps=np.arange(n) * 10))
   message = only(report, "step-time").message
   middle = float(re.match(r"([\d.]+) ms a step, the median of 20 parts of the run; from push to push ", message)[1])
   assert middle == pytest.approx(2, rel=0.3)
   rate = float(re.match(r"([\d,]+) tokens a second", only(report, "throughput").message)[1].replace(",", ""))
   assert rate == pytest.approx(640 / (middle / 1e3), rel=0.01)
   slow = columns | {"time": np.cumsum(np.where(np.arange(n) <= 60, 0.2, 0.02))}
-  after = clipjax.diagnose(run_of(slow, steps=np.arange(n) * 10), warmup_steps=600)
+  after = clipjax.runs.diagnose(run_of(slow, steps=np.arange(n) * 10), warmup_steps=600)
   assert only(after, "step-time").message.startswith("2 ms a step, the median of 20 parts of the run")
   back = columns | {"time": -columns["time"]}
-  assert "step-time" not in [f.name for f in clipjax.diagnose(run_of(back)).findings]
+  assert "step-time" not in [f.name for f in clipjax.runs.diagnose(run_of(back)).findings]
 
 
 def test_limits_can_be_set():
   run = run_of(healthy(**{"grad/clip_fraction": np.full(N, 0.7)}))
-  assert bad(clipjax.diagnose(run, limits=clipjax.HealthLimits(clip_fraction=0.8))) == []
-  strict = clipjax.HealthLimits(clip_fraction=0.65, min_steps=10_000)
-  assert bad(clipjax.diagnose(run, limits=strict)) == []
-  assert "at least 10000" in only(clipjax.diagnose(run, limits=strict), "few-steps").message
+  assert bad(clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits(clip_fraction=0.8))) == []
+  strict = clipjax.runs.HealthLimits(clip_fraction=0.65, min_steps=10_000)
+  assert bad(clipjax.runs.diagnose(run, limits=strict)) == []
+  assert "at least 10000" in only(clipjax.runs.diagnose(run, limits=strict), "few-steps").message
 
 
 @pytest.mark.parametrize(
@@ -109,29 +109,29 @@ def test_a_share_reads_as_none_or_all_only_where_it_is(share, text):
 
 @pytest.mark.parametrize("value", [1e-300, 1e-30, 0.1, 1.0, 1e30, 1e300])
 def test_equal_norms_are_no_defect(value):
-  report = clipjax.diagnose(run_of({"grad/norm": np.full(N, value)}))
+  report = clipjax.runs.diagnose(run_of({"grad/norm": np.full(N, value)}))
   assert bad(report) == []
   assert f"p50 {value:.3g}, p90 {value:.3g}, p99 {value:.3g}" in only(report, "norms").message
 
 
 def test_a_gradient_that_is_zero_throughout():
-  report = clipjax.diagnose(run_of({"grad/norm": np.zeros(N)}))
+  report = clipjax.runs.diagnose(run_of({"grad/norm": np.zeros(N)}))
   assert bad(report) == ["zero-gradient"]
   assert only(report, "zero-gradient").message.startswith("The norm of 'grad' was exactly 0 at all 400 steps")
   assert "p50 0, p90 0, p99 0" in only(report, "norms").message
   assert only(report, "norms").advice == ""  # There suggest_max_norm raises.
-  assert bad(clipjax.diagnose(run_of({"grad/norm": np.arange(N) == 7}))) == []
+  assert bad(clipjax.runs.diagnose(run_of({"grad/norm": np.arange(N) == 7}))) == []
 
 
 def test_norms_that_differ_by_rounding_have_no_spikes():
   norm = 1 + 1e-7 * (np.arange(N) % 2)
   norm[200] += 1e-5
-  assert bad(clipjax.diagnose(run_of({"grad/norm": norm}))) == []
+  assert bad(clipjax.runs.diagnose(run_of({"grad/norm": norm}))) == []
 
 
 def test_norms_that_are_never_finite():
   at = np.ones(N, bool)
-  report = clipjax.diagnose(run_of({"grad/norm": np.full(N, np.nan)}, flags={"grad/norm": at}))
+  report = clipjax.runs.diagnose(run_of({"grad/norm": np.full(N, np.nan)}, flags={"grad/norm": at}))
   assert bad(report) == ["nonfinite"]
   assert (
     "400 of 400 steps had a norm of inf or NaN, at steps 1, 2, 3, 4, 5 and 395 more."
@@ -141,8 +141,8 @@ def test_norms_that_are_never_finite():
 
 
 def test_a_run_without_rows_or_without_norms():
-  assert [f.name for f in clipjax.diagnose(run_of({"loss": []}, parameters=None)).findings] == ["no-norms"]
-  report = clipjax.diagnose(run_of({"loss": np.linspace(2, 1, N)}))
+  assert [f.name for f in clipjax.runs.diagnose(run_of({"loss": []}, parameters=None)).findings] == ["no-norms"]
+  report = clipjax.runs.diagnose(run_of({"loss": np.linspace(2, 1, N)}))
   assert [f.name for f in report.findings] == ["no-norms", "loss", "parameters"]
 
 
@@ -150,21 +150,21 @@ def test_few_steps_are_told_and_only_what_is_certain_is_judged():
   columns = healthy(n=15, **{"grad/clip_fraction": np.ones(15), "grad/zero_fraction": np.ones(15)})
   columns["loss"] = np.linspace(1, 9, 15)
   columns["grad/norm_clipped"][3] = np.nan
-  report = clipjax.diagnose(run_of(columns, flags={"grad/norm": np.arange(15) == 3}))
+  report = clipjax.runs.diagnose(run_of(columns, flags={"grad/norm": np.arange(15) == 3}))
   assert bad(report) == ["nonfinite"]
   assert only(report, "few-steps").message.startswith("13 finite norms after the warm-up of 1 steps are too few")
 
 
 def test_only_skip_steps_recorded():
   columns = {key: value for key, value in healthy().items() if key.startswith("skip/")}
-  report = clipjax.diagnose(run_of(columns))
+  report = clipjax.runs.diagnose(run_of(columns))
   assert bad(report) == []
   assert "of 360 finite norms" in only(report, "norms").message
 
 
 def test_another_name_is_judged_where_there_is_no_grad():
   columns = {"skip/norm": np.ones(N), "critic/norm": np.full(N, 7.0)}
-  assert only(clipjax.diagnose(run_of(columns)), "norms").message.startswith("p50 7")
+  assert only(clipjax.runs.diagnose(run_of(columns)), "norms").message.startswith("p50 7")
 
 
 def test_every_finding_has_its_rule_and_what_to_do():
@@ -183,7 +183,7 @@ def test_every_finding_has_its_rule_and_what_to_do():
   columns["grad/norm"] *= np.exp(np.linspace(0, 9, N))
   values = np.ones((40, 3)) * [0, 1e-4, 1]
   flags = {"grad/norm": np.arange(N) == 90, "loss": np.arange(N) == 90}
-  report = clipjax.diagnose(run_of(columns, flags=flags, **layered(values, ("a", "b", "c"))))
+  report = clipjax.runs.diagnose(run_of(columns, flags=flags, **layered(values, ("a", "b", "c"))))
   judged = [f for f in report.findings if f.level != "INFO"]
   assert len(judged) >= 10
   for finding in judged:
@@ -211,36 +211,34 @@ def check_table(report):
 
 def test_names_of_leaves_cannot_break_the_table():
   values = np.zeros((40, 2))
-  report = clipjax.diagnose(run_of(healthy(), **layered(values, ("a\nFAIL  x", "\x1b[31m"))))
+  report = clipjax.runs.diagnose(run_of(healthy(), **layered(values, ("a\nFAIL  x", "\x1b[31m"))))
   assert "\x1b" not in str(report) and "\nFAIL  x" not in str(report)
 
 
 def test_wrong_arguments():
   run = run_of(healthy())
   with pytest.raises(TypeError, match=r"^`run` must be a Run, got 'run.jsonl' \(str\): read the file with"):
-    clipjax.diagnose("run.jsonl")
+    clipjax.runs.diagnose("run.jsonl")
   with pytest.raises(TypeError, match=r"^`limits` must be a HealthLimits, got a dict: "):
-    clipjax.diagnose(run, limits={"rise": 3})
+    clipjax.runs.diagnose(run, limits={"rise": 3})
   with pytest.raises(TypeError, match=r"^`warmup_steps` must be a whole number or None, got 0.1 \(float\): "):
-    clipjax.diagnose(run, warmup_steps=0.1)
+    clipjax.runs.diagnose(run, warmup_steps=0.1)
   with pytest.raises(ValueError, match=r"^`warmup_steps` must be >= 0, got -1: "):
-    clipjax.diagnose(run, warmup_steps=-1)
+    clipjax.runs.diagnose(run, warmup_steps=-1)
 
 
 def test_the_checks_leave_the_run_as_it_was():
   run = run_of(with_spikes(), **layered([1.0, 0.0]))
   before = {key: value.copy() for key, value in run.columns.items()}
-  clipjax.diagnose(run)
+  clipjax.runs.diagnose(run)
   assert all(np.array_equal(before[key], run.columns[key], equal_nan=True) for key in before)
 
 
 def test_every_check_is_in_use():
-  names = [
-    name for name in vars(_health_checks) if name.startswith("_") and "view" in _arguments(vars(_health_checks)[name])
-  ]
+  names = [name for name in vars(gradient) if name.startswith("_") and "view" in _arguments(vars(gradient)[name])]
   helpers = {"_first_layers", "_clip_shares", "_clip_too_high", "_layer_ratios", "_zero_norm"}
-  assert set(names) - helpers == {check.__name__ for check in _health_checks.CHECKS if check.__name__.startswith("_")}
-  assert len(set(_health_checks.CHECKS + _health_facts.FACTS)) == len(_health_checks.CHECKS + _health_facts.FACTS)
+  assert set(names) - helpers == {check.__name__ for check in gradient.CHECKS if check.__name__.startswith("_")}
+  assert len(set(gradient.CHECKS + facts.FACTS)) == len(gradient.CHECKS + facts.FACTS)
 
 
 def _arguments(value):
@@ -251,7 +249,7 @@ def _arguments(value):
 def test_fifty_thousand_steps_take_under_two_seconds():
   run = run_of(healthy(n=50_000))
   start = time.perf_counter()
-  clipjax.diagnose(run)
+  clipjax.runs.diagnose(run)
   assert time.perf_counter() - start < 2
 
 
@@ -269,7 +267,7 @@ def recorded(tx, gradients, path):
     bad = {key: repr(value) for key, value in values.items() if not math.isfinite(value)}
     lines.append({"step": step} | {key: None if key in bad else x for key, x in values.items()} | {"nonfinite": bad})
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  return clipjax.read_run(path)
+  return clipjax.runs.read_run(path)
 
 
 GRADIENTS = [1.0 + 0.05 * (i % 7) for i in range(100)]
@@ -279,14 +277,14 @@ GRADIENTS = [1.0 + 0.05 * (i % 7) for i in range(100)]
 def test_a_step_that_the_clip_dropped_is_a_warning(policy, tmp_path):
   gradients = [*GRADIENTS[:80], math.nan, *GRADIENTS[81:]]
   run = recorded(clipjax.clip_by_global_norm(10.0, on_nonfinite=policy), gradients, tmp_path / "run.jsonl")
-  assert bad(clipjax.diagnose(run)) == [{"propagate": "nonfinite", "zero": "nonfinite-dropped"}[policy]]
+  assert bad(clipjax.runs.diagnose(run)) == [{"propagate": "nonfinite", "zero": "nonfinite-dropped"}[policy]]
 
 
 def test_steps_that_skip_steps_rejected_have_the_norm_that_it_saw(tmp_path):
   gradients = [*GRADIENTS[:80], 900.0, math.nan, *GRADIENTS[82:]]
   chain = optax.chain(clipjax.clip_by_global_norm(10.0), optax.sgd(1e-3))
   run = recorded(clipjax.skip_steps(chain, norm_rule=100.0), gradients, tmp_path / "run.jsonl")
-  report = clipjax.diagnose(run)
+  report = clipjax.runs.diagnose(run)
   assert bad(report) == ["nonfinite-dropped"]
   assert "1 of 100 steps had a norm of inf or NaN, at step 82." in only(report, "nonfinite-dropped").message
   assert "at step 81, the largest 1270 against" in only(report, "spikes-caught").message
@@ -296,20 +294,20 @@ def test_steps_that_skip_steps_rejected_have_the_norm_that_it_saw(tmp_path):
 def test_a_clip_that_sees_one_step_in_four_has_its_own_norms_alone(tmp_path):
   gradients = [1.0 if i % 4 else 5.0 for i in range(100)]  # Their mean over each four is 2.
   tx = clipjax.skip_steps(optax.MultiSteps(clipjax.clip_by_global_norm(10.0), 4).gradient_transformation())
-  report = clipjax.diagnose(recorded(tx, gradients, tmp_path / "run.jsonl"), warmup_steps=0)
+  report = clipjax.runs.diagnose(recorded(tx, gradients, tmp_path / "run.jsonl"), warmup_steps=0)
   assert only(report, "norms").message.startswith("p50 2.83, p90 2.83, p99 2.83, largest 2.83, of 25 finite norms")
 
 
 def test_a_watch_outside_of_skip_steps_sees_what_it_rejects(tmp_path):
   gradients = [*GRADIENTS[:80], math.nan, *GRADIENTS[81:]]
   tx = optax.chain(clipjax.watch(), clipjax.skip_steps(optax.sgd(1e-3)))
-  assert bad(clipjax.diagnose(recorded(tx, gradients, tmp_path / "run.jsonl"))) == ["nonfinite-dropped"]
+  assert bad(clipjax.runs.diagnose(recorded(tx, gradients, tmp_path / "run.jsonl"))) == ["nonfinite-dropped"]
 
 
 def test_where_the_loss_began_and_ended_is_told():
   loss = np.concatenate([np.full(40, 3.0), np.full(320, 2.0), np.full(40, 1.25)])
   loss[5], loss[399] = np.nan, 50.0  # Neither moves a median.
-  assert only(clipjax.diagnose(run_of(healthy(loss=loss))), "loss").message == (
+  assert only(clipjax.runs.diagnose(run_of(healthy(loss=loss))), "loss").message == (
     "The loss went from 3 to 1.25, medians of tenths."
   )
-  assert "loss" not in [f.name for f in clipjax.diagnose(run_of(healthy(n=10))).findings]
+  assert "loss" not in [f.name for f in clipjax.runs.diagnose(run_of(healthy(n=10))).findings]

@@ -159,7 +159,7 @@ update = jax.jit(lambda state: tx.update(params, state, params)[1])
 pushes, path = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 def resident():
   return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
-with clipjax.Recorder(path) as recorder:
+with clipjax.runs.Recorder(path) as recorder:
   for i in range(pushes):
     if i == pushes // 5:
       before = resident()

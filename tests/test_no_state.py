@@ -37,7 +37,7 @@ def nnx_optimizer(tx=OURS):
 
 def readers(path):
   def push(state):
-    with clipjax.Recorder(path) as recorder:
+    with clipjax.runs.Recorder(path) as recorder:
       recorder.push(1, state, loss=1.0)
 
   return {"metrics": clipjax.metrics, "raise_if_nonfinite": clipjax.raise_if_nonfinite, "push": push}
@@ -118,7 +118,7 @@ def test_none_is_no_optimizer_state_but_a_run_may_have_none(tmp_path):
     with pytest.raises(TypeError, match=r"must be the state of an optimizer, got a NoneType: pass what `init`"):
       read(linen_train_state(None))
   readers(tmp_path / "run.jsonl")["push"](None)
-  assert clipjax.read_run(tmp_path / "run.jsonl")["loss"].tolist() == [1.0]
+  assert clipjax.runs.read_run(tmp_path / "run.jsonl")["loss"].tolist() == [1.0]
 
 
 class Callable(eqx.Module):
@@ -178,7 +178,7 @@ def test_a_state_is_read_wherever_it_is_held(holder, tmp_path):
   with pytest.raises(FloatingPointError, match="step 1 of 'grad' was not finite: norm nan, in leaf 'w'"):
     clipjax.raise_if_nonfinite(held)
   readers(tmp_path / "run.jsonl")["push"](held)
-  assert clipjax.read_run(tmp_path / "run.jsonl")["skip/fraction"].tolist() == [1.0]
+  assert clipjax.runs.read_run(tmp_path / "run.jsonl")["skip/fraction"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("holder", [h for h in HOLDERS if h != "a list"])
@@ -217,7 +217,7 @@ def test_a_state_of_optax_alone_is_read_in_silence(name, tmp_path):
   assert jax.jit(clipjax.metrics)(state) == {}
   assert clipjax.raise_if_nonfinite(state) is None
   readers(tmp_path / "run.jsonl")["push"](state)
-  assert clipjax.read_run(tmp_path / "run.jsonl")["loss"].tolist() == [1.0]
+  assert clipjax.runs.read_run(tmp_path / "run.jsonl")["loss"].tolist() == [1.0]
 
 
 def test_what_nnx_split_gives_is_read(tmp_path):
@@ -236,10 +236,10 @@ def test_what_nnx_split_gives_is_read(tmp_path):
       clipjax.raise_if_nonfinite(split)
   graphdef, state = nnx.split(optimizer)
   assert set(jax.jit(lambda s: clipjax.metrics((graphdef, s), per_leaf=True))(state)) == set(want)
-  with clipjax.Recorder(tmp_path / "run.jsonl") as recorder:
+  with clipjax.runs.Recorder(tmp_path / "run.jsonl") as recorder:
     for step in range(2):
       recorder.push(step, nnx.split(optimizer), loss=1.0)
-  assert clipjax.read_run(tmp_path / "run.jsonl")["skip/fraction"].tolist() == [1.0]
+  assert clipjax.runs.read_run(tmp_path / "run.jsonl")["skip/fraction"].tolist() == [1.0]
 
 
 def test_the_remedies_work():

@@ -2,7 +2,6 @@
 
 import ast
 import doctest
-import importlib
 import inspect
 import pathlib
 import re
@@ -15,18 +14,22 @@ import pytest
 import typed_usage
 
 import clipjax
-from clipjax import rules
+from clipjax import rules, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXTRAS = ("matplotlib", "rich", "tensorboardX", "torch", "tensorflow", "flax", "IPython", "pandas")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-PUBLIC = {f"clipjax.{name}": getattr(clipjax, name) for name in clipjax.__all__ if name != "rules"} | {
-  f"clipjax.rules.{name}": value
-  for name, value in vars(rules).items()
-  if not (name.startswith("_") or inspect.ismodule(value))
-}
+PUBLIC = (
+  {f"clipjax.{name}": getattr(clipjax, name) for name in clipjax.__all__ if name not in ("rules", "runs")}
+  | {
+    f"clipjax.rules.{name}": value
+    for name, value in vars(rules).items()
+    if not (name.startswith("_") or inspect.ismodule(value))
+  }
+  | {f"clipjax.runs.{name}": getattr(runs, name) for name in runs.__all__}
+)
 STATES = {"clipjax.ClipState", "clipjax.SkipState", "clipjax.WatchState"}
 
 
@@ -45,28 +48,19 @@ def test_the_test_of_imports_can_fail():
   assert loaded_after("import clipjax, rich") == ["rich"]
 
 
-def test_import_alone_does_not_load_jax():
-  code = "import clipjax, sys; assert 'jax' not in sys.modules; clipjax.rules; assert 'jax' in sys.modules"
-  assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+def test_the_run_wing_is_loaded_on_first_use():
+  code = "import clipjax, sys; seen = 'clipjax.runs' in sys.modules; clipjax.runs.Recorder; print(seen, 'runs' in dir(clipjax))"
+  assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "False True\n"
 
 
-def test_exports_agree_with_what_type_checkers_see():
-  tree = ast.parse(pathlib.Path(clipjax.__file__).read_text(encoding="utf-8"))
-  block = next(node for node in tree.body if isinstance(node, ast.If))
-  seen = {
-    alias.asname: (node.module, alias.name)
-    for node in block.body
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
-  }
-  assert set(seen) == set(clipjax.__all__)
-  for name, (module, original) in seen.items():
-    home = importlib.import_module(module)
-    value = getattr(home, original, None) or importlib.import_module(f"{module}.{original}")
-    assert getattr(clipjax, name) is value
-  assert set(clipjax.__all__) <= set(dir(clipjax))
+@pytest.mark.parametrize("module", [clipjax, rules, runs], ids=lambda module: module.__name__)
+def test_exports_are_what_the_file_imports_by_name(module):
+  tree = ast.parse(pathlib.Path(module.__file__).read_text(encoding="utf-8"))
+  seen = {a.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.asname}
+  assert seen == {name for name in getattr(module, "__all__", seen) if not name.startswith("_")}
+  assert seen <= set(dir(module))
   with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-    clipjax.nothing  # noqa: B018
+    module.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
@@ -140,8 +134,8 @@ def test_api_table_of_the_readme_has_the_public_names_and_no_other():
 def test_comparison_with_the_api_table_can_fail():
   calls, _ = api_table(README.replace("| `global_norm(", "| `globl_norm("))
   assert set(calls) - set(PUBLIC) == {"clipjax.globl_norm"}
-  calls, results = api_table(README.replace("`ClipState`, ", "").replace("a `Run`: ", ""))
-  assert set(PUBLIC) - set(calls) - results == {"clipjax.ClipState", "clipjax.Run"}
+  calls, results = api_table(README.replace("`ClipState`, ", "").replace("a `runs.Run`: ", ""))
+  assert set(PUBLIC) - set(calls) - results == {"clipjax.ClipState", "clipjax.runs.Run"}
 
 
 def test_code_of_contributing_runs():

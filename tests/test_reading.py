@@ -132,10 +132,10 @@ def test_to_read_a_nan_or_inf_is_no_error(name, bad):
 def test_recorder_pushes_and_reads_without_an_implicit_transfer(name, tmp_path):
   state = state_of(TRANSFORMS[name]())
   loss = jnp.float32(0.5)
-  with jax.transfer_guard("disallow"), clipjax.Recorder(tmp_path / "run.jsonl", every=2) as recorder:
+  with jax.transfer_guard("disallow"), clipjax.runs.Recorder(tmp_path / "run.jsonl", every=2) as recorder:
     for step in range(3):
       recorder.push(step, state, loss=loss, rate=0.1, params=PARAMS)
-  run = clipjax.read_run(tmp_path / "run.jsonl")
+  run = clipjax.runs.read_run(tmp_path / "run.jsonl")
   assert run["loss"][-1] == 0.5 and any(key.endswith("/norm") for key in run.columns)
 
 

@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 
 import clipjax
-from clipjax import _record_outputs, _record_pack
+from clipjax.runs import outputs, packing
 
 ROOT = Path(__file__).parent.parent
 PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
@@ -50,10 +50,10 @@ def train(tx, steps, state=None, first=1):
 
 
 def record(path, tx, steps, **options):
-  with clipjax.Recorder(path, **options) as recorder:
+  with clipjax.runs.Recorder(path, **options) as recorder:
     for step, state in train(tx, steps):
       recorder.push(step, state, loss=jnp.float32(1 / step))
-  return clipjax.read_run(path)
+  return clipjax.runs.read_run(path)
 
 
 def rows_of(path):
@@ -82,12 +82,12 @@ def near(value):
 
 def test_every_metric_of_every_step_is_what_metrics_says(path, x64):
   tx = watched()
-  with clipjax.Recorder(path, every=4) as recorder:
+  with clipjax.runs.Recorder(path, every=4) as recorder:
     want = []
     for step, state in train(tx, 11):
       recorder.push(step, state, loss=jnp.sqrt(jnp.float32(step)), rate=0.1)
       want.append({**clipjax.metrics(state), "loss": jnp.sqrt(jnp.float32(step)), "rate": 0.1})
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   np.testing.assert_array_equal(run.steps, np.arange(1, 12))
   assert set(run.columns) == {*want[0], "time"}
   for key, value in want[0].items():
@@ -107,7 +107,7 @@ def test_counters_and_integers_survive_exactly(path):
     "int": jnp.int32(-big), "uint": jnp.uint32(2**32 - 1), "half": jnp.bfloat16(0.1), "flag": jnp.array(True),
     "python": 2**53 - 1, "numpy": np.float32(0.1), "array": np.array(big), "bool": False,
   }  # fmt: skip
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     recorder.push(0, state, **scalars)
   (row,) = rows_of(path)
   assert row["step"] == big and row["grad/steps"] == big
@@ -117,7 +117,7 @@ def test_counters_and_integers_survive_exactly(path):
 
 
 def test_long_integers_under_x64(path):
-  with jax.enable_x64(True), clipjax.Recorder(path) as recorder:
+  with jax.enable_x64(True), clipjax.runs.Recorder(path) as recorder:
     recorder.push(3, None, tokens=jnp.int64(2**40 + 1), loss=jnp.float64(0.1), below=jnp.int64(-(2**40)))
   (row,) = rows_of(path)
   assert (row["tokens"], row["loss"], row["below"]) == (2**40 + 1, 0.1, -(2**40))
@@ -125,7 +125,7 @@ def test_long_integers_under_x64(path):
 
 def test_not_finite_is_null_with_a_flag(path):
   tx = watched()
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     _, state = tx.update(grads_of(jnp.nan), tx.init(PARAMS), PARAMS)
     recorder.push(1, state, loss=jnp.float32(jnp.inf), other=-jnp.inf, fine=1.0)
   (row,) = rows_of(path)
@@ -133,12 +133,12 @@ def test_not_finite_is_null_with_a_flag(path):
   assert {key: row["nonfinite"][key] for key in want} == want
   assert all(row[key] is None for key in row["nonfinite"]) and row["fine"] == 1
   assert row["leaf"]["grad/norm"] == [None, None] and row["leaf"]["grad/nonfinite"] == [1, 2]
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert np.isnan(run["loss"]).all() and run.flags["loss"].tolist() == [True] and "fine" not in run.flags
 
 
 def test_header(path):
-  with clipjax.Recorder(path, every=7) as recorder:
+  with clipjax.runs.Recorder(path, every=7) as recorder:
     for step, state in train(watched(), 1):
       recorder.push(step, state, params=PARAMS)
   header = json.loads(path.read_text().splitlines()[0])
@@ -165,11 +165,11 @@ def norms_pushed(path, norms, every):
   """The steps at which numbers by leaf were written, for gradients of the given norms."""
   tx = clipjax.watch()
   state, update = tx.init(jnp.zeros(2)), jax.jit(tx.update)
-  with clipjax.Recorder(path, every=every) as recorder:
+  with clipjax.runs.Recorder(path, every=every) as recorder:
     for step, norm in enumerate(norms, 1):
       _, state = update(jnp.array([norm, 0.0]), state)
       recorder.push(step, state)
-  return clipjax.read_run(path).vectors["grad/norm"][0].tolist()
+  return clipjax.runs.read_run(path).vectors["grad/norm"][0].tolist()
 
 
 def test_numbers_by_leaf_at_a_worst_step_that_is_a_tenth_above(path):
@@ -196,10 +196,10 @@ def test_leaves_of_a_group_clip_beside_a_watch(path):
 def test_multi_steps_logs_no_step_twice(path, every):
   steps = optax.MultiSteps(watched(), 3)
   sent = []
-  with clipjax.Recorder(path, every=every, writers=[Collector(sent)]) as recorder:
+  with clipjax.runs.Recorder(path, every=every, writers=[Collector(sent)]) as recorder:
     for micro, state in train(steps, 11):
       recorder.push(micro, state, loss=float(micro))
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   np.testing.assert_array_equal(run.steps, [0, 1, 2, 3])
   np.testing.assert_array_equal(run["loss"], [2, 5, 8, 11])
   np.testing.assert_array_equal(run["user_step"], [2, 5, 8, 11])
@@ -224,17 +224,17 @@ def test_without_a_state_of_clipjax_the_step_is_the_callers(path):
 
 
 def test_step_of_the_caller_is_kept_where_it_differs(path):
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for step, state in train(watched(), 3):
       recorder.push(step - 1 if step < 3 else jnp.int32(2), state)
     recorder.push(jnp.int32(7), None, loss=1.0)
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   np.testing.assert_array_equal(run.steps, [1, 2, 3, 7])
   np.testing.assert_array_equal(run["user_step"], [0, 1, 2, np.nan])
 
 
 def test_before_the_first_update_only_what_was_pushed(path):
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     recorder.push(0, watched().init(PARAMS), loss=2.0)
   (row,) = rows_of(path)
   assert row.keys() == {"step", "time", "loss"} and row["step"] == 0
@@ -242,11 +242,11 @@ def test_before_the_first_update_only_what_was_pushed(path):
 
 def test_two_pushes_of_a_step_are_one_row(path):
   for every in (1, 50):
-    with clipjax.Recorder(path, every=every) as recorder:
+    with clipjax.runs.Recorder(path, every=every) as recorder:
       for step, state in train(watched(), 2):
         recorder.push(step, state, loss=1.0)
         recorder.push(step, state, val_loss=2.0)
-    run = clipjax.read_run(path)
+    run = clipjax.runs.read_run(path)
     assert run["loss"].tolist() == [1, 1] and run["val_loss"].tolist() == [2, 2]
     path.unlink()
 
@@ -256,11 +256,11 @@ def test_two_pushes_of_a_step_are_one_row(path):
 
 @pytest.mark.parametrize("between", [2, 5, 8])
 def test_steps_between_two_pushes_come_from_the_ring(path, between):
-  with clipjax.Recorder(path, every=2) as recorder:
+  with clipjax.runs.Recorder(path, every=2) as recorder:
     for step, state in train(watched(history=8), 24):
       if step % between == 0:
         recorder.push(step, state, loss=0.0)
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   last = 24 // between * between
   np.testing.assert_array_equal([row["step"] for row in rows_of(path)], np.arange(1, last + 1))
   np.testing.assert_allclose(run["grad/norm"], 13 * run.steps, rtol=1e-6)
@@ -278,17 +278,17 @@ def test_scan_of_steps_loses_none(path):
     return jax.lax.scan(body, state, first + jnp.arange(10.0))[0]
 
   state = tx.init(PARAMS)
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for first in (1, 11, 21):
       state = ten(state, first)
       recorder.push(first + 9, state)
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   np.testing.assert_array_equal([row["step"] for row in rows_of(path)], np.arange(1, 31))
   np.testing.assert_allclose(run["grad/norm"], 13 * run.steps, rtol=1e-6)
 
 
 def test_more_steps_than_the_ring_has_are_a_gap_and_said_once(path):
-  recorder = clipjax.Recorder(path)
+  recorder = clipjax.runs.Recorder(path)
   for step, state in train(watched(history=4), 18):
     if step % 6 == 0:
       recorder.push(step, state)
@@ -297,18 +297,18 @@ def test_more_steps_than_the_ring_has_are_a_gap_and_said_once(path):
     "`history` of the watch 'grad' must reach from one push to the next, got 4 for 6 steps: those before are not "
     "recorded; pass watch(history=6)."
   ]
-  assert clipjax.read_run(path).steps.tolist() == [3, 4, 5, 6, 9, 10, 11, 12, 15, 16, 17, 18]
+  assert clipjax.runs.read_run(path).steps.tolist() == [3, 4, 5, 6, 9, 10, 11, 12, 15, 16, 17, 18]
 
 
 def test_ring_of_a_watch_that_does_not_see_every_step(path):
   tx = clipjax.skip_steps(watched(history=8), norm_rule=30.0)
   run = record(path, tx, 5)
   assert run.steps.tolist() == [1, 2, 3, 4, 5]
-  with clipjax.Recorder(path.with_name("sparse")) as recorder:
+  with clipjax.runs.Recorder(path.with_name("sparse")) as recorder:
     for step, state in train(tx, 5):
       if step in (1, 5):  # 2 was seen, 3 to 5 were rejected: which of them the ring has cannot be told.
         recorder.push(step, state)
-  assert clipjax.read_run(path.with_name("sparse")).steps.tolist() == [1, 5]
+  assert clipjax.runs.read_run(path.with_name("sparse")).steps.tolist() == [1, 5]
 
 
 # The device ---------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_survives_donation(path, accumulated):
   step = jax.jit(step, donate_argnums=(0, 1))
   params = jax.tree.map(jnp.copy, PARAMS)
   state = jax.tree.map(jnp.copy, tx.init(params))
-  with clipjax.Recorder(path, every=5) as recorder:
+  with clipjax.runs.Recorder(path, every=5) as recorder:
     for number in range(1, 13):
       old = params, state
       params, state, loss = step(*old, jnp.float32(number))
@@ -335,7 +335,7 @@ def test_survives_donation(path, accumulated):
       if number > 1:
         assert any(x.is_deleted() for x in recorder._packers[0].arrays(old[1]))
       del loss
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   np.testing.assert_array_equal(run.steps, np.arange(0 if accumulated == 2 else 1, 12 // accumulated + 1))
   mean = 1.5 if accumulated == 2 else 1.0  # Of steps 1 and 2, 3 and 4, ...
   kept = run.steps > 0
@@ -352,7 +352,7 @@ def test_push_does_not_wait_for_the_device(path):
   (_, state), *_ = train(watched(), 1)
   after = jax.jit(lambda tree, x: jax.tree.map(lambda y: jnp.where(x > 2, jnp.zeros_like(y), y), tree))
   one = jax.jit(slow).lower(jnp.float32(1)).compile()
-  with clipjax.Recorder(path, every=2) as recorder:
+  with clipjax.runs.Recorder(path, every=2) as recorder:
     recorder.push(1, after(state, jnp.float32(0)), loss=jnp.float32(0), params=after(PARAMS, jnp.float32(0)))
     recorder.flush()  # Everything is compiled.
     x = one(jnp.float32(1))
@@ -362,11 +362,11 @@ def test_push_does_not_wait_for_the_device(path):
     assert not x.is_ready() and len(recorder._pending) == 3
     recorder.push(1, late, loss=x)  # The second batch is full, so it waits for the first.
     assert x.is_ready() and len(recorder._pending) == 2
-  assert clipjax.read_run(path)["loss"][0] == near(float(x))
+  assert clipjax.runs.read_run(path)["loss"][0] == near(float(x))
 
 
 def test_one_program_for_all_pushes_of_a_kind(path):
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for step, state in train(watched(), 5):
       recorder.push(step, state, loss=jnp.float32(0), rate=0.1 * step)
     assert [p._program._cache_size() for p in recorder._packers] == [1]
@@ -375,7 +375,7 @@ def test_one_program_for_all_pushes_of_a_kind(path):
 
 
 def test_memory_of_the_host_is_flat(path):
-  with clipjax.Recorder(path, every=20) as recorder:
+  with clipjax.runs.Recorder(path, every=20) as recorder:
     (_, state), *_ = train(optax.chain(clipjax.watch(history=8), clipjax.clip_by_leaf_norm(1.0)), 1)
 
     def pushes(count):
@@ -402,11 +402,11 @@ def test_sharded_over_devices(path):
   tx = watched(history=2)
   step = jax.jit(tx.update, donate_argnums=1)
   state = jax.device_put(tx.init(params), jax.NamedSharding(mesh, jax.P()))
-  with clipjax.Recorder(path, every=2) as recorder:
+  with clipjax.runs.Recorder(path, every=2) as recorder:
     for number in range(1, 6):
       _, state = step({key: x * number for key, x in params.items()}, state, params)
       recorder.push(number, state, loss=state[0].norm * 2, params=params)
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   want = np.sqrt(np.sum(np.arange(1.0, 17) ** 2) + 8) * run.steps
   np.testing.assert_allclose(run["grad/norm"], want, rtol=1e-6)
   np.testing.assert_allclose(run["loss"], 2 * want, rtol=1e-6)
@@ -417,22 +417,22 @@ def test_sharded_over_devices(path):
 def test_state_and_loss_on_different_devices(path, kind):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   place = jax.NamedSharding(mesh, jax.P()) if kind == "spread" else jax.devices()[1]
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for step, state in train(watched(), 3):
       loss = jax.device_put(jnp.float32(step), jax.devices()[2])
       recorder.push(step, jax.device_put(state, place), loss=loss)
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run["loss"].tolist() == [1, 2, 3] and run["grad/norm"].tolist() == [13, 26, 39]
 
 
 def test_what_cannot_be_read_costs_its_row_alone(path):
-  recorder = clipjax.Recorder(path)
+  recorder = clipjax.runs.Recorder(path)
   for step in (1, 2, 3):
     recorder.push(step, None, loss=jnp.float32(step), rate=0.5)
   recorder._pending[1].vector.delete()  # Reading it raises, as reading what a failed step returned does.
   (caught,) = warnings_of(recorder.close)
   assert caught.startswith("1 pushes could not be read from the device (") and "Array has been deleted" in caught
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run.steps.tolist() == [1, 2, 3] and run["rate"].tolist() == [0.5] * 3
   np.testing.assert_array_equal(run["loss"], [1, np.nan, 3])
 
@@ -445,10 +445,10 @@ def test_histogram_of_the_parameters(path):
   w = (rng.standard_normal((30, 40)) * 10.0 ** rng.integers(-9, 4, (30, 40))).astype(np.float32)
   w[0, :5] = 0, np.inf, np.nan, 1e-30, 1e30
   params = {"w": jnp.asarray(w), "b": jnp.full((7,), 0.5, jnp.bfloat16), "count": jnp.arange(3), "empty": jnp.zeros(0)}
-  with clipjax.Recorder(path, every=3) as recorder:
+  with clipjax.runs.Recorder(path, every=3) as recorder:
     for step, state in train(watched(), 8):
       recorder.push(step, state, params=params)
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   steps, edges, counts = run.weights
   assert steps.tolist() == [1, 4, 7] and run.parameters == 1207
   size = np.abs(np.concatenate([w.ravel(), np.full(7, 0.5)])).astype(np.float64)
@@ -461,10 +461,10 @@ def test_histogram_of_the_parameters(path):
 
 
 def test_histogram_of_a_leaf_larger_than_a_chunk(monkeypatch):
-  monkeypatch.setattr(_record_pack, "_CHUNK", 100)
+  monkeypatch.setattr(packing, "_CHUNK", 100)
   w = np.random.default_rng(0).standard_normal(1234).astype(np.float32)
-  got = np.asarray(_record_pack.histogram({"chunked": jnp.asarray(w)}))
-  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), _record_pack.EDGES)
+  got = np.asarray(packing.histogram({"chunked": jnp.asarray(w)}))
+  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), packing.EDGES)
   np.testing.assert_array_equal(got, [[*want, 0, 0]])
 
 
@@ -500,7 +500,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
 def test_found_in_every_wrapper(path, wrapper):
   state = WRAPPERS[wrapper]()
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     recorder.push(1, state)
     recorder.push(1, state)
   (row,) = rows_of(path)
@@ -509,12 +509,12 @@ def test_found_in_every_wrapper(path, wrapper):
 
 
 def test_another_optimizer_gets_another_program(path):
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for tx in (watched(), clipjax.clip_by_leaf_norm(1.0, name="leaf"), watched(), optax.adam(0.1)):
       (_, state), *_ = train(tx, 1)
       recorder.push(1, state)
   assert len(recorder._packers) == 3
-  assert {"grad/norm", "leaf/norm"} <= set(clipjax.read_run(path).columns)
+  assert {"grad/norm", "leaf/norm"} <= set(clipjax.runs.read_run(path).columns)
 
 
 # Resuming, and what goes wrong --------------------------------------------------------------------------------------
@@ -522,41 +522,41 @@ def test_another_optimizer_gets_another_program(path):
 
 def test_resumed_run_is_appended_and_what_was_given_up_is_dropped(path):
   states = dict(train(watched(history=4), 10))
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for step in range(1, 11):
       recorder.push(step, states[step], loss=1.0)
-  with clipjax.Recorder(path) as recorder:  # From the checkpoint of step 6, with other gradients.
+  with clipjax.runs.Recorder(path) as recorder:  # From the checkpoint of step 6, with other gradients.
     for step, state in train(watched(history=4), 2, states[6], first=107):
       recorder.push(step, state, loss=2.0)
   lines = path.read_text().splitlines()
   assert [i for i, line in enumerate(lines) if "clipjax_run" in line] == [0, 11]
   assert [json.loads(line)["step"] for line in lines[12:]] == [7, 8]  # The ring's steps 4 to 6 are known.
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run.steps.tolist() == [*range(1, 9)] and run["loss"].tolist() == [1] * 6 + [2] * 2
   np.testing.assert_allclose(run["grad/norm"][5:], [13 * 6, 13 * 107, 13 * 108], rtol=1e-6)
 
 
 def test_resumed_in_the_middle_of_a_scan_takes_the_new_norms(path):
   states = dict(train(watched(history=8), 10))
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for step in range(1, 11):
       recorder.push(step, states[step])
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     *_, (_, state) = train(watched(history=8), 4, states[6], first=107)
     recorder.push(10, state)
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   np.testing.assert_allclose(run["grad/norm"], 13 * np.array([1, 2, 3, 4, 5, 6, 107, 108, 109, 110]), rtol=1e-6)
 
 
 def test_resumed_beside_a_gap_keeps_what_was_recorded_after_it(path):
   states = dict(train(watched(history=4), 13))
-  recorder = clipjax.Recorder(path)
+  recorder = clipjax.runs.Recorder(path)
   recorder.push(4, states[4])
   recorder.push(10, states[10])  # Steps 5 and 6 are in no ring.
   assert len(warnings_of(recorder.close)) == 1
-  with clipjax.Recorder(path) as recorder:  # From the checkpoint of step 7, one step on.
+  with clipjax.runs.Recorder(path) as recorder:  # From the checkpoint of step 7, one step on.
     recorder.push(8, states[8])
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run.steps.tolist() == [1, 2, 3, 4, 7, 8]
   np.testing.assert_allclose(run["grad/norm"], 13 * run.steps, rtol=1e-6)
 
@@ -564,38 +564,38 @@ def test_resumed_beside_a_gap_keeps_what_was_recorded_after_it(path):
 @pytest.mark.parametrize("cut", [1, 20, 300])
 def test_torn_last_line_is_passed_over_and_mended_on_resume(path, cut):
   states = dict(train(watched(), 6))
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for step in range(1, 5):
       recorder.push(step, states[step])
   path.write_bytes(path.read_bytes()[:-cut])
-  assert clipjax.read_run(path).steps.tolist() == ([1, 2, 3] if cut > 1 else [1, 2, 3, 4])
-  with clipjax.Recorder(path) as recorder:
+  assert clipjax.runs.read_run(path).steps.tolist() == ([1, 2, 3] if cut > 1 else [1, 2, 3, 4])
+  with clipjax.runs.Recorder(path) as recorder:
     for step in range(5, 7):
       recorder.push(step, states[step])
-  assert clipjax.read_run(path).steps.tolist() == ([1, 2, 3, 5, 6] if cut > 1 else [1, 2, 3, 4, 5, 6])
+  assert clipjax.runs.read_run(path).steps.tolist() == ([1, 2, 3, 5, 6] if cut > 1 else [1, 2, 3, 4, 5, 6])
 
 
 def test_file_torn_in_its_header_is_resumed(path):
   path.write_bytes(b'{"clipjax_run": 1, "ver')
   with pytest.raises(ValueError, match="which has no header"):
-    clipjax.read_run(path)
+    clipjax.runs.read_run(path)
   assert len(record(path, watched(), 2)) == 2
 
 
 def test_a_ring_that_is_restored_beside_a_torn_header_is_recorded_whole(path):
   path.write_bytes(b'{"clipjax_run": 1, "ver')
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     recorder.push(4, dict(train(watched(history=4), 4))[4])
-  np.testing.assert_allclose(clipjax.read_run(path)["grad/norm"], 13 * np.arange(1, 5), rtol=1e-6)
+  np.testing.assert_allclose(clipjax.runs.read_run(path)["grad/norm"], 13 * np.arange(1, 5), rtol=1e-6)
 
 
 def test_a_ring_under_a_new_name_replaces_what_was_recorded_without_it(path):
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for step, state in train(watched(history=4), 5):
       recorder.push(step, state)
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     recorder.push(6, dict(train(clipjax.watch(history=4, name="raw"), 6))[6])
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run.steps.tolist() == [1, 2, 3, 4, 5, 6]
   np.testing.assert_allclose(run["raw/norm"], [np.nan, np.nan, *(13.0 * np.arange(3, 7))], rtol=1e-6)
 
@@ -617,7 +617,7 @@ class Opaque:
 
 def test_a_state_in_a_node_without_keys_is_told(path):
   (_, state), *_ = train(watched(), 1)
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     with pytest.raises(TypeError) as error:
       recorder.push(1, Opaque(state))
     recorder.push(1, state)
@@ -632,7 +632,7 @@ KILLED = """
 import os, signal, sys, jax, jax.numpy as jnp, clipjax
 tx = clipjax.clip_by_global_norm(1.0)
 state, update = tx.init(jnp.ones(2)), jax.jit(tx.update)
-with clipjax.Recorder(sys.argv[1], every=10) as recorder:
+with clipjax.runs.Recorder(sys.argv[1], every=10) as recorder:
   for step in range(1, 101):
     _, state = update(jnp.full(2, step, jnp.float32), state)
     recorder.push(step, state, loss=jnp.float32(step))
@@ -644,7 +644,7 @@ with clipjax.Recorder(sys.argv[1], every=10) as recorder:
 def test_a_killed_run_loses_only_what_was_not_yet_read(path):
   done = subprocess.run([sys.executable, "-c", KILLED, path], check=False, cwd=ROOT)
   assert done.returncode == -signal.SIGKILL
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert 37 <= len(run) <= 57
   np.testing.assert_array_equal(run.steps, np.arange(1, len(run) + 1))
   np.testing.assert_array_equal(run["loss"], run.steps)
@@ -652,14 +652,14 @@ def test_a_killed_run_loses_only_what_was_not_yet_read(path):
 
 def test_what_was_pushed_before_an_exception_is_written(path):
   def body():
-    with clipjax.Recorder(path) as recorder:
+    with clipjax.runs.Recorder(path) as recorder:
       for step, state in train(watched(), 3):
         recorder.push(step, state)
       raise KeyError("batch")
 
   with pytest.raises(KeyError, match="batch"):
     body()
-  assert len(clipjax.read_run(path)) == 3
+  assert len(clipjax.runs.read_run(path)) == 3
 
 
 def test_path_that_vanishes_is_said_once_and_rows_wait(tmp_path):
@@ -667,7 +667,7 @@ def test_path_that_vanishes_is_said_once_and_rows_wait(tmp_path):
   folder.mkdir()
   path = folder / "run.jsonl"
   states = dict(train(watched(), 8))
-  with clipjax.Recorder(path, every=1) as recorder:
+  with clipjax.runs.Recorder(path, every=1) as recorder:
     recorder.push(1, states[1])
     recorder.flush()
     path.unlink()
@@ -679,33 +679,33 @@ def test_path_that_vanishes_is_said_once_and_rows_wait(tmp_path):
     ]
     folder.mkdir()
     recorder.push(6, states[6])
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run.steps.tolist() == [2, 3, 4, 5, 6] and run.leaves == {"grad": ("b", "w")}
 
 
 def test_full_disk_in_the_middle_of_a_row(path, monkeypatch):
   states = dict(train(watched(), 6))
-  whole = _record_outputs._write_all
+  whole = outputs._write_all
 
   def half(file, text):
     whole(file, text[: len(text) - 30])
     raise OSError(28, "No space left on device")
 
-  with clipjax.Recorder(path, every=2) as recorder:
+  with clipjax.runs.Recorder(path, every=2) as recorder:
     recorder.push(1, states[1])
     recorder.flush()
-    monkeypatch.setattr(_record_outputs, "_write_all", half)
+    monkeypatch.setattr(outputs, "_write_all", half)
     (caught,) = warnings_of(lambda: [(recorder.push(step, states[step]), recorder.flush()) for step in range(2, 5)])
     assert "No space left on device; the training goes on" in caught
-    assert clipjax.read_run(path).steps.tolist() == [1]
-    monkeypatch.setattr(_record_outputs, "_write_all", whole)
+    assert clipjax.runs.read_run(path).steps.tolist() == [1]
+    monkeypatch.setattr(outputs, "_write_all", whole)
     recorder.push(5, states[5])
-  assert clipjax.read_run(path).steps.tolist() == [1, 2, 3, 4, 5]
+  assert clipjax.runs.read_run(path).steps.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_rows_that_wait_are_bounded(path, monkeypatch):
-  monkeypatch.setattr(_record_outputs, "_KEPT_BYTES", 2000)
-  file = _record_outputs.RunFile(path)
+  monkeypatch.setattr(outputs, "_KEPT_BYTES", 2000)
+  file = outputs.RunFile(path)
   path.unlink()
   path.mkdir()
   header = {"clipjax_run": 1, "leaves": {}}
@@ -714,21 +714,21 @@ def test_rows_that_wait_are_bounded(path, monkeypatch):
   assert sum(map(len, file._waiting)) <= 2000
   path.rmdir()
   file.write(header, [{"step": 1000}])
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert 0 < run.steps[0] < 1000 and np.all(np.diff(run.steps) == 1) and run.steps[-1] == 1000
 
 
 def test_path_that_cannot_be_written_raises_at_once(tmp_path):
   with pytest.raises(FileNotFoundError):
-    clipjax.Recorder(tmp_path / "none" / "run.jsonl")
+    clipjax.runs.Recorder(tmp_path / "none" / "run.jsonl")
   with pytest.raises(IsADirectoryError):
-    clipjax.Recorder(tmp_path)
+    clipjax.runs.Recorder(tmp_path)
 
 
 def test_file_of_somebody_else_is_not_touched(tmp_path):
   path = tmp_path / "notes.txt"
   path.write_text("my notes")
-  assert message_of(ValueError, clipjax.Recorder, path) == (
+  assert message_of(ValueError, clipjax.runs.Recorder, path) == (
     f"`path` must be a new file or one that a Recorder wrote, got {str(path)!r}, which is neither: name another file."
   )
   assert path.read_text() == "my notes"
@@ -736,7 +736,7 @@ def test_file_of_somebody_else_is_not_touched(tmp_path):
 
 def test_only_process_0_writes(path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  with clipjax.Recorder(path, writers=[Broken()]) as recorder:
+  with clipjax.runs.Recorder(path, writers=[Broken()]) as recorder:
     for step, state in train(watched(), 3):
       recorder.push(step, state, params=PARAMS)
     recorder.flush()
@@ -746,14 +746,14 @@ def test_only_process_0_writes(path, monkeypatch):
 def test_working_directory_may_change(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "other").mkdir()
-  with clipjax.Recorder("run.jsonl") as recorder:
+  with clipjax.runs.Recorder("run.jsonl") as recorder:
     monkeypatch.chdir(tmp_path / "other")
     recorder.push(1, None, loss=1.0)
-  assert len(clipjax.read_run(tmp_path / "run.jsonl")) == 1
+  assert len(clipjax.runs.read_run(tmp_path / "run.jsonl")) == 1
 
 
 def test_flush_and_close_twice_and_push_after_close(path):
-  recorder = clipjax.Recorder(path)
+  recorder = clipjax.runs.Recorder(path)
   recorder.flush()
   recorder.push(1, None, loss=1.0)
   for method in (recorder.flush, recorder.flush, recorder.close, recorder.close):
@@ -798,7 +798,7 @@ def test_writers_are_given_every_row_once(path, kind):
 
 def test_writers_are_given_inf_and_nan(path):
   sent = []
-  with clipjax.Recorder(path, writers=[Collector(sent)]) as recorder:
+  with clipjax.runs.Recorder(path, writers=[Collector(sent)]) as recorder:
     recorder.push(1, None, loss=jnp.float32(-jnp.inf), other=float("nan"))
   assert sent[0][1]["loss"] == -np.inf and np.isnan(sent[0][1]["other"])
 
@@ -822,23 +822,23 @@ def test_tensorboard_file_through_tensorboardx(path, tmp_path):
 
 def test_a_writer_that_raises_is_dropped_and_said_once(path):
   sent = []
-  recorder = clipjax.Recorder(path, every=1, writers=[Broken(), Collector(sent)])
+  recorder = clipjax.runs.Recorder(path, every=1, writers=[Broken(), Collector(sent)])
   caught = warnings_of(lambda: [recorder.push(step, None, loss=1.0) for step in range(4)] and recorder.close())
   assert caught == [
     "the writer Broken raised RuntimeError: offline at 0; it is given nothing more, and the training and the other "
     "outputs go on."
   ]
-  assert len(sent) == 4 and len(clipjax.read_run(path)) == 4
+  assert len(sent) == 4 and len(clipjax.runs.read_run(path)) == 4
 
 
 def test_no_writer_is_a_type_error(path):
   for wrong, got in ((object(), "object"), ("runs", "str"), (Collector, "<class 'test_record.Collector'>")):
-    assert message_of(TypeError, clipjax.Recorder, path, writers=[wrong]) == (
+    assert message_of(TypeError, clipjax.runs.Recorder, path, writers=[wrong]) == (
       "`writers` must each have add_scalar(key, value, step), log(dict, step) or write_scalars(step, dict), got "
       f"{got}: pass a tensorboardX SummaryWriter or the like."
     )
   with pytest.raises(TypeError, match=r"`writers` must be a sequence, got Collector: pass \[writer\]\."):
-    clipjax.Recorder(path, writers=Collector([]))
+    clipjax.runs.Recorder(path, writers=Collector([]))
   assert not path.exists()
 
 
@@ -872,13 +872,13 @@ WRONG = [
 def test_wrong_scalars_are_named_and_nothing_is_queued(path, index):
   scalars, kind, message = WRONG[index]
   (_, state), *_ = train(watched(), 1)
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     assert message_of(kind, recorder.push, **{"step": 1, "opt_state": state, **scalars}) == message
     assert not recorder._pending
 
 
 def test_arrays_that_are_no_numbers(path):
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     for value in (jax.random.key(0), jnp.complex64(1), np.array("a")):
       with pytest.raises(TypeError, match=r"^`loss` must be a real number or an array of shape"):
         recorder.push(1, None, loss=value)
@@ -888,24 +888,24 @@ def test_arrays_that_are_no_numbers(path):
 
 
 def test_a_scalar_that_is_called_as_a_metric_of_a_watch(path):
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     recorder.push(1, next(train(watched(), 1))[1], **{"valid/worst_norm": 2.0})
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run["valid/worst_norm"].tolist() == [2.0]
 
 
 def test_state_without_leaves(path):
   tx = optax.chain(clipjax.watch(), clipjax.clip_by_leaf_norm(1.0))
   _, state = tx.update({}, tx.init({}))
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     recorder.push(1, state)
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run["grad/norm"].tolist() == [0] and set(run.keys()) == set(run.columns)
 
 
 def test_inside_jit(path):
   (_, state), *_ = train(watched(), 1)
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     calls = {
       "opt_state": lambda x: recorder.push(1, jax.tree.map(lambda y: y + x.astype(y.dtype), state)),
       "loss": lambda x: recorder.push(1, state, loss=x),
@@ -923,7 +923,7 @@ def test_inside_jit(path):
 def test_state_of_several_models(path):
   tx = watched()
   states = jax.vmap(tx.init)(jax.tree.map(lambda x: jnp.stack([x] * 4), PARAMS))
-  with clipjax.Recorder(path) as recorder:
+  with clipjax.runs.Recorder(path) as recorder:
     assert message_of(ValueError, recorder.push, 1, states) == (
       "`opt_state` must be that of one model, got 'grad' with leading axes (4,), as under vmap or pmap: push one of "
       "them, jax.tree.map(lambda x: x[0], opt_state)."
@@ -937,7 +937,7 @@ def test_state_of_several_models(path):
 @pytest.mark.parametrize("every", [0, -1, 1.5, True])
 def test_every_is_a_number_of_pushes(path, every):
   with pytest.raises((TypeError, ValueError), match=r"^`every` must be"):
-    clipjax.Recorder(path, every=every)
+    clipjax.runs.Recorder(path, every=every)
 
 
 # read_run -----------------------------------------------------------------------------------------------------------
@@ -952,7 +952,7 @@ def test_reading_by_hand(path):
     '{"step": 3, "gr' + "\n" + HEADER + '{"step": 3, "grad/norm": 7, "leaf": {"grad/norm": [1, 2, 3]}}\n'
     '\n[1]\n7\n{"step": 9, "grad/norm": null, "nonfinite": {"grad/norm": "nan"}}\n{"step": 9, "grad/norm": 1}\n{"ste'
   )
-  run = clipjax.read_run(path)
+  run = clipjax.runs.read_run(path)
   assert run.steps.dtype == np.int64 and run.steps.tolist() == [2, 3, 9] and len(run) == 3
   np.testing.assert_array_equal(run["grad/norm"], [3, 7, 1])
   np.testing.assert_array_equal(run["grad/norm/w"], [1, np.nan, np.nan])
@@ -968,7 +968,7 @@ def test_reading_by_hand(path):
 
 
 def test_reading_what_is_no_run(tmp_path):
-  rule = "`path` must be a file that `clipjax.Recorder` wrote, got"
+  rule = "`path` must be a file that `clipjax.runs.Recorder` wrote, got"
   none, empty, other, later = (tmp_path / name for name in ("none", "empty", "other", "later"))
   empty.write_text("\n")
   other.write_bytes(b'\xff\x00{"step": 1}\n{"step": 1}\n')
@@ -991,16 +991,16 @@ def test_reading_what_is_no_run(tmp_path):
     ),
   }  # fmt: skip
   for path, (kind, message) in cases.items():
-    assert message_of(kind, clipjax.read_run, path) == message and "\n" not in message
+    assert message_of(kind, clipjax.runs.read_run, path) == message and "\n" not in message
 
 
 def test_run_without_rows(path):
-  clipjax.Recorder(path).close()
-  run = clipjax.read_run(path)
+  clipjax.runs.Recorder(path).close()
+  run = clipjax.runs.read_run(path)
   assert len(run) == 0 and run.keys() == () and repr(run) == f"Run({str(path)!r}, 0 steps, 0 columns)"
 
 
 def test_reading_does_not_load_jax(path):
   path.write_text(HEADER)
-  code = f"import sys, clipjax; clipjax.read_run({str(path)!r}); sys.exit('jax' in sys.modules)"
+  code = f"import sys, clipjax; clipjax.runs.read_run({str(path)!r}); sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

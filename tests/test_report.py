@@ -17,8 +17,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import clipjax
-from clipjax import _health, _report, _report_figures, _report_page, _report_sections, _report_series, _words
-from clipjax._run import Run
+from clipjax.runs import words
+from clipjax.runs.health import verdict
+from clipjax.runs.report import (
+  figures as report_figures,
+)
+from clipjax.runs.report import (
+  page as report_page,
+)
+from clipjax.runs.report import (
+  sections as report_sections,
+)
+from clipjax.runs.report import (
+  series as report_series,
+)
+from clipjax.runs.report import (
+  write as report_write,
+)
+from clipjax.runs.run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOID = {"meta", "link", "wbr", "br", "path", "use", "rect", "image", "line", "circle"}
@@ -121,7 +137,7 @@ def full(n=300, names=("embed", "layers/0/w", "layers/1/w"), **kwargs):
 
 def written(run, tmp_path):
   path = tmp_path / "report.html"
-  assert clipjax.write_report(run, str(path)) == path
+  assert clipjax.runs.write_report(run, str(path)) == path
   assert list(tmp_path.iterdir()) == [path]
   return Page(path.read_text(encoding="ascii"))
 
@@ -201,8 +217,8 @@ def test_the_data_are_those_of_the_run(case, page_of):
 
 
 def test_names_are_shown_and_are_no_markup(tmp_path, monkeypatch):
-  findings = [_health.Finding("FAIL", "<i>name</i>", f"<script>{EVIL[0]}", "</td><td>"), *[("INFO", *"abc")] * 2]
-  monkeypatch.setattr(_health, "diagnose", lambda run: _health.HealthReport(tuple(findings), *[None] * 3))
+  findings = [verdict.Finding("FAIL", "<i>name</i>", f"<script>{EVIL[0]}", "</td><td>"), *[("INFO", *"abc")] * 2]
+  monkeypatch.setattr(verdict, "diagnose", lambda run: verdict.HealthReport(tuple(findings), *[None] * 3))
   run = full(names=EVIL, path="</title><script>x<&.jsonl")
   losses = ("<b>loss</b>", '" onload="x loss', "loss $a_1$ $b$", "_loss")
   run.columns.update(dict.fromkeys(losses, run.columns["loss"]))
@@ -211,7 +227,7 @@ def test_names_are_shown_and_are_no_markup(tmp_path, monkeypatch):
   assert f"Training run {os.path.basename(run.path)}" in page.text
   assert f"<script>{EVIL[0]}" in page.text
   for name in EVIL:
-    assert _report_series.plain(name) in page.text
+    assert report_series.plain(name) in page.text
   assert "a\\u2028b\\u2029c\\nd\\u202ee" in page.text
   assert "\\ud800" in page.text
   assert "<b>loss</b> from 5 to 2, lowest 2" in page.alt("Line chart of the losses")
@@ -253,13 +269,13 @@ def test_the_words_of_a_run(page_of):
 
 def test_verdict_and_suggestion_are_those_of_the_library(page_of):
   run, page = full(), page_of("3 layers")
-  findings = clipjax.diagnose(run).findings
+  findings = clipjax.runs.diagnose(run).findings
   assert findings
   for level, name, message, advice in findings:
     assert f"{level}{name}{message}{advice}" in page.text
-  suggestion = clipjax.suggest_max_norm(run)
-  assert f"max_norm = {_words.number(suggestion.max_norm)}{suggestion.reason}" in page.text
-  assert f"(suggested){_words.percent(suggestion.clip_fraction)}" in page.text
+  suggestion = clipjax.runs.suggest_max_norm(run)
+  assert f"max_norm = {words.number(suggestion.max_norm)}{suggestion.reason}" in page.text
+  assert f"(suggested){words.percent(suggestion.clip_fraction)}" in page.text
 
 
 def test_sources_are_links_and_nothing_else_is():
@@ -268,16 +284,16 @@ def test_sources_are_links_and_nothing_else_is():
     "cs231n.github.io/neural-networks-3/#ratio": "https://cs231n.github.io/neural-networks-3/#ratio",
     "arXiv 2504.02507": "https://arxiv.org/abs/2504.02507",
   }
-  for words, address in links.items():
-    assert _report_page.prose(f"<({words})") == f'&lt;(<a href="{address}">{words}</a>)'
-  for words in ("https://evil.example/a", "javascript:alert(1)", "github.com/evil/tuning_playbook"):
-    assert _report_page.prose(words) == words
+  for source, address in links.items():
+    assert report_page.prose(f"<({source})") == f'&lt;(<a href="{address}">{source}</a>)'
+  for other in ("https://evil.example/a", "javascript:alert(1)", "github.com/evil/tuning_playbook"):
+    assert report_page.prose(other) == other
 
 
 def test_without_a_suggestion_the_page_says_why(tmp_path):
   run = make([1.0] * 50, bad=range(50))
   with pytest.raises(ValueError, match="must") as error:
-    clipjax.suggest_max_norm(run)
+    clipjax.runs.suggest_max_norm(run)
   assert f"Suggested thresholdNone: {error.value}" in written(run, tmp_path).text
 
 
@@ -303,7 +319,7 @@ def test_a_large_run_is_a_file_that_opens(tmp_path, page_of):
   page = written(run, tmp_path)
   assert len(page.source) < 10_000_000
   assert "Lines are thinned for drawing" in page.text
-  text, omitted = _report.to_json(run, 2_000_000)
+  text, omitted = report_write.to_json(run, 2_000_000)
   assert len(text) < 2_010_000
   kept = json.loads(text)
   assert len(kept["columns"]["grad/norm"]) == 50_000
@@ -314,7 +330,7 @@ def test_a_large_run_is_a_file_that_opens(tmp_path, page_of):
 
 
 def test_a_page_names_what_is_left_out_of_its_data(tmp_path, monkeypatch):
-  monkeypatch.setattr(_report, "_LARGEST_DATA", 4000)
+  monkeypatch.setattr(report_write, "_LARGEST_DATA", 4000)
   text = written(full(), tmp_path).text
   assert "Left out of the JSON for its size: grad/norm, time, loss, " in text
 
@@ -327,7 +343,7 @@ def test_thinning_keeps_ends_extremes_and_gaps(n):
   values = np.random.default_rng(n).normal(size=n)
   values[n // 3] = 100.0
   values[n // 2 : n // 2 + n // 5] = np.nan
-  kept = _report_series.thin(values, 10)
+  kept = report_series.thin(values, 10)
   assert (np.diff(kept) > 0).all()
   assert {0, n - 1} <= set(kept.tolist())
   assert kept.size <= 22
@@ -341,23 +357,23 @@ def test_thinning_keeps_ends_extremes_and_gaps(n):
 
 def test_thinning_keeps_the_extremes_of_every_part():
   values = np.random.default_rng(3).normal(size=1000)
-  kept = set(values[_report_series.thin(values, 10)].tolist())
+  kept = set(values[report_series.thin(values, 10)].tolist())
   for part in values.reshape(10, 100):
     assert {part.min(), part.max()} <= kept
-  assert _report_series.thin(np.full(1000, np.nan), 10).size == 11
+  assert report_series.thin(np.full(1000, np.nan), 10).size == 11
 
 
 def test_thinned_marks_leave_no_part_out():
   mask = np.zeros(1000, np.bool_)
   mask[[3, 4, 555, 999]] = True
-  assert _report_series.thin_mask(mask, 10).tolist() == [3, 555, 999]
-  assert _report_series.thin_mask(mask[:3], 10).tolist() == []
+  assert report_series.thin_mask(mask, 10).tolist() == [3, 555, 999]
+  assert report_series.thin_mask(mask[:3], 10).tolist() == []
 
 
 def test_a_spike_of_one_step_in_many_is_drawn():
   norm = np.ones(50_000)
   norm[31_234] = 77.0
-  (axes,) = clipjax.plot_norms(make(norm, bad=[40_000])).axes
+  (axes,) = clipjax.runs.plot_norms(make(norm, bad=[40_000])).axes
   lines = {line.get_label(): line for line in axes.lines}
   assert lines["norm before the clip"].get_ydata().max() == 77.0
   assert lines["norm before the clip"].get_xdata().size < 2000
@@ -370,7 +386,7 @@ def test_the_heat_map_keeps_extremes_and_what_was_not_finite():
   steps = np.arange(0, 5000, 10) + 1
   values = np.ones((500, 3))
   values[321, 1], values[123, 2] = 9.0, np.nan
-  start, stop, grid = _report_series.time_grid(steps, values, 50)
+  start, stop, grid = report_series.time_grid(steps, values, 50)
   assert (start, stop) == (-4, 4996)
   assert grid.shape == (3, 50)
   assert grid[1].argmax() == 321 // 10
@@ -379,32 +395,32 @@ def test_the_heat_map_keeps_extremes_and_what_was_not_finite():
 
 
 def test_the_heat_map_holds_what_was_last_recorded():
-  grid = _report_series.time_grid(np.array([1, 2, 3, 6]), np.array([[1.0], [2.0], [3.0], [6.0]]), 50).values
+  grid = report_series.time_grid(np.array([1, 2, 3, 6]), np.array([[1.0], [2.0], [3.0], [6.0]]), 50).values
   assert grid.tolist() == [[1, 2, 3, 3, 3, 6]]
-  assert _report_series.time_grid(np.array([7]), np.array([[4.0]]), 50) == (6.5, 7.5, [[4.0]])
+  assert report_series.time_grid(np.array([7]), np.array([[4.0]]), 50) == (6.5, 7.5, [[4.0]])
 
 
 def test_clipped_steps_are_known_with_and_without_a_scale():
   run = make([1.0, 3.0, 5.0, 1.0])
   run.columns["grad/scale"][:] = [1.0, 0.5, np.nan, np.nan]
-  assert _report_series.norm_series(run).clipped.tolist() == [False, True, True, False]
+  assert report_series.norm_series(run).clipped.tolist() == [False, True, True, False]
 
 
 def test_a_rejected_step_has_the_norm_that_skip_steps_saw():
   run = make([1.0, 3.0, 3.0, 1.5], **{"grad/steps": [1, 2, 2, 3], "skip/consecutive": [0, 0, 1, 0]})
   run.columns["skip/norm"] = np.array([1.0, 3.0, 400.0, 1.5])
-  series = _report_series.norm_series(run)
+  series = report_series.norm_series(run)
   assert series.norm.tolist() == [1.0, 3.0, 400.0, 1.5]
   assert series.rejected.tolist() == [False, False, True, False]
   assert series.clipped.tolist() == [False, True, False, False]
-  assert "1 of 4 (25%) steps rejected by skip_steps." in _report_sections.norm_words(series)
+  assert "1 of 4 (25%) steps rejected by skip_steps." in report_sections.norm_words(series)
 
 
 def test_a_step_that_only_adds_to_a_larger_one_is_neither_rejected_nor_clipped():
   # As of optax.MultiSteps inside skip_steps: the clip sees one step in two.
   run = make([0.0, 3.0, 3.0, 5.0], **{"grad/steps": [0, 1, 1, 2], "skip/consecutive": [0, 0, 0, 0]})
   run.columns["skip/norm"] = np.array([2.0, 4.0, 7.0, 3.0])
-  series = _report_series.norm_series(run)
+  series = report_series.norm_series(run)
   np.testing.assert_array_equal(series.norm, [np.nan, 3, np.nan, 5])
   assert not series.rejected.any() and not series.nonfinite.any()
   assert series.clipped.tolist() == [False, True, False, True]
@@ -414,25 +430,25 @@ def test_a_norm_out_of_the_history_of_a_watch_is_clipped_by_the_threshold_of_the
   run = make([1.0, 5.0, 1.0, 9.0])
   run.columns["grad/max_norm"] = np.array([2.0, np.nan, np.nan, 4.0])
   run.columns["grad/scale"] = np.array([1.0, np.nan, np.nan, 0.5])
-  assert _report_series.norm_series(run).clipped.tolist() == [False, True, False, True]
+  assert report_series.norm_series(run).clipped.tolist() == [False, True, False, True]
 
 
 def test_worst_step_by_layer():
   run = make([1.0, 9.0, 2.0], names=("a", "b"), every=1)
-  worst = _report_series.worst_step(run, _report_series.norm_series(run))
+  worst = report_series.worst_step(run, report_series.norm_series(run))
   assert worst == (2, 9.0, (("b", 9.0), ("a", 4.5)))
   # Recorded only later, by the watch, which keeps the norms of its worst step.
   run.vectors.clear()
   run.columns["grad/worst_step"] = np.array([1.0, np.nan, 2.0])
   run.vectors["grad/worst_norm"] = np.array([1, 3]), np.array([[1.0, 1.0], [7.0, 3.0]])
-  assert _report_series.worst_step(run, _report_series.norm_series(run)).layers == (("a", 7.0), ("b", 3.0))
+  assert report_series.worst_step(run, report_series.norm_series(run)).layers == (("a", 7.0), ("b", 3.0))
   run.columns["grad/worst_step"][:] = 1.0
-  assert _report_series.worst_step(run, _report_series.norm_series(run)).layers == ()
+  assert report_series.worst_step(run, report_series.norm_series(run)).layers == ()
 
 
 def test_time_of_a_step_and_throughput():
   run = make([1.0] * 5, time=[10.0, 10.5, np.nan, 11.5, 11.0], tokens=[7.0, 8.0, 7.0, 9.0, 7.0])
-  steps, seconds = _report_series.seconds_per_step(run)
+  steps, seconds = report_series.seconds_per_step(run)
   assert (steps.tolist(), seconds.tolist()) == ([2, 4], [0.5, 0.5])  # Two steps in a second; a clock set back.
 
 
@@ -441,12 +457,12 @@ def test_the_time_of_a_step_is_that_of_parts_of_the_run():
   time = np.arange(1001) * 0.5
   time[1::2] -= 0.499
   run = make(np.ones(1001), time=time, tokens=np.where(np.arange(1001) % 2, np.nan, 8.0))
-  assert _report_series.speed(run).step_time == pytest.approx(0.5, rel=0.03)
-  at, rate = _report_series.throughput(run, "tokens")
+  assert report_series.speed(run).step_time == pytest.approx(0.5, rel=0.03)
+  at, rate = report_series.throughput(run, "tokens")
   assert at.size == 50
   np.testing.assert_allclose(rate, 16.0, rtol=0.06)
-  assert _report_series.speed(make([1.0])) is None
-  assert _report_series.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
+  assert report_series.speed(make([1.0])) is None
+  assert report_series.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
 
 
 def test_the_speed_of_the_verdict_is_that_of_its_section(tmp_path):
@@ -462,10 +478,10 @@ def test_the_speed_of_the_verdict_is_that_of_its_section(tmp_path):
 
 def test_thresholds_by_group_are_named_as_such():
   run = make([1.0, 3.0])
-  assert not _report_series.norm_series(run).by_block
+  assert not report_series.norm_series(run).by_block
   run.columns["grad/max_norm/decoder"] = np.ones(2)
-  assert "Smallest threshold of a leaf or group 2." in _report_sections.norm_words(_report_series.norm_series(run))
-  assert clipjax.plot_norms(run).axes[0].lines[-1].get_label() == "smallest threshold 2"
+  assert "Smallest threshold of a leaf or group 2." in report_sections.norm_words(report_series.norm_series(run))
+  assert clipjax.runs.plot_norms(run).axes[0].lines[-1].get_label() == "smallest threshold 2"
 
 
 def test_a_threshold_that_moves_is_a_line_and_zeros_and_rejected_steps_are_told(tmp_path):
@@ -476,7 +492,7 @@ def test_a_threshold_that_moves_is_a_line_and_zeros_and_rejected_steps_are_told(
   assert "1 of 5 (20%) steps rejected by skip_steps." in page.alt("Line chart of grad/norm")
   assert "Squares are steps that skip_steps rejected; their norm is the one that it saw." in page.text
   assert "2 steps of norm 0 cannot be drawn on a log axis." in page.text
-  (line,) = [line for line in clipjax.plot_norms(run).axes[0].lines if line.get_label() == "threshold"]
+  (line,) = [line for line in clipjax.runs.plot_norms(run).axes[0].lines if line.get_label() == "threshold"]
   assert list(line.get_ydata()) == [1.0, 2.0, 4.0, 3.0, 3.0]
 
 
@@ -503,45 +519,45 @@ def test_layers_of_a_rejected_step_are_not_known(tmp_path):
   ],
 )
 def test_labels_leave_out_what_all_share(names, want):
-  assert _report_series.without_common(names) == want
+  assert report_series.without_common(names) == want
 
 
 @pytest.mark.parametrize(
   ("x", "text"), [(0.001, "0.001"), (2000.0, "2,000"), (1e6, "1e6"), (1e-5, "1e-5"), (0.5, "0.5"), (1e-300, "1e-300")]
 )
 def test_ticks_are_short(x, text):
-  assert _report_figures._tick(x) == text
+  assert report_figures._tick(x) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.0123, "12.3 ms"), (60.0, "60 s"), (120.0, "2 min"), (1e5, "27.8 h")])
 def test_long_times_have_a_long_unit(seconds, text):
-  assert _report_sections._total(seconds) == text
+  assert report_sections._total(seconds) == text
 
 
 def test_short_names_keep_both_ends():
-  assert _report_series.short("params/layers_12/attention/kernel", 18) == "params/lay…/kernel"
-  assert _report_series.short("a" * 18, 18) == "a" * 18
-  assert len(_report_series.short("x" * 200, 36)) == 36
+  assert report_series.short("params/layers_12/attention/kernel", 18) == "params/lay…/kernel"
+  assert report_series.short("a" * 18, 18) == "a" * 18
+  assert len(report_series.short("x" * 200, 36)) == 36
 
 
 # Figures ------------------------------------------------------------------------------------------------------------
 
 
 def test_plot_norms_is_a_figure_with_the_norm_on_a_log_axis():
-  figure = clipjax.plot_norms(full())
+  figure = clipjax.runs.plot_norms(full())
   assert type(figure) is Figure
   (axes,) = figure.axes
   assert (axes.get_yscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "step", "grad/norm")
 
 
-@pytest.mark.parametrize("width", [_report_figures.WIDE, _report_figures.NARROW])
+@pytest.mark.parametrize("width", [report_figures.WIDE, report_figures.NARROW])
 @pytest.mark.parametrize("count", [1, 3, 40, 300])
 def test_labels_of_layers_do_not_touch(count, width):
   names = tuple(f"params/layers_{i}/kernel" for i in range(count))
-  figure = _report_figures.layers(_report_series.vectors(full(names=names), "grad/norm"), width)
+  figure = report_figures.layers(report_series.vectors(full(names=names), "grad/norm"), width)
   FigureCanvasAgg(figure).draw()
   labels = figure.axes[0].get_yticklabels()
-  wanted = "layers_0" if count > 1 else _report_series.short(names[0], 36 if width == _report_figures.WIDE else 18)
+  wanted = "layers_0" if count > 1 else report_series.short(names[0], 36 if width == report_figures.WIDE else 18)
   assert labels[0].get_text() == wanted
   boxes = [label.get_window_extent() for label in labels]
   assert all(below.y1 < above.y0 for above, below in itertools.pairwise(boxes))
@@ -550,14 +566,14 @@ def test_labels_of_layers_do_not_touch(count, width):
 
 
 def test_subnormal_norms_have_a_page(tmp_path):
-  assert clipjax.write_report(make([5e-324] * 4, limit=5e-324), tmp_path / "x.html").exists()
+  assert clipjax.runs.write_report(make([5e-324] * 4, limit=5e-324), tmp_path / "x.html").exists()
 
 
 @pytest.mark.parametrize("low", [1e-300, 1e-9, 0.3, 1.0, 7.0, 1e30, 1e300])
 @pytest.mark.parametrize("span", [1.0, 1.5, 20.0, 1e8])
 def test_log_axes_have_a_few_labels_around_the_data(low, span):
   axes = Figure().add_subplot()
-  _report_figures._log_axis(axes, np.array([low, np.nan, low * span]))
+  report_figures._log_axis(axes, np.array([low, np.nan, low * span]))
   bottom, top = axes.get_ylim()
   ticks = [x for x in axes.get_yticks() if bottom <= x <= top]
   assert bottom < low <= min(low * span, 1e307) <= top
@@ -567,7 +583,7 @@ def test_log_axes_have_a_few_labels_around_the_data(low, span):
 def test_colours_of_the_page_are_variables(page_of):
   page = page_of("3 layers")
   drawn = page.source[page.source.index("<svg") : page.source.rindex("</svg>")]
-  assert _report_page.INK not in drawn
+  assert report_page.INK not in drawn
   assert "var(--blue)" in drawn
   assert "currentColor" in drawn
   assert set(re.findall(r"var\(--(\w+)\)", page.source)) <= set(re.findall(r"--(\w+):", page.css))
@@ -578,7 +594,7 @@ def test_the_page_does_not_depend_on_the_style_of_the_caller(tmp_path, page_of):
   plain = page_of("3 layers").source
   with style.context(["dark_background", {"axes.linewidth": 9, "legend.fontsize": 30}]):
     assert written(full(), tmp_path).source == plain  # And from one run comes one file, to the byte.
-    assert clipjax.plot_norms(full()).get_facecolor()[:3] == (0, 0, 0)
+    assert clipjax.runs.plot_norms(full()).get_facecolor()[:3] == (0, 0, 0)
 
 
 # Files and errors ---------------------------------------------------------------------------------------------------
@@ -595,41 +611,43 @@ def test_a_report_replaces_another_at_once(tmp_path, monkeypatch):
   old = path.read_bytes()
   monkeypatch.setattr(os, "replace", refuse)
   with pytest.raises(PermissionError):
-    clipjax.write_report(make([1.0]), path)
+    clipjax.runs.write_report(make([1.0]), path)
   assert path.read_bytes() == old
   assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_path_that_is_no_file_is_written_through(tmp_path):
-  assert clipjax.write_report(make([1.0]), os.devnull).exists()
+  assert clipjax.runs.write_report(make([1.0]), os.devnull).exists()
   assert not os.path.isfile(os.devnull)
 
 
 def test_a_missing_directory_is_told(tmp_path):
   path = tmp_path / "none" / "x.html"
   with pytest.raises(FileNotFoundError) as error:
-    clipjax.write_report(make([1.0]), path)
+    clipjax.runs.write_report(make([1.0]), path)
   assert str(error.value) == f"[Errno 2] the directory of the report does not exist, make it first: '{path}'"
 
 
 def test_a_directory_is_no_report(tmp_path):
   with pytest.raises(IsADirectoryError) as error:
-    clipjax.write_report(make([1.0]), tmp_path)
+    clipjax.runs.write_report(make([1.0]), tmp_path)
   assert str(error.value) == f"[Errno 21] Is a directory: '{tmp_path}'"
   assert list(tmp_path.iterdir()) == []
   assert list(tmp_path.parent.glob(".clipjax*")) == []
 
 
-@pytest.mark.parametrize("function", [clipjax.plot_norms, lambda run: clipjax.write_report(run, "x.html")])
+@pytest.mark.parametrize("function", [clipjax.runs.plot_norms, lambda run: clipjax.runs.write_report(run, "x.html")])
 def test_what_is_no_run_is_told(function):
   with pytest.raises(TypeError) as error:
     function("run.jsonl")
-  assert str(error.value) == "`run` must be a Run, got 'run.jsonl' (str): read the file with clipjax.read_run(path)."
+  assert (
+    str(error.value) == "`run` must be a Run, got 'run.jsonl' (str): read the file with clipjax.runs.read_run(path)."
+  )
 
 
 def test_a_run_without_a_norm_has_no_plot():
   with pytest.raises(ValueError, match=r"^`run` must have a norm, got \[\]: chain clipjax.watch\(\) or a clip, and"):
-    clipjax.plot_norms(CASES["nothing"]())
+    clipjax.runs.plot_norms(CASES["nothing"]())
 
 
 def run_python(code):
@@ -637,13 +655,13 @@ def run_python(code):
 
 
 MAKE = (
-  "import sys; sys.modules['jax'] = None; import numpy as np, clipjax; from clipjax._run import Run; "
+  "import sys; sys.modules['jax'] = None; import numpy as np, clipjax; from clipjax.runs.run import Run; "
   "run = Run('x', np.arange(1, 4), {'grad/norm': np.ones(3)}, {}, {}, {}, None, None); "
 )
 
 
 def test_a_report_needs_neither_jax_nor_pyplot(tmp_path):
-  report = f"clipjax.write_report(run, {str(tmp_path / 'x.html')!r}); clipjax.plot_norms(run); "
+  report = f"clipjax.runs.write_report(run, {str(tmp_path / 'x.html')!r}); clipjax.runs.plot_norms(run); "
   got = run_python(f"{MAKE} {report} print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)")
   assert (got.stdout, got.stderr) == ("True False\n", "")
 
@@ -660,6 +678,6 @@ def test_clipped_steps_are_those_that_the_clip_counted_where_rows_do_not_tell():
   run = full()
   marked = int(np.sum(run["grad/scale"] < 1))
   assert 0 < marked < 250
-  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", _report_sections.summary(run))
+  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", report_sections.summary(run))
   run.columns["grad/clipped_steps"] = np.append(np.full(len(run) - 2, np.nan), [249.0, 250.0])
-  assert re.search(r"clipped steps</dt>\s*<dd>250<", _report_sections.summary(run))
+  assert re.search(r"clipped steps</dt>\s*<dd>250<", report_sections.summary(run))

@@ -13,8 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from synthetic import N, bad, healthy, layered, only, run_of
 
 import clipjax
-from clipjax import _record_text, _report_figures, _report_sections, _report_series
-from clipjax._words import Stack, in_stacks, several
+from clipjax.runs import text
+from clipjax.runs.report import figures as report_figures
+from clipjax.runs.report import sections as report_sections
+from clipjax.runs.report import series as report_series
+from clipjax.runs.words import Stack, in_stacks, several
 
 LAYERS, ARRAYS = 200, 12
 
@@ -41,7 +44,7 @@ def grads_of(layers=LAYERS, arrays=ARRAYS, seed=0):
 def record(path, tx, grads, every=5, steps=11):
   """Steps of growing gradients; the last state."""
   state, update = tx.init(grads), jax.jit(tx.update)
-  with clipjax.Recorder(path, every=every) as recorder:
+  with clipjax.runs.Recorder(path, every=every) as recorder:
     for step in range(1, steps + 1):
       _, state = update(jax.tree.map(lambda x, by=1 + step / 100: x * by, grads), state, grads)
       recorder.push(step, state, loss=1 / step)
@@ -87,7 +90,7 @@ def test_a_row_of_2401_slices_takes_16_bytes_a_number_and_the_others_none(record
 
 def test_every_slice_and_every_group_is_what_metrics_says(recorded):
   path, state = recorded
-  run, want = clipjax.read_run(path), clipjax.metrics(state, per_leaf=True)
+  run, want = clipjax.runs.read_run(path), clipjax.metrics(state, per_leaf=True)
   assert len(want) > 4 * LAYERS * ARRAYS + 3 * LAYERS
   assert run.steps[-1] == 11
   for key in ("norm", "ratio", "nonfinite", "worst_norm"):
@@ -111,7 +114,7 @@ def test_up_to_64_groups_are_columns(tmp_path, layers):
     path = tmp_path / f"{groups}.jsonl"
     tree = {"blocks": {f"{i:02}": jnp.ones((1, 2)) for i in range(groups)}}
     record(path, clipjax.clip_by_group_norm(1.0, lambda path, leaf: path[:9], stacked=layers), tree, steps=3)
-    run = clipjax.read_run(path)
+    run = clipjax.runs.read_run(path)
     assert ("grad/norm/blocks/07" in run.columns) == is_column
     assert np.isfinite(run["grad/norm/blocks/07"]).sum() == (3 if is_column else 1)
 
@@ -126,11 +129,11 @@ def test_text_of_vectors_is_that_of_single_numbers():
   hard = np.float32([6.205945e-14, 2.8634637e-26, 6.476829e-22, 8.0649666e31, 9.864476e24])
   values = np.concatenate([powers, *near, some, ties, hard, np.float32([0, np.inf, np.nan, 3.4028235e38])])
   single = [float(f"{x:.9g}") for x in values.tolist()]
-  np.testing.assert_array_equal(_record_text.numbers(values), single)
-  np.testing.assert_array_equal(_record_text.numbers(-values.reshape(-1, 1)), [[-x] for x in single])
-  text = _record_text.json_array(values)
-  assert json.loads(text, parse_constant=pytest.fail) == [x if math.isfinite(x) else None for x in single]
-  assert len(text) == 16 * len(values)
+  np.testing.assert_array_equal(text.numbers(values), single)
+  np.testing.assert_array_equal(text.numbers(-values.reshape(-1, 1)), [[-x] for x in single])
+  array = text.json_array(values)
+  assert json.loads(array, parse_constant=pytest.fail) == [x if math.isfinite(x) else None for x in single]
+  assert len(array) == 16 * len(values)
   np.testing.assert_array_equal(np.array(single).astype(np.float32), values)
 
 
@@ -143,8 +146,8 @@ def test_text_of_vectors_of_other_kinds(size):
     np.float32([-0.5, *[1] * (size - 1)]),
   ):
     want = [None if np.isinf(x) else x for x in vector.tolist()]
-    assert json.loads(_record_text.json_array(vector)) == want
-  assert json.loads(_record_text.json_array(np.full(size, 0.1))) == [0.1] * size
+    assert json.loads(text.json_array(vector)) == want
+  assert json.loads(text.json_array(np.full(size, 0.1))) == [0.1] * size
 
 
 # Names --------------------------------------------------------------------------------------------------------------
@@ -216,15 +219,15 @@ def test_layers_that_were_not_finite_first():
   names = ("head", *layers_of("b/v", "b/w"))
   values[7, 4:49:24] = np.nan  # Row 7 is step 71.
   run = run_of(columns, flags={"grad/norm": at}, **layered(values, names))
-  assert "at step 71; first in layer 3 of all 2 stacks." in only(clipjax.diagnose(run), "nonfinite").message
+  assert "at step 71; first in layer 3 of all 2 stacks." in only(clipjax.runs.diagnose(run), "nonfinite").message
   run.vectors["grad/norm"][1][7, :] = np.nan
-  assert "at step 71; first in every leaf." in only(clipjax.diagnose(run), "nonfinite").message
+  assert "at step 71; first in every leaf." in only(clipjax.runs.diagnose(run), "nonfinite").message
 
 
 def test_layers_without_a_gradient():
   values = np.ones((40, 48))
   values[:, 20:24] = 0
-  report = clipjax.diagnose(run_of(healthy(), **layered(values, layers_of("b/v", "b/w"))))
+  report = clipjax.runs.diagnose(run_of(healthy(), **layered(values, layers_of("b/v", "b/w"))))
   assert bad(report) == ["zero-gradient"]
   assert only(report, "zero-gradient").message.startswith(
     "4 of 48 layers had a gradient of exactly 0 at all 40 steps at which it was recorded: 'b/v[20..23]'. Rule"
@@ -232,7 +235,7 @@ def test_layers_without_a_gradient():
 
 
 def test_layers_far_apart():
-  report = clipjax.diagnose(run_of(healthy(), **layered(np.geomspace(1, 1e-4, 24), layers_of("b/w"))))
+  report = clipjax.runs.diagnose(run_of(healthy(), **layered(np.geomspace(1, 1e-4, 24), layers_of("b/w"))))
   assert "10000 times apart: 0.0001 in 'b/w[23]', 1 in 'b/w[0]'." in only(report, "layer-spread").message
 
 
@@ -246,17 +249,19 @@ def test_groups_of_layers_are_judged_group_by_group(beside_a_watch):
   if beside_a_watch:
     found["leaves"]["grad"] = ("w[0]", "w[1]")
     found["vectors"]["grad/norm"] = (np.arange(1, N + 1, 10), np.ones((40, 2)))
-  report = clipjax.diagnose(run_of(columns, **found))
+  report = clipjax.runs.diagnose(run_of(columns, **found))
   assert bad(report) == ["clipped-often"]
   assert only(report, "clipped-often").message.startswith("'grad' clipped 80% of the steps in 'layer 1'.")
   assert "some leaf or group in 100% of 400 steps" in only(report, "clipped").message
 
 
 def test_a_recorded_run_is_judged_and_has_a_threshold(recorded):
-  run = clipjax.read_run(recorded[0])
-  findings = {finding.name for finding in clipjax.diagnose(run, limits=clipjax.HealthLimits(min_steps=2)).findings}
+  run = clipjax.runs.read_run(recorded[0])
+  findings = {
+    finding.name for finding in clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits(min_steps=2)).findings
+  }
   assert findings >= {"clipped-often", "norms"}
-  assert clipjax.suggest_max_norm(run).max_norm > 0
+  assert clipjax.runs.suggest_max_norm(run).max_norm > 0
 
 
 # The report ---------------------------------------------------------------------------------------------------------
@@ -276,12 +281,12 @@ def run_of_stacks(leaves, layers, rows=8):
   return run_of({"grad/norm": norm}, **found)
 
 
-@pytest.mark.parametrize("width", [_report_figures.WIDE, _report_figures.NARROW])
+@pytest.mark.parametrize("width", [report_figures.WIDE, report_figures.NARROW])
 @pytest.mark.parametrize(("arrays", "layers"), [(1, 24), (6, 24), (12, 200), (100, 24)])
 def test_labels_of_stacks_do_not_touch_and_go_by_depth(arrays, layers, width):
   leaves = [f"blocks/mlp_{i}" for i in range(arrays)]
-  found = _report_series.vectors(run_of_stacks(leaves, layers), "grad/norm")
-  figure = _report_figures.layers(found, width)
+  found = report_series.vectors(run_of_stacks(leaves, layers), "grad/norm")
+  figure = report_figures.layers(found, width)
   FigureCanvasAgg(figure).draw()
   labels = figure.axes[0].get_yticklabels()
   boxes = [label.get_window_extent() for label in labels]
@@ -301,8 +306,8 @@ def test_labels_of_stacks_do_not_touch_and_go_by_depth(arrays, layers, width):
 
 
 def test_every_stack_keeps_its_label_beside_whole_leaves():
-  labels = _report_figures._layer_labels(
-    _report_series.by_depth(("a", *layers_of("w", size=30)), np.ones((31, 1)), 99), 3, 36
+  labels = report_figures._layer_labels(
+    report_series.by_depth(("a", *layers_of("w", size=30)), np.ones((31, 1)), 99), 3, 36
   )
   assert labels == {1: "w[0..29]", **{1 + i: f"[{i}]" for i in (5, 10, 15, 20, 25)}}
 
@@ -311,24 +316,24 @@ def test_neighbours_of_a_stack_share_a_line_where_there_are_many():
   names = ("embed", *layers_of("w", "v", size=7))
   values = np.arange(30.0).reshape(15, 2)
   values[9] = np.nan
-  lines, stacks, per = _report_series.by_depth(names, values, 5)
+  lines, stacks, per = report_series.by_depth(names, values, 5)
   assert per == 3
   assert stacks == (Stack("embed", 0, 1), Stack("w", 1, 7), Stack("v", 4, 7))
   np.testing.assert_array_equal(lines[:, 0], [0, 6, 12, 14, np.nan, 26, 28])
-  assert _report_series.by_depth(names, values, 15).values.tolist()[:9] == values.tolist()[:9]
+  assert report_series.by_depth(names, values, 15).values.tolist()[:9] == values.tolist()[:9]
 
 
 def test_a_spike_of_one_layer_in_thousands_is_drawn():
-  found = _report_series.vectors(run_of_stacks([f"b/{i}" for i in range(12)], 200), "grad/norm")
-  (image,) = _report_figures.layers(found).axes[0].images
+  found = report_series.vectors(run_of_stacks([f"b/{i}" for i in range(12)], 200), "grad/norm")
+  (image,) = report_figures.layers(found).axes[0].images
   assert image.get_array().max() == 3
-  assert image.get_array().shape[0] <= _report_figures.MOST_LINES + 14
+  assert image.get_array().shape[0] <= report_figures.MOST_LINES + 14
 
 
 def test_the_page_of_stacks_says_layers_by_name(tmp_path):
   run = run_of_stacks(["blocks/v", "blocks/w"], 24)
   run.vectors["grad/norm"][1][5, [4, 28]] = np.nan
-  page = clipjax.write_report(run, tmp_path / "report.html").read_text()
+  page = clipjax.runs.write_report(run, tmp_path / "report.html").read_text()
   text = page.replace("<wbr>", "").replace("<code>", "").replace("</code>", "")
   assert "2 layers were not finite at some step: layer 3 of all 2 stacks." in page.replace("&#x27;", "'")
   assert "One row for each of 50 layers" in page
@@ -350,8 +355,8 @@ def test_the_page_of_stacks_says_layers_by_name(tmp_path):
 
 def test_many_layers_share_rows_of_the_map_and_the_caption_says_so():
   run = run_of_stacks([f"b/{i}" for i in range(12)], 200)
-  (section,) = _report_sections._layers(run, "grad")
+  (section,) = report_sections._layers(run, "grad")
   assert "2,402 layers, the first on top; of a stack, each row has the largest of 7 neighbours. " in section
   run.leaves["grad"] = tuple(f"w{i}" for i in range(2402))  # Without a stack each has a row of its own.
-  (section,) = _report_sections._layers(run, "grad")
+  (section,) = report_sections._layers(run, "grad")
   assert "One row for each of 2,402 layers, the first on top. " in section

@@ -35,16 +35,16 @@ def record(path: str) -> tuple[float, list[str], str]:
   """A recorded run, its verdict, the suggestion and the report."""
   params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
   state = optimizer().init(params)
-  with clipjax.Recorder(path, every=10) as recorder:
+  with clipjax.runs.Recorder(path, every=10) as recorder:
     for i in range(30):
       params, state, _ = jax.jit(step)(params, state, jnp.ones((4, 3)))
       recorder.push(i, state, params=params, loss=jnp.float32(1.0), examples=4)
-  run: clipjax.Run = clipjax.read_run(path)
-  report: clipjax.HealthReport = clipjax.diagnose(run)
-  suggestion = clipjax.suggest_max_norm(run, learning_rate=0.1, new_learning_rate=0.2, model="rnn")
+  run: clipjax.runs.Run = clipjax.runs.read_run(path)
+  report: clipjax.runs.HealthReport = clipjax.runs.diagnose(run)
+  suggestion = clipjax.runs.suggest_max_norm(run, learning_rate=0.1, new_learning_rate=0.2, model="rnn")
   steps, norms = state[0].last_norms()
   assert len(steps) == len(norms)
-  page = clipjax.write_report(run, path + ".html")
+  page = clipjax.runs.write_report(run, path + ".html")
   return suggestion.max_norm, [finding.name for finding in report.findings], str(page)
 
 

@@ -2,7 +2,7 @@
 
 Each takes its `width` in inches, since the page has every figure twice, for a screen and for a phone. Text and axes
 have the colours of the caller's matplotlib style, which for the page is `_page.INK`. What is drawn is thinned by
-`_report_series.thin`; what is said in numbers is not drawn here.
+`series.thin`; what is said in numbers is not drawn here.
 """
 
 import itertools
@@ -17,10 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from clipjax import _report_series
-from clipjax._report_series import NormSeries, Vectors, short
-from clipjax._run import Floats, Ints
-from clipjax._words import number
+from clipjax.runs.report.series import (
+  Depth,
+  Grid,
+  NormSeries,
+  Vectors,
+  by_depth,
+  short,
+  thin,
+  thin_mask,
+  time_grid,
+  without_common,
+)
+from clipjax.runs.run import Floats, Ints
+from clipjax.runs.words import number
 
 # Okabe and Ito's colours, which are told apart with any colour vision.
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
@@ -41,7 +51,7 @@ def norms(series: NormSeries, width: float = WIDE) -> Figure:
   bins = bins_of(width)
   _line(axes, steps, _positive(norm), bins, color=BLUE, label="norm before the clip")
   at = np.flatnonzero(series.clipped & (norm > 0))
-  at = at[_report_series.thin(norm[at], bins // 2)]
+  at = at[thin(norm[at], bins // 2)]
   if at.size:
     size = 3.5 if at.size < 200 else 2
     axes.plot(steps[at], norm[at], color=ORANGE, label="clipped", linestyle="none", marker="v", markersize=size)
@@ -75,8 +85,8 @@ def layers(found: Vectors, width: float = WIDE) -> Figure:
   """The norm of each layer, the first on top, against the step, as colour; at most one label for each line of text."""
   height = float(np.clip(0.17 * len(found.names) + 1.4, 2.2, 8.5))
   figure, axes = _figure(width, height)
-  grid = _report_series.time_grid(found.steps, found.values, bins_of(width) // 3)
-  depth = _report_series.by_depth(found.names, grid.values, MOST_LINES)
+  grid = time_grid(found.steps, found.values, bins_of(width) // 3)
+  depth = by_depth(found.names, grid.values, MOST_LINES)
   axes.set_facecolor("none")
   image, handles = _draw_grid(axes, grid._replace(values=depth.values))
   bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.02, aspect=40, shrink=0.8, label="norm")
@@ -201,7 +211,7 @@ def _positive(values: Floats) -> Floats:
 
 def _line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> None:
   """A thinned line; with dots where there are few points or where one stands between two gaps."""
-  kept = _report_series.thin(values, bins)
+  kept = thin(values, bins)
   x, y = steps[kept], values[kept]
   alone = np.isfinite(y)
   alone[1:] &= ~np.isfinite(y[:-1])
@@ -216,11 +226,11 @@ def _draw_limit(axes: Axes, series: NormSeries, bins: int) -> None:
   if limits.size and limits.min() == limits.max() > 0:
     axes.axhline(limits[0], label=f"{what} {number(limits[0])}", **style)
   elif limits.size:
-    kept = _report_series.thin(series.limit, bins)
+    kept = thin(series.limit, bins)
     axes.plot(series.steps[kept], _positive(series.limit[kept]), label=what, **style)
 
 
-def _draw_grid(axes: Axes, grid: _report_series.Grid) -> tuple[Any, list[Patch]]:
+def _draw_grid(axes: Axes, grid: Grid) -> tuple[Any, list[Patch]]:
   """The heat map in log10, and a key for the layers that were not finite or zero."""
   log = np.log10(_positive(grid.values))
   known = log[np.isfinite(log)]
@@ -242,7 +252,7 @@ def _draw_grid(axes: Axes, grid: _report_series.Grid) -> tuple[Any, list[Patch]]
   return image, [Patch(color=colour, label=label) for mask, colour, label in marks if mask.any()]
 
 
-def _layer_labels(depth: _report_series.Depth, room: float, length: int) -> dict[float, str]:
+def _layer_labels(depth: Depth, room: float, length: int) -> dict[float, str]:
   """The labels of lines of a heat map by their place, `room` lines apart: of stacks, of whole leaves, of depths."""
   out: dict[float, str] = {}
 
@@ -252,7 +262,7 @@ def _layer_labels(depth: _report_series.Depth, room: float, length: int) -> dict
   whole = [stack for stack in depth.stacks if stack.size == 1]
   stacked = sorted((stack for stack in depth.stacks if stack.size > 1), key=lambda stack: -stack.size)
   for stacks in (stacked, whole):  # Stacks, which may all be of "blocks", leave out what they share.
-    names = _report_series.without_common(tuple(stack.name for stack in stacks))
+    names = without_common(tuple(stack.name for stack in stacks))
     for stack, name in zip(stacks, names, strict=True):
       if is_free(stack.start):
         layers = f"[0..{stack.size - 1}]" if stack.size > 1 else ""
@@ -267,7 +277,7 @@ def _layer_labels(depth: _report_series.Depth, room: float, length: int) -> dict
 
 def _mark(axes: Axes, steps: Ints, mask: Any, bins: int, height: float, **style: Any) -> None:
   """Marks at a height of the axes, for values that have no place on the axis."""
-  at = _report_series.thin_mask(mask, bins // 2)
+  at = thin_mask(mask, bins // 2)
   if at.size:
     transform = axes.get_xaxis_transform()
     axes.plot(

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from clipjax import _record_pack
-from clipjax._record_outputs import RunFile
-from clipjax._record_text import numbers
-from clipjax._run import merge, read_run
 from clipjax.checks import caller_level
 from clipjax.rules.base import is_no_limit
+from clipjax.runs import packing
+from clipjax.runs.outputs import RunFile
+from clipjax.runs.run import merge, read_run
+from clipjax.runs.text import numbers
 
 # What may be inf without anything being wrong: no limit, or a step long ago.
 _LIMITS = frozenset({"max_norm", "max_loss"})
@@ -30,8 +30,8 @@ class Pushed(NamedTuple):
   time: float
   step: int | None
   scalars: dict[str, Any]
-  packer: _record_pack.Packer
-  layout: _record_pack.Layout
+  packer: packing.Packer
+  layout: packing.Layout
   vector: jax.Array | None
   weights: jax.Array | None
   by_leaf: bool
@@ -55,9 +55,9 @@ class Rows:
     self._incomplete: dict[str, Any] | None = None
     self._is_gap_reported = False
 
-  def of(self, pushed: Pushed, seen: _record_pack.Seen | None, counts: Any) -> list[dict[str, Any]]:
+  def of(self, pushed: Pushed, seen: packing.Seen | None, counts: Any) -> list[dict[str, Any]]:
     """The rows of the steps in the rings of watches since the last push, then the row of this one."""
-    seen = seen or _record_pack.Seen(None, None, {}, {}, {}, {})
+    seen = seen or packing.Seen(None, None, {}, {}, {}, {})
     user_step = pushed.step if pushed.step is not None else seen.user_step
     step = seen.step if seen.step is not None else user_step
     if step is None:  # It was on the device, and could not be read.
@@ -74,7 +74,7 @@ class Rows:
     if seen.step and seen.vectors and self._is_by_leaf_due(pushed, row, seen.metrics):
       row["leaf"] = {key: _limit_as_inf(key, vector) for key, vector in seen.vectors.items()}
     if counts is not None:
-      row["weights"] = _record_pack.weights_row(counts)
+      row["weights"] = packing.weights_row(counts)
     self._step = step
     return [*between, row]
 
@@ -104,7 +104,7 @@ class Rows:
       self._worst = worst
     return due
 
-  def _between(self, step: int, rings: dict[str, _record_pack.Ring]) -> list[dict[str, Any]]:
+  def _between(self, step: int, rings: dict[str, packing.Ring]) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     last = self._step if self._step is not None and self._step <= step else None
     for name, (count, norms) in rings.items():

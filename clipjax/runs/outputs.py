@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clipjax._record_text import json_array
-from clipjax._run import RESERVED, checked_path, is_run
 from clipjax.checks import caller_level
+from clipjax.runs.run import RESERVED, checked_path, is_run
+from clipjax.runs.text import json_array
 
 _KEPT_BYTES = 2**24  # Of rows that could not be written, until the disk takes them.
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._health_checks import CHECKS
-from clipjax._health_facts import FACTS
-from clipjax._health_findings import Finding, HealthLimits, View, check_limits
-from clipjax._run import Run
-from clipjax._run_norms import check_warmup, main_name, norms_of_run
-from clipjax._words import described
+from clipjax.runs.health.facts import FACTS
+from clipjax.runs.health.findings import Finding, HealthLimits, View, check_limits
+from clipjax.runs.health.gradient import CHECKS
+from clipjax.runs.norms import check_warmup, main_name, norms_of_run
+from clipjax.runs.run import Run
+from clipjax.runs.words import described
 
 _LEVELS = ("FAIL", "WARN", "INFO")
 
@@ -34,11 +34,11 @@ class HealthReport(NamedTuple):
     >>> import os, tempfile, jax.numpy as jnp, clipjax
     >>> tx, path = clipjax.clip_by_global_norm(1.0), os.path.join(tempfile.mkdtemp(), "run.jsonl")
     >>> state = tx.init(jnp.zeros(1))
-    >>> with clipjax.Recorder(path) as recorder:
+    >>> with clipjax.runs.Recorder(path) as recorder:
     ...   for step in range(40):
     ...     _, state = tx.update(jnp.array([5.0]), state)
     ...     recorder.push(step, state)
-    >>> report = clipjax.diagnose(clipjax.read_run(path))
+    >>> report = clipjax.runs.diagnose(clipjax.runs.read_run(path))
     >>> report.steps, [finding.name for finding in report.findings if finding.level == "WARN"]
     (40, ['clipped-often'])
   """
@@ -109,14 +109,14 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
     >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
     ...   _ = file.write("".join(json.dumps(row) + chr(10) for row in rows))
     ...   file.flush()
-    ...   report = clipjax.diagnose(clipjax.read_run(file.name))
+    ...   report = clipjax.runs.diagnose(clipjax.runs.read_run(file.name))
     >>> for finding in report.findings[:2]:
     ...   print(finding.level, finding.name, finding.message[:63])
     WARN spikes 1 of 1000 norms was a spike that nothing caught, at step 999, t
     INFO norms p50 5.5, p90 9.1, p99 10, largest 90, of 900 finite norms after
   """
   if not isinstance(run, Run):
-    raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.read_run(path).")
+    raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.runs.read_run(path).")
   if limits is not None and not isinstance(limits, HealthLimits):
     raise TypeError(
       f"`limits` must be a HealthLimits, got {described(limits)}: pass one such as HealthLimits(clip_fraction=0.9)."

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from clipjax._words import described
+from clipjax.runs.words import described
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
@@ -49,9 +49,9 @@ class Run:
     >>> import os, tempfile, jax.numpy as jnp, clipjax
     >>> tx, grads = clipjax.clip_by_leaf_norm(1.0), {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
     >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
-    >>> with clipjax.Recorder(path) as recorder:
+    >>> with clipjax.runs.Recorder(path) as recorder:
     ...   recorder.push(1, tx.update(grads, tx.init(grads))[1], loss=0.5)
-    >>> run = clipjax.read_run(path)
+    >>> run = clipjax.runs.read_run(path)
     >>> len(run), "loss" in run, run["grad/norm"], run["grad/norm/w"]
     (1, True, array([13.]), array([5.]))
   """
@@ -127,18 +127,18 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     >>> tx, grads = clipjax.clip_by_global_norm(1.0), {"w": jnp.array([3.0, 4.0])}
     >>> state = tx.init(grads)
     >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
-    >>> with clipjax.Recorder(path) as recorder:
+    >>> with clipjax.runs.Recorder(path) as recorder:
     ...   for step in range(1, 4):
     ...     _, state = tx.update(grads, state)
     ...     recorder.push(step, state, loss=0.5 / step)
-    >>> run = clipjax.read_run(path)
+    >>> run = clipjax.runs.read_run(path)
     >>> run.steps, run["grad/norm"], run["loss"][0]
     (array([1, 2, 3]), array([5., 5., 5.]), np.float64(0.5))
   """
   name = checked_path(path)
   entries = _entries(_lines(name))
   headers = [entry for entry in entries if "clipjax_run" in entry]
-  other = f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, which has {{}}: {_REMEDY}"
+  other = f"`path` must be a file that `clipjax.runs.Recorder` wrote, got {name!r}, which has {{}}: {_REMEDY}"
   if not headers:
     raise ValueError(other.format("no header of one"))
   for header in headers:
@@ -174,16 +174,20 @@ def is_run(path: str) -> bool:
 
 def _lines(name: str) -> list[bytes]:
   if Path(name).is_dir():
-    raise ValueError(f"`path` must be a file that `clipjax.Recorder` wrote, got the directory {name!r}: name the file.")
+    raise ValueError(
+      f"`path` must be a file that `clipjax.runs.Recorder` wrote, got the directory {name!r}: name the file."
+    )
   try:
     data = Path(name).read_bytes()
   except FileNotFoundError:
     raise FileNotFoundError(
-      f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, which does not exist: look at its spelling."
+      f"`path` must be a file that `clipjax.runs.Recorder` wrote, got {name!r}, which does not exist: look at "
+      "its spelling."
     ) from None
   if not data.strip():
     raise ValueError(
-      f"`path` must be a file that `clipjax.Recorder` wrote, got {name!r}, which is empty: a Recorder writes its first "
+      f"`path` must be a file that `clipjax.runs.Recorder` wrote, got {name!r}, which is empty: a Recorder "
+      "writes its first "
       "rows after `every` steps, or when it is closed."
     )
   return data.split(b"\n")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipjax._run import Floats, Run
-from clipjax._run_norms import FEW, Norms, check_warmup, main_name, mean, norms_of_array, norms_of_run
-from clipjax._words import described, number, percent
+from clipjax.runs.norms import FEW, Norms, check_warmup, main_name, mean, norms_of_array, norms_of_run
+from clipjax.runs.run import Floats, Run
+from clipjax.runs.words import described, number, percent
 
 PLAYBOOK = "Google's tuning playbook (github.com/google-research/tuning_playbook)"
 FAMILIES = {
@@ -44,7 +44,7 @@ class Suggestion(NamedTuple):
 
   Example:
     >>> import clipjax
-    >>> suggestion = clipjax.suggest_max_norm([float(norm) for norm in range(1, 102)], warmup_steps=0)
+    >>> suggestion = clipjax.runs.suggest_max_norm([float(norm) for norm in range(1, 102)], warmup_steps=0)
     >>> suggestion.max_norm, suggestion.alternatives[0]
     (91.0, (51.0, 0.49504950495049505))
   """
@@ -108,10 +108,10 @@ def suggest_max_norm(
   Example:
     >>> import clipjax
     >>> norms = [1.0 + 0.01 * step for step in range(100)]
-    >>> suggestion = clipjax.suggest_max_norm(norms, learning_rate=0.1, new_learning_rate=0.5, warmup_steps=0)
+    >>> suggestion = clipjax.runs.suggest_max_norm(norms, learning_rate=0.1, new_learning_rate=0.5, warmup_steps=0)
     >>> print(f"{suggestion.max_norm:.4f} {suggestion.clip_fraction:.2f}")
     0.3485 1.00
-    >>> print(clipjax.suggest_max_norm(norms).reason)
+    >>> print(clipjax.runs.suggest_max_norm(norms).reason)
     The 90th percentile of 90 norms (the 10 of the warm-up left out) is 1.9.
 
   References:

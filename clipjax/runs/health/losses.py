@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax._health_findings import Finding, View
-from clipjax._run import Floats, Run
-from clipjax._words import at_steps, number, percent
+from clipjax.runs.health.findings import Finding, View
+from clipjax.runs.run import Floats, Run
+from clipjax.runs.words import at_steps, number, percent
 
 _VALIDATION = re.compile(r"(val|valid|validation|eval|evaluation|dev|test)[ _/.-]?loss", re.IGNORECASE)
 _MIN_VALIDATIONS = 10
@@ -56,7 +56,8 @@ def rising_loss(view: View) -> Iterator[Finding]:
     "rising-loss",
     f"The loss rose: median {number(after)} in the last quarter of the steps, above the largest of the first quarter, "
     f"{number(before)}. Rule: below it, a limit of clipjax.",
-    "The run diverged or never trained: lower the learning rate, or clip lower (clipjax.suggest_max_norm, on a run "
+    "The run diverged or never trained: lower the learning rate, or clip lower (clipjax.runs.suggest_max_norm, "
+    "on a run "
     "that trains).",
   )
 

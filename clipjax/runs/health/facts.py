@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from clipjax._health_findings import Finding, View
-from clipjax._report_series import speed
-from clipjax._suggest import PLAYBOOK
-from clipjax._words import counted, duration, number, percent
+from clipjax.runs.health.findings import Finding, View
+from clipjax.runs.report.series import speed
+from clipjax.runs.suggest import PLAYBOOK
+from clipjax.runs.words import counted, duration, number, percent
 
 
 def _too_few(view: View) -> Iterator[Finding]:
@@ -40,7 +40,7 @@ def _percentiles(view: View) -> Iterator[Finding]:
     "norms",
     f"p50 {p50}, p90 {p90}, p99 {p99}, largest {number(float(typical.max()))}, of {typical.size} finite norms after "
     f"the warm-up of {view.norms.warmup_steps} steps. {PLAYBOOK} begins with p90 as max_norm.",
-    "clipjax.suggest_max_norm gives a threshold from them." if percentiles[1] > 0 else "",
+    "clipjax.runs.suggest_max_norm gives a threshold from them." if percentiles[1] > 0 else "",
   )
 
 

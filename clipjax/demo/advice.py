@@ -1,7 +1,8 @@
 """The end of the demo: which threshold the norms of a stable run suggest, whether it holds, and a report of that run.
 
-The network of `clipjax._demo` trains once without a clip at a rate at which it is stable, recorded by a
-`clipjax.Recorder`; what `clipjax.suggest_max_norm` makes of its norms is then put to the test at the demo's own rate.
+The network of `clipjax.demo.compare` trains once without a clip at a rate at which it is stable, recorded by a
+`clipjax.runs.Recorder`; what `clipjax.runs.suggest_max_norm` makes of its norms is then put to the test at the demo's
+own rate.
 """
 
 import math
@@ -16,7 +17,7 @@ import optax
 from rich.console import Console
 
 import clipjax
-from clipjax import _demo
+from clipjax.demo import compare, model
 
 STABLE_RATE = 0.25  # The best stable one of this model without a clip in docs/choosing.md.
 
@@ -29,7 +30,7 @@ def run(out: Path, steps: int, seed: int) -> None:
   Args:
     out: directory of the two files.
     steps: training steps of both runs.
-    seed: of the weights and the batches, as in `clipjax._demo.run`.
+    seed: of the weights and the batches, as in `clipjax.demo.compare.run`.
 
   Raises:
     OSError: if a file cannot be written.
@@ -38,63 +39,68 @@ def run(out: Path, steps: int, seed: int) -> None:
   record, page = out / "clipjax_demo_run.jsonl", out / "clipjax_demo_run.html"
   record.unlink(missing_ok=True)
   start, step = _trainer(seed)
-  with clipjax.Recorder(record, every=10) as recorder:  # Norms by leaf are kept once in so many steps.
+  with clipjax.runs.Recorder(record, every=10) as recorder:  # Norms by leaf are kept once in so many steps.
     losses = train(start, step, steps, math.inf, STABLE_RATE, recorder)
   console.print(
-    f"\nWhich threshold for a rate of {_demo.LEARNING_RATE:g}? Recorded: the same network without a clip at a rate of "
+    f"\nWhich threshold for a rate of {model.LEARNING_RATE:g}? Recorded: the same network without a clip at a rate of "
     f"{STABLE_RATE:g}, {steps} steps; {_course(losses)}.\n"
   )
-  run = clipjax.read_run(record)
+  run = clipjax.runs.read_run(record)
   try:
-    suggestion = clipjax.suggest_max_norm(
-      run, learning_rate=STABLE_RATE, new_learning_rate=_demo.LEARNING_RATE, model="rnn"
+    suggestion = clipjax.runs.suggest_max_norm(
+      run, learning_rate=STABLE_RATE, new_learning_rate=model.LEARNING_RATE, model="rnn"
     )
   except ValueError as error:
     console.print(f"No suggestion: {error}", soft_wrap=True)
   else:
     console.print(str(suggestion), soft_wrap=True)
-    losses = train(start, step, steps, suggestion.max_norm, _demo.LEARNING_RATE)
-    console.print(f"\nWith it, at a rate of {_demo.LEARNING_RATE:g}, {_course(losses)}.")
-  written = f"\nWrote {record} and the report {clipjax.write_report(run, page)}"
+    losses = train(start, step, steps, suggestion.max_norm, model.LEARNING_RATE)
+    console.print(f"\nWith it, at a rate of {model.LEARNING_RATE:g}, {_course(losses)}.")
+  written = f"\nWrote {record} and the report {clipjax.runs.write_report(run, page)}"
   console.print(written.encode(console.encoding, "backslashreplace").decode(console.encoding), soft_wrap=True)
 
 
 def train(
-  start: Any, step: Step, steps: int, max_norm: float, learning_rate: float, recorder: clipjax.Recorder | None = None
+  start: Any,
+  step: Step,
+  steps: int,
+  max_norm: float,
+  learning_rate: float,
+  recorder: clipjax.runs.Recorder | None = None,
 ) -> list[float]:
   """The losses of a run, which a Recorder may follow."""
   losses, state = [], start
   for i in range(1, steps + 1):
     state, loss = step(state, max_norm, learning_rate, i)
     if recorder is not None:
-      recorder.push(i, state[1], params=state[0], loss=loss, tokens=_demo.BATCH * _demo.LENGTH)
+      recorder.push(i, state[1], params=state[0], loss=loss, tokens=model.BATCH * model.LENGTH)
     losses.append(loss)
   return [float(loss) for loss in jax.device_get(losses)]
 
 
 def _trainer(seed: int) -> tuple[Any, Step]:
   """The state before the first step, and the compiled step."""
-  text = jnp.asarray(_demo.read_text())
+  text = jnp.asarray(model.read_text())
   key_params, key_batches = jax.random.split(jax.random.key(seed))
 
   def optimizer(max_norm: Any, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
-    sgd = optax.sgd(learning_rate, momentum=_demo.MOMENTUM)
+    sgd = optax.sgd(learning_rate, momentum=model.MOMENTUM)
     clip = clipjax.clip_by_global_norm(max_norm)
     return optax.chain(clipjax.watch(), clip, sgd, clipjax.watch(name="update"))
 
   @jax.jit
   def step(state: Any, max_norm: jax.Array, learning_rate: jax.Array, i: jax.Array) -> tuple[Any, jax.Array]:
     params, opt_state = state
-    loss, grads = jax.value_and_grad(_demo.loss_fn)(params, _demo.batch(text, key_batches, i))
+    loss, grads = jax.value_and_grad(model.loss_fn)(params, model.batch(text, key_batches, i))
     updates, opt_state = optimizer(max_norm, learning_rate).update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), loss
 
-  params = _demo.init_params(key_params)
+  params = model.init_params(key_params)
   return (params, optimizer(math.inf, 1.0).init(params)), lambda state, max_norm, learning_rate, i: step(
     state, jnp.float32(max_norm), jnp.float32(learning_rate), jnp.int32(i)
   )
 
 
 def _course(losses: list[float]) -> str:
-  final = float(np.mean(losses[-_demo.FINAL_STEPS :]))
-  return f"the loss went from {_demo.short(losses[0])} to {_demo.short(final)}"
+  final = float(np.mean(losses[-compare.FINAL_STEPS :]))
+  return f"the loss went from {compare.short(losses[0])} to {compare.short(final)}"

@@ -8,17 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
-from clipjax._health_findings import Finding, View
-from clipjax._health_losses import nonfinite_loss, overfit, rising_loss
-from clipjax._run import Floats
-from clipjax._run_norms import acted
-from clipjax._suggest import PLAYBOOK
-from clipjax._words import at_steps, number, percent, several
-
-_ROUNDING = 0.01  # The least standard deviation, over the mean: constant norms differ by rounding alone.
-_CHUNK = 8192  # Windows at a time, which bounds the memory that a long run takes.
+from clipjax.runs.health.detectors import SpikeDetector
+from clipjax.runs.health.findings import Finding, View
+from clipjax.runs.health.losses import nonfinite_loss, overfit, rising_loss
+from clipjax.runs.norms import acted
+from clipjax.runs.run import Floats
+from clipjax.runs.suggest import PLAYBOOK
+from clipjax.runs.words import at_steps, number, percent, several
 
 
 def _nonfinite_norm(view: View) -> Iterator[Finding]:
@@ -119,7 +116,8 @@ def _clipped_often(view: View) -> Iterator[Finding]:
       f"{name!r} clipped {percent(max(often.values()))} of the steps{which}. Rule: at most "
       f"{percent(view.limits.clip_fraction)}. {PLAYBOOK} calls more than half of the updates clipped "
       '"extremely aggressive": it acts like a lower learning rate.',
-      "Lower the learning rate, or raise max_norm: clipjax.suggest_max_norm says how far. Fine where you train SGD at "
+      "Lower the learning rate, or raise max_norm: clipjax.runs.suggest_max_norm says how far. Fine where you "
+      "train SGD at "
       "a high rate on purpose and max_norm sets the length of its steps."
       + (" The threshold moved: AutoClip's default clips nine steps in ten by design." if moved else ""),
     )
@@ -143,7 +141,7 @@ def _spikes(view: View) -> Iterator[Finding]:
   finite = view.norms.finite
   steps, values = view.norms.steps[finite], view.norms.values[finite]
   sigma, window = view.limits.spike_sigma, view.limits.spike_window
-  bounds = _spike_bounds(values, sigma, window)
+  bounds = SpikeDetector(sigma, window).feed(values)
   spike = values > bounds
   if not spike.any():
     return
@@ -164,7 +162,7 @@ def _spikes(view: View) -> Iterator[Finding]:
     "WARN",
     "spikes",
     message,
-    "Clip just above the typical norm (clipjax.suggest_max_norm), or reject such steps: skip_steps with "
+    "Clip just above the typical norm (clipjax.runs.suggest_max_norm), or reject such steps: skip_steps with "
     f"rules.rolling_sigma({sigma:g}, window={window}). Look at the batches of these steps.",
   )
   yield from _clip_too_high(view, values[free])
@@ -182,32 +180,8 @@ def _clip_too_high(view: View, spikes: Floats) -> Iterator[Finding]:
     f"{view.name!r} never clipped while {spikes.size} {'spike' if spikes.size == 1 else 'spikes'} up to "
     f"{number(float(spikes.max()))} passed: max_norm was {number(float(limits.min()))}. Rule: a threshold just above "
     f"the typical norm, here {number(typical)}; {PLAYBOOK}.",
-    "Lower max_norm to what clipjax.suggest_max_norm gives.",
+    "Lower max_norm to what clipjax.runs.suggest_max_norm gives.",
   )
-
-
-def _spike_bounds(values: Floats, sigma: float, window: int) -> Floats:
-  """For each norm the mean plus so many standard deviations of those before it; inf where these are too few."""
-  bounds = np.full(values.size, np.inf)
-  largest = values.max(initial=0.0)
-  if largest == 0 or window < 2:
-    return bounds
-  scaled = values / largest  # Squares of norms near the largest float64 would overflow.
-
-  def bound(before: Floats) -> Floats:
-    mean: Floats = before.mean(-1)
-    # The std of many equal numbers is not exactly 0.
-    limit: Floats = largest * (mean + sigma * np.maximum(before.std(-1, ddof=1), _ROUNDING * mean))
-    return limit
-
-  # As in OLMo-core, a norm is judged as soon as it and those before it fill half of the window.
-  for i in range(max(2, window // 2 - 1), min(window, values.size)):
-    bounds[i] = bound(scaled[:i])
-  if values.size > window:
-    windows = sliding_window_view(scaled, window)[:-1]
-    for i in range(0, len(windows), _CHUNK):
-      bounds[window + i : window + i + _CHUNK] = bound(windows[i : i + _CHUNK])
-  return bounds
 
 
 def _rising_norm(view: View) -> Iterator[Finding]:

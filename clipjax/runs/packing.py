@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from clipjax._record_text import numbers
 from clipjax.checks import describe
 from clipjax.leaves import is_measured
+from clipjax.runs.text import numbers
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
 from clipjax.state_search import found_in, held_tree, is_wrapper, named, unwrapped
 from clipjax.transforms.watch import WatchState

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._run import Floats, Ints, Run
-from clipjax._run_norms import Norms
-from clipjax._words import described
+from clipjax.runs.norms import Norms
+from clipjax.runs.run import Floats, Ints, Run
+from clipjax.runs.words import described
 
 
 class Finding(NamedTuple):
@@ -20,7 +20,7 @@ class Finding(NamedTuple):
 
   Example:
     >>> import clipjax
-    >>> finding = clipjax.Finding("WARN", "clipped-often", "90% of 40 steps were clipped.", "Raise max_norm.")
+    >>> finding = clipjax.runs.Finding("WARN", "clipped-often", "90% of 40 steps were clipped.", "Raise max_norm.")
     >>> print(f"{finding.level} {finding.name}: {finding.message} {finding.advice}")
     WARN clipped-often: 90% of 40 steps were clipped. Raise max_norm.
   """
@@ -51,7 +51,7 @@ class HealthLimits(NamedTuple):
 
   Example:
     >>> import clipjax
-    >>> limits = clipjax.HealthLimits(clip_fraction=0.9)
+    >>> limits = clipjax.runs.HealthLimits(clip_fraction=0.9)
     >>> limits.clip_fraction, limits.spike_sigma
     (0.9, 6.0)
   """

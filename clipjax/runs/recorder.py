@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import clipjax
-from clipjax import _record_pack
-from clipjax._record_outputs import RunFile, Writer
-from clipjax._record_rows import Pushed, Rows
-from clipjax._run import FORMAT, RESERVED, merge
 from clipjax.checks import caller_level, check_whole, describe
+from clipjax.runs import packing
+from clipjax.runs.outputs import RunFile, Writer
+from clipjax.runs.rows import Pushed, Rows
+from clipjax.runs.run import FORMAT, RESERVED, merge
 
 
 class Recorder:
@@ -65,11 +65,11 @@ class Recorder:
     >>> params = {"w": jnp.array([3.0, 4.0])}
     >>> state = tx.init(params)
     >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
-    >>> with clipjax.Recorder(path) as recorder:
+    >>> with clipjax.runs.Recorder(path) as recorder:
     ...   for step in range(3):
     ...     _, state = tx.update(params, state, params)
     ...     recorder.push(step, state, loss=jnp.array(0.5), params=params)
-    >>> run = clipjax.read_run(path)
+    >>> run = clipjax.runs.read_run(path)
     >>> run.steps, run["loss"], run["grad/norm/w"]
     (array([1, 2, 3]), array([0.5, 0.5, 0.5]), array([ 5., nan, nan]))
   """
@@ -82,7 +82,7 @@ class Recorder:
     self._writers = [Writer(target) for target in writers]
     self._file = RunFile(path) if jax.process_index() == 0 else None
     self._is_alone = jax.process_count() == 1
-    self._packers: list[_record_pack.Packer] = []
+    self._packers: list[packing.Packer] = []
     self._pending: list[Pushed] = []
     self._pushes = 0
     self._next_weights = 0
@@ -125,8 +125,8 @@ class Recorder:
     if any(issubclass(kind, jax.core.Tracer) for kind in {*map(type, arrays)}):
       raise TypeError(_INSIDE_JIT.format("opt_state", "a traced one"))
     if not self._is_alone:
-      arrays = [_record_pack.first_shard(x) for x in arrays]
-      device = {key: _record_pack.first_shard(value) for key, value in device.items()}
+      arrays = [packing.first_shard(x) for x in arrays]
+      device = {key: packing.first_shard(value) for key, value in device.items()}
     params = params if self._pushes >= self._next_weights else None
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
       raise TypeError(_INSIDE_JIT.format("params", "a traced one"))
@@ -165,19 +165,19 @@ class Recorder:
   ) -> None:
     self.close()
 
-  def _packed(self, opt_state: Any) -> tuple[_record_pack.Packer, list[Any]]:
+  def _packed(self, opt_state: Any) -> tuple[packing.Packer, list[Any]]:
     """The packer for this structure of state, and what it packs."""
     for packer in self._packers:
       if (arrays := packer.arrays(opt_state)) is not None:
         return packer, arrays
-    packer = _record_pack.Packer(opt_state)
+    packer = packing.Packer(opt_state)
     self._packers.insert(0, packer)
     return packer, packer.arrays(opt_state) or []
 
   def _weights(self, params: Any) -> jax.Array | None:
     if params is None:
       return None
-    parameters, counts = _record_pack.parameter_count(params), _record_pack.histogram(params)
+    parameters, counts = packing.parameter_count(params), packing.histogram(params)
     self._next_weights = self._pushes + self._every
     self._parameters = parameters
     return counts
@@ -282,10 +282,10 @@ def _step(step: Any) -> int | None:
   raise TypeError(f"`step` must be an integer, got {describe(step)}: pass the number of the step.")
 
 
-def _seen(batch: list[Pushed], vectors: list[Any]) -> list[_record_pack.Seen | None]:
+def _seen(batch: list[Pushed], vectors: list[Any]) -> list[packing.Seen | None]:
   """What the vectors hold; all those of one layout are taken apart together."""
-  out: list[_record_pack.Seen | None] = [None] * len(batch)
-  places: dict[_record_pack.Layout, list[int]] = {}
+  out: list[packing.Seen | None] = [None] * len(batch)
+  places: dict[packing.Layout, list[int]] = {}
   for i, (pushed, words) in enumerate(zip(batch, vectors, strict=True)):
     if words is not None:
       places.setdefault(pushed.layout, []).append(i)

@@ -1,7 +1,7 @@
 """What the sections of a report say: for each a figure, an alt text that has the numbers, and how to read it.
 
 A section is a function of a `Run` that gives HTML, or a `Missing` that says what to record to get it. Numbers are of
-all steps. Everything that comes from the run is escaped by `_report_page`.
+all steps. Everything that comes from the run is escaped by `page`.
 """
 
 from functools import partial
@@ -9,11 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax import _report_figures, _report_page, _report_series
-from clipjax._report_page import code, text
-from clipjax._report_series import NormSeries, Vectors, column, flag, short
-from clipjax._run import Bools, Floats, Ints, Run
-from clipjax._words import Stack, counted, duration, in_stacks, number, percent, several
+from clipjax.runs.report import figures, page
+from clipjax.runs.report.page import code, text
+from clipjax.runs.report.series import (
+  NormSeries,
+  Vectors,
+  by_depth,
+  column,
+  flag,
+  norm_series,
+  seconds_per_step,
+  short,
+  speed,
+  throughput,
+  vectors,
+  worst_step,
+)
+from clipjax.runs.run import Bools, Floats, Ints, Run
+from clipjax.runs.words import Stack, counted, duration, in_stacks, number, percent, several
 
 _MOST_LAYERS = 5  # Named of the worst step.
 
@@ -30,7 +43,7 @@ Section = str | Missing
 
 def all_sections(run: Run) -> list[Section]:
   """The sections in the order of the page."""
-  series = _report_series.norm_series(run)
+  series = norm_series(run)
   clip = code("clipjax.clip_by_global_norm(max_norm)")
   if series is None or not len(run):
     remedy = f"chain {clip} or {code('clipjax.watch()')} before the optimizer and call {code('recorder.push')}."
@@ -43,7 +56,7 @@ def _others(run: Run, name: str) -> list[Section]:
   return [_ratios(run), _losses(run), _weights(run), _speed(run), _table(run, name)]
 
 
-def _clipped_steps(run: Run, series: _report_series.NormSeries) -> int:
+def _clipped_steps(run: Run, series: NormSeries) -> int:
   """What the clip has counted itself, where rows between two pushes cannot tell; else the rows that were clipped."""
   counted = run.columns.get(f"{series.name}/clipped_steps", np.zeros(0))
   counted = counted[np.isfinite(counted)]
@@ -55,7 +68,7 @@ def summary(run: Run) -> str:
   pairs = [("steps recorded", f"{len(run):,}")]
   if run.parameters is not None:
     pairs.append(("parameters", f"{run.parameters:,}"))
-  series = _report_series.norm_series(run)
+  series = norm_series(run)
   if series is not None:
     finite = series.norm[np.isfinite(series.norm)]
     pairs += [("median norm", number(float(np.median(finite))) if finite.size else "none finite")]
@@ -63,10 +76,10 @@ def summary(run: Run) -> str:
   for key in [key for key in run.columns if key == "loss"]:
     known = run[key][np.isfinite(run[key])]
     pairs += [("last finite loss", number(float(known[-1])) if known.size else "none finite")]
-  speed = _report_series.speed(run)
-  if speed is not None:
-    pairs.append(("time of a step", duration(speed.step_time)))
-  return _report_page.numbers(pairs)
+  found = speed(run)
+  if found is not None:
+    pairs.append(("time of a step", duration(found.step_time)))
+  return page.numbers(pairs)
 
 
 def _norm(series: NormSeries) -> Section:
@@ -78,7 +91,7 @@ def _norm(series: NormSeries) -> Section:
     caption += " Leaves or groups are clipped by thresholds of their own; the line is the smallest of them."
   if series.rejected.any():
     caption += " Squares are steps that skip_steps rejected; their norm is the one that it saw."
-  return _section("Gradient norm", partial(_report_figures.norms, series), norm_words(series), caption)
+  return _section("Gradient norm", partial(figures.norms, series), norm_words(series), caption)
 
 
 def norm_words(series: NormSeries) -> str:
@@ -107,17 +120,17 @@ def _histogram(series: NormSeries) -> Section:
   if not (norm > 0).any():
     return Missing("Distribution of the norm", "no step had a finite norm above 0, so there is nothing to draw.")
   values = _percentiles(norm)
-  said = ", ".join(f"p{p} {number(x)}" for p, x in zip(_report_figures.PERCENTILES, values, strict=True))
+  said = ", ".join(f"p{p} {number(x)}" for p, x in zip(figures.PERCENTILES, values, strict=True))
   alt = f"Histogram of log10 of {series.name}/norm over {np.isfinite(norm).sum():,} finite steps: {said}."
   caption = "How often each size of the norm occurred. The lines are percentiles over all finite steps; those of the "
   caption += "verdict leave the warm-up out."
   if zeros := int((norm == 0).sum()):
     caption += f" {zeros:,} step{'s' if zeros > 1 else ''} of norm 0 cannot be drawn on a log axis."
-  return _section("Distribution of the norm", partial(_report_figures.histogram, norm, values), alt, caption)
+  return _section("Distribution of the norm", partial(figures.histogram, norm, values), alt, caption)
 
 
 def _layers(run: Run, name: str) -> list[Section]:
-  found = _report_series.vectors(run, f"{name}/norm")
+  found = vectors(run, f"{name}/norm")
   title = "Layers over time"
   if found is None:
     return [Missing(title, f"chain {code('clipjax.watch()')} before the clip; the norm of every layer is then read.")]
@@ -134,17 +147,17 @@ def _layers(run: Run, name: str) -> list[Section]:
     names = ", ".join(short(found.names[i], 60) for i in bad[:_MOST_LAYERS])
   said.append(f"{bad.size:,} layers were not finite at some step{': ' + names if bad.size else ''}.")
   caption = f"One row for each of {len(found.names):,} layers, the first on top. "
-  depth = _report_series.by_depth(found.names, values.T, _report_figures.MOST_LINES)
+  depth = by_depth(found.names, values.T, figures.MOST_LINES)
   if len(depth.values) < len(found.names):
     caption = f"{len(found.names):,} layers, the first on top; of a stack, each row has the largest of {depth.per:,} "
     caption += "neighbours. "
   caption += "Names are shortened, and where there are many, not every row has one; all are in the table below. "
   caption += f"{code(f'{name}/norm')}, log scale."
-  return [_section(title, partial(_report_figures.layers, found), " ".join(said), caption)]
+  return [_section(title, partial(figures.layers, found), " ".join(said), caption)]
 
 
 def _worst(run: Run, series: NormSeries) -> Section:
-  worst = _report_series.worst_step(run, series)
+  worst = worst_step(run, series)
   if worst is None:
     return Missing("Worst step", "no norm was recorded.")
   size = number(worst.norm) if np.isfinite(worst.norm) else "not finite"
@@ -156,13 +169,13 @@ def _worst(run: Run, series: NormSeries) -> Section:
     body += f"<p>Its layers were not recorded: {code('clipjax.watch()')} first in the chain keeps them.</p>"
   else:
     rows = [(code(name), number(x) if np.isfinite(x) else "not finite") for name, x in worst.layers[:_MOST_LAYERS]]
-    body += _report_page.table(("layer", "norm"), rows, "layers")
+    body += page.table(("layer", "norm"), rows, "layers")
   return f"<section><h2>Worst step</h2>{body}</section>"
 
 
 def _ratios(run: Run) -> Section:
   title, key = "Size of the updates", "update/ratio"
-  total, found = column(run, key), _report_series.vectors(run, key)
+  total, found = column(run, key), vectors(run, key)
   if not (total > 0).any() and (found is None or not (found.values > 0).any()):
     watch = code('clipjax.watch(name="update")')
     return Missing(title, f"chain {watch} last, after the optimizer, and give {code('params')} to {code('update')}.")
@@ -170,11 +183,11 @@ def _ratios(run: Run) -> Section:
   alt = f"Line chart of update over parameters, {_span(run.steps)}, log axis: {_distribution(known)}."
   if found is not None:
     middle = _medians(found.values)
-    inside = int(((middle >= _report_figures.BAND[0]) & (middle <= _report_figures.BAND[1])).sum())
+    inside = int(((middle >= figures.BAND[0]) & (middle <= figures.BAND[1])).sum())
     alt += f" The median of {inside:,} of {len(found.names):,} layers lies in 1e-4 to 1e-2."
   caption = "Norm of the update over the norm of the parameters. About 1e-3 is usual with Adam-like optimizers; far "
   caption += "below, the layer hardly learns; far above, it is overwritten."
-  return _section(title, partial(_report_figures.ratios, (run.steps, total), found), alt, caption)
+  return _section(title, partial(figures.ratios, (run.steps, total), found), alt, caption)
 
 
 def _losses(run: Run) -> Section:
@@ -194,9 +207,7 @@ def _losses(run: Run) -> Section:
     failed = f"not finite at {bad.size:,} steps" if bad.size else ""
     said.append(f"{short(key, 60)} {', '.join(filter(None, (course, failed)))}")
   alt = f"Line chart of the losses, {_span(run.steps)}: {'; '.join(said)}."
-  return _section(
-    "Loss", partial(_report_figures.losses, curves), alt, "Every recorded number with “loss” in its name."
-  )
+  return _section("Loss", partial(figures.losses, curves), alt, "Every recorded number with “loss” in its name.")
 
 
 def _weights(run: Run) -> Section:
@@ -211,15 +222,15 @@ def _weights(run: Run) -> Section:
   alt = f"Histogram of log10 of the size of the weights at {steps.size:,} recorded steps: median about {middle[0]} at "
   alt += f"step {steps[0]:,} and {middle[1]} at step {steps[-1]:,}."
   caption = "Share of the weights by absolute value, on a log axis, at the first, the middle and the last recording."
-  return _section(title, partial(_report_figures.weights, steps, edges, counts), alt, caption)
+  return _section(title, partial(figures.weights, steps, edges, counts), alt, caption)
 
 
 def _speed(run: Run) -> Section:
   title = "Speed"
-  found = _report_series.speed(run)
+  found = speed(run)
   if found is None:
     return Missing(title, f"two calls of {code('recorder.push')} or more give the time of a step.")
-  steps, seconds = _report_series.seconds_per_step(run)
+  steps, seconds = seconds_per_step(run)
   panels = [("ms per step", steps, 1e3 * seconds, 1e3 * found.step_time)]
   time = column(run, "time")
   total = _total(float(np.nanmax(time) - np.nanmin(time)))
@@ -227,7 +238,7 @@ def _speed(run: Run) -> Section:
   said += [f"from push to push median {duration(found.median)}, 99th percentile {duration(found.p99)}"]
   said += [f"{number(1 / found.step_time)} steps per second, {total} in all"]
   for key, mean in found.rates.items():
-    at, rate = _report_series.throughput(run, key)
+    at, rate = throughput(run, key)
     if (rate > 0).any():
       panels.append((f"{key} per second", at, rate, mean))
       said.append(f"{counted(mean)} {key} per second")
@@ -235,25 +246,25 @@ def _speed(run: Run) -> Section:
   caption += "of a step over longer parts of the run, tells more. "
   if len(panels) == 1:
     caption += f"For the throughput give {code('tokens=')} or {code('examples=')}, the amount in a step, to push."
-  return _section(title, partial(_report_figures.speed, panels), "; ".join(said) + ".", caption)
+  return _section(title, partial(figures.speed, panels), "; ".join(said) + ".", caption)
 
 
 def _table(run: Run, name: str) -> Section:
-  found = _report_series.vectors(run, f"{name}/norm")
+  found = vectors(run, f"{name}/norm")
   if found is None:
     return ""
-  ratio = _report_series.vectors(run, "update/ratio")
+  ratio = vectors(run, "update/ratio")
   shares = dict(zip(ratio.names, _medians(ratio.values), strict=True)) if ratio is not None else {}
   head = ["layer", "median norm", "largest", "not finite", *(["update ratio"] if shares else [])]
   stacks = in_stacks(found.names)
   rows = [_row(found, stack, shares) for stack in stacks]
   label = f"Layers: {len(found.names):,}; steps at which they were recorded: {found.steps.size:,}"
-  inside = f"<details><summary>{label}</summary>{_report_page.table(head, rows, 'cards')}</details>"
+  inside = f"<details><summary>{label}</summary>{page.table(head, rows, 'cards')}</details>"
   if len(stacks) < len(found.names):
     inside += '<p class="soft">Of stacked layers the medians are medians over the layers; each layer is below.</p>'
   for stack in [stack for stack in stacks if stack.size > 1]:
     layers = [Stack(found.names[i], i, 1) for i in range(stack.start, stack.start + stack.size)]
-    table = _report_page.table(head, [_row(found, layer, shares) for layer in layers], "cards")
+    table = page.table(head, [_row(found, layer, shares) for layer in layers], "cards")
     inside += f"<details><summary>{stack.size:,} layers of {code(stack.name)}</summary>{table}</details>"
   return f"<section><h2>All layers</h2>{inside}</section>"
 
@@ -279,10 +290,10 @@ def _row(found: Vectors, stack: Stack, shares: dict[str, float]) -> list[str]:
 # Words --------------------------------------------------------------------------------------------------------------
 
 
-def _section(title: str, draw: _report_figures.Draw, alt: str, caption: str) -> str:
+def _section(title: str, draw: figures.Draw, alt: str, caption: str) -> str:
   """A heading and a figure; the caption is HTML, the alt text is not, and is shown too, so that all can read it."""
   words = f"<details><summary>The figure in words</summary><p>{text(alt)}</p></details>"
-  return f"<section><h2>{text(title)}</h2>{_report_page.figure(draw, alt, caption)}{words}</section>"
+  return f"<section><h2>{text(title)}</h2>{page.figure(draw, alt, caption)}{words}</section>"
 
 
 def _count(series: NormSeries) -> int:
@@ -290,7 +301,7 @@ def _count(series: NormSeries) -> int:
 
 
 def _percentiles(values: Floats) -> list[float]:
-  return [float(x) for x in np.percentile(values[np.isfinite(values)], _report_figures.PERCENTILES)]
+  return [float(x) for x in np.percentile(values[np.isfinite(values)], figures.PERCENTILES)]
 
 
 def _distribution(values: Floats) -> str:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax._run import Bools, Floats, Ints, Run
-from clipjax._run_norms import acted, main_name, norms_of_run
-from clipjax._words import Stack, in_stacks
+from clipjax.runs.norms import acted, main_name, norms_of_run
+from clipjax.runs.run import Bools, Floats, Ints, Run
+from clipjax.runs.words import Stack, in_stacks
 
 
 class NormSeries(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from clipjax import _report_figures
-from clipjax._report_series import plain
+from clipjax.runs.report import figures
+from clipjax.runs.report.series import plain
 
 INK = "#202124"  # Stands for the text colour of the page, and becomes `currentColor`.
 _STYLE: dict[str, Any] = {
@@ -29,13 +29,13 @@ _STYLE: dict[str, Any] = {
 }
 _VARIABLES = {
   INK: "currentColor",
-  _report_figures.BLUE: "var(--blue)",
-  _report_figures.VERMILION: "var(--vermilion)",
-  _report_figures.GREEN: "var(--green)",
-  _report_figures.ORANGE: "var(--orange)",
-  _report_figures.PURPLE: "var(--purple)",
-  _report_figures.SKY: "var(--sky)",
-  _report_figures.GREY: "var(--grey)",
+  figures.BLUE: "var(--blue)",
+  figures.VERMILION: "var(--vermilion)",
+  figures.GREEN: "var(--green)",
+  figures.ORANGE: "var(--orange)",
+  figures.PURPLE: "var(--purple)",
+  figures.SKY: "var(--sky)",
+  figures.GREY: "var(--grey)",
 }
 _COLOUR = re.compile("|".join(_VARIABLES))
 # Nothing may be fetched, whatever the page holds.
@@ -109,7 +109,7 @@ def _address(source: str) -> str:
 def figure(draw: Callable[[float], Figure], alt: str, caption: str) -> str:
   """A figure for a screen and one for a phone, each with the alt text; the caption, which is HTML, under them."""
   images = []
-  for kind, width in (("wide", _report_figures.WIDE), ("narrow", _report_figures.NARROW)):
+  for kind, width in (("wide", figures.WIDE), ("narrow", figures.NARROW)):
     images.append(f'<div class="{kind}">{svg(draw, width, alt)}</div>')
   return f"<figure>{''.join(images)}<figcaption>{caption}</figcaption></figure>"
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipjax._run import Bools, Floats, Ints, Run
-from clipjax._words import described
+from clipjax.runs.run import Bools, Floats, Ints, Run
+from clipjax.runs.words import described
 
 WARMUP_SHARE, WARMUP_MOST = 10, 100  # The warm-up is a tenth of the steps, at most 100, where it is not given.
 FEW = 20  # Percentiles of fewer norms say little: p90 would rest on two of them.
@@ -99,7 +99,8 @@ def norms_of_array(norms: Any, warmup_steps: int | None) -> Norms:
   # Beside those of numpy, the 16-bit and 8-bit floats of JAX, whose kind is "V".
   if array.dtype.kind not in "fiu" and not (array.dtype.kind == "V" and "float" in array.dtype.name):
     raise TypeError(
-      f"`norms_or_run` must be a Run or a 1-D array of norms, got {described(norms)}: pass clipjax.read_run(path) or a "
+      f"`norms_or_run` must be a Run or a 1-D array of norms, got {described(norms)}: pass "
+      "clipjax.runs.read_run(path) or a "
       "list of numbers."
     )
   values: Floats = array.astype(np.float64)

@@ -1,0 +1,31 @@
+"""What the states of this package say of a step: the second part of every key, as in "grad/norm".
+
+Each name stands here once. `metrics` makes its keys of them, and so does the run wing.
+"""
+
+# Of a clip, a watch or `skip_steps`, of the step itself.
+NORM = "norm"
+NORM_CLIPPED = "norm_clipped"
+MAX_NORM = "max_norm"
+SCALE = "scale"
+LOSS = "loss"
+MAX_LOSS = "max_loss"
+ZERO_FRACTION = "zero_fraction"
+PARAM_NORM = "param_norm"
+RATIO = "ratio"
+NONFINITE = "nonfinite"
+
+# Of all steps so far.
+STEPS = "steps"
+CLIP_FRACTION = "clip_fraction"
+CLIPPED_STEPS = "clipped_steps"
+NONFINITE_STEPS = "nonfinite_steps"
+FRACTION = "fraction"
+CONSECUTIVE = "consecutive"
+WORST_NORM = "worst_norm"
+WORST_STEP = "worst_step"
+
+SO_FAR = frozenset(
+  {STEPS, CLIP_FRACTION, CLIPPED_STEPS, NONFINITE_STEPS, FRACTION, CONSECUTIVE, WORST_NORM, WORST_STEP}
+)
+LIMITS = frozenset({MAX_NORM, MAX_LOSS})  # inf where there is no limit.

@@ -1,0 +1,1 @@
+"""The verdict on a run: one file for each family of findings."""

@@ -1,0 +1,130 @@
+"""A recorded run as one HTML file, or its norm as one figure. Reads a `Run`: numpy, no JAX; matplotlib at the call.
+
+The file needs no network and runs no script: the verdict, the suggestion, the figures as SVG and the raw series as JSON
+are in it. The parts: `series` takes the numbers out of the run, `figures` draws, `sections` words, `page` escapes and
+styles, `build` puts it together.
+"""
+
+import errno
+import os
+import pathlib
+from typing import TYPE_CHECKING
+
+from clipjax.runs.report.series import norm_series
+from clipjax.runs.run import Run, checked_path
+from clipjax.runs.words import described
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+
+def plot_norms(run: Run) -> "Figure":
+  r"""The norm before the clip against the step, on a log axis, with the threshold; bad steps are marked.
+
+  Triangles are clipped steps, crosses those whose norm was inf or NaN, dots at the bottom norms of 0; a gap in the
+  line is a step without a finite norm. A long run is thinned for drawing, and every spike stays.
+
+  Args:
+    run: from `clipjax.runs.read_run`.
+
+  Returns:
+    A `matplotlib.figure.Figure` that pyplot does not know: call its `savefig`, or show it under `%matplotlib inline`.
+
+  Raises:
+    TypeError: if `run` is no `Run`.
+    ValueError: if it has no norm.
+    ImportError: without matplotlib, the extra `report`.
+
+  Example:
+    >>> import tempfile, pathlib, clipjax
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "run.jsonl")
+    >>> rows = '{"clipjax_run": 1, "leaves": {}, "parameters": 2}', '{"step": 1, "grad/norm": 3.0}'
+    >>> _ = path.write_text("\n".join(rows) + "\n")
+    >>> clipjax.runs.plot_norms(clipjax.runs.read_run(path)).axes[0].get_ylabel()
+    'grad/norm'
+  """
+  _check(run)
+  series = norm_series(run)
+  if series is None:
+    raise ValueError(f"`run` must have a norm, got {sorted(run.columns)}: chain clipjax.watch() or a clip, and push.")
+  try:
+    from clipjax.runs.report import figures  # noqa: PLC0415  (needs the extra)
+  except ModuleNotFoundError as error:
+    raise _without_matplotlib(error) from error
+  return figures.norms(series)
+
+
+def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
+  r"""Writes a run as one HTML page that needs no network: verdict, suggested threshold, figures, raw series.
+
+  It opens on a phone and in dark mode, runs no script, and every name is escaped. What was not recorded is left out,
+  with a line that says how to get it. A long run is thinned for drawing only, and the page says so; a series
+  that would make the file larger than about 10 MB stays out of the JSON, and the page names it. The JSON has 7 digits.
+
+  Args:
+    run: from `clipjax.runs.read_run`.
+    path: of the file, replaced at once where it exists: no reader sees half a page.
+
+  Returns:
+    `path`, as a `pathlib.Path`.
+
+  Raises:
+    TypeError: if `run` is no `Run`, or `path` no path.
+    ValueError: if `path` is the file of the run itself.
+    OSError: if the file cannot be written; its directory must exist.
+    ImportError: without matplotlib, the extra `report`.
+
+  Example:
+    >>> import tempfile, pathlib, clipjax
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "run.jsonl")
+    >>> rows = '{"clipjax_run": 1, "leaves": {}, "parameters": 2}', '{"step": 1, "grad/norm": 3.0}'
+    >>> _ = path.write_text("\n".join(rows) + "\n")
+    >>> clipjax.runs.write_report(clipjax.runs.read_run(path), path.with_suffix(".html")).name
+    'run.html'
+  """
+  _check(run)
+  target = pathlib.Path(checked_path(path))
+  if target.exists() and os.path.exists(run.path) and target.samefile(run.path):
+    raise ValueError(f"`path` must be another file than that of the run, got {str(path)!r}: name one for the page.")
+  if target.is_dir():
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+  if not target.parent.is_dir():
+    raise FileNotFoundError(errno.ENOENT, "the directory of the report does not exist, make it first", str(path))
+  try:
+    from clipjax.runs.report import build  # noqa: PLC0415  (needs the extra)
+  except ModuleNotFoundError as error:
+    raise _without_matplotlib(error) from error
+  _write(target, build.whole_page(run).encode("ascii", "xmlcharrefreplace"))
+  return target
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def _write(target: pathlib.Path, content: bytes) -> None:
+  """All of it or nothing, through a file beside it; straight where the path is no file, as /dev/stdout."""
+  is_special = target.exists() and not target.is_file()
+  beside = target if is_special else target.with_name(f".clipjax-{os.getpid()}-{target.name}"[:200])
+  try:
+    beside.write_bytes(content)
+    if not is_special:
+      os.replace(beside, target)
+  except OSError as error:  # It names no file, or the one beside, which nobody has asked for.
+    raise OSError(error.errno, error.strerror, str(target)) from error
+  finally:
+    if not is_special:
+      beside.unlink(missing_ok=True)
+
+
+# Checks -------------------------------------------------------------------------------------------------------------
+
+
+def _check(run: object) -> None:
+  if not isinstance(run, Run):
+    raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.runs.read_run(path).")
+
+
+def _without_matplotlib(error: ModuleNotFoundError) -> ImportError:
+  if error.name != "matplotlib":
+    return error
+  return ImportError("a report needs matplotlib: pip install 'clipjax[report]'", name="matplotlib")

@@ -1,0 +1,53 @@
+"""Every key of a recorded run, once: of a row, of the header, and of what the caller pushes.
+
+A file of a run is JSON Lines: a header, then a row for each step. The numbers of the states have the keys of
+`clipjax.metrics`, `<name>/<quantity>` or `<name>/<quantity>/<label>`, whose quantities are in `clipjax.quantities`.
+"""
+
+from clipjax.quantities import LIMITS, WORST_NORM
+
+FORMAT = 2  # In the header. In format 1 the step of a row was the count of the updates; a reader takes both.
+
+# The header.
+HEADER = "clipjax_run"
+VERSION = "version"
+STARTED = "started"  # Seconds since 1970; tells one `Recorder` from the next.
+LEAVES = "leaves"  # Names of leaves or groups, by the name of a state.
+PARAMETERS = "parameters"
+EVERY = "every"
+
+# A row.
+STEP = "step"  # The number that the caller pushed.
+UPDATE = "update"  # How many updates the outermost state has counted.
+TIME = "time"  # Of the push, in seconds since 1970.
+BATCH = "batch"  # What the caller calls the batch: an int or a short string; of several micro-batches a list.
+LEAF = "leaf"  # Numbers by leaf: a vector by `<name>/<quantity>`.
+FLAGS = "nonfinite"  # What the numbers were that are null: "inf", "-inf" or "nan", by key.
+WEIGHTS = "weights"  # The histogram of log10|w|.
+USER_STEP = "user_step"  # Format 1: the number that the caller pushed, where it was another.
+
+OBJECTS = (BATCH, LEAF, FLAGS, WEIGHTS)  # What is not a number.
+RESERVED = frozenset({HEADER, STEP, UPDATE, TIME, BATCH, LEAF, FLAGS, WEIGHTS, USER_STEP})
+
+# What the caller pushes under a name that means something here.
+LOSS = "loss"
+TOKENS = "tokens"
+EXAMPLES = "examples"
+AMOUNTS = (TOKENS, EXAMPLES)  # Summed over micro-batches, where all else is averaged.
+
+# The names of states that mean something here.
+GRAD = "grad"
+UPDATES = "update"  # A watch at the end of the chain: its ratio is that of the step to the parameters.
+SKIP = "skip"
+
+MAY_BE_INF = LIMITS | {WORST_NORM}  # inf there is not a fault of the step.
+
+
+def key_of(name: str, quantity: str, label: str | None = None) -> str:
+  """The key of a number, as in "grad/norm" or "grad/norm/w"."""
+  return f"{name}/{quantity}" if label is None else f"{name}/{quantity}/{label}"
+
+
+def name_of(key: str) -> str:
+  """The name of the state whose numbers by leaf these are: "grad" of "grad/norm"."""
+  return key.rpartition("/")[0]
