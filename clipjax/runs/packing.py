@@ -20,11 +20,13 @@ from clipjax.checks import describe
 from clipjax.leaves import is_measured
 from clipjax.runs.text import numbers
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
-from clipjax.state_search import found_in, held_tree, is_wrapper, named, unwrapped
+from clipjax.state_search import found_in, held_tree, is_accumulator, is_wrapper, named, unwrapped
+from clipjax.transforms.skip import SkipState
 from clipjax.transforms.watch import WatchState
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 Vector: TypeAlias = np.ndarray[Any, Any]
+_Path: TypeAlias = list[tuple[bool, Any]]
 
 # Log10 of |w|, four bins a decade; what is beyond counts in the outermost bin.
 LOW, HIGH, BINS = -8, 2, 40
@@ -47,7 +49,8 @@ class Seen(NamedTuple):
   """What one vector held.
 
   Attributes:
-    step: the count of the outermost state; None without any state.
+    counts: how many steps each of the states has counted, in the order of `Packer.sources`.
+    mini_step: how many micro-batches the outermost `optax.MultiSteps` has gathered; None where not all are in one.
     user_step: the caller's number of the step where that was an array; else None.
     pushed: the caller's scalars that were on the device, by key.
     metrics: those of the states, by key.
@@ -55,7 +58,8 @@ class Seen(NamedTuple):
     rings: by name.
   """
 
-  step: int | None
+  counts: tuple[int, ...]
+  mini_step: int | None
   user_step: int | None
   pushed: dict[str, float]
   metrics: dict[str, float]
@@ -65,6 +69,8 @@ class Seen(NamedTuple):
 
 _KINDS = ("count", "pushed", "metric", "vector", "ring")
 _ARRAYS = ("vector", "ring")  # Of one entry each; all others are scalars.
+# Keys of counts. No two of them begin alike.
+_OF, _RING, _MINI_STEP, _USER_STEP = "of ", "ring ", "mini_step", "user_step"
 
 
 class _Entry(NamedTuple):
@@ -108,8 +114,10 @@ class Layout:
 
 def _seen(found: dict[str, dict[str, Any]]) -> Seen:
   count = found["count"]
-  rings = {name: Ring(int(count[f"ring {name}"]), norms) for name, norms in found["ring"].items()}
-  return Seen(count.get("step"), count.get("user_step"), found["pushed"], found["metric"], found["vector"], rings)
+  counts = tuple(count[key] for key in count if key.startswith(_OF))
+  rings = {name: Ring(int(count[_RING + name]), norms) for name, norms in found["ring"].items()}
+  number, mini_step = count.get(_USER_STEP), count.get(_MINI_STEP)
+  return Seen(counts, mini_step, number, found["pushed"], found["metric"], found["vector"], rings)
 
 
 class Packer:
@@ -118,14 +126,26 @@ class Packer:
   Attributes:
     leaves: names of leaves or groups, by the name of the state.
     metric_keys: of `clipjax.metrics`.
+    sources: the states, from the outside in.
+    source_of: the place among them of the state that a metric, a vector or a ring is of, by kind and key.
+    is_accumulated: whether all of them are inside `optax.MultiSteps`, and see a step once in several pushes.
   """
 
   def __init__(self, opt_state: Any):
     tree = held_tree(opt_state)
-    ours = [] if tree is None else named(found_in(tree))
-    self._sources = [_Source(name, found.path, found.state) for name, found in ours]
-    self.leaves = {s.leaves_name(self._sources): s.labels.block_names for s in self._sources if s.labels.block_names}
-    self._without = None if self._sources else jax.tree.structure(tree)
+    everything = [] if tree is None else found_in(tree)
+    ours = named(everything)
+    self.sources = [_Source(name, found.path, found.state) for name, found in ours]
+    skips = [source for source in self.sources if source.is_skip]
+    for source in self.sources:
+      source.skip = next((s for s in reversed(skips) if s.is_around(source)), None)
+    self.is_accumulated = bool(ours) and all(found.accumulators for _, found in ours)
+    self._accumulator = (
+      _path_of(next(f.path for f in everything if is_accumulator(f.state))) if self.is_accumulated else None
+    )
+    self.leaves = {s.leaves_name(self.sources): s.labels.block_names for s in self.sources if s.labels.block_names}
+    self._without = None if self.sources else jax.tree.structure(tree)
+    self.source_of: dict[tuple[str, str], int] = {}
     self._program = jax.jit(self._pack)
     self._layouts: dict[Any, Layout] = {}
     self._is_scattered = False
@@ -141,12 +161,14 @@ class Packer:
   def arrays(self, opt_state: Any) -> list[Any] | None:
     """The arrays to be packed; None where the optimizer state is not of this structure."""
     tree = held_tree(opt_state)
-    if not self._sources:
+    if not self.sources:
       return [] if jax.tree.structure(tree) == self._without else None
     out: list[Any] = []
     try:
-      for source in self._sources:
+      for source in self.sources:
         out += source.arrays(tree)
+      if self._accumulator is not None:
+        out.append(unwrapped(_at(tree, self._accumulator).mini_step))
     except (AttributeError, KeyError, IndexError, TypeError, _OtherStructureError):
       return None
     return out
@@ -170,30 +192,37 @@ class Packer:
     """Every array that is recorded, by kind and key."""
     out: OrderedDict[tuple[str, str], Any] = OrderedDict()
     rest = iter(arrays)
-    states = [(source, source.rebuilt(rest)) for source in self._sources]
-    for source, state in states:
+    states = [source.rebuilt(rest) for source in self.sources]
+    for i, (source, state) in enumerate(zip(self.sources, states, strict=True)):
       source.check(state.steps)
-    if states:
-      # A wrapper that rejects steps does not show them to the states inside it, so the outermost has counted most.
-      out["count", "step"] = jnp.stack([state.steps for _, state in states]).max()
+      out["count", f"{_OF}{i}"] = state.steps
+    if self._accumulator is not None:
+      out["count", _MINI_STEP] = next(rest)
     for key, value in scalars.items():
-      out["count" if key == "user_step" else "pushed", key] = value
-    for source, state in states:
-      vectors = vectors_of(state)
-      for quantity, value in global_numbers(state).items():
-        out.setdefault(("metric", f"{source.name}/{quantity}"), value)
-      # With a group for each of hundreds of layers, numbers by group are vectors alone, as those by leaf are.
-      if state.labels.unit == "group" and len(state.labels.block_names) <= MOST_COLUMNS:
-        by = blocks_name(source.name, source.labels, [(s.name, s.labels) for s in self._sources])
-        for quantity, vector in vectors.items():
-          for i, label in enumerate(state.labels.block_names):
-            out.setdefault(("metric", f"{by}/{quantity}/{label}"), vector[i])
-      for quantity, vector in vectors.items():
-        out.setdefault(("vector", f"{source.leaves_name(self._sources)}/{quantity}"), vector)
+      out["count" if key == _USER_STEP else "pushed", key] = value
+    for i, (source, state) in enumerate(zip(self.sources, states, strict=True)):
+      for member, value in self._numbers_of(source, state).items():
+        out.setdefault(member, value)  # The first in the chain gives what two of one name have.
+        self.source_of.setdefault(member, i)
       if isinstance(state, WatchState) and not isinstance(state.history, tuple):
-        out["count", f"ring {source.name}"] = state.steps
-        out["ring", source.name] = state.history
+        out["count", _RING + source.name] = state.steps
     return OrderedDict((key, _as_recorded(value)) for key, value in out.items())
+
+  def _numbers_of(self, source: "_Source", state: Any) -> dict[tuple[str, str], Any]:
+    """What one state says, by kind and key."""
+    vectors = vectors_of(state)
+    out = {("metric", f"{source.name}/{quantity}"): value for quantity, value in global_numbers(state).items()}
+    # With a group for each of hundreds of layers, numbers by group are vectors alone, as those by leaf are.
+    if state.labels.unit == "group" and len(state.labels.block_names) <= MOST_COLUMNS:
+      by = blocks_name(source.name, source.labels, [(s.name, s.labels) for s in self.sources])
+      for quantity, vector in vectors.items():
+        for i, label in enumerate(state.labels.block_names):
+          out["metric", f"{by}/{quantity}/{label}"] = vector[i]
+    for quantity, vector in vectors.items():
+      out["vector", f"{source.leaves_name(self.sources)}/{quantity}"] = vector
+    if isinstance(state, WatchState) and not isinstance(state.history, tuple):
+      out["ring", source.name] = state.history
+    return out
 
   def _pack(self, arrays: list[Any], scalars: dict[str, Any]) -> jax.Array:
     entries = self._entries(arrays, scalars)
@@ -215,12 +244,22 @@ class _Source:
   def __init__(self, name: str, path: Sequence[Any], state: Any):
     self.name = name
     self.labels = state.labels
-    self._path = [_step_of(key) for key in path]
+    self.path = _path_of(path)
+    self.skip: _Source | None = None  # The innermost `skip_steps` around it.
     self._type = type(state)
     self._fields = [
       field for field in state._fields if field not in _NOT_READ and not isinstance(getattr(state, field), tuple)
     ]
     self._is_wrapped = is_wrapper(state.steps)
+
+  @property
+  def is_skip(self) -> bool:
+    """Whether it is that of `skip_steps`."""
+    return issubclass(self._type, SkipState)
+
+  def is_around(self, other: "_Source") -> bool:
+    """Whether another state is inside this one."""
+    return len(self.path) < len(other.path) and other.path[: len(self.path)] == self.path
 
   def check(self, steps: Any) -> None:
     """Raises for a state of several models."""
@@ -232,8 +271,7 @@ class _Source:
 
   def arrays(self, tree: Any) -> list[Any]:
     """The arrays of the state that are recorded."""
-    for is_attribute, key in self._path:
-      tree = getattr(tree, key) if is_attribute else tree[key]
+    tree = _at(tree, self.path)
     if type(tree) is not self._type or (tree.labels is not self.labels and tree.labels != self.labels):
       raise _OtherStructureError
     out = [getattr(tree, field) for field in self._fields]
@@ -250,11 +288,20 @@ class _Source:
     return self.name if first.labels.block_names == self.labels.block_names else f"{self.name}_{self.labels.unit}"
 
 
-def _step_of(key: Any) -> tuple[bool, Any]:
-  """One step of a path: whether it is an attribute, and its name or place."""
-  if isinstance(key, jax.tree_util.GetAttrKey):
-    return True, key.name
-  return False, getattr(key, "idx", getattr(key, "key", None))
+def _path_of(path: Sequence[Any]) -> _Path:
+  """For each step of a path whether it is an attribute, and its name or place."""
+  return [
+    (True, key.name)
+    if isinstance(key, jax.tree_util.GetAttrKey)
+    else (False, getattr(key, "idx", getattr(key, "key", None)))
+    for key in path
+  ]
+
+
+def _at(tree: Any, path: _Path) -> Any:
+  for is_attribute, key in path:
+    tree = getattr(tree, key) if is_attribute else tree[key]
+  return tree
 
 
 def _as_recorded(value: Any) -> jax.Array:

@@ -1,160 +1,243 @@
 """From what a `Recorder` has read off the device to rows: which steps, which numbers, and when those by leaf.
 
-Steps are taken in the order of the pushes; what a row depends on of those before it is kept in `Rows`.
+Pushes come in their order; what a row depends on of those before it is kept in `Rows`. Under `optax.MultiSteps` the
+pushes of one update become one row: means of what was pushed, sums of tokens and examples.
 """
 
 import math
-import warnings
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
+from clipjax.quantities import WORST_NORM, WORST_STEP
+from clipjax.runs.measured import NOTHING, Measured, States
+from clipjax.runs.packing import Packer, Seen, weights_row
+from clipjax.runs.pushes import Batch, Pushed
+from clipjax.runs.rings import Norms, Rings
+from clipjax.runs.schema import AMOUNTS, BACK, BATCH, FLAGS, MAY_BE_INF, STEP, TIME, UPDATE, WEIGHTS, key_of
 
-from clipjax.checks import caller_level
-from clipjax.rules.base import is_no_limit
-from clipjax.runs import packing
-from clipjax.runs.outputs import RunFile
-from clipjax.runs.run import merge, read_run
-from clipjax.runs.text import numbers
-
-# What may be inf without anything being wrong: no limit, or a step long ago.
-_LIMITS = frozenset({"max_norm", "max_loss"})
-_MAY_BE_INF = _LIMITS | {"worst_norm"}
+_Series = tuple[int, Packer | frozenset[str]]  # A thread, and an optimizer or keys.
+_REMEMBERED = 4096  # Steps of a series without a state.
 _WORSE = 1.1  # By how much a worst step exceeds the last one whose leaves were written: a rising norm has many.
 
 
-class Pushed(NamedTuple):
-  """A push whose numbers are still on the device."""
+class Made(NamedTuple):
+  """A row, and the numbers by leaf that it gets where they are due or a detector asks for them."""
 
-  time: float
-  step: int | None
-  scalars: dict[str, Any]
-  packer: packing.Packer
-  layout: packing.Layout
-  vector: jax.Array | None
-  weights: jax.Array | None
-  by_leaf: bool
+  row: dict[str, Any]
+  vectors: dict[str, Any]
+  is_due: bool
 
-  def is_ready(self) -> bool:
-    """Whether reading it would not wait."""
-    arrays: tuple[Any, ...] = (self.vector, self.weights)
-    return all(x is None or x.is_ready() for x in arrays)
+
+class Before(NamedTuple):
+  """What a file has already, where a run is resumed.
+
+  Attributes:
+    first: its first step.
+    last: its last step.
+    steps: how many it has.
+    has_updates: whether an optimizer state was pushed.
+  """
+
+  first: int
+  last: int
+  steps: int
+  has_updates: bool
 
 
 class Rows:
   """Makes rows of what was read, and remembers what they depend on."""
 
-  def __init__(self, every: int, file: RunFile | None):
+  def __init__(
+    self,
+    every: int,
+    before: Before | None,
+    recorded: Callable[[int, int], dict[int, Norms]],
+    warn: Callable[[str], None],
+  ):
     self._every = every
-    self._file = file
-    self._step: int | None = None  # Of the last row.
-    self._lag: dict[str, int] = {}  # By how much the count of a watch is behind.
+    self._states = States(warn)
+    self._recorded = recorded
+    self._warn = warn
+    self._rings: dict[frozenset[str], Rings] = {}  # Of each optimizer, by the names of its watches.
+    self._course = _Course(before, warn)
+    self._groups: dict[Packer, _Group] = {}
     self._bad_in_a_row = 0
+    self._is_owed = False  # Numbers by leaf were due at a step that had none.
     self._worst: dict[str, tuple[float, float]] = {}  # Step and norm when those by leaf were last written.
-    self._incomplete: dict[str, Any] | None = None
-    self._is_gap_reported = False
 
-  def of(self, pushed: Pushed, seen: packing.Seen | None, counts: Any) -> list[dict[str, Any]]:
+  @property
+  def leaves(self) -> dict[str, tuple[str, ...]]:
+    """Names of leaves or groups, by the name of a state."""
+    return self._states.leaves
+
+  def of(self, pushed: Pushed, seen: Seen | None, counts: Any) -> list[Made]:
     """The rows of the steps in the rings of watches since the last push, then the row of this one."""
-    seen = seen or packing.Seen(None, None, {}, {}, {}, {})
-    user_step = pushed.step if pushed.step is not None else seen.user_step
-    step = seen.step if seen.step is not None else user_step
+    seen = seen or Seen((), None, None, {}, {}, {}, {})
+    step = pushed.step if pushed.step is not None else seen.user_step
     if step is None:  # It was on the device, and could not be read.
       return []
-    values: dict[str, Any] = {**pushed.scalars, **seen.pushed}
-    between: list[dict[str, Any]] = []
-    if seen.step:  # Before the first update nothing has been measured.
-      values |= seen.metrics
-      values |= {key: math.inf for key in _limits(pushed.layout.metric_keys) if is_no_limit(values[key])}
-      between = self._between(step, seen.rings)
-    row = {"step": step, "time": round(pushed.time, 6), **_finite(values)}
-    if user_step not in (None, step):
-      row["user_step"] = user_step
-    if seen.step and seen.vectors and self._is_by_leaf_due(pushed, row, seen.metrics):
-      row["leaf"] = {key: _limit_as_inf(key, vector) for key, vector in seen.vectors.items()}
+    self._is_owed = self._is_owed or pushed.by_leaf
+    values = {**pushed.scalars, **seen.pushed}
+    batch: Any = pushed.batch
+    if pushed.packer.is_accumulated and seen.counts:
+      group = self._groups.setdefault(pushed.packer, _Group())
+      group.add(step, pushed, values, counts)
+      if not group.has_landed(seen):
+        return []
+      values, batch, counts = group.taken()
+    measured = self._states.measured(pushed.packer, seen, step) if seen.counts else NOTHING
+    return self._made(step, pushed, measured, values, batch, counts)
+
+  def rest(self) -> list[Made]:
+    """The rows of micro-batches that no update has followed, where the recording ends."""
+    out = []
+    for group in self._groups.values():
+      if group.pushed:
+        step, pushed = group.step, group.pushed[-1]
+        out += self._made(step, pushed, NOTHING, *group.taken())
+    return out
+
+  def _made(
+    self, step: int, pushed: Pushed, measured: Measured, values: dict[str, Any], batch: Any, counts: Any
+  ) -> list[Made]:
+    row: dict[str, Any] = {STEP: step}
+    if measured.update is not None:
+      row[UPDATE] = measured.update
+    row |= {TIME: round(pushed.time, 6), **_finite({**values, **measured.metrics})}
+    if batch is not None:
+      row[BATCH] = batch
     if counts is not None:
-      row["weights"] = packing.weights_row(counts)
-    self._step = step
-    return [*between, row]
+      row[WEIGHTS] = weights_row(counts)
+    rings = self._rings_of(measured)
+    between, other = ([], None) if rings is None else rings.between(step, measured.update or 0, measured.rings)
+    rows = [Made({STEP: at, **_finite(dict(norms))}, {}, False) for at, norms in between]
+    rows.append(Made(row, measured.vectors, self._is_by_leaf_due(row, measured)))
+    series = pushed.packer if measured.update is not None else frozenset(values)
+    if self._course.goes_back((pushed.thread, series), step) or other is not None:
+      first = step if other is None else other
+      next(made for made in rows if made.row[STEP] >= first).row[BACK] = True
+    return rows
 
-  def complete(self, row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row before, now that nothing more can come to it; None where this one belongs to it, or is the first."""
-    before = self._incomplete
-    if before is not None and before["step"] == row["step"]:
-      merge(before, row)
+  def _rings_of(self, measured: Measured) -> Rings | None:
+    if not measured.rings:
       return None
-    self._incomplete = row
-    return before
+    names = frozenset(measured.rings)
+    if names not in self._rings:
+      self._rings[names] = Rings(self._recorded, self._warn)
+    return self._rings[names]
 
-  def last(self) -> dict[str, Any] | None:
-    """The row that was held back."""
-    row, self._incomplete = self._incomplete, None
-    return row
-
-  def _is_by_leaf_due(self, pushed: Pushed, row: dict[str, Any], measured: dict[str, Any]) -> bool:
-    is_bad = any(not _is_of(key, _MAY_BE_INF) for key in row.get("nonfinite", ()))
+  def _is_by_leaf_due(self, row: dict[str, Any], measured: Measured) -> bool:
+    is_bad = any(not _is_of(key, MAY_BE_INF) for key in row.get(FLAGS, ()))
     self._bad_in_a_row = self._bad_in_a_row + 1 if is_bad else 0
-    worst = {norm: (measured[step], measured[norm]) for norm, step in _worst(pushed.layout.metric_keys)}
-    due = pushed.by_leaf or 0 < self._bad_in_a_row <= self._every
+    if not measured.vectors:
+      return False
+    worst = _worst(measured.metrics)
+    due = self._is_owed or 0 < self._bad_in_a_row <= self._every
     for key, (step, norm) in worst.items():
       written_step, written_norm = self._worst.get(key, (0, 0.0))
       due = due or (step != written_step and not norm <= _WORSE * written_norm)  # Above, or NaN.
     if due:
-      self._worst = worst
+      self._worst, self._is_owed = worst, False
     return due
 
-  def _between(self, step: int, rings: dict[str, packing.Ring]) -> list[dict[str, Any]]:
-    rows: dict[int, dict[str, Any]] = {}
-    last = self._step if self._step is not None and self._step <= step else None
-    for name, (count, norms) in rings.items():
-      lag, size = step - count, len(norms)
-      is_in_step = self._lag.get(name, lag) == lag  # Else steps that the watch has not seen lie between.
-      self._lag[name] = lag
-      if not is_in_step:
-        continue
-      if last is not None and step - last > size:
-        self._report_gap(name, size, step - last)
-      first = max(count - size + 1, 1) if last is None else max(count - size + 1, 1, last - lag + 1)
-      for i in range(first, count):
-        norm = numbers(norms[(i - 1) % size : (i - 1) % size + 1])[0]
-        rows.setdefault(i + lag, {"step": i + lag})[f"{name}/norm"] = norm
-    if rows and self._step is None and self._file is not None and self._file.had_rows:
-      rows = _without_known(rows, str(self._file.path))
-    return [{"step": row.pop("step"), **_finite(row)} for _, row in sorted(rows.items())]
 
-  def _report_gap(self, name: str, size: int, steps: int) -> None:
-    if not self._is_gap_reported:
-      self._is_gap_reported = True
-      warnings.warn(
-        f"`history` of the watch '{name}' must reach from one push to the next, got {size} for {steps} steps: those "
-        f"before are not recorded; pass watch(history={steps}).",
-        RuntimeWarning,
-        stacklevel=caller_level(),
-      )
+class _Group:
+  """The micro-batches of an update that has not landed."""
+
+  def __init__(self) -> None:
+    self.step = 0
+    self.pushed: list[Pushed] = []
+    self._update: int | None = None
+    self._values: dict[str, list[Any]] = {}
+    self._counts: Any = None
+
+  def add(self, step: int, pushed: Pushed, values: dict[str, Any], counts: Any) -> None:
+    """Takes one."""
+    self.step = step
+    self.pushed.append(pushed)
+    for key, value in values.items():
+      self._values.setdefault(key, []).append(value)
+    self._counts = self._counts if counts is None else counts
+
+  def has_landed(self, seen: Seen) -> bool:
+    """Whether the micro-batch of this push was the last one of its update."""
+    update, before = max(seen.counts), self._update
+    self._update = update
+    return update > 0 and (seen.mini_step == 0 if before is None else update != before)
+
+  def taken(self) -> tuple[dict[str, Any], Any, Any]:
+    """What all of them have together: scalars, names of batches, the histogram of the parameters."""
+    values = {key: _together(key, some) for key, some in self._values.items()}
+    batches: list[Batch] = [p.batch for p in self.pushed if p.batch is not None]
+    out = values, (batches if len(batches) > 1 else batches[0]) if batches else None, self._counts
+    self.pushed, self._values, self._counts = [], {}, None
+    return out
 
 
-def _without_known(rows: dict[int, dict[str, Any]], path: str) -> dict[int, dict[str, Any]]:
-  """From the first step on that the file has with other norms, else those after the last that it has.
+class _Course:
+  """Tells where a run goes back: to a checkpoint, or to its start.
 
-  A restored ring goes back to before its checkpoint, and a row in the middle of those that stay would end them.
+  A series is what one thread pushes of one optimizer, or under one set of keys: threads are not in step with each
+  other, nor are the optimizers of a GAN.
   """
-  try:
-    run = read_run(path)
-  except (OSError, ValueError):
-    return rows
-  places = {step: i for i, step in enumerate(run.steps.tolist())}
 
-  def is_known(step: int, key: str, norm: float) -> bool:
-    if key not in run.columns:
+  def __init__(self, before: Before | None, warn: Callable[[str], None]):
+    self._before = before
+    self._warn = warn
+    self._has_states = before is not None and before.has_updates
+    self._last: dict[_Series, int] = {}
+    self._recorded: dict[_Series, OrderedDict[int, None]] = {}
+
+  def goes_back(self, series: _Series, step: int) -> bool:
+    """Whether a push for `step` supersedes what was recorded from there on.
+
+    What is pushed without a state for an earlier step adds to that step, as a late evaluation does; only where a run
+    has no state at all, and the same keys were recorded at that step before, it went back.
+    """
+    has_state = isinstance(series[1], Packer)
+    self._has_states = self._has_states or has_state
+    before = self._before
+    if before is not None and (has_state or not self._has_states):
+      self._before = None
+      if step <= before.first:
+        self._warn_of_fresh_start(before, step)
+      is_back = step <= before.last
+    else:
+      is_back = step < self._last.get(series, step)
+      if is_back and not has_state:
+        is_back = not self._has_states and self._was_recorded(series, step)
+    if is_back or step > self._last.get(series, step - 1):
+      self._last[series] = step
+    if not has_state:
+      self._remember(series, step)
+    return is_back
+
+  def _was_recorded(self, series: _Series, step: int) -> bool:
+    recorded = self._recorded.get(series)
+    if not recorded:
       return False
-    recorded = run.columns[key][places[step]]
-    return bool(recorded == norm or (math.isnan(recorded) and not math.isfinite(norm)))
+    return step in recorded or (len(recorded) == _REMEMBERED and step < next(iter(recorded)))
 
-  both = sorted(places.keys() & rows.keys())
-  other = [s for s in both if not all(is_known(s, key, norm) for key, norm in rows[s].items() if key != "step")]
-  begin = other[0] if other else both[-1] + 1 if both else 0
-  return {step: row for step, row in rows.items() if step >= begin}
+  def _remember(self, series: _Series, step: int) -> None:
+    recorded = self._recorded.setdefault(series, OrderedDict())
+    recorded[step] = None
+    if len(recorded) > _REMEMBERED:
+      recorded.popitem(last=False)
+
+  def _warn_of_fresh_start(self, before: Before, step: int) -> None:
+    self._warn(
+      f"`path` should be a new file for a new run, got one with {before.steps} rows, of the steps {before.first} to "
+      f"{before.last}, and a run that begins at step {step}: read_run will show the new run alone. The old rows stay in "
+      "the file; name another file to keep both apart."
+    )
+
+
+def _together(key: str, values: list[Any]) -> Any:
+  """A number of several micro-batches: the sum of an amount, else the mean."""
+  if key in AMOUNTS:
+    return sum(values)
+  return values[0] if all(x == values[0] for x in values) else sum(values) / len(values)
 
 
 def _is_of(key: str, quantities: frozenset[str]) -> bool:
@@ -162,21 +245,10 @@ def _is_of(key: str, quantities: frozenset[str]) -> bool:
   return not quantities.isdisjoint(key.split("/"))
 
 
-@lru_cache(64)  # Each row asks for them.
-def _limits(keys: tuple[str, ...]) -> tuple[str, ...]:
-  """Those that are limits."""
-  return tuple(key for key in keys if _is_of(key, _LIMITS))
-
-
-@lru_cache(64)
-def _worst(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-  """Of each watch the keys of the norm and the number of its worst step."""
-  return tuple((key, key[: -len("norm")] + "step") for key in keys if key.endswith("/worst_norm"))
-
-
-def _limit_as_inf(key: str, vector: Any) -> Any:
-  """No limit is inf in a row, not the largest number, which stands for it in a state."""
-  return np.where(is_no_limit(vector), math.inf, vector) if _is_of(key, _LIMITS) else vector
+def _worst(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
+  """Number and norm of the worst step of each watch."""
+  names = [key.removesuffix(f"/{WORST_NORM}") for key in metrics if key.endswith(f"/{WORST_NORM}")]
+  return {name: (metrics[key_of(name, WORST_STEP)], metrics[key_of(name, WORST_NORM)]) for name in names}
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -184,4 +256,4 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
   flags = {key: str(value) for key, value in values.items() if not math.isfinite(value)}
   if not flags:
     return values
-  return {**{key: None if key in flags else value for key, value in values.items()}, "nonfinite": flags}
+  return {**{key: None if key in flags else value for key, value in values.items()}, FLAGS: flags}

@@ -9,20 +9,20 @@ import dataclasses
 import difflib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from clipjax.runs.schema import BACK, FORMAT, OBJECTS
 from clipjax.runs.words import described
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
-FORMAT = 1  # The number in the header; a reader refuses a higher one.
-RESERVED = frozenset({"clipjax_run", "leaf", "nonfinite", "step", "time", "user_step", "weights"})
-_OBJECTS = ("leaf", "nonfinite", "weights")
+_OBJECTS = OBJECTS
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -212,7 +212,7 @@ def _merged(entries: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, di
   rows = _Rows()
   for entry in entries:
     if "clipjax_run" in entry:
-      rows.begin(entry.get("started"))
+      rows.begin(entry.get("started"), entry["clipjax_run"] < 2)
       header = {**header, **{key: value for key, value in entry.items() if value}}
     elif header and type(entry.get("step")) is int:
       rows.add(entry)
@@ -236,14 +236,14 @@ class _Rows:
     self._started: Any = None
     self._is_first = False
 
-  def begin(self, started: Any) -> None:
+  def begin(self, started: Any, is_old: bool) -> None:
     """A header: `started` tells one `Recorder` from the next."""
-    self._is_first = started is None or started != self._started
+    self._is_first = is_old and (started is None or started != self._started)
     self._started = started
 
   def add(self, row: dict[str, Any]) -> None:
     step = row["step"]
-    if self._is_first and self.by_step:
+    if (self._is_first or row.pop(BACK, False)) and self.by_step:
       self.by_step = {s: kept for s, kept in self.by_step.items() if s < step}
     self._is_first = False
     old = self.by_step.setdefault(step, row)
@@ -261,6 +261,14 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> None:
   for key in ("nonfinite", "leaf"):
     if not old[key]:
       del old[key]
+
+
+def run_of_rows(rows: Iterable[Mapping[str, Any]], leaves: Mapping[str, Any]) -> Run:
+  """The run of rows that are in memory."""
+  merged = _Rows()
+  for row in rows:
+    merged.add(dict(row))
+  return _run("", {"leaves": {name: list(labels) for name, labels in leaves.items()}}, merged.by_step)
 
 
 def _run(name: str, header: dict[str, Any], rows: dict[int, dict[str, Any]]) -> Run:

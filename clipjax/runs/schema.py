@@ -4,7 +4,7 @@ A file of a run is JSON Lines: a header, then a row for each step. The numbers o
 `clipjax.metrics`, `<name>/<quantity>` or `<name>/<quantity>/<label>`, whose quantities are in `clipjax.quantities`.
 """
 
-from clipjax.quantities import LIMITS, WORST_NORM
+from clipjax.quantities import LIMITS, NORM, WORST_NORM
 
 FORMAT = 2  # In the header. In format 1 the step of a row was the count of the updates; a reader takes both.
 
@@ -24,10 +24,11 @@ BATCH = "batch"  # What the caller calls the batch: an int or a short string; of
 LEAF = "leaf"  # Numbers by leaf: a vector by `<name>/<quantity>`.
 FLAGS = "nonfinite"  # What the numbers were that are null: "inf", "-inf" or "nan", by key.
 WEIGHTS = "weights"  # The histogram of log10|w|.
+BACK = "back"  # True where the run went back to this step: rows from it on that stand before are superseded.
 USER_STEP = "user_step"  # Format 1: the number that the caller pushed, where it was another.
 
-OBJECTS = (BATCH, LEAF, FLAGS, WEIGHTS)  # What is not a number.
-RESERVED = frozenset({HEADER, STEP, UPDATE, TIME, BATCH, LEAF, FLAGS, WEIGHTS, USER_STEP})
+OBJECTS = (BATCH, LEAF, FLAGS, WEIGHTS, BACK)  # What is not a number.
+RESERVED = frozenset({HEADER, STEP, UPDATE, TIME, USER_STEP, *OBJECTS})
 
 # What the caller pushes under a name that means something here.
 LOSS = "loss"
@@ -51,3 +52,8 @@ def key_of(name: str, quantity: str, label: str | None = None) -> str:
 def name_of(key: str) -> str:
   """The name of the state whose numbers by leaf these are: "grad" of "grad/norm"."""
   return key.rpartition("/")[0]
+
+
+def is_norm(key: str) -> bool:
+  """Whether this is the norm that a state has of all leaves."""
+  return key.endswith(f"/{NORM}") and key.count("/") == 1

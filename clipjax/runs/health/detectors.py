@@ -39,6 +39,10 @@ class SpikeDetector:
           bounds[window + i : window + i + _CHUNK] = self._bound(windows[i : i + _CHUNK])
     return bounds[known:]
 
+  def forget(self, count: int) -> None:
+    """Takes the last `count` values back, where a run went back to before them."""
+    self._before = self._before[: max(self._before.size - count, 0)]
+
   def _bound(self, before: Floats) -> Floats:
     """The limit after each row of values."""
     largest = before.max(axis=1, keepdims=True, initial=0.0)

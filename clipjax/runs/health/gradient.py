@@ -18,7 +18,7 @@ from clipjax.runs.suggest import PLAYBOOK
 from clipjax.runs.words import at_steps, number, percent, several
 
 
-def _nonfinite_norm(view: View) -> Iterator[Finding]:
+def nonfinite_norm(view: View) -> Iterator[Finding]:
   norms, bad = view.norms, ~view.norms.finite
   count = int(bad.sum())
   # Steps between two rows are known from the counter alone.
@@ -137,7 +137,7 @@ def _clip_shares(view: View, name: str) -> dict[str, float]:
   }
 
 
-def _spikes(view: View) -> Iterator[Finding]:
+def spikes(view: View) -> Iterator[Finding]:
   finite = view.norms.finite
   steps, values = view.norms.steps[finite], view.norms.values[finite]
   sigma, window = view.limits.spike_sigma, view.limits.spike_window
@@ -302,11 +302,11 @@ def _medians(names: tuple[str, ...], values: Floats) -> dict[str, float]:
 
 
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-  _nonfinite_norm,
+  nonfinite_norm,
   nonfinite_loss,
   _zero_gradient,
   _clipped_often,
-  _spikes,
+  spikes,
   _rising_norm,
   rising_loss,
   overfit,

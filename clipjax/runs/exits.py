@@ -1,0 +1,85 @@
+"""The recorders that are open in this process: one for each file, and all of them written when the process ends.
+
+It ends in an exit of Python, with or without an exception, or by SIGTERM, which schedulers send before they take a
+machine away. SIGTERM is taken only where nobody else takes it; once the rows are written, the process dies of it.
+"""
+
+import os
+import signal
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class _Open(Protocol):
+  @property
+  def identity(self) -> Any: ...
+
+  def close(self) -> None: ...
+
+
+_OPEN: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_IS_OURS = threading.Event()
+
+
+def add(pipeline: _Open) -> None:
+  """An open recorder, to be closed when the process ends."""
+  _OPEN.add(pipeline)
+  if not _IS_OURS.is_set() and threading.current_thread() is threading.main_thread() and _is_sigterm_free():
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    _IS_OURS.set()
+
+
+def remove(pipeline: _Open) -> None:
+  """A recorder that is closed; after the last one SIGTERM is nobody's again."""
+  _OPEN.discard(pipeline)
+  if not _OPEN and _IS_OURS.is_set() and threading.current_thread() is threading.main_thread():
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _IS_OURS.clear()
+
+
+def open_at(path: str) -> Any:
+  """The open recorder that writes to this file; None without any."""
+  try:
+    status = os.stat(path)
+  except OSError:
+    return None
+  identity = status.st_dev, status.st_ino
+  return next((pipeline for pipeline in list(_OPEN) if pipeline.identity == identity), None)
+
+
+def _on_sigterm(number: int, frame: Any) -> None:
+  for pipeline in list(_OPEN):
+    try:
+      pipeline.close()
+    except Exception as error:  # The others are still to be written.
+      print(f"clipjax: {error}", file=sys.stderr)
+  signal.signal(number, signal.SIG_DFL)
+  os.kill(os.getpid(), number)
+
+
+def _is_sigterm_free() -> bool:
+  """Whether neither Python nor what is linked to it takes SIGTERM: JAX does, where it tells of a preemption."""
+  if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    return False
+  try:
+    status = Path("/proc/self/status").read_text()
+  except OSError:  # Not Linux: Python's answer has to do.
+    return True
+  caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+  return not int(caught, 16) >> (signal.SIGTERM - 1) & 1
+
+
+def _forget() -> None:
+  """In a child that was forked there is no thread to wait for, and the parent writes."""
+  _OPEN.clear()
+  if _IS_OURS.is_set():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _IS_OURS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+  os.register_at_fork(after_in_child=_forget)

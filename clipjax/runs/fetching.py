@@ -1,0 +1,49 @@
+"""Reading the vectors of pushes off the device, many at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipjax.runs.packing import Layout, Seen
+from clipjax.runs.pushes import Pushed
+
+
+def fetched(arrays: list[jax.Array | None], warn: Callable[[str], None]) -> list[Any]:
+  """The arrays on the host, together; None for one that a failed step has left without a value. Waits for the device."""
+  try:
+    if _are_on_cpu(arrays):  # `device_get` would ask for a copy of each first.
+      return [array if array is None else np.asarray(array) for array in arrays]
+    return list(jax.device_get(arrays))
+  except Exception as error:
+    out = [_value(array) for array in arrays]
+    lost = sum(a is not None and b is None for a, b in zip(arrays, out, strict=True))
+    warn(f"{lost} pushes could not be read from the device ({str(error).splitlines()[0]}): they are left out.")
+    return out
+
+
+def seen_in(batch: list[Pushed], vectors: list[Any]) -> list[Seen | None]:
+  """What the vectors hold; all those of one layout are taken apart together."""
+  out: list[Seen | None] = [None] * len(batch)
+  places: dict[Layout, list[int]] = {}
+  for i, (pushed, words) in enumerate(zip(batch, vectors, strict=True)):
+    if words is not None:
+      places.setdefault(pushed.layout, []).append(i)
+  for layout, some in places.items():
+    for i, seen in zip(some, layout.read([vectors[i] for i in some]), strict=True):
+      out[i] = seen
+  return out
+
+
+def _value(array: Any) -> Any:
+  try:
+    return jax.device_get(array)
+  except Exception:
+    return None
+
+
+def _are_on_cpu(arrays: list[jax.Array | None]) -> bool:
+  """Whether these arrays, all of one place, are in the memory of the host; of none, yes."""
+  first = next((array for array in arrays if array is not None), None)
+  return first is None or all(device.platform == "cpu" for device in first.devices())

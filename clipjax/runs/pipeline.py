@@ -1,0 +1,259 @@
+"""From pushes to rows in a file, in a thread of its own: the loop that trains waits for none of it.
+
+The thread takes what is pushed in batches, reads it off the device, makes rows, and hands them to the file and the
+writers. An interrupt reaches the thread that trains alone, so it never cuts a batch in two. What the thread has to
+say, a warning or a finding, waits for the next call from outside.
+"""
+
+import os
+import queue
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import clipjax
+from clipjax.checks import caller_level
+from clipjax.runs.fetching import fetched, seen_in
+from clipjax.runs.health.findings import Finding
+from clipjax.runs.health.live import Live
+from clipjax.runs.pushes import Pushed
+from clipjax.runs.rows import Made, Rows
+from clipjax.runs.run import merge
+from clipjax.runs.run_file import RunFile
+from clipjax.runs.schema import EVERY, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION
+from clipjax.runs.writers import Writers
+
+
+class _Request:
+  """Something that the thread does once all that was pushed before is written."""
+
+  def __init__(self, action: Callable[[], None]):
+    self.action = action
+    self.is_done = False
+
+
+class _Failure(NamedTuple):
+  """An error of the thread, which is raised in the next call from outside."""
+
+  error: BaseException
+
+
+class Pipeline:
+  """The queue of pushes, and the thread that empties it."""
+
+  def __init__(
+    self,
+    every: int,
+    file: RunFile,
+    rows: Rows,
+    writers: Writers,
+    live: Live,
+    notes: "Notes",
+    is_told: bool,
+  ):
+    self._every = every
+    self._file = file
+    self._rows = rows
+    self.writers = writers
+    self._live = live
+    self._notes = notes
+    self._is_told = is_told
+    self._process = os.getpid()
+    self._started = time.time()
+    self.parameters: int | None = None
+    self._queue: queue.SimpleQueue[Pushed | _Request] = queue.SimpleQueue()
+    self._batch: list[Pushed] = []
+    self._held: dict[str, Any] | None = None  # A row that more numbers of its step may still come to.
+    self._is_closed = False
+    self._thread: threading.Thread | None = None
+    self._starting = threading.Lock()
+
+  @property
+  def identity(self) -> Any:
+    """What tells the file from others."""
+    return self._file.identity
+
+  @property
+  def is_closed(self) -> bool:
+    """Whether everything is written, and nothing more is taken."""
+    return self._is_closed
+
+  @property
+  def path(self) -> str:
+    """The file."""
+    return str(self._file.path)
+
+  def put(self, pushed: Pushed) -> None:
+    """Takes a push; waits only while two batches are on their way."""
+    if self._is_elsewhere():
+      raise ValueError("`push` must be called in the process that made the Recorder, got a fork of it: make another.")
+    self._start()
+    self._queue.put(pushed)
+    _wait_until(lambda: self._queue.qsize() + len(self._batch) < 2 * self._every or not self._is_alive())
+    if not self._is_alive() and self._queue.qsize():
+      raise ValueError("`push` must be called before `close`, got a push while another thread closed the Recorder.")
+
+  def drain(self) -> None:
+    """Waits until all that was pushed before is written, and given to the writers."""
+    if not self._is_elsewhere():
+      self._request(self._release)
+
+  def close(self) -> None:
+    """Drains, and gives the file up; a second call goes on where an interrupted one was."""
+    if self._is_closed or self._is_elsewhere():
+      return
+    self._request(self._finish)
+    self.writers.close()
+    self._file.close()
+    self._is_closed = True
+
+  # Outside the thread --------------------------------------------------------------------------------------------------
+
+  def _start(self) -> None:
+    if self._thread is None:
+      with self._starting:
+        if self._thread is None:
+          thread = threading.Thread(target=self._run, name="clipjax recorder", daemon=True)
+          thread.start()
+          self._thread = thread
+
+  def _is_elsewhere(self) -> bool:
+    """Whether this is a child that was forked: it has no thread, and its parent writes."""
+    return self._process != os.getpid()
+
+  def _is_alive(self) -> bool:
+    return self._thread is not None and self._thread.is_alive()
+
+  def _request(self, action: Callable[[], None]) -> None:
+    self._start()
+    request = _Request(action)
+    self._queue.put(request)
+    _wait_until(lambda: request.is_done or not self._is_alive())
+
+  # In the thread -------------------------------------------------------------------------------------------------------
+
+  def _run(self) -> None:
+    while True:
+      item = self._queue.get()
+      try:
+        if isinstance(item, Pushed):
+          self._batch.append(item)
+          if len(self._batch) >= self._every:
+            self._write_batch()
+          continue
+        self._write_batch()
+        item.action()
+      except BaseException as error:  # A fault of ours, or no memory: the loop is told, and the thread goes on.
+        self._batch = []
+        self._notes.add(_Failure(error))
+      if isinstance(item, _Request):
+        item.is_done = True
+        if item.action == self._finish:
+          return
+
+  def _write_batch(self) -> None:
+    batch = self._batch
+    if batch:
+      vectors = fetched([p.vector for p in batch], self._notes.warn)
+      weights = fetched([p.weights for p in batch], self._notes.warn)
+      made: list[Made] = []
+      for pushed, seen, counts in zip(batch, seen_in(batch, vectors), weights, strict=True):
+        made += self._rows.of(pushed, seen, counts)
+      self._write(made)
+      self._batch = []
+
+  def _write(self, made: list[Made]) -> None:
+    made = _joined(made)
+    rows = [m.row for m in made]
+    spikes = self._live.spikes(rows)
+    for m in made:
+      if m.vectors and (m.is_due or m.row[STEP] in spikes):
+        m.row[LEAF] = m.vectors
+    if rows:
+      self._file.write(self._header(), rows)
+    for row in rows:
+      self._hand_on(row)
+    if self._is_told:
+      for finding in self._live.findings(rows, spikes, self._rows.leaves):
+        self._notes.add(finding)
+
+  def _hand_on(self, row: dict[str, Any]) -> None:
+    """Gives the row before to the writers, now that nothing more comes to it."""
+    if self._held is not None and self._held[STEP] == row[STEP]:
+      merge(self._held, row)
+    else:
+      self._release()
+      self._held = row
+
+  def _release(self) -> None:
+    if self._held is not None:
+      self.writers.hand_on(self._held, self._rows.leaves)
+      self._held = None
+
+  def _finish(self) -> None:
+    self._write(self._rows.rest())
+    self._file.write(self._header(), [])
+    self._release()
+
+  def _header(self) -> dict[str, Any]:
+    return {
+      HEADER: FORMAT,
+      VERSION: clipjax.__version__,
+      STARTED: self._started,
+      LEAVES: dict(self._rows.leaves),
+      PARAMETERS: self.parameters,
+      EVERY: self._every,
+    }
+
+
+class Notes:
+  """What the thread has to say, in order, until somebody outside listens."""
+
+  def __init__(self, on_finding: Callable[[Finding], Any] | None):
+    self._on_finding = on_finding
+    self._notes: deque[str | Finding | _Failure] = deque()
+
+  def add(self, note: "str | Finding | _Failure") -> None:
+    """Leaves a note."""
+    self._notes.append(note)
+
+  def warn(self, text: str) -> None:
+    """Leaves a warning."""
+    self._notes.append(text)
+
+  def deliver(self) -> None:
+    """Warns, calls back and raises, each note once."""
+    while self._notes:
+      try:
+        note = self._notes.popleft()
+      except IndexError:  # Another thread was faster.
+        return
+      if isinstance(note, str):
+        warnings.warn(note, RuntimeWarning, stacklevel=caller_level())
+      elif isinstance(note, _Failure):
+        raise note.error
+      elif self._on_finding is not None:
+        self._on_finding(note)
+
+
+def _joined(made: list[Made]) -> list[Made]:
+  """The rows, those of one step that follow each other as one."""
+  out: list[Made] = []
+  for m in made:
+    if out and out[-1].row[STEP] == m.row[STEP]:
+      merge(out[-1].row, m.row)
+      out[-1] = Made(out[-1].row, {**out[-1].vectors, **m.vectors}, out[-1].is_due or m.is_due)
+    else:
+      out.append(m)
+  return out
+
+
+def _wait_until(is_true: Callable[[], bool]) -> None:
+  """Looks again and again. A lock would be left taken by an interrupt at the wrong moment."""
+  pause = 1e-5
+  while not is_true():
+    time.sleep(pause)
+    pause = min(2 * pause, 5e-3)

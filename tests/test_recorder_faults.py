@@ -1,0 +1,349 @@
+"""Recorder when it is interrupted, ended, called from threads, or when its file is somebody else's: nothing is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import clipjax
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def path(tmp_path):
+  return tmp_path / "run.jsonl"
+
+
+def slow_loss(turns):
+  """A program that gives back its number, for which the device needs a while."""
+
+  def loss(x):
+    waste = jax.lax.fori_loop(0, turns, lambda i, m: jnp.tanh(m @ m), jnp.full((500, 500), x)).mean()
+    return jnp.where(jnp.isnan(waste), waste, x)
+
+  return jax.jit(loss).lower(jnp.float32(0)).compile()
+
+
+def interrupted_after(seconds):
+  timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+  timer.start()
+  return timer
+
+
+def program(code, path, *, expect):
+  """Runs code with the path of a run as `path`, in a process of its own; its stderr."""
+  code = "import os, signal, sys, time, clipjax, jax.numpy as jnp\npath = sys.argv[1]\n" + textwrap.dedent(code)
+  done = subprocess.run([sys.executable, "-c", code, path], check=False, capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == expect, done.stderr
+  return done.stderr
+
+
+# Interrupts -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_while_push_waits_loses_no_row(path):
+  slow, pushed = slow_loss(20), []
+
+  def loop():
+    with clipjax.runs.Recorder(path, every=2) as recorder:
+      for step in range(1000):
+        recorder.push(step, None, loss=slow(jnp.float32(step)))
+        pushed.append(step)
+
+  timer = interrupted_after(0.5)
+  with pytest.raises(KeyboardInterrupt):
+    loop()
+  timer.join()
+  run = clipjax.runs.read_run(path)
+  assert len(pushed) >= 3 and set(pushed) <= set(run.steps.tolist())
+  assert run.steps.tolist() == run["loss"].tolist() == [*range(len(run))]
+
+
+def test_twenty_interrupts_and_no_row_lost(path):
+  stop = threading.Event()
+
+  def interrupt():
+    for _ in range(20):
+      if stop.wait(0.01):
+        return
+      os.kill(os.getpid(), signal.SIGINT)
+
+  interrupts, step, losses = 0, 0, [jnp.float32(i) for i in range(2000)]
+  thread = threading.Thread(target=interrupt)
+  recorder = clipjax.runs.Recorder(path, every=3)
+  thread.start()
+  while step < 2000 or thread.is_alive():
+    try:
+      recorder.push(min(step, 1999), None, loss=losses[min(step, 1999)])
+      step += 1
+    except KeyboardInterrupt:  # The push was cut short, or not: it is made again.
+      interrupts += 1
+  stop.set()
+  thread.join()
+  recorder.close()
+  assert interrupts >= 15
+  run = clipjax.runs.read_run(path)
+  assert run.steps.tolist() == run["loss"].tolist() == [*range(2000)]
+
+
+def test_close_that_was_interrupted_goes_on_the_second_time(path):
+  slow = slow_loss(60)
+  recorder = clipjax.runs.Recorder(path)
+  for step in range(6):
+    recorder.push(step, None, loss=slow(jnp.float32(step)))
+  timer = interrupted_after(0.05)
+  with pytest.raises(KeyboardInterrupt):
+    recorder.close()
+  timer.join()
+  recorder.close()
+  assert clipjax.runs.read_run(path)["loss"].tolist() == [*range(6)]
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["apart", "together"])
+def test_a_thousand_pushes_from_four_threads(path, order):
+  tx = clipjax.clip_by_global_norm(1.0)
+  state = tx.init(jnp.zeros(2))
+  errors = []
+
+  def work(i):
+    try:
+      for k in range(250):
+        step = 250 * i + k if order == "apart" else 4 * k + i
+        recorder.push(step, state if order == "apart" else None, loss=jnp.float32(step))
+    except Exception as error:
+      errors.append(error)
+
+  with clipjax.runs.Recorder(path, every=7) as recorder:
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+  assert not errors
+  run = clipjax.runs.read_run(path)
+  assert run.steps.tolist() == run["loss"].tolist() == [*range(1000)]
+
+
+def test_a_push_while_another_thread_closes_is_kept_or_told(path):
+  told = []
+
+  def work():
+    for step in range(100_000):
+      try:
+        recorder.push(step, None, loss=float(step))
+      except ValueError as error:
+        told.append((step, str(error)))
+        return
+
+  recorder = clipjax.runs.Recorder(path, every=2)
+  thread = threading.Thread(target=work)
+  thread.start()
+  time.sleep(0.1)
+  recorder.close()
+  thread.join()
+  ((step, message),) = told
+  assert message.startswith("`push` must be called before `close`, got ")
+  assert clipjax.runs.read_run(path).steps.tolist() == [*range(step)]
+
+
+# The end of the process -----------------------------------------------------------------------------------------------
+
+
+def test_a_script_that_ends_without_close_has_written_all(path):
+  code = """
+  recorder = clipjax.runs.Recorder(path)
+  for step in range(30):
+    recorder.push(step, None, loss=jnp.float32(step))
+  """
+  assert program(code, path, expect=0) == ""
+  assert clipjax.runs.read_run(path)["loss"].tolist() == [*range(30)]
+
+
+def test_an_exception_without_with_has_written_all(path):
+  code = """
+  recorder = clipjax.runs.Recorder(path)
+  for step in range(120):
+    recorder.push(step, None, loss=jnp.float32(step))
+  raise KeyError("batch")
+  """
+  assert "KeyError: 'batch'" in program(code, path, expect=1)
+  assert len(clipjax.runs.read_run(path)) == 120
+
+
+def test_sigterm_writes_all_and_ends_the_process(path):
+  code = """
+  recorder = clipjax.runs.Recorder(path)
+  for step in range(120):
+    recorder.push(step, None, loss=jnp.float32(step))
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(60)
+  """
+  program(code, path, expect=-signal.SIGTERM)
+  assert len(clipjax.runs.read_run(path)) == 120
+
+
+def test_sigterm_of_somebody_else_is_left_alone(path):
+  code = """
+  seen = []
+  signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+  with clipjax.runs.Recorder(path) as recorder:
+    recorder.push(0, None, loss=1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+  assert seen == [1]
+  """
+  program(code, path, expect=0)
+
+
+def test_sigterm_is_nobodys_again_after_the_last_close(path):
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  first = clipjax.runs.Recorder(path)
+  with clipjax.runs.Recorder(path.with_name("other.jsonl")):
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+  assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+  first.close()
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_recorder_that_nobody_holds_is_closed(path):
+  clipjax.runs.Recorder(path).push(1, None, loss=2.0)
+  assert clipjax.runs.read_run(path)["loss"].tolist() == [2.0]
+
+
+def test_a_child_that_was_forked_neither_writes_nor_waits(path):
+  code = """
+  import warnings
+  warnings.simplefilter("ignore")
+  recorder = clipjax.runs.Recorder(path)
+  recorder.push(0, None, loss=1.0)
+  if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+    recorder.push(1, None, loss=2.0)
+  else:
+    try:
+      recorder.push(1, None, loss=3.0)
+    except ValueError as error:
+      assert str(error).endswith("got a fork of it: make another.")
+      recorder.flush()
+      recorder.close()
+      os._exit(0)
+  """
+  program(code, path, expect=0)
+  lines = path.read_text().splitlines()
+  assert [line[:9] for line in lines[1:]] == ['{"step": ', '{"step": ']
+  assert clipjax.runs.read_run(path)["loss"].tolist() == [1, 2]
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_older_recorder_of_a_path_in_this_process_is_closed(path):
+  first = clipjax.runs.Recorder(path)
+  first.push(1, None, loss=1.0)
+  with pytest.warns(RuntimeWarning) as caught:
+    second = clipjax.runs.Recorder(path)
+  assert [str(w.message) for w in caught] == [
+    f"{str(path)!r} was open in another Recorder of this process, which is closed now: close a Recorder, best by "
+    "`with`, before you make another of its path."
+  ]
+  with pytest.raises(ValueError, match="`push` must be called of the last Recorder of a path"):
+    first.push(2, None, loss=2.0)
+  first.flush()
+  first.close()
+  second.push(2, None, loss=2.0)
+  second.close()
+  assert clipjax.runs.read_run(path)["loss"].tolist() == [1, 2]
+
+
+def test_a_path_that_another_process_records_to_is_refused(path):
+  with clipjax.runs.Recorder(path) as recorder:
+    recorder.push(1, None, loss=1.0)
+    said = program("clipjax.runs.Recorder(path)", path, expect=1)
+  assert said.splitlines()[-1] == (
+    f"ValueError: `path` must be a file that no other process records to, got {str(path)!r}, which one does: name a "
+    "file for each."
+  )
+  program("clipjax.runs.Recorder(path).push(2, None, loss=2.0)", path, expect=0)
+  assert len(clipjax.runs.read_run(path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
+  import socket  # noqa: PLC0415
+
+  path = tmp_path / "x"
+  if kind == "fifo":
+    os.mkfifo(path)
+  elif kind == "device":
+    path = Path("/dev/null")
+  else:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+  with pytest.raises(
+    ValueError, match=r"^`path` must be a new file .*, which is no regular file: name a file on a disk"
+  ):
+    clipjax.runs.Recorder(path)
+  if kind == "socket":
+    server.close()
+
+
+@pytest.mark.parametrize("other", ["another run", "moved", "notes"])
+def test_a_path_that_leads_elsewhere_meanwhile(path, other):
+  recorder = clipjax.runs.Recorder(path, every=1)
+  recorder.push(1, None, loss=1.0)
+  recorder.flush()
+  path.rename(path.with_name("old.jsonl"))
+  if other == "another run":
+    path.write_text('{"clipjax_run": 2, "leaves": {}}\n{"step": 1, "loss": 7.0}\n')
+  elif other == "notes":
+    path.write_text("my notes")
+    recorder.push(2, None, loss=2.0)
+    with pytest.warns(RuntimeWarning, match="which is neither: name another file"):
+      recorder.flush()
+    assert path.read_text() == "my notes"
+    path.unlink()
+  recorder.push(2, None, loss=2.0)
+  recorder.push(3, None, loss=3.0)
+  recorder.close()
+  assert clipjax.runs.read_run(path.with_name("old.jsonl"))["loss"].tolist() == [1]
+  assert clipjax.runs.read_run(path)["loss"].tolist() == ([7, 2, 3] if other == "another run" else [2, 3])
+
+
+def test_a_file_system_without_locks_is_taken(path, monkeypatch):
+  from clipjax.runs import run_file  # noqa: PLC0415
+
+  def no_locks(*_):
+    raise OSError(95, "Operation not supported")
+
+  monkeypatch.setattr(run_file.fcntl, "flock", no_locks)
+  with clipjax.runs.Recorder(path) as recorder:
+    recorder.push(1, None, loss=1.0)
+  monkeypatch.setattr(run_file, "fcntl", None)
+  with clipjax.runs.Recorder(path) as recorder:
+    recorder.push(2, None, loss=1.0)
+  assert len(clipjax.runs.read_run(path)) == 2
+
+
+def test_a_fault_in_the_thread_reaches_the_caller(path, monkeypatch):
+  recorder = clipjax.runs.Recorder(path, every=1)
+  monkeypatch.setattr(recorder._pipeline._rows, "of", lambda *_: 1 / 0)
+  recorder.push(1, None, loss=1.0)
+  with pytest.raises(ZeroDivisionError):
+    recorder.flush()
+  monkeypatch.undo()
+  recorder.push(2, None, loss=2.0)
+  recorder.close()
+  assert clipjax.runs.read_run(path).steps.tolist() == [2]
