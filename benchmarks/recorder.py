@@ -4,7 +4,7 @@ Run `python benchmarks/recorder.py [--rounds 1000]`. The demo's step without a w
 that and a push take turns in an order of chance, each on a training of its own, timed on the wall and on the processor;
 the latter is what counts where other processes disturb the wall time. The median of the differences is what an ordinary
 step adds; the sum has the reads of every 50th in it. Then the host time of one push, for states of 3 to 1000 leaves.
-Last the host time of a row, all reads and writes in it, of 200 layers in 12 stacked arrays beside 24 plain leaves.
+Last the time of a row, all reads and writes in it, of 200 layers in 12 stacked arrays beside 24 plain leaves.
 """
 
 import argparse
@@ -101,41 +101,45 @@ def states_of(shape: tuple[int, ...], leaves: int, stacked: Any, clip: str, coun
   return jax.block_until_ready(states)  # type: ignore[no-any-return]  # JAX does not say.
 
 
-def row_times(folder: Path, clip: str, rows: int, every: int = 50) -> dict[str, tuple[float, float, float]]:
-  """Median microseconds of a row on the wall and on the processor, and its bytes, for plain and for stacked layers.
+def row_times(folder: Path, clip: str, rows: int, every: int = 50) -> dict[str, tuple[float, float, float, float]]:
+  """Median microseconds of a row on the wall, on the processor in the loop and in the thread, and its bytes.
 
-  The times are of the thread that pushes: what it does while the device works on is not in them. The median is over
-  parts of `every` rows, of which the last one reads and writes them all.
+  For plain and for stacked layers. What the device works is in the wall alone. The median is over parts of `every`
+  rows, each of which is written before the next one begins.
   """
   models = {
     "24 leaves": states_of((4, 4), 24, None, clip),
     "200 layers x 12 arrays": states_of((200, 4, 4), 12, lambda path, leaf: 0, clip),
   }
   recorders = {name: clipjax.runs.Recorder(folder / f"{clip} {name}.jsonl", every=every) for name in models}
-  times: dict[str, list[Clocks]] = {name: [] for name in models}
+  times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
   rng = np.random.default_rng(0)
   loss = jnp.float32(1)
   for part in range(rows // every + 2):
     for i in rng.permutation(len(models)):
       name = list(models)[i]
-      recorder, states, wall, processor = recorders[name], models[name], 0.0, 0.0
+      recorder, states = recorders[name], models[name]
+      start = time.perf_counter(), time.thread_time(), thread_time_of(recorder)
       for turn in range(part * every, (part + 1) * every):
-        start = time.perf_counter(), time.thread_time()
         recorder.push(turn, states[turn % len(states)], loss=loss)
-        wall, processor = wall + time.perf_counter() - start[0], processor + time.thread_time() - start[1]
-        jax.block_until_ready([pushed.vector for pushed in recorder._pending[-1:]])
-      start = time.perf_counter(), time.thread_time()
-      if recorder._pending:  # The last vector was not there when it was pushed.
-        recorder._read_batch()
-      wall, processor = wall + time.perf_counter() - start[0], processor + time.thread_time() - start[1]
+      recorder.flush()
+      end = time.perf_counter(), time.thread_time(), thread_time_of(recorder)
       if part >= 2:
-        times[name].append((1e6 * wall / every, 1e6 * processor / every))
+        wall, loop, thread = (1e6 * (b - a) / every for a, b in zip(start, end, strict=True))
+        times[name].append((wall, loop, thread))
   out = {}
   for name, recorder in recorders.items():
     recorder.close()
     size = (folder / f"{clip} {name}.jsonl").stat().st_size / (rows + 2 * every)
-    out[name] = (statistics.median(t[0] for t in times[name]), statistics.median(t[1] for t in times[name]), size)
+    wall, loop, thread = (statistics.median(some) for some in zip(*times[name], strict=True))
+    out[name] = wall, loop, thread, size
   return out
+
+
+def thread_time_of(recorder: clipjax.runs.Recorder) -> float:
+  """Seconds that the thread of a recorder has had on a processor."""
+  thread = recorder._pipeline._thread
+  return 0.0 if thread is None else time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def main() -> None:
@@ -158,8 +162,11 @@ def main() -> None:
       median, mean = push_time(Path(name), leaves, 500)
       print(f"push, {leaves} leaves: median {median:.0f} us, mean with the reads {mean:.0f} us")
     for clip in ("clip_by_global_norm", "adagc"):
-      for model, (wall, processor, size) in row_times(Path(name), clip, 5 * args.rounds).items():
-        print(f"row, watch and {clip}, {model}: {wall:.0f} us, processor {processor:.0f} us, {size:.0f} bytes")
+      for model, (wall, loop, thread, size) in row_times(Path(name), clip, 5 * args.rounds).items():
+        print(
+          f"row, watch and {clip}, {model}: {wall:.0f} us, processor {loop:.0f} us in the loop and {thread:.0f} us in "
+          f"the thread, {size:.0f} bytes"
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ step get names of their own.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,6 @@ class States:
     self._of_step: list[_Pushed] = []
     self._names: dict[tuple[Packer, int], dict[str, str]] = {}  # New names of each packer and its place in a step.
     self._counts: dict[tuple[Packer, int], tuple[int, ...]] = {}
-    self._seen: list[Packer] = []
     self._said: set[str] = set()
     self.leaves: dict[str, tuple[str, ...]] = {}  # By the name of a state, as recorded.
 
@@ -67,15 +67,13 @@ class States:
     update = max(seen.counts)
     if not update:  # Before the first update nothing has been measured.
       return Measured(0, {}, {}, {})
-    unseen = self._unseen(packer, seen, before)
-    is_kept = {
-      member: i not in unseen or (member[0] == "metric" and _quantity(member[1]) in SO_FAR)
-      for member, i in packer.source_of.items()
-    }
-    rename = (lambda key: key) if not names else (lambda key: _renamed(key, names))
-    metrics = {rename(key): _as_limit(key, x) for key, x in seen.metrics.items() if is_kept["metric", key]}
-    vectors = {rename(key): _as_limits(key, x) for key, x in seen.vectors.items() if is_kept["vector", key]}
-    rings = {rename(name): ring for name, ring in seen.rings.items()}
+    metrics, vectors, rings = seen.metrics, seen.vectors, seen.rings
+    if unseen := self._unseen(packer, seen, before):
+      metrics, vectors = _without(packer, unseen, metrics, vectors)
+    metrics = metrics | {key: math.inf for key in _limits(packer) if key in metrics and is_no_limit(metrics[key])}
+    vectors = {key: _as_limits(key, vector) for key, vector in vectors.items()}
+    if names:
+      metrics, vectors, rings = ({_renamed(k, names): x for k, x in d.items()} for d in (metrics, vectors, rings))
     return Measured(update, metrics, vectors, rings)
 
   def _unseen(self, packer: Packer, seen: Seen, before: tuple[int, ...] | None) -> set[int]:
@@ -119,9 +117,6 @@ class States:
         f"`opt_state` must be of one optimizer, or have names of its own, got a second one with '{old}' for step "
         f"{step}: it is recorded as '{new}'; give its clips and watches another name, as in watch(name=\"critic\")."
       )
-    elif self._seen and packer not in self._seen:
-      pass  # Another optimizer takes over.
-    self._seen.append(packer)
     for name, labels in packer.leaves.items():
       new = _renamed(name, names)
       self.leaves[new] = tuple(labels)
@@ -153,14 +148,27 @@ def _quantity(key: str) -> str:
   return key.split("/", 2)[1]
 
 
+def _without(
+  packer: Packer, unseen: set[int], metrics: dict[str, Any], vectors: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Leaves out what states that have not seen this step say of a step."""
+  of = packer.source_of
+  return (
+    {key: x for key, x in metrics.items() if of["metric", key] not in unseen or _quantity(key) in SO_FAR},
+    {key: x for key, x in vectors.items() if of["vector", key] not in unseen},
+  )
+
+
+@lru_cache(64)  # Each row asks for them.
+def _limits(packer: Packer) -> tuple[str, ...]:
+  """The metrics that are limits."""
+  return tuple(key for key in packer.metric_keys if _quantity(key) in LIMITS)
+
+
 def _are_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
   return all(x == other[key] or (x != x and other[key] != other[key]) for key, x in one.items())  # noqa: PLR0124  (NaN)
 
 
-def _as_limit(key: str, value: Any) -> Any:
-  """No limit is inf in a row, not the largest number, which stands for it in a state."""
-  return math.inf if _quantity(key) in LIMITS and is_no_limit(value) else value
-
-
 def _as_limits(key: str, vector: Any) -> Any:
+  """No limit is inf in a row, not the largest number, which stands for it in a state."""
   return np.where(is_no_limit(vector), math.inf, vector) if _quantity(key) in LIMITS else vector

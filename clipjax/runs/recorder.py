@@ -197,7 +197,7 @@ class Recorder:
     rows = Rows(self._every, before_in(file), partial(norms_in, str(file.path)), warn)
     self._pipeline = Pipeline(self._every, file, rows, writers, Live(limits), self._notes, is_told)
     exits.add(self._pipeline)
-    self._finalizer = weakref.finalize(self, self._pipeline.close)
+    self._finalizer = weakref.finalize(self, _end, self._pipeline, self._notes)
 
   def _pushed(self, step: Any, opt_state: Any, params: Any, batch: Any, scalars: dict[str, Any]) -> Pushed:
     now = time.time()
@@ -243,6 +243,13 @@ class Recorder:
     assert self._pipeline is not None
     self._pipeline.parameters = parameters
     return counts
+
+
+def _end(pipeline: Pipeline, notes: Notes) -> None:
+  """Closes a recorder that nobody has closed."""
+  pipeline.close()
+  exits.remove(pipeline)
+  notes.deliver()
 
 
 def _check_callable(on_finding: Any) -> None:
