@@ -138,8 +138,7 @@ def row_times(folder: Path, clip: str, rows: int, every: int = 50) -> dict[str, 
 
 def thread_time_of(recorder: clipjax.runs.Recorder) -> float:
   """Seconds that the thread of a recorder has had on a processor."""
-  thread = recorder._pipeline._thread
-  return 0.0 if thread is None else time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+  return time.clock_gettime(time.pthread_getcpuclockid(recorder._pipeline._thread.ident))
 
 
 def main() -> None:

@@ -68,8 +68,8 @@ class Pipeline:
     self._batch: list[Pushed] = []
     self._held: dict[str, Any] | None = None  # A row that more numbers of its step may still come to.
     self._is_closed = False
-    self._thread: threading.Thread | None = None
-    self._starting = threading.Lock()
+    self._thread = threading.Thread(target=self._run, name="clipjax recorder", daemon=True)
+    self._thread.start()
 
   @property
   def identity(self) -> Any:
@@ -90,10 +90,9 @@ class Pipeline:
     """Takes a push; waits only while two batches are on their way."""
     if self._is_elsewhere():
       raise ValueError("`push` must be called in the process that made the Recorder, got a fork of it: make another.")
-    self._start()
     self._queue.put(pushed)
-    _wait_until(lambda: self._queue.qsize() + len(self._batch) < 2 * self._every or not self._is_alive())
-    if not self._is_alive() and self._queue.qsize():
+    _wait_until(lambda: self._queue.qsize() + len(self._batch) < 2 * self._every or not self._thread.is_alive())
+    if not self._thread.is_alive() and self._queue.qsize():
       raise ValueError("`push` must be called before `close`, got a push while another thread closed the Recorder.")
 
   def drain(self) -> None:
@@ -112,26 +111,14 @@ class Pipeline:
 
   # Outside the thread --------------------------------------------------------------------------------------------------
 
-  def _start(self) -> None:
-    if self._thread is None:
-      with self._starting:
-        if self._thread is None:
-          thread = threading.Thread(target=self._run, name="clipjax recorder", daemon=True)
-          thread.start()
-          self._thread = thread
-
   def _is_elsewhere(self) -> bool:
     """Whether this is a child that was forked: it has no thread, and its parent writes."""
     return self._process != os.getpid()
 
-  def _is_alive(self) -> bool:
-    return self._thread is not None and self._thread.is_alive()
-
   def _request(self, action: Callable[[], None]) -> None:
-    self._start()
     request = _Request(action)
     self._queue.put(request)
-    _wait_until(lambda: request.is_done or not self._is_alive())
+    _wait_until(lambda: request.is_done or not self._thread.is_alive())
 
   # In the thread -------------------------------------------------------------------------------------------------------
 

@@ -55,16 +55,13 @@ class Rows:
     recorded: Callable[[int, int], dict[int, Norms]],
     warn: Callable[[str], None],
   ):
-    self._every = every
     self._states = States(warn)
     self._recorded = recorded
     self._warn = warn
     self._rings: dict[frozenset[str], Rings] = {}  # Of each optimizer, by the names of its watches.
     self._course = _Course(before, warn)
     self._groups: dict[Packer, _Group] = {}
-    self._bad_in_a_row = 0
-    self._is_owed = False  # Numbers by leaf were due at a step that had none.
-    self._worst: dict[str, tuple[float, float]] = {}  # Step and norm when those by leaf were last written.
+    self._leaves = _ByLeaf(every)
 
   @property
   def leaves(self) -> dict[str, tuple[str, ...]]:
@@ -77,7 +74,8 @@ class Rows:
     step = pushed.step if pushed.step is not None else seen.user_step
     if step is None:  # It was on the device, and could not be read.
       return []
-    self._is_owed = self._is_owed or pushed.by_leaf
+    if pushed.by_leaf:
+      self._leaves.ask()
     values = {**pushed.scalars, **seen.pushed}
     batch: Any = pushed.batch
     if pushed.packer.is_accumulated and seen.counts:
@@ -112,7 +110,7 @@ class Rows:
     rings = self._rings_of(measured)
     between, other = ([], None) if rings is None else rings.between(step, measured.update or 0, measured.rings)
     rows = [Made({STEP: at, **_finite(dict(norms))}, {}, False) for at, norms in between]
-    rows.append(Made(row, measured.vectors, self._is_by_leaf_due(row, measured)))
+    rows.append(Made(row, measured.vectors, self._leaves.are_due(row, measured)))
     series = pushed.packer if measured.update is not None else frozenset(values)
     if self._course.goes_back((pushed.thread, series), step) or other is not None:
       first = step if other is None else other
@@ -127,18 +125,39 @@ class Rows:
       self._rings[names] = Rings(self._recorded, self._warn)
     return self._rings[names]
 
-  def _is_by_leaf_due(self, row: dict[str, Any], measured: Measured) -> bool:
-    is_bad = any(not _is_of(key, MAY_BE_INF) for key in row.get(FLAGS, ()))
-    self._bad_in_a_row = self._bad_in_a_row + 1 if is_bad else 0
-    if not measured.vectors:
+
+class _ByLeaf:
+  """Says at which steps numbers by leaf are due: once in `every` pushes, where not finite, and at a worst step.
+
+  Each optimizer has its own; where numbers are due at a step that has none, the next step that has some gets them.
+  """
+
+  def __init__(self, every: int):
+    self._every = every
+    self._asked = 0
+    self._given: dict[frozenset[str], int] = {}
+    self._bad_in_a_row: dict[frozenset[str], int] = {}
+    self._worst: dict[str, tuple[float, float]] = {}  # Step and norm when those by leaf were last written.
+
+  def ask(self) -> None:
+    """Once in so many pushes."""
+    self._asked += 1
+
+  def are_due(self, row: dict[str, Any], measured: Measured) -> bool:
+    """Whether this row gets them in any case."""
+    who = frozenset(measured.vectors)
+    if not who:
       return False
+    is_bad = any(not _is_of(key, MAY_BE_INF) for key in row.get(FLAGS, ()))
+    bad = self._bad_in_a_row[who] = self._bad_in_a_row.get(who, 0) + 1 if is_bad else 0
+    due = self._given.get(who, 0) < self._asked or 0 < bad <= self._every
     worst = _worst(measured.metrics)
-    due = self._is_owed or 0 < self._bad_in_a_row <= self._every
     for key, (step, norm) in worst.items():
       written_step, written_norm = self._worst.get(key, (0, 0.0))
       due = due or (step != written_step and not norm <= _WORSE * written_norm)  # Above, or NaN.
     if due:
-      self._worst, self._is_owed = worst, False
+      self._worst |= worst
+      self._given[who] = self._asked
     return due
 
 
