@@ -77,8 +77,8 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _demo(args: argparse.Namespace) -> int:
   try:
-    from clipjax import _demo_advice as advice  # noqa: PLC0415
-    from clipjax.demo import compare as demo  # noqa: PLC0415  (loads JAX and the extra)
+    from clipjax.demo import advice  # noqa: PLC0415  (needs the extra)
+    from clipjax.demo import compare as demo  # noqa: PLC0415
   except ImportError as error:
     return _fail(f"the demo needs more packages, pip install 'clipjax[demo]' ({_first_line(error)})")
   demo.run(args.out, args.steps, args.seed)
