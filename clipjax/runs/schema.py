@@ -4,7 +4,9 @@ A file of a run is JSON Lines: a header, then a row for each step. The numbers o
 `clipjax.metrics`, `<name>/<quantity>` or `<name>/<quantity>/<label>`, whose quantities are in `clipjax.quantities`.
 """
 
-from clipjax.quantities import LIMITS, WORST_NORM
+from collections.abc import Iterable
+
+from clipjax.quantities import LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, WORST_NORM
 
 FORMAT = 2  # In the header. In format 1 the step of a row was the count of the updates; a reader takes both.
 
@@ -40,12 +42,23 @@ GRAD = "grad"
 UPDATES = "update"  # A watch at the end of the chain: its ratio is that of the step to the parameters.
 SKIP = "skip"
 
+# What is said by leaf or group as well; numbers by block go by the name of the state, or by that with its unit.
+BY_BLOCK = frozenset({NORM, MAX_NORM, SCALE, RATIO, NONFINITE, WORST_NORM})
+UNITS = ("", "_group", "_leaf")
+
 MAY_BE_INF = LIMITS | {WORST_NORM}  # inf there is not a fault of the step.
 
 
 def key_of(name: str, quantity: str, label: str | None = None) -> str:
   """The key of a number, as in "grad/norm" or "grad/norm/w"."""
   return f"{name}/{quantity}" if label is None else f"{name}/{quantity}/{label}"
+
+
+def names_with(keys: Iterable[str], quantity: str) -> list[str]:
+  """The names of the states that have a quantity, of all leaves together: "grad" for "grad/norm", not "grad/norm/w"."""
+  ending = f"/{quantity}"
+  found = [key for key in keys if key.endswith(ending) and not any(f"/{by}/" in key for by in BY_BLOCK)]
+  return [key.removesuffix(ending) for key in found]
 
 
 def name_of(key: str) -> str:
