@@ -244,7 +244,7 @@ def _limits(given: Sequence[str]) -> HealthLimits:
   fields: dict[str, Any] = {}
   for text in given:
     name, _, value = text.partition("=")
-    if name not in HealthLimits._fields or not value:
+    if name not in HealthLimits._fields:
       near = difflib.get_close_matches(name, HealthLimits._fields, 3, 0.5) or HealthLimits._fields
       raise _WrongError(f"--limit must be NAME=VALUE, got {text!r}: a name is {', '.join(near)}")
     try:
@@ -257,7 +257,7 @@ def _limits(given: Sequence[str]) -> HealthLimits:
   try:
     check_limits(limits)
   except ValueError as error:
-    raise _WrongError(str(error).replace("`limits.", "`--limit ", 1)) from None
+    raise _WrongError(str(error).replace("`limits.", "--limit ", 1).replace("`", "", 1)) from None
   return limits
 
 

@@ -363,6 +363,18 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch, runs):
   assert capsys.readouterr().err == f"clipjax: cannot write {tmp_path / 'clipjax_demo.json'}: Is a directory\n"
 
 
+@pytest.mark.parametrize("name", ["clipjax_demo_run.jsonl", "clipjax_demo_run.html"])
+def test_a_file_that_the_demo_did_not_make_is_kept(name, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(demo, "train_all", lambda *_: pytest.fail("trained first"))
+  (tmp_path / name).write_text("mine")
+  assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+    f"clipjax: the demo writes {str(tmp_path / name)!r}, a file that it did not make: name another folder with --out"
+  )
+  assert (tmp_path / name).read_text() == "mine"
+
+
 def test_an_interrupt_leaves_no_traceback(monkeypatch, tmp_path):
   def interrupt(*_):
     raise KeyboardInterrupt

@@ -85,7 +85,7 @@ def test_limits_can_be_set():
   assert bad(clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits(clip_fraction=0.8))) == []
   strict = clipjax.runs.HealthLimits(clip_fraction=0.65, min_steps=10_000)
   assert bad(clipjax.runs.diagnose(run, limits=strict)) == []
-  assert "at least 10000" in only(clipjax.runs.diagnose(run, limits=strict), "few-steps").message
+  assert only(clipjax.runs.diagnose(run, limits=strict), "few-steps").rule == "at least 10000, a limit of clipjax"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,9 @@ def _is_check(value):
   if not inspect.isfunction(value) or value.__name__.startswith("_"):
     return False
   signature = inspect.signature(value)
-  return [p.annotation for p in signature.parameters.values()] == [View] and "Finding" in str(signature.return_annotation)
+  return [p.annotation for p in signature.parameters.values()] == [View] and "Finding" in str(
+    signature.return_annotation
+  )
 
 
 # The report as a sequence -------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def norm_percentiles(view: View) -> Iterator[Finding]:
   message = f"p50 {p50}, p90 {p90}, p99 {p99}, largest {number(float(typical.max()))}, of {typical.size} finite norms "
   message += f"after the warm-up of {view.norms.warmup_steps} steps."
   advice = "clipjax.runs.suggest_max_norm gives a threshold from them." if percentiles[1] > 0 else ""
-  yield Finding("INFO", "norms", message, advice, "a threshold begins with p90", str(PLAYBOOK))
+  yield Finding("INFO", "norms", message, advice, "p90 is a start for max_norm", str(PLAYBOOK))
 
 
 def norm_scale(view: View) -> Iterator[Finding]:

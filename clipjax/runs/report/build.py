@@ -17,7 +17,7 @@ from clipjax.runs.health.verdict import diagnose
 from clipjax.runs.norms import main_name, norms_of_run
 from clipjax.runs.report import figures, page, sections
 from clipjax.runs.report.series import norm_series
-from clipjax.runs.run import Run
+from clipjax.runs.run import Floats, Run
 from clipjax.runs.schema import TIME, key_of
 from clipjax.runs.speed import speed
 from clipjax.runs.suggest import suggest_max_norm
@@ -27,7 +27,8 @@ _LARGEST_DATA = 8_000_000  # Bytes of JSON in a page; a browser still opens it a
 
 
 def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
-  """`(text, omitted)`: the series as ASCII JSON, numbers to 7 digits, null for what is absent or not finite.
+  """`(text, omitted)`: the series as ASCII JSON, numbers to 7 digits, null for what is absent or not finite; by
+  leaf, "inf" for what was not finite.
 
   Keys: `steps`, `columns`, `nonfinite` (key to steps), `leaves`, `vectors` (key to steps and rows), `weights`,
   `parameters`, `omitted`. Series that would make it longer than `largest` are left out, the main ones last.
@@ -44,7 +45,7 @@ def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
     source = _numbers(np.round(run.columns[key], 3) if key == TIME else run.columns[key], 14 if key == TIME else 7)
     room = _keep(columns, omitted, key, source, room)
   for key, (steps, values) in run.vectors.items():
-    source = f'{{"steps":{json.dumps(steps.tolist())},"values":[{",".join(map(_numbers, values))}]}}'
+    source = f'{{"steps":{json.dumps(steps.tolist())},"values":[{",".join(map(_by_leaf, values))}]}}'
     room = _keep(rows, omitted, f"{key}/…", source, room)
   fields |= {"columns": _object(columns), "vectors": _object({k.removesuffix("/…"): v for k, v in rows.items()})}
   if run.weights is not None:
@@ -121,6 +122,15 @@ def _footer(run: Run, omitted: list[str]) -> str:
 def _numbers(values: Any, digits: int = 7) -> str:
   """A JSON array; NaN and inf become null."""
   return "[" + ",".join(f"{x:.{digits}g}" if math.isfinite(x) else "null" for x in values.tolist()) + "]"
+
+
+def _by_leaf(values: Floats) -> str:
+  """A JSON array of numbers by leaf: "inf" for what was not finite, null for what was not recorded."""
+  text = _numbers(values)
+  if not np.isinf(values).any():
+    return text
+  parts = text[1:-1].split(",")
+  return "[" + ",".join('"inf"' if x == math.inf else part for x, part in zip(values, parts, strict=True)) + "]"
 
 
 def _object(fields: dict[str, str]) -> str:
