@@ -260,9 +260,8 @@ def _is_check(value):
   if not inspect.isfunction(value) or value.__name__.startswith("_"):
     return False
   signature = inspect.signature(value)
-  return [p.annotation for p in signature.parameters.values()] == [View] and "Finding" in str(
-    signature.return_annotation
-  )
+  annotations = [parameter.annotation for parameter in signature.parameters.values()]
+  return annotations == [View] and "Finding" in str(signature.return_annotation)
 
 
 # The report as a sequence -------------------------------------------------------------------------------------------

@@ -27,11 +27,11 @@ _LARGEST_DATA = 8_000_000  # Bytes of JSON in a page; a browser still opens it a
 
 
 def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
-  """`(text, omitted)`: the series as ASCII JSON, numbers to 7 digits, null for what is absent or not finite; by
-  leaf, "inf" for what was not finite.
+  """`(text, omitted)`: the series as ASCII JSON, numbers to 7 digits, null for what is absent or not finite.
 
-  Keys: `steps`, `columns`, `nonfinite` (key to steps), `leaves`, `vectors` (key to steps and rows), `weights`,
-  `parameters`, `omitted`. Series that would make it longer than `largest` are left out, the main ones last.
+  Keys: `steps`, `columns`, `nonfinite` (key to steps), `leaves`, `vectors` (key to steps and rows, with "inf" for what
+  was not finite), `weights`, `parameters`, `omitted`. Series that would make it longer than `largest` are left out, the
+  main ones last.
   """
   fields = {"clipjax_report": "1", "version": json.dumps(clipjax.__version__), "parameters": json.dumps(run.parameters)}
   fields |= {"source": json.dumps(os.path.basename(run.path)), "leaves": json.dumps(run.leaves)}

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from clipjax.quantities import NORM
 from clipjax.runs.report.series import (
   Depth,
   Grid,
@@ -30,6 +31,7 @@ from clipjax.runs.report.series import (
   without_common,
 )
 from clipjax.runs.run import Floats, Ints
+from clipjax.runs.schema import key_of
 from clipjax.runs.words import number
 
 # Okabe and Ito's colours, which are told apart with any colour vision.
@@ -61,7 +63,7 @@ def norms(series: NormSeries, width: float = WIDE) -> Figure:
   _mark(axes, steps, series.rejected & ~series.nonfinite, bins, 0.93, marker="s", color=PURPLE, label="rejected")
   _mark(axes, steps, norm == 0, bins, 0.03, marker="o", color=GREY, label="norm 0")
   _step_axis(axes, steps, width)
-  axes.set_ylabel(f"{series.name}/norm".replace("$", r"\$"))
+  axes.set_ylabel(key_of(series.name, NORM).replace("$", r"\$"))
   return _with_legend(figure, axes, width)
 
 
