@@ -261,6 +261,11 @@ def test_names_cannot_write_to_the_terminal(tmp_path, capsys):
     assert args != ["report"] or out.endswith(r"Wrote " + str(tmp_path) + r"/\x1b]0;x\x07\r\n\u202e\u2028.html" + "\n")
 
 
+def test_lines_that_are_printed_are_escaped_each(capsys):
+  cli._print("\x1b[31ma\u202e\nb\r")
+  assert capsys.readouterr().out == r"\x1b[31ma\u202e" + "\n" + r"b\r" + "\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_error_cannot_write_to_the_terminal(command, tmp_path, capsys):
   for name in ("no\x1b[31m\n\u202e.jsonl", "text\x1b[31m\n\u202e.jsonl"):
