@@ -1,21 +1,37 @@
 """The command line: `clipjax COMMAND`, or `python -m clipjax COMMAND`.
 
-Exit codes: 0 for success, 2 for wrong arguments, a missing extra, or a file that cannot be read or written, each with
-one line on stderr. A command imports what it needs when it runs, so that `--help` answers without loading JAX.
+Exit status: 0 for success, 1 where the verdict on a run has a FAIL, 2 for wrong arguments, a missing extra, or a file
+that cannot be read or written, each with one line on stderr. Whatever is printed has its control characters escaped,
+as a name of a file or of a leaf may have some.
 """
 
 import argparse
+import difflib
 import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NoReturn, TypeAlias
 
 import clipjax
+from clipjax.runs.health.findings import HealthLimits, check_limits
+from clipjax.runs.health.verdict import HealthReport, diagnose
+from clipjax.runs.report import write
+from clipjax.runs.report.mark import may_be_replaced
+from clipjax.runs.run import Run, read_run
+from clipjax.runs.suggest import suggest_max_norm
+from clipjax.runs.words import plain
 
-if TYPE_CHECKING:
-  from clipjax.runs.run import Run
+
+class _Parser(argparse.ArgumentParser):
+  """One that escapes what it repeats of the arguments."""
+
+  def error(self, message: str) -> NoReturn:
+    super().error(plain(message))
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,22 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments, those of the process when None.
 
   Returns:
-    The exit code. Wrong arguments, `--help` and `--version` leave through `SystemExit`, as argparse does.
+    The exit status. Arguments that argparse refuses, `--help` and `--version` leave through `SystemExit`, as it does.
   """
-  parser = argparse.ArgumentParser(prog="clipjax", description="Gradient clipping and gradient health for JAX.")
+  parser = _Parser(prog="clipjax", description="Gradient clipping and gradient health for JAX.")
   parser.add_argument("--version", action="version", version=f"clipjax {clipjax.__version__}")
   parser.set_defaults(command=None)
   commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-  _add_demo(commands)
-  _add_report(commands)
-  _add_suggest(commands)
+  for add in (_add_diagnose, _add_report, _add_suggest, _add_demo):
+    add(commands)
   args = parser.parse_args(argv)
   if args.command is None:
     parser.print_help(sys.stderr)
     return 2
   try:
     return int(args.command(args))
-  except _UnreadableError as error:
+  except _WrongError as error:
     return _fail(str(error))
   except BrokenPipeError:  # Its reader has seen enough, as in `clipjax suggest run.jsonl | head -1`.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else Python writes the rest as it ends.
@@ -51,7 +66,112 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 130  # What a shell reports for a process that an interrupt ended.
 
 
-def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+# diagnose, report ---------------------------------------------------------------------------------------------------
+
+
+def _add_diagnose(commands: _Commands) -> None:
+  parser = commands.add_parser(
+    "diagnose",
+    help="judge a recorded run",
+    description="Prints what clipjax.runs.diagnose finds in a recorded run. Exit status 1 where that has a FAIL.",
+  )
+  _add_run(parser)
+  _add_limits(parser)
+  parser.set_defaults(command=_diagnose)
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+  limits = _limits(args.limit)
+  report = diagnose(_read(args.run), limits=limits, warmup_steps=args.warmup_steps)
+  _print(str(report))
+  return _status(report)
+
+
+def _add_report(commands: _Commands) -> None:
+  parser = commands.add_parser(
+    "report",
+    help="judge a recorded run, and draw it into one HTML file",
+    description="Prints what clipjax.runs.diagnose finds in a recorded run, and writes a report with figures, which "
+    "opens without a network. The exit status is 1 where it finds a FAIL.",
+  )
+  _add_run(parser)
+  parser.add_argument(
+    "-o", "--output", type=Path, metavar="FILE", help="the report (default: RUN with the ending .html)"
+  )
+  _add_limits(parser)
+  parser.set_defaults(command=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+  limits = _limits(args.limit)
+  run = _read(args.run)
+  output = args.run.with_suffix(".html") if args.output is None else args.output
+  if output.exists() and output.samefile(args.run):
+    return _fail(f"the report must be another file than the run, got {str(output)!r}: name one with -o")
+  if not may_be_replaced(output):
+    return _fail(
+      f"the report must be a new file or a page that clipjax wrote, got {str(output)!r}, which is neither: name "
+      "another one with -o"
+    )
+  report = diagnose(run, limits=limits, warmup_steps=args.warmup_steps)
+  _print(str(report))
+  try:
+    written = write.write_report(run, output, limits=limits, warmup_steps=args.warmup_steps)
+  except ImportError as error:
+    missing = (error.name or str(error)).partition(".")[0]
+    return _fail(f"the report needs more packages, pip install 'clipjax[report]' (no {missing})")
+  _print(f"\nWrote {plain(str(written))}")
+  return _status(report)
+
+
+def _status(report: HealthReport) -> int:
+  return int(any(finding.level == "FAIL" for finding in report))
+
+
+# suggest ------------------------------------------------------------------------------------------------------------
+
+
+def _add_suggest(commands: _Commands) -> None:
+  parser = commands.add_parser(
+    "suggest",
+    help="which max_norm to use, from the norms of a recorded run",
+    description="Prints what clipjax.runs.suggest_max_norm says of a recorded run: a threshold, why, and what others "
+    "would have clipped.",
+  )
+  _add_run(parser)
+  parser.add_argument(
+    "--model", metavar="FAMILY", help="compare with the rule of thumb: feed-forward, cnn, rnn, lstm or transformer"
+  )
+  parser.add_argument("--learning-rate", type=float, metavar="X", help="the one of the run, for SGD at another one")
+  parser.add_argument("--new-learning-rate", type=float, metavar="Y", help="the one that the threshold is for")
+  parser.add_argument(
+    "--scale-free", action="store_true", help="for Adam and others that divide the scale of the gradient out"
+  )
+  _add_warmup(parser)
+  parser.set_defaults(command=_suggest)
+
+
+def _suggest(args: argparse.Namespace) -> int:
+  run = _read(args.run)
+  try:
+    suggestion = suggest_max_norm(
+      run,
+      learning_rate=args.learning_rate,
+      new_learning_rate=args.new_learning_rate,
+      scale_free=args.scale_free,
+      model=args.model,
+      warmup_steps=args.warmup_steps,
+    )
+  except ValueError as error:
+    return _fail(str(error))
+  _print(str(suggestion))
+  return 0
+
+
+# demo ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: _Commands) -> None:
   parser = commands.add_parser(
     "demo",
     help="train a small RNN without and with clipping, and draw what happens",
@@ -77,117 +197,80 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _demo(args: argparse.Namespace) -> int:
   try:
-    from clipjax import _demo_advice as advice  # noqa: PLC0415
-    from clipjax.demo import compare as demo  # noqa: PLC0415  (loads JAX and the extra)
+    from clipjax.demo import advice  # noqa: PLC0415  (needs the extra)
+    from clipjax.demo import compare as demo  # noqa: PLC0415
   except ImportError as error:
     return _fail(f"the demo needs more packages, pip install 'clipjax[demo]' ({_first_line(error)})")
+  if (other := advice.other_file(args.out)) is not None:
+    return _fail(f"the demo writes {str(other)!r}, a file that it did not make: name another folder with --out")
   demo.run(args.out, args.steps, args.seed)
   advice.run(args.out, args.steps, args.seed)
   return 0
 
 
-def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-  parser = commands.add_parser(
-    "report",
-    help="judge a recorded run, and draw it into one HTML file",
-    description="Prints what clipjax.runs.diagnose finds in a recorded run, and writes a report with figures, which opens "
-    "without a network.",
-  )
-  _add_run(parser)
-  parser.add_argument(
-    "-o", "--output", type=Path, metavar="FILE", help="the report (default: RUN with the ending .html)"
-  )
-  parser.set_defaults(command=_report)
+# Arguments ----------------------------------------------------------------------------------------------------------
 
 
-def _report(args: argparse.Namespace) -> int:
-  run = _read(args.run)
-  output = args.run.with_suffix(".html") if args.output is None else args.output
-  if output.exists() and output.samefile(args.run):
-    return _fail(f"the report must be another file than the run, got {str(output)!r}: name one with -o")
-  from clipjax.runs.health.verdict import diagnose  # noqa: PLC0415  (loads numpy)
-
-  _print(str(diagnose(run)))
-  try:
-    from clipjax.runs.report import write as report  # noqa: PLC0415  (needs the extra)
-
-    written = report.write_report(run, output)
-  except ImportError as error:
-    missing = (error.name or str(error)).partition(".")[0]
-    return _fail(f"the report needs more packages, pip install 'clipjax[report]' (no {missing})")
-  _print(f"\nWrote {written}")
-  return 0
-
-
-def _add_suggest(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-  parser = commands.add_parser(
-    "suggest",
-    help="which max_norm to use, from the norms of a recorded run",
-    description="Prints what clipjax.runs.suggest_max_norm says of a recorded run: a threshold, why, and what others "
-    "would have clipped.",
-  )
-  _add_run(parser)
-  parser.add_argument(
-    "--model", metavar="FAMILY", help="compare with the rule of thumb: feed-forward, cnn, rnn, lstm or transformer"
-  )
-  parser.add_argument("--learning-rate", type=float, metavar="X", help="the one of the run, for SGD at another one")
-  parser.add_argument("--new-learning-rate", type=float, metavar="Y", help="the one that the threshold is for")
-  parser.add_argument(
-    "--scale-free", action="store_true", help="for Adam and others that divide the scale of the gradient out"
-  )
-  parser.set_defaults(command=_suggest)
-
-
-def _suggest(args: argparse.Namespace) -> int:
-  run = _read(args.run)
-  from clipjax.runs.suggest import suggest_max_norm  # noqa: PLC0415  (loads numpy)
-
-  try:
-    suggestion = suggest_max_norm(
-      run,
-      learning_rate=args.learning_rate,
-      new_learning_rate=args.new_learning_rate,
-      scale_free=args.scale_free,
-      model=args.model,
-    )
-  except ValueError as error:
-    return _fail(str(error))
-  _print(str(suggestion))
-  return 0
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: _Parser) -> None:
   parser.add_argument("run", type=Path, metavar="RUN", help="a file that clipjax.runs.Recorder wrote")
 
 
-class _UnreadableError(Exception):
-  """A file that is no run; its text is one line."""
+def _add_limits(parser: _Parser) -> None:
+  parser.add_argument(
+    "--limit",
+    action="append",
+    default=[],
+    metavar="NAME=VALUE",
+    help="where a finding begins, a field of clipjax.runs.HealthLimits, as clip_fraction=0.9; may be repeated",
+  )
+  _add_warmup(parser)
 
 
-def _read(path: Path) -> "Run":
-  """The run of a file; `_UnreadableError` for whatever is wrong with it, as anything may be in a file."""
-  from clipjax.runs.run import read_run  # noqa: PLC0415  (loads numpy)
+def _add_warmup(parser: _Parser) -> None:
+  parser.add_argument(
+    "--warmup-steps",
+    type=_integer(0, None),
+    metavar="N",
+    help="how many steps from the first on to leave out (default: a tenth, at most 100)",
+  )
 
+
+class _WrongError(Exception):
+  """An argument that is wrong, or a file that is no run; its text is one line."""
+
+
+def _limits(given: Sequence[str]) -> HealthLimits:
+  """The limits that `--limit` names, the others as they are."""
+  fields: dict[str, Any] = {}
+  for text in given:
+    name, _, value = text.partition("=")
+    if name not in HealthLimits._fields:
+      near = difflib.get_close_matches(name, HealthLimits._fields, 3, 0.5) or HealthLimits._fields
+      raise _WrongError(f"--limit must be NAME=VALUE, got {text!r}: a name is {', '.join(near)}")
+    try:
+      fields[name] = int(value) if isinstance(HealthLimits._field_defaults[name], int) else float(value)
+    except ValueError:
+      raise _WrongError(
+        f"--limit {name} must be a number, got {value!r}: pass one such as {HealthLimits._field_defaults[name]}"
+      ) from None
+  limits = HealthLimits(**fields)
+  try:
+    check_limits(limits)
+  except ValueError as error:
+    raise _WrongError(str(error).replace("`limits.", "--limit ", 1).replace("`", "", 1)) from None
+  return limits
+
+
+def _read(path: Path) -> Run:
+  """The run of a file; `_WrongError` for whatever is wrong with it, as anything may be in a file."""
   try:
     return read_run(path)
   except FileNotFoundError:
-    raise _UnreadableError(f"cannot read {path}: there is no such file") from None
+    raise _WrongError(f"cannot read {path}: there is no such file") from None
   except OSError as error:
-    raise _UnreadableError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
+    raise _WrongError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
   except ValueError as error:
-    raise _UnreadableError(_first_line(error)) from None
-
-
-def _first_line(error: BaseException) -> str:
-  return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _print(text: str) -> None:
-  """Prints what may hold characters that stdout cannot encode."""
-  if sys.stdout is None:  # Closed by the caller.
-    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-  encoding = sys.stdout.encoding or "utf-8"
-  print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    raise _WrongError(_first_line(error)) from None
 
 
 def _integer(low: int, high: int | None) -> Callable[[str], int]:
@@ -205,6 +288,22 @@ def _integer(low: int, high: int | None) -> Callable[[str], int]:
   return parse
 
 
+# Output -------------------------------------------------------------------------------------------------------------
+
+
+def _print(text: str) -> None:
+  """Prints lines that may hold what a terminal would obey, or what stdout cannot encode."""
+  if sys.stdout is None:  # Closed by the caller.
+    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+  encoding = sys.stdout.encoding or "utf-8"
+  shown = "\n".join(map(plain, text.split("\n")))
+  print(shown.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 def _fail(message: str) -> int:
-  print(f"clipjax: {message}", file=sys.stderr)
+  print(f"clipjax: {plain(message)}", file=sys.stderr)
   return 2
+
+
+def _first_line(error: BaseException) -> str:
+  return next(iter(str(error).splitlines()), type(error).__name__)

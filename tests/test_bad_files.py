@@ -14,6 +14,7 @@ import pytest
 import clipjax
 from clipjax import cli
 from clipjax.runs import outputs
+from clipjax.runs.report.mark import START
 
 TX = clipjax.clip_by_global_norm(1.0)
 GRADS = {"w": jnp.array([3.0, 4.0])}
@@ -560,7 +561,7 @@ def test_wrong_arguments_of_what_judges_a_run(case, run_file, tmp_path, monkeypa
 
 def test_a_report_on_a_full_disk_leaves_the_old_one(run_file, tmp_path, monkeypatch):
   page, run = tmp_path / "report.html", clipjax.runs.read_run(run_file)
-  page.write_text("old")
+  page.write_text(START)
   whole = pathlib.Path.write_bytes
 
   def half(path, content):
@@ -571,7 +572,7 @@ def test_a_report_on_a_full_disk_leaves_the_old_one(run_file, tmp_path, monkeypa
   assert (
     error_of(OSError, lambda: clipjax.runs.write_report(run, page)) == f"[Errno 28] No space left on device: '{page}'"
   )
-  assert page.read_text() == "old" and sorted(tmp_path.iterdir()) == sorted([page, run_file])
+  assert page.read_text() == START and sorted(tmp_path.iterdir()) == sorted([page, run_file])
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a device of Linux")

@@ -101,7 +101,7 @@ def test_the_runs_differ_in_the_threshold_alone(runs):
 def test_one_compilation_serves_every_threshold_and_the_seed_decides_the_rest(monkeypatch, runs):
   traces = []
   train_step = model.train_step
-  monkeypatch.setattr(demo, "train_step", lambda *args: traces.append(None) or train_step(*args))
+  monkeypatch.setattr(training, "train_step", lambda *args: traces.append(None) or train_step(*args))
   again = training.train_all(3, 0, lambda *_: None)
   assert len(traces) == 1
   other = training.train_all(1, 1, lambda *_: None)
@@ -363,6 +363,18 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch, runs):
   assert capsys.readouterr().err == f"clipjax: cannot write {tmp_path / 'clipjax_demo.json'}: Is a directory\n"
 
 
+@pytest.mark.parametrize("name", ["clipjax_demo_run.jsonl", "clipjax_demo_run.html"])
+def test_a_file_that_the_demo_did_not_make_is_kept(name, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(demo, "train_all", lambda *_: pytest.fail("trained first"))
+  (tmp_path / name).write_text("mine")
+  assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+    f"clipjax: the demo writes {str(tmp_path / name)!r}, a file that it did not make: name another folder with --out"
+  )
+  assert (tmp_path / name).read_text() == "mine"
+
+
 def test_an_interrupt_leaves_no_traceback(monkeypatch, tmp_path):
   def interrupt(*_):
     raise KeyboardInterrupt
@@ -391,14 +403,14 @@ def test_no_command_prints_the_help(capsys):
 
 
 @pytest.mark.parametrize("args", [["--help"], ["demo", "--help"], ["--version"]])
-def test_help_and_version_load_neither_jax_nor_the_extra(args):
+def test_help_and_version_do_not_load_the_extra(args):
   code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from clipjax.__main__ import main; main()"
   got = run_python("-c", code, *args)
   *text, modules = got.stdout.decode().splitlines()
   assert (got.returncode, got.stderr) == (0, b"")
   assert text[0].startswith("usage: clipjax" if "--help" in args else f"clipjax {clipjax.__version__}")
   assert "clipjax.__main__" in modules.split()
-  assert not {"jax", "numpy", "optax", "rich", "matplotlib"} & set(modules.split())
+  assert not {"rich", "matplotlib"} & set(modules.split())
 
 
 def test_the_demo_loads_no_pyplot():

@@ -1,9 +1,13 @@
 """`diagnose`: a healthy run has no defect, the numbers, the edges, the table, and runs of real states."""
 
+import importlib
+import inspect
 import json
 import math
+import pkgutil
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +17,10 @@ import pytest
 from synthetic import N, bad, healthy, layered, only, run_of, with_spikes
 
 import clipjax
-from clipjax.runs.health import facts, gradient
+from clipjax.runs import health
+from clipjax.runs.health import verdict
+from clipjax.runs.health.view import View
+from clipjax.runs.sources import BY_TEXT
 from clipjax.runs.words import number, percent
 
 
@@ -78,7 +85,7 @@ def test_limits_can_be_set():
   assert bad(clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits(clip_fraction=0.8))) == []
   strict = clipjax.runs.HealthLimits(clip_fraction=0.65, min_steps=10_000)
   assert bad(clipjax.runs.diagnose(run, limits=strict)) == []
-  assert "at least 10000" in only(clipjax.runs.diagnose(run, limits=strict), "few-steps").message
+  assert only(clipjax.runs.diagnose(run, limits=strict), "few-steps").rule == "at least 10000, a limit of clipjax"
 
 
 @pytest.mark.parametrize(
@@ -187,10 +194,13 @@ def test_every_finding_has_its_rule_and_what_to_do():
   judged = [f for f in report.findings if f.level != "INFO"]
   assert len(judged) >= 10
   for finding in judged:
-    assert "Rule: " in finding.message and finding.advice.endswith("."), finding
+    assert finding.rule and finding.advice.endswith("."), finding
+    assert not finding.rule.endswith(".") and "Rule" not in finding.message, finding
+    assert ("a limit of clipjax" in finding.rule or "may" in finding.rule) or finding.source in BY_TEXT, finding
+    assert finding.source == "" or finding.source in BY_TEXT, finding
     assert re.search(r"\d|exactly 0", finding.message), finding
+    assert all(type(step) is int for step in finding.steps) and all(type(leaf) is str for leaf in finding.leaves)
   assert [f.level for f in report.findings] == sorted([f.level for f in report.findings], key="FAIL WARN INFO".index)
-  assert "source" not in judged[0]._fields
   check_table(report)
 
 
@@ -206,6 +216,9 @@ def check_table(report):
     # What is in the findings is in the table, word by word.
     words = " ".join(" ".join(lines).split())
     assert all(" ".join(f.message.split()) in words for f in report.findings)
+    assert all(f"Rule: {f.rule}." in words for f in report if f.rule)
+    assert all(f"Source: {f.source}." in words for f in report if f.source)
+    assert all(f"-> {f.advice}" in words for f in report if f.advice)
   assert str(report) == report.table(100)
 
 
@@ -235,14 +248,41 @@ def test_the_checks_leave_the_run_as_it_was():
 
 
 def test_every_check_is_in_use():
-  names = [name for name in vars(gradient) if name.startswith("_") and "view" in _arguments(vars(gradient)[name])]
-  helpers = {"_first_layers", "_clip_shares", "_clip_too_high", "_layer_ratios", "_zero_norm"}
-  assert set(names) - helpers == {check.__name__ for check in gradient.CHECKS if check.__name__.startswith("_")}
-  assert len(set(gradient.CHECKS + facts.FACTS)) == len(gradient.CHECKS + facts.FACTS)
+  names = [module.name for module in pkgutil.iter_modules(health.__path__)]
+  modules = [importlib.import_module(f"{health.__name__}.{name}") for name in names]
+  found = {value for module in modules for value in vars(module).values() if _is_check(value)}
+  assert found == set(verdict.CHECKS)
+  assert len(found) == len(verdict.CHECKS) >= 20
 
 
-def _arguments(value):
-  return getattr(getattr(value, "__code__", None), "co_varnames", ())[:1]
+def _is_check(value):
+  """A public function `View -> findings`."""
+  if not inspect.isfunction(value) or value.__name__.startswith("_"):
+    return False
+  signature = inspect.signature(value)
+  annotations = [parameter.annotation for parameter in signature.parameters.values()]
+  return annotations == [View] and "Finding" in str(signature.return_annotation)
+
+
+# The report as a sequence -------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_a_sequence_of_its_findings():
+  report = clipjax.runs.diagnose(run_of(with_spikes(), **layered([1.0, 0.3])))
+  assert len(report) == len(report.findings) > 4
+  assert tuple(report) == report[:] == report.findings
+  assert report[0] is report.findings[0] and report[-1] is report.findings[-1]
+  assert report[1:3] == report.findings[1:3]
+  assert report.findings[2] in report and report.index(report.findings[2]) == 2
+  assert (report.path, report.steps, report.warmup_steps) == ("run.jsonl", 400, 40)
+  assert isinstance(report, Sequence)
+
+
+def test_a_report_without_findings_is_false_and_has_a_title():
+  report = clipjax.runs.HealthReport((), "run.jsonl", 3, 0)
+  assert not report and len(report) == 0 and list(report) == []
+  assert str(report) == "'run.jsonl': 3 steps, 0 FAIL, 0 WARN, 0 INFO; warm-up 0 steps"
+  assert clipjax.runs.diagnose(run_of(healthy()))
 
 
 @pytest.mark.slow  # It asks the clock.

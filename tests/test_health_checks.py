@@ -19,13 +19,15 @@ def test_steps_that_are_not_finite_and_the_layer_where_it_began():
   at[[70, 71, 100]] = True
   columns["grad/norm"][at] = columns["grad/norm_clipped"][at] = np.nan
   values = np.ones((40, 2))
-  values[7, 1] = np.nan  # Row 7 is step 71.
+  values[7, 1] = np.inf  # Row 7 is step 71.
   run = run_of(columns, flags={"grad/norm": at}, **layered(values))
   report = clipjax.runs.diagnose(run)
   assert bad(report) == ["nonfinite"]
   finding = only(report, "nonfinite")
   assert finding.level == "FAIL"
-  assert "3 of 400 steps had a norm of inf or NaN, at steps 71, 72, 101; first in 'out/w'." in finding.message
+  assert finding.message == "3 of 400 steps had a norm of inf or NaN, at steps 71, 72, 101; first in 'out/w'."
+  assert finding.rule == "none may occur, as one such step that is applied makes every parameter NaN"
+  assert (finding.source, finding.steps, finding.leaves) == ("", (71, 72, 101), ("out/w",))
   run.vectors["grad/nonfinite"] = (run.vectors["grad/norm"][0], np.where(np.arange(40)[:, None] == 7, [5.0, 0.0], 0.0))
   assert (
     "first in 'in/w'." in only(clipjax.runs.diagnose(run), "nonfinite").message
@@ -75,8 +77,10 @@ def test_clipped_in_more_than_half_of_the_steps():
   report = clipjax.runs.diagnose(run_of(healthy(**{"grad/clip_fraction": fractions})))
   assert bad(report) == ["clipped-often"]
   message = only(report, "clipped-often").message
-  assert message.startswith("'grad' clipped 71.2% of the steps. Rule: at most 50%.")
-  assert "tuning playbook" in message
+  assert message == "'grad' clipped 71.2% of the steps."
+  finding = only(report, "clipped-often")
+  assert finding.rule.startswith("at most 50%; ")
+  assert finding.source == "Google's tuning playbook, https://github.com/google-research/tuning_playbook"
   assert "AutoClip" not in only(report, "clipped-often").advice
   assert bad(clipjax.runs.diagnose(run_of(healthy(**{"grad/clip_fraction": np.full(N, 0.5)})))) == []
   adaptive = healthy(**{"grad/clip_fraction": fractions, "grad/max_norm": np.linspace(3, 1, N)})
@@ -114,7 +118,9 @@ def test_spikes_that_no_clip_caught():
   assert bad(report) == ["spikes"]
   message = only(report, "spikes").message
   assert message.startswith("2 of 400 norms were spikes that nothing caught, at steps 201, 301, the largest 30 against")
-  assert "6 standard deviations above the mean of the 128 norms before" in message
+  finding = only(report, "spikes")
+  assert finding.rule == "at most 6 standard deviations above the mean of the 128 norms before"
+  assert (finding.source.partition(",")[0], finding.steps, finding.leaves) == ("OLMo-core", (201, 301), ())
 
 
 def test_the_limit_of_a_spike_is_that_of_the_rule_for_skip_steps():
@@ -172,9 +178,10 @@ def test_a_norm_that_rises_late():
   norm = np.where(np.arange(N) < 310, 1.0, 3.0)
   report = clipjax.runs.diagnose(run_of({"grad/norm": norm, "loss": columns["loss"]}))
   assert "rising-norm" in bad(report)
-  assert "rose 3 times late in the run: median 1 in the third quarter of the steps, 3 in the last. Rule: at most 2" in (
+  assert "rose 3 times late in the run: median 1 in the third quarter of the steps, 3 in the last." in (
     only(report, "rising-norm").message
   )
+  assert only(report, "rising-norm").rule.startswith("at most 2 times, a limit of clipjax; ")
   slow = np.exp(np.linspace(0, 4, N))
   assert bad(clipjax.runs.diagnose(run_of({"grad/norm": slow}))) == ["rising-norm"]
   zero = np.where(np.arange(N) < 310, 0.0, 3.0)
@@ -218,7 +225,8 @@ def test_updates_too_large_or_small_for_their_parameters(ratio, advice):
   report = clipjax.runs.diagnose(run_of(healthy(**{"update/ratio": np.full(N, ratio)})))
   assert bad(report) == ["update-ratio"]
   finding = only(report, "update-ratio")
-  assert f"is {ratio:.3g}. Rule: 0.0001 to 0.01; CS231n" in finding.message
+  assert finding.message.endswith(f"is {ratio:.3g}.")
+  assert finding.rule.startswith("0.0001 to 0.01, ") and finding.source.startswith("CS231n")
   assert finding.advice.startswith(advice)
 
 
@@ -250,9 +258,10 @@ def test_the_warm_up_does_not_count_for_the_ratio_of_a_layer():
 def test_layers_whose_norms_are_far_apart():
   report = clipjax.runs.diagnose(run_of(healthy(), **layered([1e-4, 0.5])))
   assert bad(report) == ["layer-spread"]
-  assert (
-    "5000 times apart: 0.0001 in 'in/w', 0.5 in 'out/w'. Rule: at most 1000" in only(report, "layer-spread").message
-  )
+  finding = only(report, "layer-spread")
+  assert finding.message.endswith(" are 5000 times apart: 0.0001 in 'in/w', 0.5 in 'out/w'.")
+  assert finding.rule.startswith("at most 1000 times, a limit of clipjax; ")
+  assert finding.leaves == ("in/w", "out/w")
   assert bad(clipjax.runs.diagnose(run_of(healthy(), **layered([6e-4, 0.5])))) == []
   assert bad(clipjax.runs.diagnose(run_of(healthy(), **layered([4e-4, 0.5])))) == ["layer-spread"]
 
@@ -266,7 +275,8 @@ def test_zeros_in_the_gradient():
 def test_many_rejected_steps():
   report = clipjax.runs.diagnose(run_of(healthy(**{"skip/fraction": np.full(N, 0.125)})))
   assert bad(report) == ["skipped"]
-  assert only(report, "skipped").message.startswith("skip_steps rejected 12.5% of 400 steps. Rule: at most 5%")
+  assert only(report, "skipped").message == "skip_steps rejected 12.5% of 400 steps."
+  assert only(report, "skipped").rule == "at most 5%, a limit of clipjax"
 
 
 @pytest.mark.parametrize(("factor", "text"), [(1e4, "above 100"), (1e-8, "below 1e-05")])

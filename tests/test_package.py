@@ -49,7 +49,8 @@ def test_the_test_of_imports_can_fail():
 
 
 def test_the_run_wing_is_loaded_on_first_use():
-  code = "import clipjax, sys; seen = 'clipjax.runs' in sys.modules; clipjax.runs.Recorder; print(seen, 'runs' in dir(clipjax))"
+  code = "import clipjax, sys; seen = 'clipjax.runs' in sys.modules; clipjax.runs.Recorder; "
+  code += "print(seen, 'runs' in dir(clipjax))"
   assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "False True\n"
 
 

@@ -67,7 +67,7 @@ def test_wheel_has_the_package_and_nothing_else(built):
   for name, content in wheel.items():
     if name.startswith("clipjax/"):
       assert content == (ROOT / name).read_bytes()
-  assert wheel[f"{info}/entry_points.txt"].decode() == "[console_scripts]\nclipjax = clipjax.__main__:main\n"
+  assert wheel[f"{info}/entry_points.txt"].decode() == "[console_scripts]\nclipjax = clipjax.cli:main\n"
 
 
 def test_sdist_has_the_sources_and_nothing_else(built):

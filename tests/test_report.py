@@ -1,6 +1,7 @@
 """The report of a run: what is said, what is drawn, what is escaped. Browsers are not part of the tests."""
 
 import functools
+import html
 import itertools
 import json
 import os
@@ -17,23 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import clipjax
-from clipjax.runs import words
+from clipjax.runs import sources, speed, words
 from clipjax.runs.health import verdict
-from clipjax.runs.report import (
-  figures as report_figures,
-)
-from clipjax.runs.report import (
-  page as report_page,
-)
-from clipjax.runs.report import (
-  sections as report_sections,
-)
-from clipjax.runs.report import (
-  series as report_series,
-)
-from clipjax.runs.report import (
-  write as report_write,
-)
+from clipjax.runs.report import build as report_build
+from clipjax.runs.report import figures as report_figures
+from clipjax.runs.report import page as report_page
+from clipjax.runs.report import sections as report_sections
+from clipjax.runs.report import series as report_series
 from clipjax.runs.run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -112,7 +103,7 @@ def make(norm, *, bad=(), limit=2.0, names=(), every=10, path="runs/demo.jsonl",
   if names and n:
     at = np.unique(np.append(np.arange(0, n, every), np.flatnonzero(flag)))
     values = np.outer(np.nan_to_num(norm[at], nan=1.0), np.arange(1, len(names) + 1) / len(names))
-    values[flag[at], 0] = np.nan
+    values[flag[at], 0] = np.inf
     vectors = {"grad/norm": (steps[at], values), "update/ratio": (steps[at], np.full(values.shape, 2e-3))}
     counts = np.outer(np.arange(1, at.size + 1), [0.0, 3.0, 5.0, 1.0])
     weights = steps[at], np.linspace(-4, 0, 5), counts
@@ -135,9 +126,14 @@ def full(n=300, names=("embed", "layers/0/w", "layers/1/w"), **kwargs):
   return make(norm, **({"bad": [n // 2 + 1], "names": names} | columns | kwargs))
 
 
-def written(run, tmp_path):
+def shown(run):
+  """What the sections of a run are made of."""
+  return report_sections.Shown(run, report_series.norm_series(run), speed.speed(run), clipjax.runs.HealthLimits())
+
+
+def written(run, tmp_path, **options):
   path = tmp_path / "report.html"
-  assert clipjax.runs.write_report(run, str(path)) == path
+  assert clipjax.runs.write_report(run, str(path), **options) == path
   assert list(tmp_path.iterdir()) == [path]
   return Page(path.read_text(encoding="ascii"))
 
@@ -182,7 +178,7 @@ def test_every_page_is_whole_and_needs_nothing_else(case, page_of):
   assert "url(" not in page.css
   assert "@import" not in page.css
   hosts = {attrs["href"].split("/")[2] for attrs in page.all("a")}
-  assert hosts <= {"github.com", "cs231n.github.io", "arxiv.org"}
+  assert hosts <= {"github.com", "cs231n.github.io", "arxiv.org", "doi.org"}
   # Every reference inside has one aim, and no two elements have one name.
   names = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
   assert len(names) == len(set(names))
@@ -211,23 +207,26 @@ def test_the_data_are_those_of_the_run(case, page_of):
   assert set(got["vectors"]) == set(run.vectors)
   for key, (steps, values) in run.vectors.items():
     assert got["vectors"][key]["steps"] == steps.tolist()
-    np.testing.assert_allclose(np.array(got["vectors"][key]["values"], np.float64), values, rtol=5.1e-7)
+    back = np.array([[np.nan if x is None else float(x) for x in row] for row in got["vectors"][key]["values"]])
+    np.testing.assert_allclose(back, values, rtol=5.1e-7)
   if run.weights is not None:
     np.testing.assert_allclose(got["weights"]["counts"], run.weights[2])
 
 
 def test_names_are_shown_and_are_no_markup(tmp_path, monkeypatch):
-  findings = [verdict.Finding("FAIL", "<i>name</i>", f"<script>{EVIL[0]}", "</td><td>"), *[("INFO", *"abc")] * 2]
-  monkeypatch.setattr(verdict, "diagnose", lambda run: verdict.HealthReport(tuple(findings), *[None] * 3))
+  evil = verdict.Finding("FAIL", "<i>name</i>", f"<script>{EVIL[0]}", "</td><td>", "<b>rule</b>", '"><i>source')
+  findings = [evil, *[verdict.Finding("INFO", *"abc")] * 2]
+  report = verdict.HealthReport(tuple(findings), "", 0, 0)
+  monkeypatch.setattr(report_build, "diagnose", lambda run, limits, warmup_steps: report)
   run = full(names=EVIL, path="</title><script>x<&.jsonl")
   losses = ("<b>loss</b>", '" onload="x loss', "loss $a_1$ $b$", "_loss")
   run.columns.update(dict.fromkeys(losses, run.columns["loss"]))
   page = written(run, tmp_path)
   assert not page.all("b") + page.all("i")
   assert f"Training run {os.path.basename(run.path)}" in page.text
-  assert f"<script>{EVIL[0]}" in page.text
+  assert f'<script>{EVIL[0]}Rule: <b>rule</b>. Source: "><i>source.</td><td>' in page.text
   for name in EVIL:
-    assert report_series.plain(name) in page.text
+    assert words.plain(name) in page.text
   assert "a\\u2028b\\u2029c\\nd\\u202ee" in page.text
   assert "\\ud800" in page.text
   assert "<b>loss</b> from 5 to 2, lowest 2" in page.alt("Line chart of the losses")
@@ -249,14 +248,14 @@ def test_the_words_of_a_run(page_of):
   assert page.alt("Line chart of grad/norm") == (
     f"Line chart of grad/norm, steps 1 to 300, log axis: median {p50}, 90th percentile {p90}, 99th percentile {p99}, "
     f"smallest {norm.min():.3g}, largest 50. Threshold 2. 1 of 300 (0.333%) steps clipped. 1 of 300 (0.333%) steps not "
-    "finite, the first is step 152."
+    "finite, the first is step 152. 1 spikes."
   )
   assert page.alt("Histogram of log10 of grad/norm") == (
     f"Histogram of log10 of grad/norm over 299 finite steps: p50 {p50}, p90 {p90}, p99 {p99}."
   )
   assert "1 layers were not finite at some step: embed." in page.alt("Heat map")
   assert page.alt("Line chart of the losses").endswith("loss from 5 to 2, lowest 2; val_loss from 3 to 3, lowest 3.")
-  assert "The median of 3 of 3 layers lies in 1e-4 to 1e-2." in page.alt("Line chart of update")
+  assert "The median of 3 of 3 layers lies in 0.0001 to 0.01." in page.alt("Line chart of update")
   assert page.alt("Histogram of log10 of the size of the weights").endswith("0.0316 at step 1 and 0.0316 at step 291.")
   assert page.alt("Line chart of the time").endswith(
     "time of a step: 125 ms, the median of parts of the run; from push to push median 125 ms, 99th percentile 125 ms; "
@@ -271,23 +270,34 @@ def test_verdict_and_suggestion_are_those_of_the_library(page_of):
   run, page = full(), page_of("3 layers")
   findings = clipjax.runs.diagnose(run).findings
   assert findings
-  for level, name, message, advice in findings:
-    assert f"{level}{name}{message}{advice}" in page.text
+  for finding in findings:
+    source = sources.BY_TEXT[finding.source].title if finding.source else ""
+    rule = f"Rule: {finding.rule}." if finding.rule else ""
+    rule += f" Source: {source}." if source else ""
+    assert f"{finding.level}{finding.name}{finding.message}{rule}{finding.advice}" in page.text
+  assert any(finding.source for finding in findings)
   suggestion = clipjax.runs.suggest_max_norm(run)
   assert f"max_norm = {words.number(suggestion.max_norm)}{suggestion.reason}" in page.text
+  assert "".join(f"Source: {sources.BY_TEXT[source].title}" for source in suggestion.sources) in page.text
   assert f"(suggested){words.percent(suggestion.clip_fraction)}" in page.text
 
 
 def test_sources_are_links_and_nothing_else_is():
-  links = {
-    "github.com/google-research/tuning_playbook": "https://github.com/google-research/tuning_playbook",
-    "cs231n.github.io/neural-networks-3/#ratio": "https://cs231n.github.io/neural-networks-3/#ratio",
-    "arXiv 2504.02507": "https://arxiv.org/abs/2504.02507",
-  }
-  for source, address in links.items():
-    assert report_page.prose(f"<({source})") == f'&lt;(<a href="{address}">{source}</a>)'
-  for other in ("https://evil.example/a", "javascript:alert(1)", "github.com/evil/tuning_playbook"):
-    assert report_page.prose(other) == other
+  for text, source in sources.BY_TEXT.items():
+    assert re.fullmatch(r"https://[\w.]+/[\w./#-]+", source.address)
+    assert report_page.source(text) == f'<a href="{source.address}">{html.escape(source.title)}</a>'
+  for other in ("https://evil.example/a", "javascript:alert(1)", f"x{sources.PLAYBOOK}", sources.PLAYBOOK.address):
+    assert report_page.source(other) == html.escape(other)
+  assert report_page.source("<b>") == "&lt;b&gt;"
+
+
+def test_the_words_of_a_finding_are_never_links(tmp_path, monkeypatch):
+  words = f"{sources.PLAYBOOK} {sources.PLAYBOOK.address} arXiv 1211.5063"
+  finding = verdict.Finding("WARN", "name", words, words, words, str(sources.OLMO_2))
+  report = verdict.HealthReport((finding,), "", 0, 0)
+  monkeypatch.setattr(report_build, "diagnose", lambda run, limits, warmup_steps: report)
+  page = written(Run("x", np.arange(1, 4), {}, {}, {}, {}, None, None), tmp_path)
+  assert [attrs["href"] for attrs in page.all("a")] == [sources.OLMO_2.address]
 
 
 def test_without_a_suggestion_the_page_says_why(tmp_path):
@@ -319,7 +329,7 @@ def test_a_large_run_is_a_file_that_opens(tmp_path, page_of):
   page = written(run, tmp_path)
   assert len(page.source) < 10_000_000
   assert "Lines are thinned for drawing" in page.text
-  text, omitted = report_write.to_json(run, 2_000_000)
+  text, omitted = report_build.to_json(run, 2_000_000)
   assert len(text) < 2_010_000
   kept = json.loads(text)
   assert len(kept["columns"]["grad/norm"]) == 50_000
@@ -330,7 +340,7 @@ def test_a_large_run_is_a_file_that_opens(tmp_path, page_of):
 
 
 def test_a_page_names_what_is_left_out_of_its_data(tmp_path, monkeypatch):
-  monkeypatch.setattr(report_write, "_LARGEST_DATA", 4000)
+  monkeypatch.setattr(report_build, "_LARGEST_DATA", 4000)
   text = written(full(), tmp_path).text
   assert "Left out of the JSON for its size: grad/norm, time, loss, " in text
 
@@ -385,13 +395,15 @@ def test_a_spike_of_one_step_in_many_is_drawn():
 def test_the_heat_map_keeps_extremes_and_what_was_not_finite():
   steps = np.arange(0, 5000, 10) + 1
   values = np.ones((500, 3))
-  values[321, 1], values[123, 2] = 9.0, np.nan
+  values[321, 1], values[123, 2] = 9.0, np.inf
+  values[:25, 0] = values[300:302, 1] = np.nan  # They were not recorded.
   start, stop, grid = report_series.time_grid(steps, values, 50)
   assert (start, stop) == (-4, 4996)
   assert grid.shape == (3, 50)
   assert grid[1].argmax() == 321 // 10
-  assert np.flatnonzero(np.isnan(grid[2])).tolist() == [123 // 10]
-  assert (grid[0] == 1).all()
+  assert np.flatnonzero(np.isinf(grid[2])).tolist() == [123 // 10]
+  assert np.isnan(grid[0]).tolist() == [True] * 2 + [False] * 48
+  assert (grid[0, 2:] == 1).all() and not np.isnan(grid[1]).any()
 
 
 def test_the_heat_map_holds_what_was_last_recorded():
@@ -448,7 +460,7 @@ def test_worst_step_by_layer():
 
 def test_time_of_a_step_and_throughput():
   run = make([1.0] * 5, time=[10.0, 10.5, np.nan, 11.5, 11.0], tokens=[7.0, 8.0, 7.0, 9.0, 7.0])
-  steps, seconds = report_series.seconds_per_step(run)
+  steps, seconds = speed.seconds_per_step(run)
   assert (steps.tolist(), seconds.tolist()) == ([2, 4], [0.5, 0.5])  # Two steps in a second; a clock set back.
 
 
@@ -457,12 +469,12 @@ def test_the_time_of_a_step_is_that_of_parts_of_the_run():
   time = np.arange(1001) * 0.5
   time[1::2] -= 0.499
   run = make(np.ones(1001), time=time, tokens=np.where(np.arange(1001) % 2, np.nan, 8.0))
-  assert report_series.speed(run).step_time == pytest.approx(0.5, rel=0.03)
-  at, rate = report_series.throughput(run, "tokens")
+  assert speed.speed(run).step_time == pytest.approx(0.5, rel=0.03)
+  at, rate = speed.throughput(run, "tokens")
   assert at.size == 50
   np.testing.assert_allclose(rate, 16.0, rtol=0.06)
-  assert report_series.speed(make([1.0])) is None
-  assert report_series.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
+  assert speed.speed(make([1.0])) is None
+  assert speed.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
 
 
 def test_the_speed_of_the_verdict_is_that_of_its_section(tmp_path):
@@ -602,7 +614,7 @@ def test_the_page_does_not_depend_on_the_style_of_the_caller(tmp_path, page_of):
 
 def test_a_report_replaces_another_at_once(tmp_path, monkeypatch):
   path = tmp_path / "report.html"
-  path.write_text("old")
+  written(make([1.0]), tmp_path)
   written(full(), tmp_path)
 
   def refuse(*_):
@@ -655,12 +667,12 @@ def run_python(code):
 
 
 MAKE = (
-  "import sys; sys.modules['jax'] = None; import numpy as np, clipjax; from clipjax.runs.run import Run; "
+  "import sys; import numpy as np, clipjax; from clipjax.runs.run import Run; "
   "run = Run('x', np.arange(1, 4), {'grad/norm': np.ones(3)}, {}, {}, {}, None, None); "
 )
 
 
-def test_a_report_needs_neither_jax_nor_pyplot(tmp_path):
+def test_a_report_loads_no_pyplot(tmp_path):
   report = f"clipjax.runs.write_report(run, {str(tmp_path / 'x.html')!r}); clipjax.runs.plot_norms(run); "
   got = run_python(f"{MAKE} {report} print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)")
   assert (got.stdout, got.stderr) == ("True False\n", "")
@@ -669,7 +681,8 @@ def test_a_report_needs_neither_jax_nor_pyplot(tmp_path):
 @pytest.mark.parametrize("call", ["write_report(run, 'x.html')", "plot_norms(run)"])
 def test_matplotlib_is_loaded_at_the_call_and_named_where_it_is_missing(call):
   name = call.partition("(")[0]
-  loaded = f"clipjax.{name}; assert 'matplotlib' not in sys.modules; sys.modules['matplotlib'] = None; clipjax.{call}"
+  loaded = f"clipjax.runs.{name}; assert 'matplotlib' not in sys.modules; sys.modules['matplotlib'] = None; "
+  loaded += f"clipjax.runs.{call}"
   got = run_python(MAKE + loaded)
   assert got.stderr.splitlines()[-1] == "ImportError: a report needs matplotlib: pip install 'clipjax[report]'"
 
@@ -678,6 +691,6 @@ def test_clipped_steps_are_those_that_the_clip_counted_where_rows_do_not_tell():
   run = full()
   marked = int(np.sum(run["grad/scale"] < 1))
   assert 0 < marked < 250
-  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", report_sections.summary(run))
+  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", report_sections.summary(shown(run)))
   run.columns["grad/clipped_steps"] = np.append(np.full(len(run) - 2, np.nan), [249.0, 250.0])
-  assert re.search(r"clipped steps</dt>\s*<dd>250<", report_sections.summary(run))
+  assert re.search(r"clipped steps</dt>\s*<dd>250<", report_sections.summary(shown(run)))

@@ -18,8 +18,13 @@ from rich.console import Console
 
 import clipjax
 from clipjax.demo import compare, model
+from clipjax.runs.report.mark import may_be_replaced
+from clipjax.runs.run import is_run
+from clipjax.runs.words import plain
 
 STABLE_RATE = 0.25  # The best stable one of this model without a clip in docs/choosing.md.
+
+_RECORD, _PAGE = "clipjax_demo_run.jsonl", "clipjax_demo_run.html"
 
 Step = Callable[[Any, float, float, int], tuple[Any, jax.Array]]
 
@@ -36,7 +41,7 @@ def run(out: Path, steps: int, seed: int) -> None:
     OSError: if a file cannot be written.
   """
   console = Console(markup=False, highlight=False, emoji=False)
-  record, page = out / "clipjax_demo_run.jsonl", out / "clipjax_demo_run.html"
+  record, page = out / _RECORD, out / _PAGE
   record.unlink(missing_ok=True)
   start, step = _trainer(seed)
   with clipjax.runs.Recorder(record, every=10) as recorder:  # Norms by leaf are kept once in so many steps.
@@ -56,8 +61,17 @@ def run(out: Path, steps: int, seed: int) -> None:
     console.print(str(suggestion), soft_wrap=True)
     losses = train(start, step, steps, suggestion.max_norm, model.LEARNING_RATE)
     console.print(f"\nWith it, at a rate of {model.LEARNING_RATE:g}, {_course(losses)}.")
-  written = f"\nWrote {record} and the report {clipjax.runs.write_report(run, page)}"
+  clipjax.runs.write_report(run, page)
+  written = f"\nWrote {plain(str(record))} and the report {plain(str(page))}"
   console.print(written.encode(console.encoding, "backslashreplace").decode(console.encoding), soft_wrap=True)
+
+
+def other_file(out: Path) -> Path | None:
+  """The first of the two files that is there and that clipjax did not make; None without one."""
+  record, page = out / _RECORD, out / _PAGE
+  if record.is_file() and not is_run(str(record)):
+    return record
+  return None if may_be_replaced(page) else page
 
 
 def train(

@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from clipjax.demo.model import HIDDEN, LEARNING_RATE, LENGTH
 from clipjax.demo.picture import picture
 from clipjax.demo.training import MAX_NORMS, Report, Trained, label_of, to_json, train_all
+from clipjax.runs.words import plain
 
 PRINT_EVERY = 100  # Steps between two lines where there is no terminal; a multiple of READ_EVERY.
 FINAL_STEPS = 10  # The final loss is the mean over so many steps: a single batch is noisy.
@@ -71,7 +72,7 @@ def run(out: Path, steps: int, seed: int) -> None:
   picture_path, series_path = out / "clipjax_demo.png", out / "clipjax_demo.json"
   picture(runs).savefig(picture_path, dpi=150)
   series_path.write_text(to_json(runs, seed), encoding="utf-8")
-  written = f"\nWrote {picture_path} and {series_path}"
+  written = f"\nWrote {plain(str(picture_path))} and {plain(str(series_path))}"
   # A path may hold what stdout cannot encode.
   written = written.encode(console.encoding, "backslashreplace").decode(console.encoding)
   console.print(written, soft_wrap=True)

@@ -71,9 +71,11 @@ class States:
     if unseen := self._unseen(packer, seen, before):
       metrics, vectors = _without(packer, unseen, metrics, vectors)
     metrics = metrics | {key: math.inf for key in _limits(packer) if key in metrics and is_no_limit(metrics[key])}
-    vectors = {key: _as_limits(key, vector) for key, vector in vectors.items()}
+    vectors = {key: _as_limits(packer.quantity_of["vector", key], vector) for key, vector in vectors.items()}
     if names:
-      metrics, vectors, rings = ({_renamed(k, names): x for k, x in d.items()} for d in (metrics, vectors, rings))
+      metrics = {_renamed(key, names): x for key, x in metrics.items()}
+      vectors = {_renamed(key, names): x for key, x in vectors.items()}
+      rings = {_renamed(key, names): x for key, x in rings.items()}
     return Measured(update, metrics, vectors, rings)
 
   def _unseen(self, packer: Packer, seen: Seen, before: tuple[int, ...] | None) -> set[int]:
@@ -144,17 +146,17 @@ def _renamed(key: str, names: dict[str, str]) -> str:
   return key
 
 
-def _quantity(key: str) -> str:
-  return key.split("/", 2)[1]
-
-
 def _without(
   packer: Packer, unseen: set[int], metrics: dict[str, Any], vectors: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Leaves out what states that have not seen this step say of a step."""
   of = packer.source_of
   return (
-    {key: x for key, x in metrics.items() if of["metric", key] not in unseen or _quantity(key) in SO_FAR},
+    {
+      key: x
+      for key, x in metrics.items()
+      if of["metric", key] not in unseen or packer.quantity_of["metric", key] in SO_FAR
+    },
     {key: x for key, x in vectors.items() if of["vector", key] not in unseen},
   )
 
@@ -162,13 +164,13 @@ def _without(
 @lru_cache(64)  # Each row asks for them.
 def _limits(packer: Packer) -> tuple[str, ...]:
   """The metrics that are limits."""
-  return tuple(key for key in packer.metric_keys if _quantity(key) in LIMITS)
+  return tuple(key for key in packer.metric_keys if packer.quantity_of["metric", key] in LIMITS)
 
 
 def _are_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
   return all(x == other[key] or (x != x and other[key] != other[key]) for key, x in one.items())  # noqa: PLR0124  (NaN)
 
 
-def _as_limits(key: str, vector: Any) -> Any:
+def _as_limits(quantity: str, vector: Any) -> Any:
   """No limit is inf in a row, not the largest number, which stands for it in a state."""
-  return np.where(is_no_limit(vector), math.inf, vector) if _quantity(key) in LIMITS else vector
+  return np.where(is_no_limit(vector), math.inf, vector) if quantity in LIMITS else vector

@@ -1,15 +1,16 @@
 """The norms of a run as they are judged: raw, with what was not finite and the warm-up told apart.
 
-Reading needs numpy alone. A run has one state that is judged, `main_name`: "grad" where there is one. Its norms are
-those before any clip. Where `skip_steps` rejected a step, the clip inside did not see it and its column repeats the
-step before: the norm that `skip_steps` saw stands there instead.
+A run has one state that is judged, `main_name`: "grad" where there is one. Its norms are those before any clip. Where
+`skip_steps` rejected a step, a clip inside did not see it: the norm that `skip_steps` saw stands there instead.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipjax.quantities import CONSECUTIVE, MAX_NORM, NORM, SCALE, STEPS
 from clipjax.runs.run import Bools, Floats, Ints, Run
+from clipjax.runs.schema import GRAD, SKIP, key_of, names_with
 from clipjax.runs.words import described
 
 WARMUP_SHARE, WARMUP_MOST = 10, 100  # The warm-up is a tenth of the steps, at most 100, where it is not given.
@@ -51,8 +52,8 @@ class Norms(NamedTuple):
 
 def main_name(run: Run) -> str | None:
   """The name of "grad" where it has a norm, else of the first state that has one, "skip" last; None without any."""
-  names = [key.removesuffix("/norm") for key in run.columns if key.endswith("/norm") and "/norm/" not in key]
-  return next((name for name in ["grad", *sorted(names, key=lambda name: name == "skip")] if name in names), None)
+  names = names_with(run.columns, NORM)
+  return next((name for name in [GRAD, *sorted(names, key=lambda name: name == SKIP)] if name in names), None)
 
 
 def norms_of_run(run: Run, name: str | None, warmup_steps: int | None) -> Norms:
@@ -60,16 +61,29 @@ def norms_of_run(run: Run, name: str | None, warmup_steps: int | None) -> Norms:
   warmup, begin = _warmup(run.steps, warmup_steps)
   if name is None:
     return Norms(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.bool_), warmup, begin)
-  values, rejected = _column(run, f"{name}/norm"), np.zeros(len(run.steps), np.bool_)
-  if "skip/consecutive" in run.columns:
-    rejected = run.columns["skip/consecutive"] > 0
-  count = run.columns.get(f"{name}/steps")
-  if "skip/norm" in run.columns and name != "skip" and count is not None:
-    unseen = np.append(count[:1] == 0, count[1:] == count[:-1])
+  skipped = rejected(run)
+  values = np.where(unseen(run, name), np.nan, _flagged(run, key_of(name, NORM)))
+  if (key := key_of(SKIP, NORM)) in run.columns and name != SKIP:
     # A step that was not rejected either was a part of a larger one, as in optax.MultiSteps.
-    values = np.where(unseen, np.where(rejected, _column(run, "skip/norm"), np.nan), values)
+    values = np.where(np.isnan(values) & skipped, _flagged(run, key), values)
   known = ~np.isnan(values)
-  return Norms(run.steps[known], values[known], rejected[known], warmup, begin)
+  return Norms(run.steps[known], values[known], skipped[known], warmup, begin)
+
+
+def rejected(run: Run) -> Bools:
+  """Whether `skip_steps` rejected each step."""
+  return column(run, key_of(SKIP, CONSECUTIVE)) > 0
+
+
+def unseen(run: Run, name: str) -> Bools:
+  """Whether each step passed the state `name` by, as a step that is rejected passes by a clip inside `skip_steps`.
+
+  A row of format 1 repeats the numbers of the step before there: its count of steps stands still.
+  """
+  count = run.columns.get(key_of(name, STEPS))
+  if count is None:
+    return np.zeros(len(run.steps), np.bool_)
+  return np.append(count[:1] == 0, count[1:] == count[:-1])
 
 
 def acted(run: Run, name: str | None, norms: Norms) -> Bools:
@@ -77,7 +91,7 @@ def acted(run: Run, name: str | None, norms: Norms) -> Bools:
 
   Such a row stands before the push that brought it, so that the limit is that of the next row which has one.
   """
-  scale, limit = run.columns.get(f"{name}/scale"), run.columns.get(f"{name}/max_norm")
+  scale, limit = (run.columns.get(key_of(str(name), quantity)) for quantity in (SCALE, MAX_NORM))
   if scale is None or limit is None or not (known := np.flatnonzero(np.isfinite(scale))).size:
     return np.zeros(norms.steps.shape, np.bool_)
   rows = np.searchsorted(run.steps, norms.steps)
@@ -145,10 +159,16 @@ def mean(values: Floats) -> float:
   return largest * float(np.mean(values / largest)) if largest > 0 else 0.0
 
 
-def _column(run: Run, key: str) -> Floats:
-  """A column in which inf stands where the record says that a value was there but not finite."""
-  return np.where(_flag(run, key), np.inf, run.columns[key])
+def column(run: Run, key: str) -> Floats:
+  """A column of a run, of NaN where it has none of that name."""
+  return run.columns.get(key, np.full(len(run.steps), np.nan))
 
 
-def _flag(run: Run, key: str) -> Bools:
+def flag(run: Run, key: str) -> Bools:
+  """Where a column of a run was inf or NaN."""
   return run.flags.get(key, np.zeros(len(run.steps), np.bool_))
+
+
+def _flagged(run: Run, key: str) -> Floats:
+  """A column in which inf stands where the record says that a value was there but not finite."""
+  return np.where(flag(run, key), np.inf, run.columns[key])

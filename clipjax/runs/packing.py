@@ -18,6 +18,8 @@ from jax import lax
 
 from clipjax.checks import describe
 from clipjax.leaves import is_measured
+from clipjax.quantities import NORM
+from clipjax.runs.schema import key_of
 from clipjax.runs.text import numbers
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
 from clipjax.state_search import found_in, held_tree, is_accumulator, is_wrapper, named, unwrapped
@@ -128,6 +130,7 @@ class Packer:
     metric_keys: of `clipjax.metrics`.
     sources: the states, from the outside in.
     source_of: the place among them of the state that a metric, a vector or a ring is of, by kind and key.
+    quantity_of: what each of them is, such as "norm".
     is_accumulated: whether all of them are inside `optax.MultiSteps`, and see a step once in several pushes.
   """
 
@@ -146,6 +149,7 @@ class Packer:
     self.leaves = {s.leaves_name(self.sources): s.labels.block_names for s in self.sources if s.labels.block_names}
     self._without = None if self.sources else jax.tree.structure(tree)
     self.source_of: dict[tuple[str, str], int] = {}
+    self.quantity_of: dict[tuple[str, str], str] = {}
     self._program = jax.jit(self._pack)
     self._layouts: dict[Any, Layout] = {}
     self._is_scattered = False
@@ -201,27 +205,30 @@ class Packer:
     for key, value in scalars.items():
       out["count" if key == _USER_STEP else "pushed", key] = value
     for i, (source, state) in enumerate(zip(self.sources, states, strict=True)):
-      for member, value in self._numbers_of(source, state).items():
-        out.setdefault(member, value)  # The first in the chain gives what two of one name have.
-        self.source_of.setdefault(member, i)
+      for member, (quantity, value) in self._numbers_of(source, state).items():
+        if member not in out:  # The first in the chain gives what two of one name have.
+          out[member] = value
+          self.source_of[member], self.quantity_of[member] = i, quantity
       if isinstance(state, WatchState) and not isinstance(state.history, tuple):
         out["count", _RING + source.name] = state.steps
     return OrderedDict((key, _as_recorded(value)) for key, value in out.items())
 
-  def _numbers_of(self, source: "_Source", state: Any) -> dict[tuple[str, str], Any]:
-    """What one state says, by kind and key."""
-    vectors = vectors_of(state)
-    out = {("metric", f"{source.name}/{quantity}"): value for quantity, value in global_numbers(state).items()}
+  def _numbers_of(self, source: "_Source", state: Any) -> dict[tuple[str, str], tuple[str, Any]]:
+    """What one state says, by kind and key: quantities and their values."""
+    vectors, numbers = vectors_of(state), global_numbers(state)
+    out: dict[tuple[str, str], tuple[str, Any]] = {}
+    for quantity, value in numbers.items():
+      out["metric", key_of(source.name, quantity)] = quantity, value
     # With a group for each of hundreds of layers, numbers by group are vectors alone, as those by leaf are.
     if state.labels.unit == "group" and len(state.labels.block_names) <= MOST_COLUMNS:
       by = blocks_name(source.name, source.labels, [(s.name, s.labels) for s in self.sources])
       for quantity, vector in vectors.items():
         for i, label in enumerate(state.labels.block_names):
-          out["metric", f"{by}/{quantity}/{label}"] = vector[i]
+          out["metric", key_of(by, quantity, label)] = quantity, vector[i]
     for quantity, vector in vectors.items():
-      out["vector", f"{source.leaves_name(self.sources)}/{quantity}"] = vector
+      out["vector", key_of(source.leaves_name(self.sources), quantity)] = quantity, vector
     if isinstance(state, WatchState) and not isinstance(state.history, tuple):
-      out["ring", source.name] = state.history
+      out["ring", source.name] = NORM, state.history
     return out
 
   def _pack(self, arrays: list[Any], scalars: dict[str, Any]) -> jax.Array:

@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from clipjax.quantities import NORM
 from clipjax.runs.rings import Norms
 from clipjax.runs.rows import Before
 from clipjax.runs.run import read_run
 from clipjax.runs.run_file import RunFile
-from clipjax.runs.schema import UPDATE, is_norm
+from clipjax.runs.schema import UPDATE, key_of, names_with
 
 
 def before_in(file: RunFile) -> Before | None:
@@ -30,7 +31,7 @@ def norms_in(path: str, first: int, last: int) -> dict[int, Norms]:
     return {}
   out: dict[int, Norms] = {int(step): {} for step in run.steps[(run.steps >= first) & (run.steps <= last)]}
   start = int(np.searchsorted(run.steps, first))
-  for key in [key for key in run.columns if is_norm(key)]:
+  for key in [key_of(name, NORM) for name in names_with(run.columns, NORM)]:
     known = np.isfinite(run.columns[key]) | run.flags.get(key, False)
     for i, norms in enumerate(out.values(), start):
       if known[i]:

@@ -6,7 +6,7 @@ under `optax.MultiSteps` or where steps are examples, the rows stand evenly betw
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from clipjax.quantities import NORM
 from clipjax.runs.packing import Ring

@@ -21,6 +21,7 @@ from clipjax.runs.words import described
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+Objects: TypeAlias = np.ndarray[Any, np.dtype[np.object_]]
 
 _OBJECTS = OBJECTS
 
@@ -40,10 +41,15 @@ class Run:
       time of the push in seconds since 1970, "user_step" the caller's number of the step where it was another.
     flags: bool, shape (n,), by key: True where a number was recorded and was inf or NaN; only keys that have such.
     leaves: names of the leaves or groups, by name of the clip or watch, such as "grad".
-    vectors: by `<name>/<quantity>`: int64 (m,), the steps, and float64 (m, leaves), the numbers, NaN if not finite.
+    vectors: by `<name>/<quantity>`: int64 (m,), the steps, and float64 (m, leaves), the numbers: inf where one was
+      not finite, NaN where it was not recorded.
     weights: the histogram of log10|w| over the parameters: int64 (m,), steps; float64 (k + 1,), edges of its bins;
       float64 (m, k), counts. None where no parameters were given.
     parameters: number of the parameters; None where none were given.
+    batches: object, shape (n,): what the caller called the batch of each step, an int or a str, a tuple of them where
+      a step is several micro-batches, None where nothing was said; None where nothing ever was.
+    superseded: how many rows the reader left out, as the run went back to before them.
+    unreadable: how many lines were torn.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, clipjax
@@ -64,6 +70,9 @@ class Run:
   vectors: dict[str, tuple[Ints, Floats]]
   weights: tuple[Ints, Floats, Floats] | None
   parameters: int | None
+  batches: Objects | None = None
+  superseded: int = 0
+  unreadable: int = 0
 
   def keys(self) -> tuple[str, ...]:
     """The columns, then the numbers by leaf."""
@@ -306,7 +315,7 @@ def _vectors(rows: list[dict[str, Any]], leaves: dict[str, tuple[str, ...]]) -> 
       if values and len(values) == len(leaves.get(key.rpartition("/")[0], ())):
         steps, vectors = found.setdefault(key, ([], []))
         steps.append(row["step"])
-        vectors.append(np.array(values, np.float64))  # None becomes NaN.
+        vectors.append(np.array([np.inf if x is None else x for x in values], np.float64))
   return {key: (np.array(steps, np.int64), np.stack(vectors)) for key, (steps, vectors) in found.items()}
 
 

@@ -4,7 +4,9 @@ A file of a run is JSON Lines: a header, then a row for each step. The numbers o
 `clipjax.metrics`, `<name>/<quantity>` or `<name>/<quantity>/<label>`, whose quantities are in `clipjax.quantities`.
 """
 
-from clipjax.quantities import LIMITS, NORM, WORST_NORM
+from collections.abc import Iterable
+
+from clipjax.quantities import LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, WORST_NORM
 
 FORMAT = 2  # In the header. In format 1 the step of a row was the count of the updates; a reader takes both.
 
@@ -41,6 +43,10 @@ GRAD = "grad"
 UPDATES = "update"  # A watch at the end of the chain: its ratio is that of the step to the parameters.
 SKIP = "skip"
 
+# What is said by leaf or group as well; numbers by block go by the name of the state, or by that with its unit.
+BY_BLOCK = frozenset({NORM, MAX_NORM, SCALE, RATIO, NONFINITE, WORST_NORM})
+UNITS = ("", "_group", "_leaf")
+
 MAY_BE_INF = LIMITS | {WORST_NORM}  # inf there is not a fault of the step.
 
 
@@ -49,11 +55,13 @@ def key_of(name: str, quantity: str, label: str | None = None) -> str:
   return f"{name}/{quantity}" if label is None else f"{name}/{quantity}/{label}"
 
 
+def names_with(keys: Iterable[str], quantity: str) -> list[str]:
+  """The names of the states that have a quantity, of all leaves together: "grad" for "grad/norm", not "grad/norm/w"."""
+  ending = f"/{quantity}"
+  found = [key for key in keys if key.endswith(ending) and not any(f"/{by}/" in key for by in BY_BLOCK)]
+  return [key.removesuffix(ending) for key in found]
+
+
 def name_of(key: str) -> str:
   """The name of the state whose numbers by leaf these are: "grad" of "grad/norm"."""
   return key.rpartition("/")[0]
-
-
-def is_norm(key: str) -> bool:
-  """Whether this is the norm that a state has of all leaves."""
-  return key.endswith(f"/{NORM}") and key.count("/") == 1

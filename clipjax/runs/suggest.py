@@ -1,6 +1,6 @@
 """Which `max_norm` to use, from the norms of a run that went well.
 
-numpy alone. The formula and its constants are `_threshold`; the rest finds the norms that it is applied to, and says
+The formula and its constants are `_threshold`; the rest finds the norms that it is applied to, and says
 how the result stands to them and to the rules of others.
 """
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from clipjax.runs.norms import FEW, Norms, check_warmup, main_name, mean, norms_of_array, norms_of_run
 from clipjax.runs.run import Floats, Run
+from clipjax.runs.schema import LOSS
+from clipjax.runs.sources import PASCANU, PLAYBOOK
 from clipjax.runs.words import described, number, percent
 
-PLAYBOOK = "Google's tuning playbook (github.com/google-research/tuning_playbook)"
 FAMILIES = {
   "feed-forward": (5.0, 10.0),
   "cnn": (1.0, 5.0),
@@ -41,6 +42,7 @@ class Suggestion(NamedTuple):
     reason: where it comes from, in a few sentences with numbers.
     alternatives: pairs `(max_norm, clip_fraction)` for p50, p75, p90 and p99 of these norms.
     notes: what else to know: how it stands to the rules of others, and what it holds for.
+    sources: where the rules of others come from, title and address each.
 
   Example:
     >>> import clipjax
@@ -54,6 +56,7 @@ class Suggestion(NamedTuple):
   reason: str
   alternatives: tuple[tuple[float, float], ...]
   notes: tuple[str, ...]
+  sources: tuple[str, ...] = ()
 
   def __str__(self) -> str:
     rows = [("suggested", self.max_norm, self.clip_fraction)]
@@ -62,7 +65,8 @@ class Suggestion(NamedTuple):
     table += [f"  {name:<10}{number(value):>9}  {percent(share)}" for name, value, share in rows]
     notes = [textwrap.fill(note, _WIDTH, initial_indent="- ", subsequent_indent="  ", **_WHOLE) for note in self.notes]
     reason = textwrap.fill(self.reason, _WIDTH, **_WHOLE)
-    return "\n".join([f"max_norm = {number(self.max_norm)}", "", reason, "", *table, "", *notes])
+    sources = [f"- Source: {source}" for source in self.sources]
+    return "\n".join([f"max_norm = {number(self.max_norm)}", "", reason, "", *table, "", *notes, *sources])
 
 
 _WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
@@ -140,6 +144,7 @@ def suggest_max_norm(
     reason=" ".join([formula.format(norms=_counted(norms)), *filter(None, warnings)]),
     alternatives=tuple((float(value), _share_above(typical, value)) for value in np.percentile(typical, _ALTERNATIVES)),
     notes=tuple(_notes(typical, max_norm, rates, scale_free, model)),
+    sources=(str(PLAYBOOK), str(PASCANU)),
   )
 
 
@@ -214,7 +219,7 @@ def _divergence(norms: Norms, run: Run | None) -> str:
   medians = [float(np.median(part)) for part in np.array_split(finite, min(20, finite.size))]
   if finite.size >= FEW and medians[-1] > _DIVERGED_NORM * min(medians):
     signs.append(f"its norms rose from {number(min(medians))} to {number(medians[-1])}")
-  loss = np.zeros(0) if run is None else run.columns.get("loss", np.zeros(0))
+  loss = np.zeros(0) if run is None else run.columns.get(LOSS, np.zeros(0))
   loss = loss[np.isfinite(loss)]
   if loss.size >= FEW:
     first, last = float(loss[:3].max()), float(np.median(loss[-(loss.size // 10) :]))
@@ -233,7 +238,7 @@ def _notes(
 ) -> list[str]:
   middle = mean(typical)
   notes = [
-    f"{PLAYBOOK} recommends the 90th percentile as a start. Pascanu et al. 2013 (arXiv 1211.5063) found that half to "
+    f"{PLAYBOOK.title} recommends the 90th percentile as a start. {PASCANU.title} found that half to "
     f"ten times the mean norm can work: here {number(middle / 2)} to {number(middle * 10)}, and "
     f"{number(max_norm)} lies {_place(max_norm, middle / 2, middle * 10)}."
   ]

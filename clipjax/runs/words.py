@@ -1,4 +1,4 @@
-"""Numbers, names and steps as the texts of the run wing show them; it loads without JAX."""
+"""Numbers, names and steps as the texts of the run wing show them."""
 
 import itertools
 import re
@@ -14,6 +14,11 @@ def described(x: Any) -> str:
   return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
+def plain(name: str) -> str:
+  """A name with every character that has no shape of its own as an escape: line ends, controls, direction marks."""
+  return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
 def number(x: float) -> str:
   """Three significant digits; without an exponent from 0.0001 up to a million."""
   rounded = float(f"{x:.3g}")
@@ -27,6 +32,7 @@ def percent(share: float) -> str:
   return f"{100 * share:.3g}%"
 
 
+_MOST_STEPS, _MOST_BATCHES = 5, 3  # That are named; of more, their number is told.
 _MOST_RANGES = 3  # Of layers that are named; of more, their number is told.
 
 
@@ -123,11 +129,28 @@ def _ranges(layers: Iterable[int]) -> list[str]:
   return [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
 
 
-def at_steps(steps: Any) -> str:
-  """The first of some steps."""
-  shown = ", ".join(map(str, steps[:5]))
-  more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
-  return f"at step{'s' if len(steps) > 1 else ''} {shown}{more}"
+def at_steps(steps: Sequence[int], batches: Sequence[Any] | None = None) -> str:
+  """The first of some steps, as in "at steps 250 (batch 'shard-3'), 300 and 3 more".
+
+  Args:
+    steps: as the caller pushed them, not none.
+    batches: what the caller called the batch of each, None where it was not said; None where it never was.
+  """
+  named = batches is not None and any(batch is not None for batch in batches[:_MOST_STEPS])
+  most = _MOST_BATCHES if named else _MOST_STEPS
+  said = [f"{step}{_of_batch(batch)}" for step, batch in zip(steps[:most], batches or (None,) * most, strict=False)]
+  more = f" and {len(steps) - most} more" if len(steps) > most else ""
+  return f"at step{'s' if len(steps) > 1 else ''} {', '.join(said)}{more}"
+
+
+def _of_batch(batch: Any) -> str:
+  """The batch of a step in brackets; those of a step that is several micro-batches."""
+  if batch is None:
+    return ""
+  if not isinstance(batch, tuple):
+    return f" (batch {batch!r})"
+  more = f" and {len(batch) - _MOST_BATCHES} more" if len(batch) > _MOST_BATCHES else ""
+  return f" (batches {', '.join(map(repr, batch[:_MOST_BATCHES]))}{more})"
 
 
 def duration(seconds: float) -> str:

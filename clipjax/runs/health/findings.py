@@ -1,34 +1,40 @@
-"""What a check of `diagnose` takes and gives: a `View` of the run, and findings."""
+"""What `diagnose` finds, a `Finding`, and where findings begin, `HealthLimits`."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.runs.norms import Norms
-from clipjax.runs.run import Floats, Ints, Run
 from clipjax.runs.words import described
 
 
 class Finding(NamedTuple):
-  """One line of a `HealthReport`.
+  """One line of a `HealthReport`; every field is data, and the table, the page and the terminal are made of them.
 
   Attributes:
     level: "FAIL", "WARN" or "INFO".
     name: a short name in the same words each time, such as "clipped-often".
-    message: the number, the rule with its limit, and where the rule comes from.
+    message: what was found, with its numbers.
     advice: what to do next; empty where there is nothing to do.
+    rule: the limit in words, as in "at most 50%"; empty where nothing is judged.
+    source: where the rule comes from, title and address; empty for a limit of clipjax.
+    steps: all the steps that it speaks of, as they were pushed; empty where it speaks of the whole run.
+    leaves: the names of the leaves or groups that it speaks of.
 
   Example:
     >>> import clipjax
-    >>> finding = clipjax.runs.Finding("WARN", "clipped-often", "90% of 40 steps were clipped.", "Raise max_norm.")
+    >>> finding = clipjax.runs.Finding("WARN", "spikes", "1 norm was a spike, at step 7.", "Clip it.", steps=(7,))
     >>> print(f"{finding.level} {finding.name}: {finding.message} {finding.advice}")
-    WARN clipped-often: 90% of 40 steps were clipped. Raise max_norm.
+    WARN spikes: 1 norm was a spike, at step 7. Clip it.
   """
 
   level: str
   name: str
   message: str
-  advice: str
+  advice: str = ""
+  rule: str = ""
+  source: str = ""
+  steps: tuple[int, ...] = ()
+  leaves: tuple[str, ...] = ()
 
 
 class HealthLimits(NamedTuple):
@@ -87,57 +93,3 @@ def check_limits(limits: HealthLimits) -> None:
       raise TypeError(f"{rule}, got {described(value)}: {remedy}.")
     if not value >= low:
       raise ValueError(f"{rule}, got {value}: {remedy}.")
-
-
-class View(NamedTuple):
-  """What a check looks at.
-
-  Attributes:
-    run: the run.
-    name: the state that is judged, None where no norm was recorded.
-    norms: its raw norms.
-    limits: where findings begin.
-  """
-
-  run: Run
-  name: str | None
-  norms: Norms
-  limits: HealthLimits
-
-  def enough(self, count: int, parts: int = 1) -> bool:
-    """Whether statistics of so many numbers, split into parts, say something."""
-    return count >= max(self.limits.min_steps, parts)
-
-  def column(self, key: str) -> Floats:
-    """The finite values of a column after the warm-up; none where it was not recorded."""
-    values = self.run.columns.get(key, np.zeros(0))
-    if not values.size:
-      return values
-    return values[np.isfinite(values) & (self.run.steps >= self.norms.begin)]
-
-  def last(self, key: str) -> float | None:
-    """The last finite value of a column, as of a counter; None without any."""
-    values = self.run.columns.get(key, np.zeros(0))
-    values = values[np.isfinite(values)]
-    return float(values[-1]) if values.size else None
-
-  def steps_taken(self, name: str | None = None) -> int:
-    """How many steps a state has counted; the recorded ones where it does not say."""
-    return max(self.norms.values.size, int(self.last(f"{name or self.name}/steps") or 0))
-
-  def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
-    """What was recorded by leaf or group: names (L,), steps (m,) and values (m, L), inf for what was not finite.
-
-    Groups are columns too, with a number at every step, and NaN where there is none, up to 64 of them.
-    """
-    key = f"{name}/{quantity}"
-    keys = [other for other in self.run.columns if other.startswith(f"{key}/")]
-    labels = tuple(other.removeprefix(f"{key}/") for other in keys)
-    # A clip of other blocks than the watch of its name has, in the record, their unit at the end.
-    names = (by for by in (name, f"{name}_group", f"{name}_leaf") if f"{by}/{quantity}" in self.run.vectors)
-    by = next(names, None)
-    if by is not None and (not keys or (by == name and set(labels) != set(self.run.leaves[by]))):
-      steps, values = self.run.vectors[f"{by}/{quantity}"]
-      return self.run.leaves[by], steps, np.where(np.isnan(values), np.inf, values)
-    columns = [np.where(self.run.flags.get(k, False), np.inf, self.run.columns[k]) for k in keys]
-    return labels, self.run.steps, np.stack(columns, 1) if keys else np.zeros((len(self.run.steps), 0))

@@ -12,12 +12,12 @@ import numpy as np
 
 from clipjax.quantities import CONSECUTIVE, NORM
 from clipjax.runs.health.detectors import SpikeDetector
-from clipjax.runs.health.findings import Finding, HealthLimits, View
-from clipjax.runs.health.gradient import nonfinite_norm, spikes
-from clipjax.runs.health.losses import nonfinite_loss
-from clipjax.runs.norms import main_name, norms_of_run
+from clipjax.runs.health.findings import Finding, HealthLimits
+from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
+from clipjax.runs.health.spikes import spikes
+from clipjax.runs.health.view import view_of
 from clipjax.runs.run import run_of_rows
-from clipjax.runs.schema import BACK, FLAGS, LOSS, SKIP, STEP, is_norm, key_of
+from clipjax.runs.schema import BACK, FLAGS, LOSS, SKIP, STEP, key_of, names_with
 
 _CHECKS = (nonfinite_norm, nonfinite_loss, spikes)  # Those that name steps.
 Row = Mapping[str, Any]
@@ -54,8 +54,7 @@ class Live:
     if not steps:
       return []
     run = run_of_rows(self._rows, leaves)
-    name = main_name(run)
-    view = View(run, name, norms_of_run(run, name, 0), self._limits)
+    view = view_of(run, self._limits, 0)
     with np.errstate(over="ignore", invalid="ignore"):
       found = [finding for check in _CHECKS for finding in check(view)]
     new = [f for f in found if f.level != "INFO" and f.name not in self._kinds and not steps.isdisjoint(f.steps)]
@@ -101,7 +100,7 @@ def _courses(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _is_series(key: str) -> bool:
-  return key == LOSS or is_norm(key)
+  return key == LOSS or bool(names_with([key], NORM))
 
 
 def _value(row: Row, key: str) -> float | None:

@@ -1,28 +1,62 @@
 """A verdict on a recorded run: what is wrong, what to look at, and the numbers that practitioners ask for.
 
-numpy alone. What can be wrong is in `_health_checks` and `_health_losses`, what is good to know in `_health_facts`:
-functions from what was recorded to findings, each silent where what it needs was not recorded. A finding says its
-number, the rule with its limit, where the rule comes from, and what to do next. The limits are the fields of
-`HealthLimits`.
+The checks are in the files beside this one, a family of findings each. A finding says its number, the rule with its
+limit, where the rule comes from, and what to do next. The limits are the fields of `HealthLimits`.
 """
 
+import dataclasses
 import textwrap
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
 
 import numpy as np
 
-from clipjax.runs.health.facts import FACTS
-from clipjax.runs.health.findings import Finding, HealthLimits, View, check_limits
-from clipjax.runs.health.gradient import CHECKS
-from clipjax.runs.norms import check_warmup, main_name, norms_of_run
+from clipjax.runs.health.clips import clipped, clipped_often, skipped
+from clipjax.runs.health.facts import left_out, parameters, step_time, too_few
+from clipjax.runs.health.findings import Finding, HealthLimits, check_limits
+from clipjax.runs.health.layers import layer_spread, zero_gradient, zeros
+from clipjax.runs.health.losses import loss_course, overfit, rising_loss
+from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
+from clipjax.runs.health.norm import norm_percentiles, norm_scale, rising_norm
+from clipjax.runs.health.spikes import spikes
+from clipjax.runs.health.updates import update_ratio
+from clipjax.runs.health.view import View, view_of
+from clipjax.runs.norms import check_warmup
 from clipjax.runs.run import Run
 from clipjax.runs.words import described
 
-_LEVELS = ("FAIL", "WARN", "INFO")
+LEVELS = ("FAIL", "WARN", "INFO")
+
+# In the order that the findings of a level have: defects, then what is good to know.
+CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
+  nonfinite_norm,
+  nonfinite_loss,
+  zero_gradient,
+  clipped_often,
+  spikes,
+  rising_norm,
+  rising_loss,
+  overfit,
+  update_ratio,
+  layer_spread,
+  zeros,
+  skipped,
+  too_few,
+  left_out,
+  norm_percentiles,
+  norm_scale,
+  clipped,
+  loss_course,
+  parameters,
+  step_time,
+)
 
 
-class HealthReport(NamedTuple):
-  """The verdict on a run; `str()` is a table.
+@dataclasses.dataclass(frozen=True)
+class HealthReport(Sequence[Finding]):
+  """The verdict on a run: a sequence of findings, whose `str()` is a table.
+
+  `len`, `bool`, iteration, indices and slices are those of `findings`.
 
   Attributes:
     findings: what was found, FAIL before WARN before INFO.
@@ -39,8 +73,8 @@ class HealthReport(NamedTuple):
     ...     _, state = tx.update(jnp.array([5.0]), state)
     ...     recorder.push(step, state)
     >>> report = clipjax.runs.diagnose(clipjax.runs.read_run(path))
-    >>> report.steps, [finding.name for finding in report.findings if finding.level == "WARN"]
-    (40, ['clipped-often'])
+    >>> report.steps, report[0].name, [finding.name for finding in report if finding.level == "WARN"]
+    (40, 'clipped-often', ['clipped-often'])
   """
 
   findings: tuple[Finding, ...]
@@ -48,8 +82,22 @@ class HealthReport(NamedTuple):
   steps: int
   warmup_steps: int
 
+  def __len__(self) -> int:
+    return len(self.findings)
+
+  @overload
+  def __getitem__(self, index: int) -> Finding: ...
+  @overload
+  def __getitem__(self, index: slice) -> tuple[Finding, ...]: ...
+  def __getitem__(self, index: int | slice) -> Finding | tuple[Finding, ...]:
+    return self.findings[index]
+
   def __str__(self) -> str:
     return self.table()
+
+  def counts(self) -> str:
+    """How many findings each level has: "1 FAIL, 0 WARN, 3 INFO"."""
+    return ", ".join(f"{sum(finding.level == level for finding in self)} {level}" for level in LEVELS)
 
   def table(self, width: int = 100) -> str:
     """The findings as text of `width` columns, 60 or more; a long word may reach beyond."""
@@ -57,22 +105,31 @@ class HealthReport(NamedTuple):
       raise TypeError(
         f"`width` must be a whole number, got {described(width)}: pass how many columns the text may have."
       )
-    counts = [f"{sum(f.level == level for f in self.findings)} {level}" for level in _LEVELS]
-    title = f"{self.path!r}: {self.steps} steps, {', '.join(counts)}; warm-up {self.warmup_steps} steps"
-    indent = max((len(finding.name) for finding in self.findings), default=0) + 8
-    lines = [title]
-    for level, name, message, advice in self.findings:
-      head = f"{level}  {name}".ljust(indent)
-      for text, first in ((message, head), (f"-> {advice}" if advice else "", " " * indent)):
-        lines += textwrap.wrap(
-          text,
-          max(width, 60),
-          initial_indent=first,
-          subsequent_indent=" " * indent,
-          break_long_words=False,
-          break_on_hyphens=False,
-        )
+    indent = max((len(finding.name) for finding in self), default=0) + 8
+    lines = [f"{self.path!r}: {self.steps} steps, {self.counts()}; warm-up {self.warmup_steps} steps"]
+    for finding in self:
+      head = f"{finding.level}  {finding.name}".ljust(indent)
+      for text in (finding.message, _rule(finding), f"-> {finding.advice}" if finding.advice else ""):
+        lines += _wrapped(text, max(width, 60), head, indent)
+        head = " " * indent
     return "\n".join(lines)
+
+
+def _rule(finding: Finding) -> str:
+  """The rule and its source as a sentence, empty where there are none."""
+  rule = f"Rule: {finding.rule}." if finding.rule else ""
+  return f"{rule} Source: {finding.source}." if finding.source else rule
+
+
+def _wrapped(text: str, width: int, first: str, indent: int) -> list[str]:
+  return textwrap.wrap(
+    text,
+    width,
+    initial_indent=first,
+    subsequent_indent=" " * indent,
+    break_long_words=False,
+    break_on_hyphens=False,
+  )
 
 
 def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int | None = None) -> HealthReport:
@@ -110,11 +167,22 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
     ...   _ = file.write("".join(json.dumps(row) + chr(10) for row in rows))
     ...   file.flush()
     ...   report = clipjax.runs.diagnose(clipjax.runs.read_run(file.name))
-    >>> for finding in report.findings[:2]:
+    >>> for finding in report[:2]:
     ...   print(finding.level, finding.name, finding.message[:63])
     WARN spikes 1 of 1000 norms was a spike that nothing caught, at step 999, t
     INFO norms p50 5.5, p90 9.1, p99 10, largest 90, of 900 finite norms after
   """
+  check_arguments(run, limits, warmup_steps)
+  view = view_of(run, limits or HealthLimits(), warmup_steps)
+  # Medians and quotients of norms near the largest float64 are inf, which is told.
+  with np.errstate(over="ignore", invalid="ignore"):
+    findings = [finding for check in CHECKS for finding in check(view)]
+  findings.sort(key=lambda finding: LEVELS.index(finding.level))
+  return HealthReport(tuple(findings), run.path, len(run.steps), view.norms.warmup_steps)
+
+
+def check_arguments(run: Any, limits: Any, warmup_steps: Any) -> None:
+  """Raises for what is no run, no limits or no warm-up, as all that judges a run does."""
   if not isinstance(run, Run):
     raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.runs.read_run(path).")
   if limits is not None and not isinstance(limits, HealthLimits):
@@ -123,12 +191,3 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
     )
   check_limits(limits or HealthLimits())
   check_warmup(warmup_steps)
-  name = main_name(run)
-  norms = norms_of_run(run, name, warmup_steps)
-  view = View(run, name, norms, limits or HealthLimits())
-  with np.errstate(
-    over="ignore", invalid="ignore"
-  ):  # Medians and quotients of norms near the largest float64 are inf, which is told.
-    findings = [finding for check in (*CHECKS, *FACTS) for finding in check(view)]
-  findings.sort(key=lambda finding: _LEVELS.index(finding.level))
-  return HealthReport(tuple(findings), run.path, len(run.steps), norms.warmup_steps)

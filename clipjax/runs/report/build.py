@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 
 import clipjax
+from clipjax.quantities import MAX_NORM, NORM, NORM_CLIPPED, SCALE
+from clipjax.runs.health.findings import Finding, HealthLimits
 from clipjax.runs.health.verdict import diagnose
-from clipjax.runs.norms import main_name
+from clipjax.runs.norms import main_name, norms_of_run
 from clipjax.runs.report import figures, page, sections
-from clipjax.runs.run import Run
+from clipjax.runs.report.series import norm_series
+from clipjax.runs.run import Floats, Run
+from clipjax.runs.schema import TIME, key_of
+from clipjax.runs.speed import speed
 from clipjax.runs.suggest import suggest_max_norm
 from clipjax.runs.words import number, percent
 
@@ -24,8 +29,9 @@ _LARGEST_DATA = 8_000_000  # Bytes of JSON in a page; a browser still opens it a
 def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
   """`(text, omitted)`: the series as ASCII JSON, numbers to 7 digits, null for what is absent or not finite.
 
-  Keys: `steps`, `columns`, `nonfinite` (key to steps), `leaves`, `vectors` (key to steps and rows), `weights`,
-  `parameters`, `omitted`. Series that would make it longer than `largest` are left out, the main ones last.
+  Keys: `steps`, `columns`, `nonfinite` (key to steps), `leaves`, `vectors` (key to steps and rows, with "inf" for what
+  was not finite), `weights`, `parameters`, `omitted`. Series that would make it longer than `largest` are left out, the
+  main ones last.
   """
   fields = {"clipjax_report": "1", "version": json.dumps(clipjax.__version__), "parameters": json.dumps(run.parameters)}
   fields |= {"source": json.dumps(os.path.basename(run.path)), "leaves": json.dumps(run.leaves)}
@@ -36,10 +42,10 @@ def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
   columns: dict[str, str] = {}
   rows: dict[str, str] = {}
   for key in sorted(run.columns, key=lambda key: _rank(run, key)):
-    source = _numbers(np.round(run.columns[key], 3) if key == "time" else run.columns[key], 14 if key == "time" else 7)
+    source = _numbers(np.round(run.columns[key], 3) if key == TIME else run.columns[key], 14 if key == TIME else 7)
     room = _keep(columns, omitted, key, source, room)
   for key, (steps, values) in run.vectors.items():
-    source = f'{{"steps":{json.dumps(steps.tolist())},"values":[{",".join(map(_numbers, values))}]}}'
+    source = f'{{"steps":{json.dumps(steps.tolist())},"values":[{",".join(map(_by_leaf, values))}]}}'
     room = _keep(rows, omitted, f"{key}/…", source, room)
   fields |= {"columns": _object(columns), "vectors": _object({k.removesuffix("/…"): v for k, v in rows.items()})}
   if run.weights is not None:
@@ -49,13 +55,17 @@ def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
   return _object(fields | {"omitted": json.dumps(omitted)}), omitted
 
 
-def whole_page(run: Run) -> str:
-  """The HTML of a run."""
+def whole_page(run: Run, limits: HealthLimits | None, warmup_steps: int | None) -> str:
+  """The HTML of a run; the limits and the warm-up are those of `diagnose`."""
   data, omitted = to_json(run, _LARGEST_DATA)
   title = f"Training run {os.path.basename(run.path)}"
-  body = [f"<h1>{page.text(title)}</h1>", f'<p class="soft">{_subtitle(run)}</p>', sections.summary(run)]
-  body += [_verdict(run), _suggestion(run)]
-  parts = sections.all_sections(run)
+  begin = norms_of_run(run, main_name(run), warmup_steps).begin
+  shown = sections.Shown(
+    run, norm_series(run, limits, warmup_steps), speed(run, begin), limits if limits is not None else HealthLimits()
+  )
+  body = [f"<h1>{page.text(title)}</h1>", f'<p class="soft">{_subtitle(run)}</p>', sections.summary(shown)]
+  body += [_verdict(run, limits, warmup_steps), _suggestion(run, warmup_steps)]
+  parts = sections.all_sections(shown)
   body += [part for part in parts if isinstance(part, str)]
   missing = "".join(f"<li>{part.title}: {part.remedy}</li>" for part in parts if not isinstance(part, str))
   if missing:
@@ -68,26 +78,31 @@ def _subtitle(run: Run) -> str:
   return f"{steps}. Written by clipjax {clipjax.__version__}."
 
 
-def _verdict(run: Run) -> str:
-  findings = diagnose(run).findings
-  counts = [(level, sum(finding[0] == level for finding in findings)) for level in ("FAIL", "WARN", "INFO")]
-  rows = [
-    (f'<span class="level {page.text(level)}">{page.text(level)}</span>', *map(page.prose, rest))
-    for level, *rest in findings
-  ]
-  total = ", ".join(f"{count} {level}" for level, count in counts)
+def _verdict(run: Run, limits: HealthLimits | None, warmup_steps: int | None) -> str:
+  report = diagnose(run, limits=limits, warmup_steps=warmup_steps)
+  rows = [_cells(finding) for finding in report]
   table = page.table(("level", "what", "found, rule and source", "what to do"), rows, "findings") if rows else ""
-  return f"<section><h2>Verdict: {total}</h2>{table or '<p>Nothing to report.</p>'}</section>"
+  return f"<section><h2>Verdict: {report.counts()}</h2>{table or '<p>Nothing to report.</p>'}</section>"
 
 
-def _suggestion(run: Run) -> str:
+def _cells(finding: Finding) -> tuple[str, ...]:
+  """A finding as the cells of a row."""
+  level = page.text(finding.level)
+  rule = f"Rule: {page.text(finding.rule)}." if finding.rule else ""
+  rule += f" Source: {page.source(finding.source)}." if finding.source else ""
+  found = page.text(finding.message) + (f'<p class="soft">{rule}</p>' if rule else "")
+  return f'<span class="level {level}">{level}</span>', page.text(finding.name), found, page.text(finding.advice)
+
+
+def _suggestion(run: Run, warmup_steps: int | None) -> str:
   try:
-    found = suggest_max_norm(run)
+    found = suggest_max_norm(run, warmup_steps=warmup_steps)
   except ValueError as error:
-    body = f"<p>None: {page.prose(str(error))}</p>"
+    body = f"<p>None: {page.text(str(error))}</p>"
   else:
-    body = f'<p class="answer">max_norm = {number(found.max_norm)}</p><p>{page.prose(found.reason)}</p>'
-    body += f"<ul>{''.join(f'<li>{page.prose(note)}</li>' for note in found.notes)}</ul>"
+    body = f'<p class="answer">max_norm = {number(found.max_norm)}</p><p>{page.text(found.reason)}</p>'
+    said = [*map(page.text, found.notes), *(f"Source: {page.source(source)}" for source in found.sources)]
+    body += f"<ul>{''.join(f'<li>{line}</li>' for line in said)}</ul>"
     pairs = sorted({(found.max_norm, found.clip_fraction), *found.alternatives})
     rows = [(number(value) + " (suggested)" * (value == found.max_norm), percent(share)) for value, share in pairs]
     body += page.table(("max_norm", "would have clipped"), rows, "layers")
@@ -109,6 +124,15 @@ def _numbers(values: Any, digits: int = 7) -> str:
   return "[" + ",".join(f"{x:.{digits}g}" if math.isfinite(x) else "null" for x in values.tolist()) + "]"
 
 
+def _by_leaf(values: Floats) -> str:
+  """A JSON array of numbers by leaf: "inf" for what was not finite, null for what was not recorded."""
+  text = _numbers(values)
+  if not np.isinf(values).any():
+    return text
+  parts = text[1:-1].split(",")
+  return "[" + ",".join('"inf"' if x == math.inf else part for x, part in zip(values, parts, strict=True)) + "]"
+
+
 def _object(fields: dict[str, str]) -> str:
   """A JSON object of values that are JSON already."""
   return "{" + ",".join(f"{json.dumps(key)}:{value}" for key, value in fields.items()) + "}"
@@ -125,6 +149,6 @@ def _keep(into: dict[str, str], omitted: list[str], key: str, source: str, room:
 
 def _rank(run: Run, key: str) -> tuple[int, int]:
   """Main series first: norm and threshold, what the caller pushed, then the rest in their order."""
-  main = [f"{main_name(run)}/{quantity}" for quantity in ("norm", "max_norm", "scale", "norm_clipped")]
+  main = [key_of(str(main_name(run)), quantity) for quantity in (NORM, MAX_NORM, SCALE, NORM_CLIPPED)]
   rank = 0 if key in main else 1 if "/" not in key else 2
   return rank, list(run.columns).index(key)

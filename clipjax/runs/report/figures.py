@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from clipjax.quantities import NORM
 from clipjax.runs.report.series import (
   Depth,
   Grid,
@@ -30,6 +31,7 @@ from clipjax.runs.report.series import (
   without_common,
 )
 from clipjax.runs.run import Floats, Ints
+from clipjax.runs.schema import key_of
 from clipjax.runs.words import number
 
 # Okabe and Ito's colours, which are told apart with any colour vision.
@@ -41,11 +43,10 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 WIDE, NARROW = 8.2, 3.9
 PERCENTILES = (50, 90, 99)
 MOST_LINES = 360  # Of the heat map: what a browser draws finer than two pixels, it may leave out.
-BAND, MIDDLE = (1e-4, 1e-2), 1e-3  # Where update over parameter is usual: CS231n, Karpathy.
 
 
 def norms(series: NormSeries, width: float = WIDE) -> Figure:
-  """The norm against the step on a log axis, with the threshold; clipped, nonfinite and zero steps are marked."""
+  """The norm against the step on a log axis, with the threshold; clipped, nonfinite, zero steps, spikes marked."""
   figure, axes = _figure(width, 3.4)
   steps, norm = series.steps, series.norm
   bins = bins_of(width)
@@ -55,13 +56,14 @@ def norms(series: NormSeries, width: float = WIDE) -> Figure:
   if at.size:
     size = 3.5 if at.size < 200 else 2
     axes.plot(steps[at], norm[at], color=ORANGE, label="clipped", linestyle="none", marker="v", markersize=size)
+  _draw_spikes(axes, series, bins)
   _draw_limit(axes, series, bins)
   _log_axis(axes, np.concatenate([_positive(norm), _positive(series.limit)]))
   _mark(axes, steps, series.nonfinite, bins, 0.97, marker="x", color=VERMILION, label="not finite")
   _mark(axes, steps, series.rejected & ~series.nonfinite, bins, 0.93, marker="s", color=PURPLE, label="rejected")
   _mark(axes, steps, norm == 0, bins, 0.03, marker="o", color=GREY, label="norm 0")
   _step_axis(axes, steps, width)
-  axes.set_ylabel(f"{series.name}/norm".replace("$", r"\$"))
+  axes.set_ylabel(key_of(series.name, NORM).replace("$", r"\$"))
   return _with_legend(figure, axes, width)
 
 
@@ -105,20 +107,28 @@ def layers(found: Vectors, width: float = WIDE) -> Figure:
   return figure
 
 
-def ratios(total: tuple[Ints, Floats], found: Vectors | None, width: float = WIDE) -> Figure:
+def band_words(band: tuple[float, float]) -> str:
+  """The usual range of the ratio as the figure and its words name it."""
+  return f"{_tick(band[0])} to {_tick(band[1])}"
+
+
+def ratios(total: tuple[Ints, Floats], found: Vectors | None, band: tuple[float, float], width: float = WIDE) -> Figure:
   """The size of the update over that of the parameters against the step, of all and by layer, with the usual band."""
   figure, axes = _figure(width, 3.2)
-  axes.axhspan(*BAND, color=GREEN, alpha=0.13, linewidth=0, label="usual, 1e-4 to 1e-2")
-  axes.axhline(MIDDLE, color=GREEN, linestyle=DASHES[1], linewidth=1.5, label="1e-3")
-  shown = [np.array(BAND)]
+  inside = max(band[0], 1e-306), min(band[1], 1e306)  # A log axis has no place for 0 and inf.
+  axes.axhspan(*inside, color=GREEN, alpha=0.13, linewidth=0, label=f"usual, {band_words(band)}")
+  shown = [np.array([x for x in band if 0 < x < math.inf])]
+  if shown[0].size == 2:
+    middle = math.sqrt(band[0]) * math.sqrt(band[1])
+    axes.axhline(middle, color=GREEN, linestyle=DASHES[1], linewidth=1.5, label=_tick(middle))
   if found is not None:
     values = _positive(found.values)
     kept = np.isfinite(values).any(axis=1)
     steps, values = found.steps[kept], values[kept]
     if len(steps):
-      low, middle, high = (reduce(values, axis=1) for reduce in (np.nanmin, np.nanmedian, np.nanmax))
+      low, median, high = (reduce(values, axis=1) for reduce in (np.nanmin, np.nanmedian, np.nanmax))
       axes.fill_between(steps, low, high, color=SKY, alpha=0.35, linewidth=0, label="all layers")
-      _line(axes, steps, middle, bins_of(width), color=BLUE, label="median layer")
+      _line(axes, steps, median, bins_of(width), color=BLUE, label="median layer")
       shown += [low, high]
   steps, value = total[0], _positive(total[1])
   if np.isfinite(value).any():
@@ -206,7 +216,7 @@ def _ink() -> Any:
 
 def _positive(values: Floats) -> Floats:
   """NaN in place of what a log axis cannot show."""
-  return np.where(values > 0, values, np.nan)
+  return np.where((values > 0) & np.isfinite(values), values, np.nan)
 
 
 def _line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> None:
@@ -230,6 +240,17 @@ def _draw_limit(axes: Axes, series: NormSeries, bins: int) -> None:
     axes.plot(series.steps[kept], _positive(series.limit[kept]), label=what, **style)
 
 
+def _draw_spikes(axes: Axes, series: NormSeries, bins: int) -> None:
+  """Rings around the spikes, and the warm-up, which percentiles leave out, in grey."""
+  at = np.flatnonzero(series.spikes & (series.norm > 0))
+  at = at[thin(series.norm[at], bins // 2)]
+  if at.size:
+    style: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 7, "fillstyle": "none"}
+    axes.plot(series.steps[at], series.norm[at], color=VERMILION, label="spike", **style)
+  if series.steps.size and series.steps[0] < series.begin <= series.steps[-1]:
+    axes.axvspan(float(series.steps[0]), float(series.begin), color=GREY, alpha=0.12, linewidth=0, label="warm-up")
+
+
 def _draw_grid(axes: Axes, grid: Grid) -> tuple[Any, list[Patch]]:
   """The heat map in log10, and a key for the layers that were not finite or zero."""
   log = np.log10(_positive(grid.values))
@@ -237,8 +258,9 @@ def _draw_grid(axes: Axes, grid: Grid) -> tuple[Any, list[Patch]]:
   low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
   if high - low < 0.1:
     low, high = low - 0.5, high + 0.5
-  cmap = mpl.colormaps["viridis"].with_extremes(bad=_BAD, under=_ZERO)
-  log[grid.values == 0] = low - 1
+  cmap = mpl.colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0), under=_ZERO, over=_BAD)
+  is_bad = np.isinf(grid.values)
+  log[grid.values == 0], log[is_bad] = low - 1, high + 1
   image = axes.imshow(
     np.ma.masked_invalid(log),
     cmap=cmap,
@@ -248,7 +270,7 @@ def _draw_grid(axes: Axes, grid: Grid) -> tuple[Any, list[Patch]]:
     interpolation="none",
     extent=(grid.start, grid.stop, len(log) - 0.5, -0.5),
   )
-  marks = ((np.isnan(log), _BAD, "not finite"), (grid.values == 0, _ZERO, "zero"))
+  marks = ((is_bad, _BAD, "not finite"), (grid.values == 0, _ZERO, "zero"))
   return image, [Patch(color=colour, label=label) for mask, colour, label in marks if mask.any()]
 
 

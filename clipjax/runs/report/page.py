@@ -15,8 +15,11 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
+import clipjax
 from clipjax.runs.report import figures
-from clipjax.runs.report.series import plain
+from clipjax.runs.report.mark import START
+from clipjax.runs.sources import BY_TEXT
+from clipjax.runs.words import plain
 
 INK = "#202124"  # Stands for the text colour of the page, and becomes `currentColor`.
 _STYLE: dict[str, Any] = {
@@ -40,11 +43,6 @@ _VARIABLES = {
 _COLOUR = re.compile("|".join(_VARIABLES))
 # Nothing may be fetched, whatever the page holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-# The addresses that the rules of a finding come from; any other stays text, for names of leaves may look like one.
-_SOURCE = re.compile(
-  r"(github\.com/google-research/tuning_playbook|github\.com/allenai/OLMo-core|"
-  r"cs231n\.github\.io/neural-networks-\d/?(?:#\w+)?|arXiv \d{4}\.\d{4,5})"
-)
 _CSS = """
 :root{color-scheme:light dark;--page:#fff;--text:#1f2328;--soft:#59636e;--edge:#d1d9e0;--card:#f6f8fa;--link:#0550ae;
 --blue:#0072b2;--vermilion:#d55e00;--green:#009e73;--orange:#e69f00;--purple:#b8578f;--sky:#56b4e9;--grey:#8c8c8c;
@@ -95,15 +93,10 @@ def code(value: object) -> str:
   return f"<code>{text(value).replace('/', '/<wbr>')}</code>"
 
 
-def prose(value: str) -> str:
-  """Text as HTML, the sources of the rules as links. No other address becomes one."""
-  parts = _SOURCE.split(value)
-  return "".join(f'<a href="{_address(p)}">{text(p)}</a>' if i % 2 else text(p) for i, p in enumerate(parts))
-
-
-def _address(source: str) -> str:
-  number = source.removeprefix("arXiv ")
-  return f"https://{source}" if number == source else f"https://arxiv.org/abs/{number}"
+def source(value: str) -> str:
+  """The source of a rule as a link. Only the sources of this package become one: a name may look like an address."""
+  found = BY_TEXT.get(value)
+  return text(value) if found is None else f'<a href="{text(found.address)}">{text(found.title)}</a>'
 
 
 def figure(draw: Callable[[float], Figure], alt: str, caption: str) -> str:
@@ -164,7 +157,7 @@ def data_block(source: str) -> str:
 def page(title: str, body: str, data: str) -> str:
   """The whole file; `body` is HTML, `data` is JSON in ASCII."""
   return (
-    f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{text(title)}</title>\n'
+    f'{START}{clipjax.__version__}">\n<title>{text(title)}</title>\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n<link rel="icon" href="data:,">\n'
     f"<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n{data_block(data)}\n</body>\n</html>\n"

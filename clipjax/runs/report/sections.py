@@ -9,23 +9,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipjax.quantities import CLIPPED_STEPS, NORM, RATIO
+from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.norms import column, flag
 from clipjax.runs.report import figures, page
 from clipjax.runs.report.page import code, text
 from clipjax.runs.report.series import (
   NormSeries,
   Vectors,
   by_depth,
-  column,
-  flag,
-  norm_series,
-  seconds_per_step,
   short,
-  speed,
-  throughput,
   vectors,
   worst_step,
 )
 from clipjax.runs.run import Bools, Floats, Ints, Run
+from clipjax.runs.schema import GRAD, LOSS, SKIP, TIME, UPDATES, key_of
+from clipjax.runs.speed import Speed, seconds_per_step, throughput
 from clipjax.runs.words import Stack, counted, duration, in_stacks, number, percent, several
 
 _MOST_LAYERS = 5  # Named of the worst step.
@@ -41,44 +40,60 @@ class Missing(NamedTuple):
 Section = str | Missing
 
 
-def all_sections(run: Run) -> list[Section]:
+class Shown(NamedTuple):
+  """What the sections are made of.
+
+  Attributes:
+    run: the run.
+    series: its main norm, None where none was recorded.
+    speed: its speed, None where it is not known.
+    limits: those of the verdict.
+  """
+
+  run: Run
+  series: NormSeries | None
+  speed: Speed | None
+  limits: HealthLimits
+
+
+def all_sections(shown: Shown) -> list[Section]:
   """The sections in the order of the page."""
-  series = norm_series(run)
+  run, series = shown.run, shown.series
   clip = code("clipjax.clip_by_global_norm(max_norm)")
   if series is None or not len(run):
     remedy = f"chain {clip} or {code('clipjax.watch()')} before the optimizer and call {code('recorder.push')}."
-    return [Missing("Gradient norm", remedy), *_others(run, "grad")]
+    return [Missing("Gradient norm", remedy), *_others(shown, GRAD)]
   worst = _worst(run, series)
-  return [_norm(series), _histogram(series), *_layers(run, series.name), worst, *_others(run, series.name)]
+  return [_norm(series), _histogram(series), *_layers(run, series.name), worst, *_others(shown, series.name)]
 
 
-def _others(run: Run, name: str) -> list[Section]:
-  return [_ratios(run), _losses(run), _weights(run), _speed(run), _table(run, name)]
+def _others(shown: Shown, name: str) -> list[Section]:
+  run, band = shown.run, (shown.limits.ratio_low, shown.limits.ratio_high)
+  return [_ratios(run, band), _losses(run), _weights(run), _speed(run, shown.speed), _table(run, name)]
 
 
 def _clipped_steps(run: Run, series: NormSeries) -> int:
   """What the clip has counted itself, where rows between two pushes cannot tell; else the rows that were clipped."""
-  counted = run.columns.get(f"{series.name}/clipped_steps", np.zeros(0))
+  counted = column(run, key_of(series.name, CLIPPED_STEPS))
   counted = counted[np.isfinite(counted)]
   return int(counted[-1]) if counted.size else int(series.clipped.sum())
 
 
-def summary(run: Run) -> str:
+def summary(shown: Shown) -> str:
   """The numbers at the top."""
+  run, series = shown.run, shown.series
   pairs = [("steps recorded", f"{len(run):,}")]
   if run.parameters is not None:
     pairs.append(("parameters", f"{run.parameters:,}"))
-  series = norm_series(run)
   if series is not None:
     finite = series.norm[np.isfinite(series.norm)]
     pairs += [("median norm", number(float(np.median(finite))) if finite.size else "none finite")]
     pairs += [("clipped steps", f"{_clipped_steps(run, series):,}"), ("steps not finite", f"{_count(series):,}")]
-  for key in [key for key in run.columns if key == "loss"]:
-    known = run[key][np.isfinite(run[key])]
+  if LOSS in run.columns:
+    known = run[LOSS][np.isfinite(run[LOSS])]
     pairs += [("last finite loss", number(float(known[-1])) if known.size else "none finite")]
-  found = speed(run)
-  if found is not None:
-    pairs.append(("time of a step", duration(found.step_time)))
+  if shown.speed is not None:
+    pairs.append(("time of a step", duration(shown.speed.step_time)))
   return page.numbers(pairs)
 
 
@@ -91,6 +106,8 @@ def _norm(series: NormSeries) -> Section:
     caption += " Leaves or groups are clipped by thresholds of their own; the line is the smallest of them."
   if series.rejected.any():
     caption += " Squares are steps that skip_steps rejected; their norm is the one that it saw."
+  if series.spikes.any():
+    caption += " Rings are spikes, by the rule of the verdict."
   return _section("Gradient norm", partial(figures.norms, series), norm_words(series), caption)
 
 
@@ -112,6 +129,8 @@ def norm_words(series: NormSeries) -> str:
   said.append(f"{_share(series.nonfinite)} steps not finite{first}.")
   if series.rejected.any():
     said.append(f"{_share(series.rejected)} steps rejected by skip_steps.")
+  if series.spikes.any():
+    said.append(f"{series.spikes.sum():,} spikes.")
   return " ".join(said)
 
 
@@ -130,7 +149,7 @@ def _histogram(series: NormSeries) -> Section:
 
 
 def _layers(run: Run, name: str) -> list[Section]:
-  found = vectors(run, f"{name}/norm")
+  found = vectors(run, key_of(name, NORM))
   title = "Layers over time"
   if found is None:
     return [Missing(title, f"chain {code('clipjax.watch()')} before the clip; the norm of every layer is then read.")]
@@ -140,7 +159,7 @@ def _layers(run: Run, name: str) -> list[Section]:
   if np.isfinite(middle).any():
     low, high = int(np.nanargmin(middle)), int(np.nanargmax(middle))
     said.append(f"Smallest median {number(middle[low])} in {short(found.names[low], 60)}, largest {_of(found, high)}.")
-  bad = np.flatnonzero(np.isnan(values).any(axis=0))
+  bad = np.flatnonzero(np.isinf(values).any(axis=0))
   if len(in_stacks(found.names)) < len(found.names):
     names = several([found.names[i] for i in bad], found.names)
   else:
@@ -152,7 +171,7 @@ def _layers(run: Run, name: str) -> list[Section]:
     caption = f"{len(found.names):,} layers, the first on top; of a stack, each row has the largest of {depth.per:,} "
     caption += "neighbours. "
   caption += "Names are shortened, and where there are many, not every row has one; all are in the table below. "
-  caption += f"{code(f'{name}/norm')}, log scale."
+  caption += f"{code(key_of(name, NORM))}, log scale."
   return [_section(title, partial(figures.layers, found), " ".join(said), caption)]
 
 
@@ -173,27 +192,27 @@ def _worst(run: Run, series: NormSeries) -> Section:
   return f"<section><h2>Worst step</h2>{body}</section>"
 
 
-def _ratios(run: Run) -> Section:
-  title, key = "Size of the updates", "update/ratio"
+def _ratios(run: Run, band: tuple[float, float]) -> Section:
+  title, key = "Size of the updates", key_of(UPDATES, RATIO)
   total, found = column(run, key), vectors(run, key)
   if not (total > 0).any() and (found is None or not (found.values > 0).any()):
-    watch = code('clipjax.watch(name="update")')
+    watch = code(f'clipjax.watch(name="{UPDATES}")')
     return Missing(title, f"chain {watch} last, after the optimizer, and give {code('params')} to {code('update')}.")
   known = total[total > 0] if (total > 0).any() else _some(found).values[_some(found).values > 0]
   alt = f"Line chart of update over parameters, {_span(run.steps)}, log axis: {_distribution(known)}."
   if found is not None:
     middle = _medians(found.values)
-    inside = int(((middle >= figures.BAND[0]) & (middle <= figures.BAND[1])).sum())
-    alt += f" The median of {inside:,} of {len(found.names):,} layers lies in 1e-4 to 1e-2."
+    inside = int(((middle >= band[0]) & (middle <= band[1])).sum())
+    alt += f" The median of {inside:,} of {len(found.names):,} layers lies in {figures.band_words(band)}."
   caption = "Norm of the update over the norm of the parameters. About 1e-3 is usual with Adam-like optimizers; far "
   caption += "below, the layer hardly learns; far above, it is overwritten."
-  return _section(title, partial(figures.ratios, (run.steps, total), found), alt, caption)
+  return _section(title, partial(figures.ratios, (run.steps, total), found, band), alt, caption)
 
 
 def _losses(run: Run) -> Section:
   curves = []
   for key in run.columns:
-    if "loss" in key.lower() and not key.startswith("skip/"):
+    if LOSS in key.lower() and not key.startswith(f"{SKIP}/"):
       values, known = run.columns[key], np.isfinite(run.columns[key])
       bad = run.steps[flag(run, key)]
       if known.any() or bad.size:
@@ -225,14 +244,13 @@ def _weights(run: Run) -> Section:
   return _section(title, partial(figures.weights, steps, edges, counts), alt, caption)
 
 
-def _speed(run: Run) -> Section:
+def _speed(run: Run, found: Speed | None) -> Section:
   title = "Speed"
-  found = speed(run)
   if found is None:
     return Missing(title, f"two calls of {code('recorder.push')} or more give the time of a step.")
   steps, seconds = seconds_per_step(run)
   panels = [("ms per step", steps, 1e3 * seconds, 1e3 * found.step_time)]
-  time = column(run, "time")
+  time = column(run, TIME)
   total = _total(float(np.nanmax(time) - np.nanmin(time)))
   said = [f"Line chart of the time of a step: {duration(found.step_time)}, the median of parts of the run"]
   said += [f"from push to push median {duration(found.median)}, 99th percentile {duration(found.p99)}"]
@@ -250,10 +268,10 @@ def _speed(run: Run) -> Section:
 
 
 def _table(run: Run, name: str) -> Section:
-  found = vectors(run, f"{name}/norm")
+  found = vectors(run, key_of(name, NORM))
   if found is None:
     return ""
-  ratio = vectors(run, "update/ratio")
+  ratio = vectors(run, key_of(UPDATES, RATIO))
   shares = dict(zip(ratio.names, _medians(ratio.values), strict=True)) if ratio is not None else {}
   head = ["layer", "median norm", "largest", "not finite", *(["update ratio"] if shares else [])]
   stacks = in_stacks(found.names)
@@ -282,7 +300,7 @@ def _row(found: Vectors, stack: Stack, shares: dict[str, float]) -> list[str]:
     cells[-1] += f" in [{which}]" if stack.size > 1 else ""
   else:
     cells += ["none", "none"]
-  cells.append(f"{int(np.isnan(values).sum()):,}")
+  cells.append(f"{int(np.isinf(values).sum()):,}")
   known = [shares[name] for name in names if np.isfinite(shares.get(name, np.nan))]
   return [*cells, *([number(float(np.median(known))) if known else ""] if shares else [])]
 

@@ -1,7 +1,7 @@
-"""What a report takes out of a `Run`, in numpy: the main series, the layers over time, the worst step, the speed.
+"""What a report takes out of a `Run`, in numpy: the main series, the layers over time, the worst step.
 
 Numbers are always of all steps. Only what is drawn is thinned, by `thin`, `thin_mask` and `time_grid`, and each of
-them keeps the extremes. NaN stands for what is absent or was not finite, as in a `Run`.
+them keeps the extremes. As in a `Run`, NaN stands for what is absent; by leaf, inf for what was not finite.
 """
 
 import math
@@ -9,9 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.runs.norms import acted, main_name, norms_of_run
+from clipjax.quantities import MAX_NORM, NORM, SCALE, SO_FAR, STEPS, WORST_NORM, WORST_STEP
+from clipjax.runs.health.detectors import SpikeDetector
+from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.norms import acted, column, main_name, norms_of_run, rejected, unseen
 from clipjax.runs.run import Bools, Floats, Ints, Run
-from clipjax.runs.words import Stack, in_stacks
+from clipjax.runs.schema import UNITS, key_of, name_of
+from clipjax.runs.words import Stack, in_stacks, plain
 
 
 class NormSeries(NamedTuple):
@@ -26,6 +30,8 @@ class NormSeries(NamedTuple):
     nonfinite: bool, where the norm was inf or NaN.
     rejected: bool, where `skip_steps` rejected the step; its norm is the one that `skip_steps` saw.
     by_block: whether leaves or groups have thresholds of their own, of which `limit` is the smallest.
+    spikes: bool, where the norm was a spike.
+    begin: the first step after the warm-up.
   """
 
   name: str
@@ -36,10 +42,12 @@ class NormSeries(NamedTuple):
   nonfinite: Bools
   rejected: Bools
   by_block: bool
+  spikes: Bools
+  begin: int
 
 
 class Vectors(NamedTuple):
-  """One quantity by leaf or group: `steps` (m,), `values` (m, L), NaN for nonfinite, and L `names`."""
+  """One quantity by leaf or group: `steps` (m,), `values` (m, L), inf for nonfinite, NaN for absent, and L `names`."""
 
   steps: Ints
   values: Floats
@@ -54,56 +62,43 @@ class Worst(NamedTuple):
   layers: tuple[tuple[str, float], ...]
 
 
-class Speed(NamedTuple):
-  """Seconds: `step_time`, the median of `parts` parts of the run, and two percentiles of the time from push to push.
-
-  `rates` are the tokens and examples a second at that step time, of those that were recorded.
-  """
-
-  step_time: float
-  parts: int
-  median: float
-  p99: float
-  rates: dict[str, float]
-
-
-def column(run: Run, key: str) -> Floats:
-  """A column of `run`, of NaN where it has none of that name."""
-  return run.columns.get(key, np.full(len(run.steps), np.nan))
-
-
-def flag(run: Run, key: str) -> Bools:
-  """Where a column of `run` was inf or NaN."""
-  return run.flags.get(key, np.zeros(len(run.steps), np.bool_))
-
-
-def norm_series(run: Run) -> NormSeries | None:
-  """The main norm of `run`; None where no norm was recorded."""
+def norm_series(run: Run, limits: HealthLimits | None = None, warmup_steps: int | None = None) -> NormSeries | None:
+  """The main norm of `run`; None where no norm was recorded. The limits are those of `diagnose`."""
+  limits = limits or HealthLimits()
   name = main_name(run)
   if name is None:
     return None
-  norms = norms_of_run(run, name, None)
+  norms = norms_of_run(run, name, warmup_steps)
   at = np.searchsorted(run.steps, norms.steps)
-  norm, bad, clipped = np.full(len(run), np.nan), np.zeros(len(run), np.bool_), np.zeros(len(run), np.bool_)
+  norm, bad, clipped, spikes = np.full(len(run), np.nan), *(np.zeros(len(run), np.bool_) for _ in range(3))
   norm[at] = np.where(norms.finite, norms.values, np.nan)
   bad[at] = ~norms.finite
   clipped[at] = acted(run, name, norms) & ~norms.rejected
-  blocks = (f"{name}/max_norm", f"{name}_leaf/max_norm", f"{name}_group/max_norm")
-  by_block = any(key in run.vectors for key in blocks) or any(key.startswith(f"{blocks[0]}/") for key in run.columns)
+  bounds = SpikeDetector(limits.spike_sigma, limits.spike_window).feed(norms.values[norms.finite])
+  spikes[at[norms.finite]] = norms.values[norms.finite] > bounds
+  key = key_of(name, MAX_NORM)
+  blocks = [key_of(f"{name}{unit}", MAX_NORM) for unit in UNITS]
+  by_block = any(by in run.vectors for by in blocks) or any(other.startswith(f"{key}/") for other in run.columns)
   if by_block:  # A norm without a scale does not tell which of them acted.
-    clipped &= np.isfinite(column(run, f"{name}/scale"))
-  limit, rejected = column(run, f"{name}/max_norm"), column(run, "skip/consecutive") > 0
-  return NormSeries(name, run.steps, norm, limit, clipped, bad, rejected, by_block)
+    clipped &= np.isfinite(column(run, key_of(name, SCALE)))
+  return NormSeries(name, run.steps, norm, column(run, key), clipped, bad, rejected(run), by_block, spikes, norms.begin)
 
 
 def vectors(run: Run, key: str) -> Vectors | None:
-  """A vector of `run` with the names of its entries; None where it is absent or empty."""
+  """A vector of `run` with the names of its entries; None where it is absent or empty.
+
+  Steps that passed the state by are left out, as those that `skip_steps` rejected before a watch inside.
+  """
   if key not in run.vectors:
     return None
   steps, values = run.vectors[key]
+  name = name_of(key)
+  if key.removeprefix(f"{name}/") not in SO_FAR:
+    seen = ~unseen(run, name)[np.searchsorted(run.steps, steps)]
+    steps, values = steps[seen], values[seen]
   if values.size == 0:
     return None
-  names = run.leaves.get(key.rpartition("/")[0], ())[: values.shape[1]]
+  names = run.leaves.get(name, ())[: values.shape[1]]
   return Vectors(steps, values, (*names, *(f"leaf {i}" for i in range(len(names), values.shape[1]))))
 
 
@@ -115,74 +110,40 @@ def worst_step(run: Run, series: NormSeries) -> Worst | None:
     at = int(np.nanargmax(series.norm))
   else:
     return None
-  step = int(series.steps[at])
-  for quantity in ("norm", "worst_norm"):
-    found = vectors(run, f"{series.name}/{quantity}")
-    if found is None:
-      continue
-    # The watch keeps the norms of its worst step, so that later rows have them too.
-    at_row = np.isin(found.steps, run.steps[column(run, f"{series.name}/worst_step") == step])
-    rows = np.flatnonzero(found.steps == step if quantity == "norm" else at_row)
-    if rows.size:
-      values = found.values[rows[0]]
-      order = np.argsort(-np.where(np.isnan(values), np.inf, values), kind="stable")
-      return Worst(step, float(series.norm[at]), tuple((found.names[i], float(values[i])) for i in order))
-  return Worst(step, float(series.norm[at]), ())
+  layers = _layers_at(vectors(run, key_of(series.name, NORM)), run.steps[at : at + 1])
+  # The watch keeps the norms of its worst step, so that later rows have them too.
+  layers = layers or _layers_at(vectors(run, key_of(series.name, WORST_NORM)), _steps_of_worst(run, series.name, at))
+  return Worst(int(series.steps[at]), float(series.norm[at]), layers)
 
 
-def seconds_per_step(run: Run) -> tuple[Ints, Floats]:
-  """`(steps, seconds)`: the time between two pushes over the steps between them, at the later one."""
-  time = column(run, "time")
-  known = np.isfinite(time)
-  steps, time = run.steps[known], time[known]
-  seconds = np.diff(time) / np.maximum(np.diff(steps), 1)
-  forward = seconds > 0  # After a resume a step may be older than the one before it.
-  return steps[1:][forward], seconds[forward]
+def _layers_at(found: Vectors | None, steps: Ints) -> tuple[tuple[str, float], ...]:
+  """The layers of the first row of one of these steps, the worst first; none where none was recorded."""
+  rows = np.flatnonzero(np.isin(found.steps, steps)) if found is not None else np.zeros(0, np.int64)
+  if found is None or not rows.size:
+    return ()
+  values = found.values[rows[0]]
+  order = np.argsort(-np.where(np.isnan(values), -np.inf, values), kind="stable")
+  return tuple((found.names[i], float(values[i])) for i in order if not np.isnan(values[i]))
 
 
-def speed(run: Run, begin: int | None = None) -> Speed | None:
-  """The speed from the step `begin` on, by default the first after the warm-up; None without two pushes.
+def _steps_of_worst(run: Run, name: str, at: int) -> Ints:
+  """The steps from the row `at` on whose worst step, so far, is that of this row.
 
-  JAX runs ahead of the host, so that two pushes may be closer than two steps: parts of the run tell the step time.
-  Their median leaves out a pause, as where a run was resumed.
+  A state says which one it was by its own count. Rows out of the history of a watch have no count: it is that of the
+  push after them, less one for each step between. A new state counts from the start again.
   """
-  begin = norms_of_run(run, main_name(run), None).begin if begin is None else begin
-  _, parts, _ = _parts(run, 20, begin)
-  if not parts.size:
-    return None
-  steps, seconds = seconds_per_step(run)
-  median, p99 = (float(x) for x in np.percentile(seconds[steps > begin], [50, 99]))
-  step_time, rates = float(np.median(parts)), {}
-  for key in ("tokens", "examples"):
-    amount = column(run, key)[run.steps >= begin]
-    if np.isfinite(amount).any():
-      rates[key] = float(np.nanmean(amount)) / step_time
-  return Speed(step_time, parts.size, median, p99, rates)
-
-
-def throughput(run: Run, key: str) -> tuple[Ints, Floats]:
-  """`(steps, rate)`: the scalar `key`, an amount for each step, over the seconds of a step, for 50 parts of the run."""
-  steps, seconds, parts = _parts(run, 50)
-  amount = column(run, key)
-  known = np.isfinite(amount)
-  total, count = np.cumsum(np.where(known, amount, 0)), np.cumsum(known)
-  first, last = (np.searchsorted(run.steps, ends) for ends in parts)
-  some = count[last] > count[first]
-  rate = (total[last] - total[first])[some] / (count[last] - count[first])[some] / seconds[some]
-  return steps[some], rate
-
-
-def _parts(run: Run, most: int, begin: int = 0) -> tuple[Ints, Floats, tuple[Ints, Ints]]:
-  """The run in at most `most` parts: the last step of each, its seconds for a step, its first and last step."""
-  time = column(run, "time")
-  known = np.isfinite(time) & (run.steps >= begin)
-  steps, time = run.steps[known], time[known]
-  ends = np.linspace(0, max(steps.size - 1, 0), max(min(most, steps.size - 1), 0) + 1).astype(np.int64)
-  ends = ends if steps.size else ends[:0]
-  steps, time = steps[ends], time[ends]
-  seconds = np.diff(time) / np.diff(steps)
-  forward = seconds > 0  # The clock was set back, or stood still.
-  return steps[1:][forward], seconds[forward], (steps[:-1][forward], steps[1:][forward])
+  counts, worst = column(run, key_of(name, STEPS)), column(run, key_of(name, WORST_STEP))
+  if not np.isfinite(counts).any():
+    same: Ints = run.steps[worst == run.steps[at]]
+    return same
+  counted = at + np.flatnonzero(np.isfinite(counts[at:]))
+  if not counted.size or unseen(run, name)[at]:
+    return run.steps[:0]
+  count = counts[counted[0]] - (run.steps[counted[0]] - run.steps[at])
+  fell = np.flatnonzero(np.diff(counts[counted]) < 0)
+  end = counted[fell[0] + 1] if fell.size else len(run)
+  later: Ints = run.steps[at:end][worst[at:end] == count]
+  return later
 
 
 # Thinning, for drawing only -----------------------------------------------------------------------------------------
@@ -221,9 +182,9 @@ class Grid(NamedTuple):
 
 
 def time_grid(steps: Ints, values: Floats, bins: int) -> Grid:
-  """At most `bins` columns of time; each holds the greatest value in it, or NaN where one was not finite.
+  """At most `bins` columns of time; each holds the greatest value in it, inf where one was not finite.
 
-  A column without a recording repeats the one before it: nothing newer was known.
+  Where a column has no recording of a layer, it repeats the one before it: nothing newer was known.
   """
   gap = float(np.median(np.diff(steps))) if steps.size > 1 else 1.0
   count = int(np.clip(round((steps[-1] - steps[0]) / gap) + 1, 1, bins))
@@ -232,7 +193,9 @@ def time_grid(steps: Ints, values: Floats, bins: int) -> Grid:
   grid = np.empty((values.shape[1], count))
   for i in range(count):
     inside = values[which == i]
-    grid[:, i] = inside.max(axis=0) if len(inside) else grid[:, i - 1]
+    grid[:, i] = np.fmax.reduce(inside, axis=0, initial=np.nan)
+    if i:
+      grid[:, i] = np.where(np.isnan(grid[:, i]), grid[:, i - 1], grid[:, i])
   return Grid(start, stop, grid)
 
 
@@ -253,16 +216,11 @@ def by_depth(names: tuple[str, ...], values: Floats, most: int) -> Depth:
   per = math.ceil(len(names) / most)
   firsts = [range(stack.start, stack.start + stack.size, per) for stack in stacks]
   starts = np.cumsum([0, *map(len, firsts)]).tolist()
-  lines: Floats = np.maximum.reduceat(values, np.concatenate(firsts), axis=0)  # NaN is the greatest.
+  lines: Floats = np.fmax.reduceat(values, np.concatenate(firsts), axis=0)  # What is known of them.
   return Depth(lines, tuple(s._replace(start=start) for s, start in zip(stacks, starts, strict=False)), per)
 
 
 # Names --------------------------------------------------------------------------------------------------------------
-
-
-def plain(name: str) -> str:
-  """A name with every character that has no shape of its own as an escape: line ends, controls, direction marks."""
-  return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def without_common(names: tuple[str, ...]) -> tuple[str, ...]:

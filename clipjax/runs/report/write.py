@@ -1,4 +1,4 @@
-"""A recorded run as one HTML file, or its norm as one figure. Reads a `Run`: numpy, no JAX; matplotlib at the call.
+"""A recorded run as one HTML file, or its norm as one figure. It loads matplotlib at the call.
 
 The file needs no network and runs no script: the verdict, the suggestion, the figures as SVG and the raw series as JSON
 are in it. The parts: `series` takes the numbers out of the run, `figures` draws, `sections` words, `page` escapes and
@@ -10,29 +10,34 @@ import os
 import pathlib
 from typing import TYPE_CHECKING
 
+from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.health.verdict import check_arguments
+from clipjax.runs.report.mark import may_be_replaced
 from clipjax.runs.report.series import norm_series
 from clipjax.runs.run import Run, checked_path
-from clipjax.runs.words import described
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 
-def plot_norms(run: Run) -> "Figure":
+def plot_norms(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int | None = None) -> "Figure":
   r"""The norm before the clip against the step, on a log axis, with the threshold; bad steps are marked.
 
-  Triangles are clipped steps, crosses those whose norm was inf or NaN, dots at the bottom norms of 0; a gap in the
-  line is a step without a finite norm. A long run is thinned for drawing, and every spike stays.
+  Triangles are clipped steps, rings are spikes, crosses those whose norm was inf or NaN, dots at the bottom norms of 0;
+  a gap in the line is a step without a finite norm. The warm-up is grey. A long run is thinned for drawing, and every
+  spike stays.
 
   Args:
     run: from `clipjax.runs.read_run`.
+    limits: those of `clipjax.runs.diagnose`: which norms are spikes.
+    warmup_steps: how many steps from the first on are the warm-up, as in `diagnose`.
 
   Returns:
     A `matplotlib.figure.Figure` that pyplot does not know: call its `savefig`, or show it under `%matplotlib inline`.
 
   Raises:
-    TypeError: if `run` is no `Run`.
-    ValueError: if it has no norm.
+    TypeError: if `run` is no `Run`, or for a limit or a warm-up that `diagnose` refuses.
+    ValueError: if it has no norm, and likewise.
     ImportError: without matplotlib, the extra `report`.
 
   Example:
@@ -43,8 +48,8 @@ def plot_norms(run: Run) -> "Figure":
     >>> clipjax.runs.plot_norms(clipjax.runs.read_run(path)).axes[0].get_ylabel()
     'grad/norm'
   """
-  _check(run)
-  series = norm_series(run)
+  check_arguments(run, limits, warmup_steps)
+  series = norm_series(run, limits, warmup_steps)
   if series is None:
     raise ValueError(f"`run` must have a norm, got {sorted(run.columns)}: chain clipjax.watch() or a clip, and push.")
   try:
@@ -54,7 +59,13 @@ def plot_norms(run: Run) -> "Figure":
   return figures.norms(series)
 
 
-def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
+def write_report(
+  run: Run,
+  path: str | os.PathLike[str],
+  *,
+  limits: HealthLimits | None = None,
+  warmup_steps: int | None = None,
+) -> pathlib.Path:
   r"""Writes a run as one HTML page that needs no network: verdict, suggested threshold, figures, raw series.
 
   It opens on a phone and in dark mode, runs no script, and every name is escaped. What was not recorded is left out,
@@ -63,14 +74,16 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
 
   Args:
     run: from `clipjax.runs.read_run`.
-    path: of the file, replaced at once where it exists: no reader sees half a page.
+    path: of the file. A page that is there is replaced, at once: no reader sees half of one.
+    limits: those of `clipjax.runs.diagnose`, for the verdict and the figures; None: the published ones.
+    warmup_steps: how many steps from the first on to leave out, as in `diagnose`.
 
   Returns:
     `path`, as a `pathlib.Path`.
 
   Raises:
-    TypeError: if `run` is no `Run`, or `path` no path.
-    ValueError: if `path` is the file of the run itself.
+    TypeError: if `run` is no `Run`, `path` no path, or for a limit or a warm-up that `diagnose` refuses.
+    ValueError: if `path` is a file that is no page of clipjax, as that of the run itself, and likewise.
     OSError: if the file cannot be written; its directory must exist.
     ImportError: without matplotlib, the extra `report`.
 
@@ -82,10 +95,15 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
     >>> clipjax.runs.write_report(clipjax.runs.read_run(path), path.with_suffix(".html")).name
     'run.html'
   """
-  _check(run)
+  check_arguments(run, limits, warmup_steps)
   target = pathlib.Path(checked_path(path))
   if target.exists() and os.path.exists(run.path) and target.samefile(run.path):
     raise ValueError(f"`path` must be another file than that of the run, got {str(path)!r}: name one for the page.")
+  if not may_be_replaced(target):
+    raise ValueError(
+      f"`path` must be a new file or a page that clipjax wrote, got {str(path)!r}, which is neither: name another "
+      "file, or remove that one."
+    )
   if target.is_dir():
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   if not target.parent.is_dir():
@@ -94,7 +112,7 @@ def write_report(run: Run, path: str | os.PathLike[str]) -> pathlib.Path:
     from clipjax.runs.report import build  # noqa: PLC0415  (needs the extra)
   except ModuleNotFoundError as error:
     raise _without_matplotlib(error) from error
-  _write(target, build.whole_page(run).encode("ascii", "xmlcharrefreplace"))
+  _write(target, build.whole_page(run, limits, warmup_steps).encode("ascii", "xmlcharrefreplace"))
   return target
 
 
@@ -114,14 +132,6 @@ def _write(target: pathlib.Path, content: bytes) -> None:
   finally:
     if not is_special:
       beside.unlink(missing_ok=True)
-
-
-# Checks -------------------------------------------------------------------------------------------------------------
-
-
-def _check(run: object) -> None:
-  if not isinstance(run, Run):
-    raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.runs.read_run(path).")
 
 
 def _without_matplotlib(error: ModuleNotFoundError) -> ImportError:

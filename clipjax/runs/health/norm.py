@@ -1,0 +1,53 @@
+"""The size of the norm and its course."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from clipjax.runs.health.findings import Finding
+from clipjax.runs.health.view import View
+from clipjax.runs.sources import OLMO_2, PLAYBOOK
+from clipjax.runs.words import number
+
+
+def rising_norm(view: View) -> Iterator[Finding]:
+  """WARN for a norm that rises late in the run."""
+  typical = view.norms.typical
+  if not view.enough(typical.size, parts=4):
+    return
+  _, _, third, last = (float(np.median(part)) for part in np.array_split(typical, 4))
+  if last <= view.limits.rise * third:
+    return
+  growth = f"{number(last / third)} times" if third > 0 else "from 0"
+  message = f"The norm rose {growth} late in the run: median {number(third)} in the third quarter of the steps, "
+  message += f"{number(last)} in the last."
+  rule = f"at most {view.limits.rise:g} times, a limit of clipjax; in OLMo-0424 a norm that slowly grew came with more "
+  rule += "and more spikes"
+  advice = "Look at the loss and at the layer that grows; lower the learning rate, or decay it."
+  yield Finding("WARN", "rising-norm", message, advice, rule, str(OLMO_2))
+
+
+def norm_percentiles(view: View) -> Iterator[Finding]:
+  """INFO: the percentiles of the norm."""
+  typical = view.norms.typical
+  if not typical.size:
+    return
+  percentiles = np.percentile(typical, [50, 90, 99])
+  p50, p90, p99 = (number(float(p)) for p in percentiles)
+  message = f"p50 {p50}, p90 {p90}, p99 {p99}, largest {number(float(typical.max()))}, of {typical.size} finite norms "
+  message += f"after the warm-up of {view.norms.warmup_steps} steps."
+  advice = "clipjax.runs.suggest_max_norm gives a threshold from them." if percentiles[1] > 0 else ""
+  yield Finding("INFO", "norms", message, advice, "p90 is a start for max_norm", str(PLAYBOOK))
+
+
+def norm_scale(view: View) -> Iterator[Finding]:
+  """INFO for norms that are unusually large or small."""
+  typical = view.norms.typical
+  if not view.enough(typical.size):
+    return
+  middle, low, high = float(np.median(typical)), view.limits.norm_low, view.limits.norm_high
+  if low <= middle <= high:
+    return
+  message = f"The median norm is {number(middle)}, {f'above {high:g}' if middle > high else f'below {low:g}'}."
+  rule = f"{low:g} to {high:g}, a hint of clipjax, as the norm grows with the model and the scale of the loss"
+  yield Finding("INFO", "norm-scale", message, "No defect by itself: compare it with a run that trains.", rule)

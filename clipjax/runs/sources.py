@@ -1,0 +1,26 @@
+"""Where the rules of findings, and of a suggested threshold, come from: the title of each source and its address."""
+
+from typing import NamedTuple
+
+
+class Source(NamedTuple):
+  """What is said of a source: `str()` is the field of a `Finding`."""
+
+  title: str
+  address: str
+
+  def __str__(self) -> str:
+    return f"{self.title}, {self.address}"
+
+
+PLAYBOOK = Source("Google's tuning playbook", "https://github.com/google-research/tuning_playbook")
+OLMO_CORE = Source("OLMo-core, skip-step optimizer", "https://github.com/allenai/OLMo-core")
+OLMO_2 = Source("OLMo 2, section 3", "https://arxiv.org/abs/2501.00656")
+PASCANU = Source("Pascanu et al. 2013", "https://arxiv.org/abs/1211.5063")
+CS231N_RATIO = Source("CS231n, ratio of updates to weights", "https://cs231n.github.io/neural-networks-3/#ratio")
+CS231N_RELU = Source("CS231n, dead units", "https://cs231n.github.io/neural-networks-1/#actfun")
+PRECHELT = Source("Prechelt, Early stopping, but when?, 1998", "https://doi.org/10.1007/3-540-49430-8_3")
+
+BY_TEXT = {
+  str(source): source for source in (PLAYBOOK, OLMO_CORE, OLMO_2, PASCANU, CS231N_RATIO, CS231N_RELU, PRECHELT)
+}

@@ -1,0 +1,91 @@
+"""How fast a run went: seconds a step, tokens and examples a second.
+
+JAX runs ahead of the host, so two pushes may be closer than two steps: longer parts of the run tell more.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from clipjax.runs.norms import column, main_name, norms_of_run
+from clipjax.runs.run import Floats, Ints, Run
+from clipjax.runs.schema import AMOUNTS, TIME, UPDATE
+
+
+class Speed(NamedTuple):
+  """Seconds: `step_time`, the median of `parts` parts of the run, and two percentiles of the time from push to push.
+
+  `rates` are the tokens and examples a second at that step time, of those that were recorded.
+  """
+
+  step_time: float
+  parts: int
+  median: float
+  p99: float
+  rates: dict[str, float]
+
+
+def seconds_per_step(run: Run) -> tuple[Ints, Floats]:
+  """`(steps, seconds)`: the time between two pushes over the steps between them, at the later one."""
+  time = column(run, TIME)
+  known = np.isfinite(time)
+  steps, time = run.steps[known], time[known]
+  seconds = np.diff(time) / np.maximum(np.diff(steps), 1)
+  forward = seconds > 0  # After a resume a step may be older than the one before it.
+  return steps[1:][forward], seconds[forward]
+
+
+def speed(run: Run, begin: int | None = None) -> Speed | None:
+  """The speed from the step `begin` on, by default the first after the warm-up; None without two pushes.
+
+  The medians of parts leave out a pause, as where a run was resumed.
+  """
+  begin = norms_of_run(run, main_name(run), None).begin if begin is None else begin
+  parts = _parts(run, 20, begin)
+  if not parts.seconds.size:
+    return None
+  steps, seconds = seconds_per_step(run)
+  median, p99 = (float(x) for x in np.percentile(seconds[steps > begin], [50, 99]))
+  rates = {}
+  for key in AMOUNTS:
+    amount = column(run, key)[run.steps >= begin]
+    if np.isfinite(amount).any():
+      rates[key] = float(np.nanmean(amount)) / float(np.median(parts.of_update))
+  return Speed(float(np.median(parts.seconds)), parts.seconds.size, median, p99, rates)
+
+
+def throughput(run: Run, key: str) -> tuple[Ints, Floats]:
+  """`(steps, rate)`: the scalar `key`, an amount for each update, a second, for 50 parts of the run."""
+  parts = _parts(run, 50)
+  amount = column(run, key)
+  known = np.isfinite(amount)
+  total, count = np.cumsum(np.where(known, amount, 0)), np.cumsum(known)
+  first, last = (np.searchsorted(run.steps, ends) for ends in (parts.first, parts.last))
+  some = count[last] > count[first]
+  rate = (total[last] - total[first])[some] / (count[last] - count[first])[some] / parts.of_update[some]
+  return parts.last[some], rate
+
+
+class _Parts(NamedTuple):
+  """Parts of a run: their first and last steps, the seconds for a step, and those for an update.
+
+  An update may take several steps, as in optax.MultiSteps; where updates were not counted, each takes one.
+  """
+
+  first: Ints
+  last: Ints
+  seconds: Floats
+  of_update: Floats
+
+
+def _parts(run: Run, most: int, begin: int = 0) -> _Parts:
+  """The run from `begin` on in at most `most` parts."""
+  time = column(run, TIME)
+  rows = np.flatnonzero(np.isfinite(time) & (run.steps >= begin))
+  ends = np.linspace(0, max(rows.size - 1, 0), max(min(most, rows.size - 1), 0) + 1).astype(np.int64)
+  rows = rows[ends] if rows.size else rows
+  steps, seconds, updates = np.diff(run.steps[rows]), np.diff(time[rows]), np.diff(column(run, UPDATE)[rows])
+  forward = seconds > 0  # The clock was set back, or stood still.
+  first, last = run.steps[rows][:-1][forward], run.steps[rows][1:][forward]
+  of_update = seconds / np.where(updates > 0, updates, steps)
+  return _Parts(first, last, (seconds / steps)[forward], of_update[forward])

@@ -1,0 +1,76 @@
+"""Every key of a row stands once: in `clipjax.runs.schema` or `clipjax.quantities`, in no other file of the wing."""
+
+import ast
+import pathlib
+
+import pytest
+
+from clipjax import quantities, runs
+from clipjax.runs import schema
+
+RUNS = pathlib.Path(runs.__file__).parent
+KEYS = {value for module in (quantities, schema) for name, value in vars(module).items() if name.isupper()}
+KEYS = {value for value in KEYS if isinstance(value, str)}
+# Words that are no key where they stand: a label, the name of a finding or of an argument, a field of the page's JSON.
+WORDS = {
+  "health/facts.py": {"parameters"},
+  "health/losses.py": {"loss"},
+  "health/nonfinite.py": {"nonfinite"},
+  "report/build.py": {"version", "parameters", "leaves", "steps", "nonfinite", "weights", "max_norm"},
+  "report/figures.py": {"step", "steps", "loss", "norm", "scale"},
+  "report/sections.py": {"parameters", "norm", "update"},
+  "suggest.py": {"max_norm"},
+}
+# What makes and reads the file still has literals.
+NOT_YET = {"outputs.py", "packing.py", "recorder.py", "rows.py", "run.py"}
+
+
+def literals(source):
+  """The strings of a source, docstrings left out, that are a key or a path with a key in it."""
+  tree = ast.parse(source)
+  holders = (ast.Module, ast.ClassDef, ast.FunctionDef)
+  bodies = [node.body for node in ast.walk(tree) if isinstance(node, holders) and node.body]
+  docs = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+  strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+  return {node.value for node in strings if id(node) not in docs and _has_key(node.value)}
+
+
+def _has_key(text):
+  return text in KEYS or ("/" in text and " " not in text and not KEYS.isdisjoint(text.split("/")))
+
+
+def modules():
+  return [path.relative_to(RUNS).as_posix() for path in RUNS.rglob("*.py") if path.name != "schema.py"]
+
+
+@pytest.mark.parametrize("name", sorted(set(modules()) - NOT_YET))
+def test_no_key_is_written_out(name):
+  assert literals((RUNS / name).read_text("utf-8")) == WORDS.get(name, set())
+
+
+def test_what_is_left_out_is_there():
+  assert set(modules()) >= NOT_YET | set(WORDS)
+  assert all(literals((RUNS / name).read_text("utf-8")) for name in NOT_YET)
+
+
+def test_the_test_of_literals_can_fail():
+  assert {"grad/norm", "/max_norm", "consecutive", "tokens"} == literals(
+    'x["grad/norm"]\nf"{name}/max_norm"\ndef f():\n  "loss"\n  return g("consecutive", "tokens"), "the norm", "a/b"'
+  )
+
+
+def test_keys_and_names():
+  assert schema.key_of("grad", quantities.NORM) == "grad/norm"
+  assert schema.key_of("a/b", quantities.SCALE, "w/x") == "a/b/scale/w/x"
+  assert schema.name_of("a/b/norm") == "a/b"
+  keys = [
+    "step",
+    "norm",
+    "grad/norm",
+    "enc/grad/norm",
+    "grad/norm/w",
+    "grad/norm/norm",
+    "grad/scale/a/norm",
+    "x/normal",
+  ]
+  assert schema.names_with(keys, quantities.NORM) == ["grad", "enc/grad"]
