@@ -1,18 +1,17 @@
-"""Where a `Recorder` puts its rows: the file of JSON Lines, and writers of other kinds. Nothing here loads JAX.
+"""The file of JSON Lines that a `Recorder` writes.
 
-Neither may stop a training: what goes wrong after the start is reported once, as a warning.
+It never stops a training: what goes wrong after the start is reported once, as a warning.
 """
 
 import json
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clipjax.checks import caller_level
-from clipjax.runs.run import RESERVED, checked_path, is_run
+from clipjax.runs.run import checked_path, is_run
 from clipjax.runs.text import json_array
 
 _KEPT_BYTES = 2**24  # Of rows that could not be written, until the disk takes them.
@@ -108,64 +107,3 @@ def _line(entry: dict[str, Any]) -> bytes:
     vectors = ", ".join([f"{_encode(key)}: {json_array(vector)}" for key, vector in entry["leaf"].items()])
     text = f'{text[:-1]}, "leaf": {{{vectors}}}}}'
   return text.encode() + b"\n"
-
-
-class Writer:
-  """Anything that takes scalars: by `write_scalars(step, dict)`, `add_scalar(key, value, step)` or `log(dict, step)`.
-
-  Raises:
-    TypeError: for an object that has none of these.
-  """
-
-  def __init__(self, target: Any):
-    self._target = target
-    self._write = _method(target)
-    self._is_dropped = False
-
-  def write(self, row: dict[str, Any]) -> None:
-    """Hands on the scalars of a row; those that are not finite as inf and NaN."""
-    flags = row.get("nonfinite", {})
-    values = {key: float(flags[key]) if value is None else value for key, value in row.items() if key not in RESERVED}
-    if values:
-      self._call(self._write, row["step"], values)
-
-  def flush(self) -> None:
-    """Flushes, where the object can."""
-    flush = getattr(self._target, "flush", None)
-    if callable(flush):
-      self._call(flush)
-
-  def _call(self, function: Callable[..., None], *args: Any) -> None:
-    if self._is_dropped:
-      return
-    try:
-      function(*args)
-    except Exception as error:
-      self._is_dropped = True
-      warnings.warn(
-        f"the writer {type(self._target).__name__} raised {type(error).__name__}: {error}; it is given nothing more, "
-        "and the training and the other outputs go on.",
-        RuntimeWarning,
-        stacklevel=caller_level(),
-      )
-
-
-def _method(target: Any) -> Callable[[int, dict[str, Any]], None]:
-  def method(name: str) -> Any:
-    return None if isinstance(target, type) else getattr(target, name, None)
-
-  if callable(write_scalars := method("write_scalars")):
-    return write_scalars  # type: ignore[no-any-return]  # Of what is not ours.
-  if callable(add_scalar := method("add_scalar")):
-
-    def add_scalars(step: int, values: dict[str, Any]) -> None:
-      for key, value in values.items():
-        add_scalar(key, value, step)
-
-    return add_scalars
-  if callable(log := method("log")):
-    return lambda step, values: log(values, step)
-  raise TypeError(
-    "`writers` must each have add_scalar(key, value, step), log(dict, step) or write_scalars(step, dict), got "
-    f"{target if isinstance(target, type) else type(target).__name__}: pass a tensorboardX SummaryWriter or the like."
-  )

@@ -20,9 +20,11 @@ import numpy as np
 import clipjax
 from clipjax.checks import caller_level, check_whole, describe
 from clipjax.runs import packing
-from clipjax.runs.outputs import RunFile, Writer
+from clipjax.runs.outputs import RunFile
 from clipjax.runs.rows import Pushed, Rows
 from clipjax.runs.run import FORMAT, RESERVED, merge
+from clipjax.runs.schema import LEAVES
+from clipjax.runs.writers import Writers
 
 
 class Recorder:
@@ -51,13 +53,14 @@ class Recorder:
   Args:
     path: the file.
     every: pushes between two reads from the device.
-    writers: objects with `add_scalar(key, value, step)` (tensorboardX, torch), `log(dict, step)` (wandb, trackio) or
-      `write_scalars(step, dict)` (clu), which are given every scalar too. They are flushed, but not closed.
+    writers: loggers such as a `SummaryWriter`, a run of wandb or the module `mlflow`, or functions `(step, values)`,
+      which are given every scalar too; `(logger, "leaves")` is given the numbers by leaf as well. Each is called in a
+      thread of its own, but for wandb, to which each push hands on a row. They are flushed, but not closed.
 
   Raises:
     OSError: if the file cannot be written to.
     ValueError: if it is one that no Recorder wrote, or for an `every` below 1.
-    TypeError: for an object among the writers that is none, or a `path` or `every` of another type.
+    TypeError: for an object among the writers that takes no rows, or a `path` or `every` of another type.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, optax, clipjax
@@ -79,7 +82,7 @@ class Recorder:
     if not isinstance(writers, Iterable):
       raise TypeError(f"`writers` must be a sequence, got {type(writers).__name__}: pass [writer].")
     self._every = every
-    self._writers = [Writer(target) for target in writers]
+    self._writers = Writers(writers if jax.process_index() == 0 else (), _warn)
     self._file = RunFile(path) if jax.process_index() == 0 else None
     self._is_alone = jax.process_count() == 1
     self._packers: list[packing.Packer] = []
@@ -140,6 +143,7 @@ class Recorder:
     self._pushes += 1
     if len(self._pending) >= self._every:
       self._read_batch()
+    self._writers.pace(number)
 
   def flush(self) -> None:
     """Reads and writes all that was pushed; waits for the device."""
@@ -148,14 +152,14 @@ class Recorder:
     if self._file is not None:
       self._file.write(self._header(), [])
       self._hand_on(self._rows.last())
-    for writer in self._writers:
-      writer.flush()
+    self._writers.flush()
 
   def close(self) -> None:
     """Writes what is left; a second call does nothing."""
     if not self._is_closed:
       self._is_closed = True
       self.flush()
+      self._writers.close()
 
   def __enter__(self) -> "Recorder":
     return self
@@ -205,8 +209,7 @@ class Recorder:
 
   def _hand_on(self, row: dict[str, Any] | None) -> None:
     if row is not None:
-      for writer in self._writers:
-        writer.write(row)
+      self._writers.hand_on(row, self._header()[LEAVES])
 
   def _header(self) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
@@ -220,6 +223,10 @@ class Recorder:
       "parameters": self._parameters,
       "every": self._every,
     }
+
+
+def _warn(text: str) -> None:
+  warnings.warn(text, RuntimeWarning, stacklevel=caller_level())
 
 
 _INSIDE_JIT = "`{}` must be an array with a value, got {}: call `push` outside jit, with what the jitted step returns."
