@@ -79,13 +79,13 @@ RECORDERS = {
   "writers None": ({"writers": None}, TypeError, "`writers` must be a sequence, got NoneType: pass [writer]."),
   "a writer that is a string": (
     {"writers": ["tensorboard"]}, TypeError,
-    "`writers` must each have add_scalar(key, value, step), log(dict, step) or write_scalars(step, dict), got str: "
-    "pass a tensorboardX SummaryWriter or the like.",
+    "`writers` must each be a logger that clipjax knows, a function (step, values), or a pair of one and 'leaves', got "
+    "'tensorboard': pass a function that hands the values on.",
   ),
   "a writer's class": (
     {"writers": [pathlib.Path]}, TypeError,
-    "`writers` must each have add_scalar(key, value, step), log(dict, step) or write_scalars(step, dict), got "
-    "<class 'pathlib.Path'>: pass a tensorboardX SummaryWriter or the like.",
+    "`writers` must each be a logger that clipjax knows, a function (step, values), or a pair of one and 'leaves', got "
+    "<class 'pathlib.Path'>: pass an instance.",
   ),
 }  # fmt: skip
 

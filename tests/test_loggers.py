@@ -5,9 +5,9 @@
 
 import contextlib
 import glob
+import importlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import re
@@ -75,12 +75,20 @@ def rows_of(path, leaves):
 
 
 def same(got, want):
-  """Whether rows are equal, to the precision of a float32."""
+  """Whether rows are equal, to the precision of a float32; loggers rewrite what is not a letter or a digit in a key."""
   assert sorted(got) == sorted(want)
   for step, values in want.items():
-    assert sorted(got[step]) == sorted(values), step
-    for key, value in values.items():
-      np.testing.assert_allclose(got[step][key], value, rtol=1e-6, err_msg=f"{key} at step {step}")
+    numbers, expected = plain(got[step]), plain(values)
+    assert sorted(numbers) == sorted(expected), step
+    for key, value in expected.items():
+      np.testing.assert_allclose(numbers[key], value, rtol=1e-6, err_msg=f"{key} at step {step}")
+
+
+def plain(values):
+  """The values, with keys in which only letters and digits count; none becomes one with another."""
+  out = {re.sub(r"[^A-Za-z0-9]+", "_", key).strip("_"): value for key, value in values.items()}
+  assert len(out) == len(values)
+  return out
 
 
 def gathered(triples):
@@ -90,6 +98,12 @@ def gathered(triples):
     assert key not in rows.setdefault(step, {}), (step, key)
     rows[step][key] = value
   return rows
+
+
+def warnings_of(call):
+  with pytest.warns(RuntimeWarning) as caught:
+    call()
+  return [str(warning.message) for warning in caught]
 
 
 def finite(rows):
@@ -133,10 +147,6 @@ def wandb_rows(folder):
       if entry.WhichOneof("record_type") == "history":
         rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in entry.history.item})
   return rows
-
-
-def every_tenth(log):
-  return lambda step: log(step) if step % 10 == 0 else None
 
 
 # How the training logs to wandb: a function (run, step) before the push, one after it, the first step.
@@ -200,16 +210,16 @@ def test_wandb_is_given_the_leaves(tmp_path):
 
 def test_wandb_beside_epochs_that_begin_late_says_what_it_costs(tmp_path):
   pytest.importorskip("wandb")
-  path = tmp_path / "run.jsonl"
-  with (
-    wandb_run(tmp_path) as run,
-    pytest.warns(RuntimeWarning, match=r"a `step=` of yours is not above .*reinit=\"create_new\""),
-    clipjax.runs.Recorder(path, writers=[run]) as recorder,
-  ):
-    for step in range(STEPS):
-      recorder.push(step, None, loss=1.0)
-      if step % 100 == 99:
-        run.log({"epoch": step}, step=step // 100)
+
+  def train():
+    with wandb_run(tmp_path) as run, clipjax.runs.Recorder(tmp_path / "run.jsonl", writers=[run]) as recorder:
+      for step in range(STEPS):
+        recorder.push(step, None, loss=1.0)
+        if step % 100 == 99:
+          run.log({"epoch": step}, step=step // 100)
+
+  with pytest.warns(RuntimeWarning, match=r"a `step=` of yours is not above .*reinit=\"create_new\""):
+    train()
   assert sum("clipjax/step" in row for row in wandb_rows(tmp_path)) == STEPS
 
 
@@ -234,13 +244,11 @@ def test_a_run_of_wandb_that_is_finished_holds_up_no_push(tmp_path):
     recorder = clipjax.runs.Recorder(tmp_path / "run.jsonl", every=1, writers=[run])
     recorder.push(0, None, loss=1.0)
     recorder.push(1, None, loss=1.0)
-  with pytest.warns(RuntimeWarning, match="the writer wandb") as caught:
-    recorder.push(2, None, loss=1.0)
-    recorder.close()
-  assert "the run is finished" in str(caught[0].message) and "never took" in str(caught[-1].message)
+  said = warnings_of(lambda: recorder.push(2, None, loss=1.0) or recorder.close())
+  assert "the run is finished" in said[0] and said[-1] == "the writer wandb never took 2 rows: the file has them."
 
 
-# The others: each returns what was read back and what should be --------------------------------------------------------
+# The others: each returns what was read back and what should be -------------------------------------------------------
 
 
 def tensorboardx(folder, leaves):
@@ -261,12 +269,7 @@ def tensorboardx(folder, leaves):
       times[event.step] = event.wall_time
   run = clipjax.runs.read_run(Path(folder) / "run.jsonl")
   np.testing.assert_allclose([times[step] for step in run.steps.tolist()], run["time"], atol=1e-3)
-  return gathered(triples), {step: {tag_of(k): v for k, v in row.items()} for step, row in want.items()}
-
-
-def tag_of(key):
-  """As tensorboardX and torch rewrite it."""
-  return re.sub(r"[^-/\w\.]", "_", key)
+  return gathered(triples), want
 
 
 def torch(folder, leaves):
@@ -274,7 +277,7 @@ def torch(folder, leaves):
 
   with SummaryWriter(f"{folder}/events") as writer:
     want = record(folder, writer, leaves=leaves)
-  return events_of(folder), {step: {tag_of(k): v for k, v in row.items()} for step, row in want.items()}
+  return events_of(folder), want
 
 
 def events_of(folder):
@@ -287,26 +290,12 @@ def events_of(folder):
 
 def clu(folder, leaves):
   from clu import metric_writers  # noqa: PLC0415
+  from clu.metric_writers.torch_tensorboard_writer import TorchTensorboardWriter  # noqa: PLC0415
 
-  with contextlib.suppress(ImportError):
-    import torch  # noqa: F401, PLC0415, F811
-
-    writer = metric_writers.TorchTensorboardWriter(f"{folder}/events")
-    want = record(folder, metric_writers.AsyncWriter(writer), leaves=leaves)
-    return events_of(folder), {step: {tag_of(k): v for k, v in row.items()} for step, row in want.items()}
-  said = []
-  handler = logging.Handler()
-  handler.emit = lambda entry: said.append(entry.getMessage())
-  logger = logging.getLogger("absl")
-  logger.addHandler(handler)
-  logger.setLevel(logging.INFO)
-  want = record(folder, metric_writers.AsyncWriter(metric_writers.LoggingWriter()), leaves=leaves)
-  logger.removeHandler(handler)
-  triples = []
-  for line in said:
-    if match := re.match(r"\[(\d+)\] (.*)", line):
-      triples += [(int(match[1]), *pair.split("=")) for pair in match[2].split(", ")]
-  return gathered((step, key, float(value)) for step, key, value in triples), want
+  writer = metric_writers.AsyncWriter(TorchTensorboardWriter(f"{folder}/events"))
+  want = record(folder, writer, leaves=leaves)
+  writer.close()
+  return events_of(folder), want
 
 
 def trackio(folder, leaves):
@@ -336,20 +325,11 @@ def mlflow(folder, leaves):
   for key in client.get_run(run.info.run_id).data.metrics:
     triples += [(point.step, key, point.value) for point in client.get_metric_history(run.info.run_id, key)]
   largest = sys.float_info.max  # Of its database, for inf.
-  keys = {"grad/norm/w": "grad/norm.w", "grad/norm/blocks/v[0]": "grad/norm.blocks/v.0"}
   want = {
-    step: {mlflow_key(k, keys): max(min(v, largest), -largest) if v == v else v for k, v in row.items()}
+    step: {key: value if math.isnan(value) else max(min(value, largest), -largest) for key, value in row.items()}
     for step, row in want.items()
   }
   return gathered(triples), want
-
-
-def mlflow_key(key, keys):
-  for quantity in ("norm", "param_norm", "ratio", "zero_fraction"):
-    if key.startswith(f"grad/{quantity}/"):
-      leaf = key.removeprefix(f"grad/{quantity}/").replace("[0]", ".0")
-      return f"grad/{quantity}.{leaf}" if quantity != "none" else key
-  return keys.get(key, key)
 
 
 def aim(folder, leaves):
@@ -414,15 +394,15 @@ def neptune(folder, leaves):
       operation = entry["obj"]
       if operation["type"] == "LogFloats":
         key = "/".join(operation["path"])
-        triples += [(value["step"], key.replace("norm.", "norm/"), value["value"]) for value in operation["values"]]
-  return gathered(triples), finite({s: {k.replace("norm.", "norm/"): v for k, v in r.items()} for s, r in want.items()})
+        triples += [(value["step"], key, value["value"]) for value in operation["values"]]
+  return gathered(triples), finite(want)
 
 
 # The package that must be installed, and what PyPI calls it.
 LOGGERS = {
   tensorboardx: ("tensorboardX", "tensorboardX"),
   torch: ("torch.utils.tensorboard", "torch"),
-  clu: ("clu.metric_writers", "clu"),
+  clu: ("clu.metric_writers.torch_tensorboard_writer", "clu"),
   trackio: ("trackio", "trackio"),
   mlflow: ("mlflow", "mlflow"),
   aim: ("aim", "aim"),
@@ -440,3 +420,31 @@ def test_a_logger_has_every_row_once(logger, leaves, tmp_path):
   same(got, want)
   assert len(got) == STEPS
   assert any("blocks" in key for key in got[1]) == leaves
+
+
+# The table of the page ------------------------------------------------------------------------------------------------
+
+
+def table():
+  """Rows written and read back, for what is installed here."""
+  for logger, (module, package) in LOGGERS.items():
+    with contextlib.suppress(ImportError):
+      importlib.import_module(module)
+      for leaves in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+          got, want = logger(folder, leaves)
+          same(got, want)
+          what = "with leaves" if leaves else "scalars"
+          yield f"| {package} {importlib.metadata.version(package)} | {what} | {len(want)} | {len(got)} | |"
+  with contextlib.suppress(ImportError):
+    version = importlib.metadata.version("wandb")
+    for situation in WANDB:
+      with tempfile.TemporaryDirectory() as folder:
+        got, want, found, logged = through_wandb(folder, situation)
+        same(got, want)
+        yield f"| wandb {version} | {situation} | {len(want)} | {len(got)} | {found} of {logged} |"
+
+
+if __name__ == "__main__":
+  for line in table():
+    print(line, flush=True)

@@ -15,8 +15,6 @@ import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event
 
 import clipjax
 from clipjax.runs import outputs, packing
@@ -775,71 +773,9 @@ class Collector:
     self._sent.append((step, values))
 
 
-class Scalars(Collector):
-  def write_scalars(self, step, values):
-    self._sent.append((step, values))
-
-  log = None
-
-
 class Broken:
   def add_scalar(self, key, value, step):
     raise RuntimeError(f"offline at {step}")
-
-
-@pytest.mark.parametrize("kind", [Collector, Scalars])
-def test_writers_are_given_every_row_once(path, kind):
-  sent = []
-  run = record(path, watched(), 5, every=2, writers=[kind(sent)])
-  assert [step for step, _ in sent] == [1, 2, 3, 4, 5]
-  for i, (_, values) in enumerate(sent):
-    assert values == {key: column[i] for key, column in run.columns.items() if key != "time"}
-
-
-def test_writers_are_given_inf_and_nan(path):
-  sent = []
-  with clipjax.runs.Recorder(path, writers=[Collector(sent)]) as recorder:
-    recorder.push(1, None, loss=jnp.float32(-jnp.inf), other=float("nan"))
-  assert sent[0][1]["loss"] == -np.inf and np.isnan(sent[0][1]["other"])
-
-
-def test_tensorboard_file_through_tensorboardx(path, tmp_path):
-  with SummaryWriter(str(tmp_path / "events")) as writer:
-    run = record(path, watched(history=4), 7, every=3, writers=[writer])
-  (file,) = (tmp_path / "events").iterdir()
-  got = {}
-  data = file.read_bytes()
-  while data:  # Records of length, checksum, event, checksum.
-    size = int.from_bytes(data[:8], "little")
-    event = Event.FromString(data[12 : 12 + size])
-    data = data[16 + size :]
-    got |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-  for key in set(run.columns) - {"time"}:
-    values = [got.pop((key, step)) for step in run.steps.tolist()]
-    np.testing.assert_array_equal(values, run[key].astype(np.float32), err_msg=key)
-  assert not got
-
-
-def test_a_writer_that_raises_is_dropped_and_said_once(path):
-  sent = []
-  recorder = clipjax.runs.Recorder(path, every=1, writers=[Broken(), Collector(sent)])
-  caught = warnings_of(lambda: [recorder.push(step, None, loss=1.0) for step in range(4)] and recorder.close())
-  assert caught == [
-    "the writer Broken raised RuntimeError: offline at 0; it is given nothing more, and the training and the other "
-    "outputs go on."
-  ]
-  assert len(sent) == 4 and len(clipjax.runs.read_run(path)) == 4
-
-
-def test_no_writer_is_a_type_error(path):
-  for wrong, got in ((object(), "object"), ("runs", "str"), (Collector, "<class 'test_record.Collector'>")):
-    assert message_of(TypeError, clipjax.runs.Recorder, path, writers=[wrong]) == (
-      "`writers` must each have add_scalar(key, value, step), log(dict, step) or write_scalars(step, dict), got "
-      f"{got}: pass a tensorboardX SummaryWriter or the like."
-    )
-  with pytest.raises(TypeError, match=r"`writers` must be a sequence, got Collector: pass \[writer\]\."):
-    clipjax.runs.Recorder(path, writers=Collector([]))
-  assert not path.exists()
 
 
 # Wrong arguments ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ _KEPT_BYTES = 2**24  # Of rows that wait for a logger.
 _BYTES_A_NUMBER = 64  # A float and its place in a dict.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 60.0  # Seconds between two tries.
 _MOST_A_PUSH = 100  # Rows, where a push stands for many steps.
+_TRIES = 3  # At a flush; each may take as long as a server that does not answer.
 _PATIENCE = 60.0  # For how many seconds a flush waits for a logger that takes nothing.
 
 Row: TypeAlias = dict[str, Any]
@@ -140,6 +141,14 @@ class _Tries:
     self._has_said = False
     self._next = 0.0
 
+  def begin(self) -> None:
+    """Tries again at once, and `_TRIES` times with short pauses."""
+    self._failures, self._next = 0, 0.0
+
+  def is_given_up(self) -> bool:
+    """Whether it has failed so often since `begin`."""
+    return self._failures >= _TRIES
+
   def pause(self) -> float:
     """How many seconds there are until the next try."""
     return max(0.0, self._next - time.monotonic())
@@ -190,11 +199,13 @@ class _Threaded:
     with self._changed:
       if not self._is_closed:
         self._asked += 1
+        self._tries.begin()
         self._changed.notify_all()
 
   def wait(self) -> None:
     """Until all that was asked for is done, or failed once more, or the logger is stuck."""
     while self._thread is None and self._answered < self._asked:  # There were no rows, or no thread can start any more.
+      time.sleep(self._tries.pause())
       self._turn()
     with self._changed:
       asked, progress, since = self._asked, self._progress, time.monotonic()
@@ -245,14 +256,14 @@ class _Threaded:
       if is_done:
         self._in_hand = []
         self._progress += 1
-      if is_empty or not is_done:
+      if (is_empty and is_done) or self._tries.is_given_up():
         self._answered = asked
       self._changed.notify_all()
 
   def _is_due(self) -> bool:
-    """Whether there is something to be done now; of rows, not during a pause."""
-    waits = bool(self._in_hand) or len(self._queue) > 0
-    return self._asked > self._answered or (waits and self._tries.pause() == 0)
+    """Whether there is something to be done now, not after a pause."""
+    is_wanted = self._asked > self._answered or bool(self._in_hand) or len(self._queue) > 0
+    return is_wanted and self._tries.pause() == 0
 
 
 class _Paced:
@@ -279,7 +290,7 @@ class _Paced:
       if step is not None and before is not None:
         self._pushed = (before, max(before, step))
       # A push that brings several steps from a ring hands on as many.
-      most = max(1, self._pushed[1] - self._pushed[0]) if self._pushed else 1
+      most = max(1, self._pushed[1] - self._pushed[0]) if self._pushed and step is not None else 1
       if self._tries.pause() == 0:
         self._hand_on(min(most, _MOST_A_PUSH))
     finally:
@@ -287,7 +298,12 @@ class _Paced:
 
   def ask(self, *, is_last: bool = False) -> None:
     with self._lock:
-      if not self._is_closed:
+      if self._is_closed:
+        return
+      self._tries.begin()
+      self._hand_on(None, at_any_step=is_last)
+      while self._tries.pause() and not self._tries.is_given_up():
+        time.sleep(self._tries.pause())
         self._hand_on(None, at_any_step=is_last)
 
   def wait(self) -> None:
