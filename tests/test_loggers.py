@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import glob
 import importlib
 import importlib.metadata
@@ -14,6 +15,8 @@ import re
 import struct
 import sys
 import tempfile
+import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -24,6 +27,7 @@ import pytest
 
 import clipjax
 
+os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}  # wandb reads them once.
 STEPS = 300
 ODD = {100: math.nan, 101: math.inf, 102: -math.inf}  # Losses.
 PARAMS = {"w": jnp.ones(2), "blocks": {"v[0]": jnp.ones(3)}}
@@ -118,7 +122,6 @@ def finite(rows):
 def wandb_run(folder):
   import wandb  # noqa: PLC0415
 
-  os.environ["WANDB_SILENT"] = "true"
   settings = wandb.Settings(x_disable_stats=True, console="off")
   run = wandb.init(mode="offline", dir=folder, project="tests", reinit="create_new", settings=settings)
   try:
@@ -128,11 +131,27 @@ def wandb_run(folder):
 
 
 def wandb_rows(folder):
-  """The rows in the file of an offline run: blocks of 32 KiB that hold pieces of protocol buffers."""
+  """The rows in the file of an offline run; `finish` returns before the file is complete."""
+  until = time.monotonic() + 60
+  while True:
+    with contextlib.suppress(Exception):  # A record may be half written.
+      entries = list(wandb_entries(folder))
+      if any(entry.WhichOneof("record_type") == "exit" for entry in entries):
+        histories = [entry.history for entry in entries if entry.WhichOneof("record_type") == "history"]
+        return [
+          {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+          for history in histories
+        ]
+    assert time.monotonic() < until, "the file is not completed"
+    time.sleep(0.05)
+
+
+def wandb_entries(folder):
+  """What the file holds: blocks of 32 KiB with pieces of protocol buffers."""
   from wandb.proto import wandb_internal_pb2  # noqa: PLC0415
 
   (path,) = glob.glob(f"{folder}/wandb/offline-run-*/*.wandb")
-  data, place, whole, rows = Path(path).read_bytes(), 7, b"", []
+  data, place, whole = Path(path).read_bytes(), 7, b""
   while place + 7 <= len(data):
     left = 2**15 - place % 2**15
     _, size, kind = struct.unpack("<IHB", data[place : place + 7]) if left >= 7 else (0, 0, 0)
@@ -143,10 +162,7 @@ def wandb_rows(folder):
     place += 7 + size
     whole = piece if kind in (1, 2) else whole + piece
     if kind in (1, 4):
-      entry = wandb_internal_pb2.Record.FromString(whole)
-      if entry.WhichOneof("record_type") == "history":
-        rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in entry.history.item})
-  return rows
+      yield wandb_internal_pb2.Record.FromString(whole)
 
 
 # How the training logs to wandb: a function (run, step) before the push, one after it, the first step.
@@ -420,6 +436,39 @@ def test_a_logger_has_every_row_once(logger, leaves, tmp_path):
   same(got, want)
   assert len(got) == STEPS
   assert any("blocks" in key for key in got[1]) == leaves
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loggers.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split()[1])
+def test_the_examples_of_the_page_run(block, tmp_path, monkeypatch):
+  for module in re.findall(r"^(?:import|from) ([\w.]+)", block, re.MULTILINE):
+    pytest.importorskip(module, exc_type=ImportError)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+  monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+  if "import wandb" in block:  # It remembers the folder that it was first used in.
+    wandb = importlib.import_module("wandb")
+    monkeypatch.setattr(wandb, "init", functools.partial(wandb.init, dir=tmp_path))
+  names = {"clipjax": clipjax}
+  exec(block, names)
+  recorder = names["recorder"]
+  with warnings.catch_warnings():
+    warnings.simplefilter("error", RuntimeWarning)  # Of a logger that raises.
+    for step in range(3):
+      recorder.push(step, None, loss=1.0)
+    recorder.close()
+  for module, end in (("wandb", "finish"), ("trackio", "finish"), ("mlflow", "end_run")):
+    if module in names:
+      getattr(names[module], end)()
+  for name, end in (("file", "close"), ("experiment", "end")):
+    if name in names:
+      getattr(names[name], end)()
 
 
 # The table of the page ------------------------------------------------------------------------------------------------
