@@ -13,7 +13,7 @@ import pytest
 
 import clipjax
 from clipjax import cli
-from clipjax.runs import outputs
+from clipjax.runs import run_file
 from clipjax.runs.report.mark import START
 
 TX = clipjax.clip_by_global_norm(1.0)
@@ -80,13 +80,13 @@ RECORDERS = {
   "writers None": ({"writers": None}, TypeError, "`writers` must be a sequence, got NoneType: pass [writer]."),
   "a writer that is a string": (
     {"writers": ["tensorboard"]}, TypeError,
-    "`writers` must each have add_scalar(key, value, step), log(dict, step) or write_scalars(step, dict), got str: "
-    "pass a tensorboardX SummaryWriter or the like.",
+    "`writers` must each be a logger that clipjax knows, a function (step, values), or a pair of one and 'leaves', got "
+    "'tensorboard': pass a function that hands the values on.",
   ),
   "a writer's class": (
     {"writers": [pathlib.Path]}, TypeError,
-    "`writers` must each have add_scalar(key, value, step), log(dict, step) or write_scalars(step, dict), got "
-    "<class 'pathlib.Path'>: pass a tensorboardX SummaryWriter or the like.",
+    "`writers` must each be a logger that clipjax knows, a function (step, values), or a pair of one and 'leaves', got "
+    "<class 'pathlib.Path'>: pass an instance.",
   ),
 }  # fmt: skip
 
@@ -246,7 +246,7 @@ def test_a_push_after_close_writes_nothing(run_file):
 
 
 def test_a_full_disk_is_one_warning_at_the_caller_and_loses_no_row(tmp_path, monkeypatch):
-  path, whole = tmp_path / "run.jsonl", outputs._write_all
+  path, whole = tmp_path / "run.jsonl", run_file._write_all
 
   def half(file, text):
     whole(file, text[: len(text) // 2])
@@ -255,14 +255,14 @@ def test_a_full_disk_is_one_warning_at_the_caller_and_loses_no_row(tmp_path, mon
   with clipjax.runs.Recorder(path, every=1) as recorder:
     recorder.push(1, STATES[1])
     recorder.flush()
-    monkeypatch.setattr(outputs, "_write_all", half)
+    monkeypatch.setattr(run_file, "_write_all", half)
     with pytest.warns(RuntimeWarning) as caught:  # noqa: PT031  (one warning for all of it)
       recorder.push(2, STATES[2])
       recorder.flush()
       recorder.push(3, STATES[3])
       recorder.flush()
     assert clipjax.runs.read_run(path).steps.tolist() == [1]  # What was there is still whole.
-    monkeypatch.setattr(outputs, "_write_all", whole)
+    monkeypatch.setattr(run_file, "_write_all", whole)
     recorder.push(4, STATES[4])
   (warning,) = caught
   assert str(warning.message) == (

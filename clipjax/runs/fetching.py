@@ -11,7 +11,10 @@ from clipjax.runs.pushes import Pushed
 
 
 def fetched(arrays: list[jax.Array | None], warn: Callable[[str], None]) -> list[Any]:
-  """The arrays on the host, together; None for one that a failed step has left without a value. Waits for the device."""
+  """The arrays on the host, together; None for one that a failed step has left without a value.
+
+  Waits for the device.
+  """
   try:
     if _are_on_cpu(arrays):  # `device_get` would ask for a copy of each first.
       return [array if array is None else np.asarray(array) for array in arrays]

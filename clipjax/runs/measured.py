@@ -132,7 +132,8 @@ class States:
 
 
 _GROW = (
-  "`step` must grow from update to update, got {} for updates {} and {}: of one step the last update alone is kept; push "
+  "`step` must grow from update to update, got {} for updates {} and {}: of one step the last update alone is "
+  "kept; push "
   "the number of the update, and an epoch as a scalar."
 )
 

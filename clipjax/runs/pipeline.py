@@ -109,7 +109,7 @@ class Pipeline:
     self._file.close()
     self._is_closed = True
 
-  # Outside the thread --------------------------------------------------------------------------------------------------
+  # Outside the thread ------------------------------------------------------------------------------------------------
 
   def _is_elsewhere(self) -> bool:
     """Whether this is a child that was forked: it has no thread, and its parent writes."""
@@ -120,7 +120,7 @@ class Pipeline:
     self._queue.put(request)
     _wait_until(lambda: request.is_done or not self._thread.is_alive())
 
-  # In the thread -------------------------------------------------------------------------------------------------------
+  # In the thread -----------------------------------------------------------------------------------------------------
 
   def _run(self) -> None:
     while True:

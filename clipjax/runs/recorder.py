@@ -54,7 +54,8 @@ class Recorder:
   fewer groups are in every row.
 
   Nothing that was pushed is lost by an exception, Ctrl-C, SIGTERM (where nobody else handles it) or a script that ends
-  without `close`; a process that is killed loses what was not yet read, at most twice `every` rows. `push` may be called
+  without `close`; a process that is killed loses what was not yet read, at most twice `every` rows. `push` may be
+  called
   from several threads. A full disk, or a writer that raises, is a warning, once, and the training goes on; up to 16 MiB
   of rows wait until they can be written, beyond that the oldest are dropped. A file is recorded to by one recorder: a
   second one of this process closes the first, one of another process is refused. Of several processes of
@@ -63,9 +64,10 @@ class Recorder:
   Args:
     path: the file.
     every: pushes between two reads from the device.
-    writers: loggers that are given every scalar too, in order: a tensorboardX or torch `SummaryWriter`, a wandb,
-      trackio, mlflow, aim, comet or clu object, or a function `(step, numbers)`. A pair `(writer, "leaves")` is given
-      numbers by leaf as well. They are flushed, but not closed.
+    writers: loggers that are given every scalar too, in order: a `SummaryWriter`, a run of wandb, the module `mlflow`
+      and others, or functions `(step, values)`; docs/loggers.md of the project has all. A pair `(logger, "leaves")` is
+      given the numbers by leaf as well. Each is called in a thread of its own, but for wandb, to which each push hands
+      on a row. They are flushed, but not closed.
     on_finding: called with a `Finding` when a step is a spike or not finite, once for each kind, by the first `push`
       after the rows were written, so within about `every` pushes. What it raises, `push` raises.
     limits: where these findings begin, as in `diagnose`.
@@ -74,7 +76,7 @@ class Recorder:
     OSError: if the file cannot be written to.
     ValueError: if it is one that no Recorder wrote, no regular file, or recorded to by another process; for an `every`
       below 1 or limits out of their range.
-    TypeError: for an object among the writers that is none, or an argument of another type.
+    TypeError: for an object among the writers that takes no rows, or an argument of another type.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, optax, clipjax
@@ -101,6 +103,8 @@ class Recorder:
     limits: HealthLimits | None = None,
   ):
     check_whole(every, "every", 1)
+    if not isinstance(writers, Iterable):
+      raise TypeError(f"`writers` must be a sequence, got {type(writers).__name__}: pass [writer].")
     _check_callable(on_finding)
     check_limits(limits or HealthLimits())
     self._every = every
@@ -110,9 +114,9 @@ class Recorder:
     self._next_weights = 0
     self._is_closed = False
     self._is_alone = jax.process_count() == 1
-    targets = Writers(writers, self._notes.warn)
     self._pipeline: Pipeline | None = None
     if jax.process_index() == 0:
+      targets = Writers(writers, self._notes.warn)
       self._open(path, targets, on_finding is not None, limits or HealthLimits())
       self._notes.deliver()
 
@@ -190,7 +194,8 @@ class Recorder:
       older.close()
       exits.remove(older)
       warn(
-        f"{name!r} was open in another Recorder of this process, which is closed now: close a Recorder, best by `with`, "
+        f"{name!r} was open in another Recorder of this process, which is closed now: close a Recorder, best by "
+        "`with`, "
         "before you make another of its path."
       )
     file = RunFile(path, warn)

@@ -51,8 +51,9 @@ class Rings:
       stride = (step - before.step) // (update - before.update)
       if stride == 0:
         self._say(
-          f"`step` must grow at least as fast as the updates, got {before.step} and {step} for {update - before.update} "
-          "updates: the norms between them have no number and are not recorded; push the number of the last update."
+          f"`step` must grow at least as fast as the updates, got {before.step} and {step} for "
+          f"{update - before.update} updates: the norms between them have no number and are not recorded; push the "
+          "number of the last update."
         )
         return [], None
     rows = self._rows(_Place(step, update), None if is_new else before, rings, stride)

@@ -247,7 +247,8 @@ class _Course:
   def _warn_of_fresh_start(self, before: Before, step: int) -> None:
     self._warn(
       f"`path` should be a new file for a new run, got one with {before.steps} rows, of the steps {before.first} to "
-      f"{before.last}, and a run that begins at step {step}: read_run will show the new run alone. The old rows stay in "
+      f"{before.last}, and a run that begins at step {step}: read_run will show the new run alone. The old rows "
+      "stay in "
       "the file; name another file to keep both apart."
     )
 

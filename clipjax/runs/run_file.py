@@ -112,8 +112,9 @@ class RunFile:
       return
     self._is_reported = True
     self._warn(
-      f"cannot write {str(self.path)!r}: {getattr(error, 'strerror', None) or error}; the training goes on, and the last "
-      f"{_KEPT_BYTES >> 20} MiB of rows are kept to be written when it is possible again: free disk space or fix the path."
+      f"cannot write {str(self.path)!r}: {getattr(error, 'strerror', None) or error}; the training goes on, and the "
+      f"last {_KEPT_BYTES >> 20} MiB of rows are kept to be written when it is possible again: free disk space or fix "
+      "the path."
     )
 
 

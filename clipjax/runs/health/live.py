@@ -1,7 +1,8 @@
 """The detectors of `diagnose` along the rows of a run as they are written.
 
 They say which steps get their numbers by leaf, and make the findings that a `Recorder` hands to `on_finding`. The rows
-before a batch are kept as far as the detectors look back, so the limits are those that `diagnose` has for the whole run.
+before a batch are kept as far as the detectors look back, so the limits are those that `diagnose` has for the whole
+run.
 """
 
 from collections import deque
