@@ -166,7 +166,7 @@ class _UnreadableError(Exception):
 
 def _read(path: Path) -> "Run":
   """The run of a file; `_UnreadableError` for whatever is wrong with it, as anything may be in a file."""
-  from clipjax.runs.run import read_run  # noqa: PLC0415  (loads numpy)
+  from clipjax.runs.reading import read_run  # noqa: PLC0415  (loads numpy)
 
   try:
     return read_run(path)

@@ -342,9 +342,9 @@ def test_a_run_that_is_not_there_or_of_a_later_format(tmp_path):
   assert error_of(ValueError, lambda: clipjax.runs.read_run(path)) == (
     f"{name} {str(path)!r}, which is empty: a Recorder writes its first rows after `every` steps, or when it is closed."
   )
-  path.write_bytes(b'{"clipjax_run": 2, "version": "9.0"}\n')
+  path.write_bytes(b'{"clipjax_run": 3, "version": "9.0"}\n')
   assert error_of(ValueError, lambda: clipjax.runs.read_run(path)) == (
-    f"`path` must be a file of format 1 or below, got {str(path)!r} of format 2: read it with the version of clipjax "
+    f"`path` must be a file of format 2 or below, got {str(path)!r} of format 3: read it with the version of clipjax "
     "that wrote it, 9.0, or a later one."
   )
 

@@ -19,7 +19,7 @@ def test_steps_that_are_not_finite_and_the_layer_where_it_began():
   at[[70, 71, 100]] = True
   columns["grad/norm"][at] = columns["grad/norm_clipped"][at] = np.nan
   values = np.ones((40, 2))
-  values[7, 1] = np.nan  # Row 7 is step 71.
+  values[7, 1] = np.inf  # Row 7 is step 71.
   run = run_of(columns, flags={"grad/norm": at}, **layered(values))
   report = clipjax.runs.diagnose(run)
   assert bad(report) == ["nonfinite"]

@@ -112,7 +112,7 @@ def make(norm, *, bad=(), limit=2.0, names=(), every=10, path="runs/demo.jsonl",
   if names and n:
     at = np.unique(np.append(np.arange(0, n, every), np.flatnonzero(flag)))
     values = np.outer(np.nan_to_num(norm[at], nan=1.0), np.arange(1, len(names) + 1) / len(names))
-    values[flag[at], 0] = np.nan
+    values[flag[at], 0] = np.inf
     vectors = {"grad/norm": (steps[at], values), "update/ratio": (steps[at], np.full(values.shape, 2e-3))}
     counts = np.outer(np.arange(1, at.size + 1), [0.0, 3.0, 5.0, 1.0])
     weights = steps[at], np.linspace(-4, 0, 5), counts
@@ -211,7 +211,8 @@ def test_the_data_are_those_of_the_run(case, page_of):
   assert set(got["vectors"]) == set(run.vectors)
   for key, (steps, values) in run.vectors.items():
     assert got["vectors"][key]["steps"] == steps.tolist()
-    np.testing.assert_allclose(np.array(got["vectors"][key]["values"], np.float64), values, rtol=5.1e-7)
+    back = np.array(got["vectors"][key]["values"], np.float64)  # null is of what was not finite too.
+    np.testing.assert_allclose(back, np.where(np.isfinite(values), values, np.nan), rtol=5.1e-7)
   if run.weights is not None:
     np.testing.assert_allclose(got["weights"]["counts"], run.weights[2])
 
@@ -385,12 +386,13 @@ def test_a_spike_of_one_step_in_many_is_drawn():
 def test_the_heat_map_keeps_extremes_and_what_was_not_finite():
   steps = np.arange(0, 5000, 10) + 1
   values = np.ones((500, 3))
-  values[321, 1], values[123, 2] = 9.0, np.nan
+  values[321, 1], values[123, 2] = 9.0, np.inf
+  values[[124, 200], [2, 0]] = np.nan  # Absent, as after the model has changed.
   start, stop, grid = report_series.time_grid(steps, values, 50)
   assert (start, stop) == (-4, 4996)
   assert grid.shape == (3, 50)
   assert grid[1].argmax() == 321 // 10
-  assert np.flatnonzero(np.isnan(grid[2])).tolist() == [123 // 10]
+  assert np.flatnonzero(np.isinf(grid[2])).tolist() == [123 // 10]
   assert (grid[0] == 1).all()
 
 

@@ -64,8 +64,10 @@ def norms_of_run(run: Run, name: str | None, warmup_steps: int | None) -> Norms:
   if "skip/consecutive" in run.columns:
     rejected = run.columns["skip/consecutive"] > 0
   count = run.columns.get(f"{name}/steps")
-  if "skip/norm" in run.columns and name != "skip" and count is not None:
-    unseen = np.append(count[:1] == 0, count[1:] == count[:-1])
+  if "skip/norm" in run.columns and name != "skip":
+    unseen = np.isnan(values)  # Format 2 leaves the norm out; in format 1 it repeats, and so does the count.
+    if count is not None:
+      unseen |= np.append(count[:1] == 0, count[1:] == count[:-1])
     # A step that was not rejected either was a part of a larger one, as in optax.MultiSteps.
     values = np.where(unseen, np.where(rejected, _column(run, "skip/norm"), np.nan), values)
   known = ~np.isnan(values)

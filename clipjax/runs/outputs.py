@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from clipjax.checks import caller_level
-from clipjax.runs.run import RESERVED, checked_path, is_run
+from clipjax.runs.lines import checked_path, is_run
+from clipjax.runs.schema import RESERVED
 from clipjax.runs.text import json_array
 
 _KEPT_BYTES = 2**24  # Of rows that could not be written, until the disk takes them.

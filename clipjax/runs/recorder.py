@@ -21,8 +21,9 @@ import clipjax
 from clipjax.checks import caller_level, check_whole, describe
 from clipjax.runs import packing
 from clipjax.runs.outputs import RunFile, Writer
+from clipjax.runs.reading import merge
 from clipjax.runs.rows import Pushed, Rows
-from clipjax.runs.run import FORMAT, RESERVED, merge
+from clipjax.runs.schema import RESERVED
 
 
 class Recorder:
@@ -213,7 +214,7 @@ class Recorder:
     for packer in self._packers:
       leaves = {**packer.leaves, **leaves}
     return {
-      "clipjax_run": FORMAT,
+      "clipjax_run": 1,  # Rows are numbered by updates.
       "version": clipjax.__version__,
       "started": self._started,
       "leaves": leaves,

@@ -15,7 +15,7 @@ from clipjax.checks import caller_level
 from clipjax.rules.base import is_no_limit
 from clipjax.runs import packing
 from clipjax.runs.outputs import RunFile
-from clipjax.runs.run import merge, read_run
+from clipjax.runs.reading import merge, read_run
 from clipjax.runs.text import numbers
 
 # What may be inf without anything being wrong: no limit, or a step long ago.

@@ -126,8 +126,9 @@ class View(NamedTuple):
     return max(self.norms.values.size, int(self.last(f"{name or self.name}/steps") or 0))
 
   def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
-    """What was recorded by leaf or group: names (L,), steps (m,) and values (m, L), inf for what was not finite.
+    """What was recorded by leaf or group: names (L,), steps (m,) and values (m, L).
 
+    Values are inf where they were not finite, NaN where none was recorded.
     Groups are columns too, with a number at every step, and NaN where there is none, up to 64 of them.
     """
     key = f"{name}/{quantity}"
@@ -138,6 +139,6 @@ class View(NamedTuple):
     by = next(names, None)
     if by is not None and (not keys or (by == name and set(labels) != set(self.run.leaves[by]))):
       steps, values = self.run.vectors[f"{by}/{quantity}"]
-      return self.run.leaves[by], steps, np.where(np.isnan(values), np.inf, values)
+      return self.run.leaves[by], steps, values
     columns = [np.where(self.run.flags.get(k, False), np.inf, self.run.columns[k]) for k in keys]
     return labels, self.run.steps, np.stack(columns, 1) if keys else np.zeros((len(self.run.steps), 0))

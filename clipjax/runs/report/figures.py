@@ -206,7 +206,7 @@ def _ink() -> Any:
 
 def _positive(values: Floats) -> Floats:
   """NaN in place of what a log axis cannot show."""
-  return np.where(values > 0, values, np.nan)
+  return np.where((values > 0) & np.isfinite(values), values, np.nan)
 
 
 def _line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> None:
@@ -237,8 +237,8 @@ def _draw_grid(axes: Axes, grid: Grid) -> tuple[Any, list[Patch]]:
   low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
   if high - low < 0.1:
     low, high = low - 0.5, high + 0.5
-  cmap = mpl.colormaps["viridis"].with_extremes(bad=_BAD, under=_ZERO)
-  log[grid.values == 0] = low - 1
+  cmap = mpl.colormaps["viridis"].with_extremes(bad="none", under=_ZERO, over=_BAD)
+  log[grid.values == 0], log[np.isinf(grid.values)] = low - 1, high + 1
   image = axes.imshow(
     np.ma.masked_invalid(log),
     cmap=cmap,
@@ -248,7 +248,7 @@ def _draw_grid(axes: Axes, grid: Grid) -> tuple[Any, list[Patch]]:
     interpolation="none",
     extent=(grid.start, grid.stop, len(log) - 0.5, -0.5),
   )
-  marks = ((np.isnan(log), _BAD, "not finite"), (grid.values == 0, _ZERO, "zero"))
+  marks = ((np.isinf(grid.values), _BAD, "not finite"), (grid.values == 0, _ZERO, "zero"))
   return image, [Patch(color=colour, label=label) for mask, colour, label in marks if mask.any()]
 
 

@@ -140,7 +140,7 @@ def _layers(run: Run, name: str) -> list[Section]:
   if np.isfinite(middle).any():
     low, high = int(np.nanargmin(middle)), int(np.nanargmax(middle))
     said.append(f"Smallest median {number(middle[low])} in {short(found.names[low], 60)}, largest {_of(found, high)}.")
-  bad = np.flatnonzero(np.isnan(values).any(axis=0))
+  bad = np.flatnonzero(np.isinf(values).any(axis=0))
   if len(in_stacks(found.names)) < len(found.names):
     names = several([found.names[i] for i in bad], found.names)
   else:
@@ -282,7 +282,7 @@ def _row(found: Vectors, stack: Stack, shares: dict[str, float]) -> list[str]:
     cells[-1] += f" in [{which}]" if stack.size > 1 else ""
   else:
     cells += ["none", "none"]
-  cells.append(f"{int(np.isnan(values).sum()):,}")
+  cells.append(f"{int(np.isinf(values).sum()):,}")
   known = [shares[name] for name in names if np.isfinite(shares.get(name, np.nan))]
   return [*cells, *([number(float(np.median(known))) if known else ""] if shares else [])]
 

@@ -1,7 +1,7 @@
 """What a report takes out of a `Run`, in numpy: the main series, the layers over time, the worst step, the speed.
 
 Numbers are always of all steps. Only what is drawn is thinned, by `thin`, `thin_mask` and `time_grid`, and each of
-them keeps the extremes. NaN stands for what is absent or was not finite, as in a `Run`.
+them keeps the extremes. What is absent and what was not finite are told apart as in a `Run`.
 """
 
 import math
@@ -39,7 +39,7 @@ class NormSeries(NamedTuple):
 
 
 class Vectors(NamedTuple):
-  """One quantity by leaf or group: `steps` (m,), `values` (m, L), NaN for nonfinite, and L `names`."""
+  """One quantity by leaf or group: `steps` (m,), `values` (m, L), inf for nonfinite, NaN for absent, and L `names`."""
 
   steps: Ints
   values: Floats
@@ -125,7 +125,7 @@ def worst_step(run: Run, series: NormSeries) -> Worst | None:
     rows = np.flatnonzero(found.steps == step if quantity == "norm" else at_row)
     if rows.size:
       values = found.values[rows[0]]
-      order = np.argsort(-np.where(np.isnan(values), np.inf, values), kind="stable")
+      order = [i for i in np.argsort(-values, kind="stable") if not np.isnan(values[i])]
       return Worst(step, float(series.norm[at]), tuple((found.names[i], float(values[i])) for i in order))
   return Worst(step, float(series.norm[at]), ())
 
@@ -221,7 +221,7 @@ class Grid(NamedTuple):
 
 
 def time_grid(steps: Ints, values: Floats, bins: int) -> Grid:
-  """At most `bins` columns of time; each holds the greatest value in it, or NaN where one was not finite.
+  """At most `bins` columns of time; each holds the greatest value in it, inf where one was not finite.
 
   A column without a recording repeats the one before it: nothing newer was known.
   """
@@ -232,7 +232,7 @@ def time_grid(steps: Ints, values: Floats, bins: int) -> Grid:
   grid = np.empty((values.shape[1], count))
   for i in range(count):
     inside = values[which == i]
-    grid[:, i] = inside.max(axis=0) if len(inside) else grid[:, i - 1]
+    grid[:, i] = np.fmax.reduce(inside, axis=0) if len(inside) else grid[:, i - 1]
   return Grid(start, stop, grid)
 
 
@@ -253,7 +253,7 @@ def by_depth(names: tuple[str, ...], values: Floats, most: int) -> Depth:
   per = math.ceil(len(names) / most)
   firsts = [range(stack.start, stack.start + stack.size, per) for stack in stacks]
   starts = np.cumsum([0, *map(len, firsts)]).tolist()
-  lines: Floats = np.maximum.reduceat(values, np.concatenate(firsts), axis=0)  # NaN is the greatest.
+  lines: Floats = np.fmax.reduceat(values, np.concatenate(firsts), axis=0)  # NaN, the absent ones, only alone.
   return Depth(lines, tuple(s._replace(start=start) for s, start in zip(stacks, starts, strict=False)), per)
 
 

@@ -10,8 +10,9 @@ import os
 import pathlib
 from typing import TYPE_CHECKING
 
+from clipjax.runs.lines import checked_path
 from clipjax.runs.report.series import norm_series
-from clipjax.runs.run import Run, checked_path
+from clipjax.runs.run import Run
 from clipjax.runs.words import described
 
 if TYPE_CHECKING:
