@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 
 import clipjax
-from clipjax.runs import outputs, packing
+from clipjax.runs import outputs, weights
 
 ROOT = Path(__file__).parent.parent
 PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
@@ -461,10 +461,11 @@ def test_histogram_of_the_parameters(path):
 
 
 def test_histogram_of_a_leaf_larger_than_a_chunk(monkeypatch):
-  monkeypatch.setattr(packing, "_CHUNK", 100)
+  monkeypatch.setattr(weights, "_CHUNK", 100)
+  monkeypatch.setattr(weights, "_SMALL", 99)
   w = np.random.default_rng(0).standard_normal(1234).astype(np.float32)
-  got = np.asarray(packing.histogram({"chunked": jnp.asarray(w)}))
-  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), packing.EDGES)
+  got = np.asarray(weights.histogram({"chunked": jnp.asarray(w)}))
+  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), weights.EDGES)
   np.testing.assert_array_equal(got, [[*want, 0, 0]])
 
 

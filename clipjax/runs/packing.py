@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from clipjax.checks import describe
-from clipjax.leaves import is_measured
 from clipjax.runs.text import numbers
+from clipjax.runs.weights import first_shard as first_shard
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
 from clipjax.state_search import found_in, held_tree, is_wrapper, named, unwrapped
 from clipjax.transforms.watch import WatchState
@@ -26,11 +26,7 @@ from clipjax.transforms.watch import WatchState
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 Vector: TypeAlias = np.ndarray[Any, Any]
 
-# Log10 of |w|, four bins a decade; what is beyond counts in the outermost bin.
-LOW, HIGH, BINS = -8, 2, 40
-EDGES = np.linspace(LOW, HIGH, BINS + 1)
 MOST_COLUMNS = 64  # Groups up to which each has columns of its own.
-_CHUNK = 2**22  # Entries of a leaf that are binned at once; more would take as much memory again as the leaf.
 
 _SHAPE = attrgetter("shape", "dtype")
 _NOT_READ = ("rule", "norm_rule", "loss_rule", "inner_state", "labels")
@@ -278,67 +274,3 @@ def _grouped(shapes: Mapping[tuple[str, str], Any]) -> dict[tuple[str, np.dtype[
     place = (kind, dtype) if shapes[kind, key].shape == () else (kind, dtype, key)
     out.setdefault(place, []).append((kind, key))
   return dict(sorted(out.items(), key=lambda item: (item[0][0] in _ARRAYS, item[0][1].name)))
-
-
-# Parameters ---------------------------------------------------------------------------------------------------------
-
-
-def parameter_count(params: Any) -> int:
-  """Entries of all floating and complex leaves."""
-  return sum(int(np.prod(np.shape(x))) for x in map(unwrapped, _weight_leaves(params)))
-
-
-def histogram(params: Any) -> jax.Array | None:
-  """Enqueues the histogram of log10|w|, of what lies on the first device. Shape (leaves, BINS + 2), int32, or None.
-
-  The last two columns count zeros, and entries that are not finite.
-  """
-  leaves = [first_shard(unwrapped(x)) for x in _weight_leaves(params)]
-  leaves = [x for x in leaves if x.size]
-  return _histogram(leaves) if leaves else None
-
-
-def _weight_leaves(params: Any) -> list[Any]:
-  leaves = jax.tree.leaves(params, is_leaf=is_wrapper)
-  weights = [x for x in leaves if is_measured(unwrapped(x))]
-  if leaves and not weights:
-    raise TypeError(
-      f"`params` must have floating or complex leaves, got {describe(unwrapped(leaves[0]))}: pass the "
-      "parameters that you train."
-    )
-  return weights
-
-
-def first_shard(x: Any) -> Any:
-  """What of an array lies on the first device of this process.
-
-  A program over devices of other processes would wait for these; a replicated array is whole in each place.
-  """
-  return x.addressable_data(0) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 else x
-
-
-@jax.jit
-def _histogram(leaves: list[Any]) -> jax.Array:
-  return jnp.stack([_leaf_histogram(jnp.asarray(x).ravel()) for x in leaves])
-
-
-def _leaf_histogram(x: jax.Array) -> jax.Array:
-  counts = jnp.zeros(BINS + 2, jnp.int32)
-  whole = x.size // _CHUNK
-  if whole:
-    counts = lax.fori_loop(0, whole, lambda i, c: _counted(c, lax.dynamic_slice(x, (i * _CHUNK,), (_CHUNK,))), counts)
-  return _counted(counts, x[whole * _CHUNK :])
-
-
-def _counted(counts: jax.Array, x: jax.Array) -> jax.Array:
-  size = jnp.abs(x)
-  size = size if size.dtype == jnp.float64 else size.astype(jnp.float32)
-  place = jnp.clip(jnp.floor((jnp.log10(size) - LOW) * (BINS / (HIGH - LOW))), 0, BINS - 1).astype(jnp.int32)
-  place = jnp.where(size > 0, place, BINS)
-  return counts.at[jnp.where(jnp.isfinite(size), place, BINS + 1)].add(1)
-
-
-def weights_row(counts: Vector) -> dict[str, list[float]]:
-  """What a row has under "weights"."""
-  total = counts.astype(np.int64).sum(axis=0).tolist()
-  return {"edges": EDGES.tolist(), "counts": total[:BINS], "zeros": total[BINS], "nonfinite": total[BINS + 1]}

@@ -19,7 +19,7 @@ import numpy as np
 
 import clipjax
 from clipjax.checks import caller_level, check_whole, describe
-from clipjax.runs import packing
+from clipjax.runs import packing, weights
 from clipjax.runs.outputs import RunFile, Writer
 from clipjax.runs.reading import merge
 from clipjax.runs.rows import Pushed, Rows
@@ -178,7 +178,7 @@ class Recorder:
   def _weights(self, params: Any) -> jax.Array | None:
     if params is None:
       return None
-    parameters, counts = packing.parameter_count(params), packing.histogram(params)
+    parameters, counts = weights.parameter_count(params), weights.histogram(params)
     self._next_weights = self._pushes + self._every
     self._parameters = parameters
     return counts

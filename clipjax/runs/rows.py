@@ -17,6 +17,7 @@ from clipjax.runs import packing
 from clipjax.runs.outputs import RunFile
 from clipjax.runs.reading import merge, read_run
 from clipjax.runs.text import numbers
+from clipjax.runs.weights import weights_row
 
 # What may be inf without anything being wrong: no limit, or a step long ago.
 _LIMITS = frozenset({"max_norm", "max_loss"})
@@ -74,7 +75,7 @@ class Rows:
     if seen.step and seen.vectors and self._is_by_leaf_due(pushed, row, seen.metrics):
       row["leaf"] = {key: _limit_as_inf(key, vector) for key, vector in seen.vectors.items()}
     if counts is not None:
-      row["weights"] = packing.weights_row(counts)
+      row["weights"] = weights_row(counts)
     self._step = step
     return [*between, row]
 
