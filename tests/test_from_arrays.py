@@ -120,7 +120,10 @@ def test_runs_under_vmap_and_scans_in_scans_are_refused_with_the_way_out(arrays)
   assert run.steps[[0, -1]].tolist() == [100, 159]
 
 
-RULE, RETURNED = "`arrays` must be a dict of arrays of shape (steps,), got", "pass what the scan returned beside its carry."
+RULE, RETURNED = (
+  "`arrays` must be a dict of arrays of shape (steps,), got",
+  "pass what the scan returned beside its carry.",
+)
 WRONG = [
   (([1.0],), TypeError, f"{RULE} a list: {RETURNED}"),
   (({},), ValueError, f"{RULE} an empty one: {RETURNED}"),

@@ -5,8 +5,9 @@ by one program, and what is joined is filled up to a power of two, so that few s
 counted by itself, by one program for each shape.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+import math
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -37,15 +38,18 @@ def histogram(params: Any) -> jax.Array | None:
   The last two columns count zeros, and entries that are not finite. The rows are to be summed, on the host, where the
   sum may be above the largest int32.
   """
-  leaves = [first_shard(unwrapped(x)) for x in _weight_leaves(params)]
-  leaves = [x for x in leaves if x.size]
-  if not leaves:
-    return None
-  # Leaves of one shape beside each other, so that many parts are joined by the same program.
-  small = sorted((x for x in leaves if x.size <= _SMALL), key=_kind)
-  counts = [_joined_counts(part) for part in _parts(small)]
-  counts += [_leaf_counts(x) for x in leaves if x.size > _SMALL]
-  return _stacked(counts)
+  small: dict[Any, list[tuple[Any, int]]] = {}  # With their sizes, by dtype.
+  counts: list[jax.Array] = []
+  for (dtype, shape), leaves in _by_kind([first_shard(unwrapped(x)) for x in _weight_leaves(params)]).items():
+    size = math.prod(shape)
+    if size > _SMALL:
+      counts += map(_leaf_counts, leaves)
+    elif size:
+      small.setdefault(dtype, []).extend((x, size) for x in leaves)
+  for alike in small.values():
+    parts = (alike[i : i + _MOST] for i in range(0, len(alike), _MOST))
+    counts += (_first_counts(_joined([x for x, _ in part]), sum(size for _, size in part)) for part in parts)
+  return _stacked(counts) if counts else None
 
 
 def weights_row(counts: np.ndarray[Any, Any]) -> dict[str, list[float]]:
@@ -76,19 +80,15 @@ def _weight_leaves(params: Any) -> list[Any]:
 # Joining small leaves -----------------------------------------------------------------------------------------------
 
 
-def _kind(x: Any) -> tuple[str, tuple[int, ...]]:
-  return x.dtype.name, x.shape
+_KIND = attrgetter("dtype", "shape")
 
 
-def _parts(leaves: Sequence[Any]) -> Iterator[list[Any]]:
-  """Leaves of one dtype in parts of at most `_MOST`."""
-  for _, alike in groupby(leaves, lambda x: _kind(x)[0]):
-    some = list(alike)
-    yield from (some[i : i + _MOST] for i in range(0, len(some), _MOST))
-
-
-def _joined_counts(leaves: list[Any]) -> jax.Array:
-  return _first_counts(_joined(leaves), sum(x.size for x in leaves))
+def _by_kind(leaves: Iterable[Any]) -> dict[Any, list[Any]]:
+  """The leaves by dtype and shape: where many are alike, many parts of them are joined by the same program."""
+  kinds: dict[Any, list[Any]] = {}
+  for x in leaves:
+    kinds.setdefault(_KIND(x), []).append(x)
+  return kinds
 
 
 @jax.jit
