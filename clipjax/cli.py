@@ -17,9 +17,10 @@ from typing import Any, NoReturn, TypeAlias
 import clipjax
 from clipjax.runs.health.findings import HealthLimits, check_limits
 from clipjax.runs.health.verdict import HealthReport, diagnose
+from clipjax.runs.reading import read_run
 from clipjax.runs.report import write
 from clipjax.runs.report.mark import may_be_replaced
-from clipjax.runs.run import Run, read_run
+from clipjax.runs.run import Run
 from clipjax.runs.suggest import suggest_max_norm
 from clipjax.runs.words import plain
 

@@ -13,7 +13,7 @@ import pytest
 
 import clipjax
 from clipjax import cli
-from clipjax.runs import run_file
+from clipjax.runs import run_file as file_of_rows
 from clipjax.runs.report.mark import START
 
 TX = clipjax.clip_by_global_norm(1.0)
@@ -246,7 +246,7 @@ def test_a_push_after_close_writes_nothing(run_file):
 
 
 def test_a_full_disk_is_one_warning_at_the_caller_and_loses_no_row(tmp_path, monkeypatch):
-  path, whole = tmp_path / "run.jsonl", run_file._write_all
+  path, whole = tmp_path / "run.jsonl", file_of_rows._write_all
 
   def half(file, text):
     whole(file, text[: len(text) // 2])
@@ -255,19 +255,19 @@ def test_a_full_disk_is_one_warning_at_the_caller_and_loses_no_row(tmp_path, mon
   with clipjax.runs.Recorder(path, every=1) as recorder:
     recorder.push(1, STATES[1])
     recorder.flush()
-    monkeypatch.setattr(run_file, "_write_all", half)
+    monkeypatch.setattr(file_of_rows, "_write_all", half)
     with pytest.warns(RuntimeWarning) as caught:  # noqa: PT031  (one warning for all of it)
       recorder.push(2, STATES[2])
       recorder.flush()
       recorder.push(3, STATES[3])
       recorder.flush()
     assert clipjax.runs.read_run(path).steps.tolist() == [1]  # What was there is still whole.
-    monkeypatch.setattr(run_file, "_write_all", whole)
+    monkeypatch.setattr(file_of_rows, "_write_all", whole)
     recorder.push(4, STATES[4])
   (warning,) = caught
   assert str(warning.message) == (
-    f"cannot write {path}: No space left on device; the training goes on, and the last 16 MiB of rows are kept to be "
-    "written when it is possible again: make room, or mend the path."
+    f"cannot write {str(path)!r}: No space left on device; the training goes on, and the last 16 MiB of rows are kept "
+    "to be written when it is possible again: free disk space or fix the path."
   )
   assert pathlib.Path(warning.filename).name == "test_bad_files.py"
   assert clipjax.runs.read_run(path).steps.tolist() == [1, 2, 3, 4]
@@ -343,9 +343,9 @@ def test_a_run_that_is_not_there_or_of_a_later_format(tmp_path):
   assert error_of(ValueError, lambda: clipjax.runs.read_run(path)) == (
     f"{name} {str(path)!r}, which is empty: a Recorder writes its first rows after `every` steps, or when it is closed."
   )
-  path.write_bytes(b'{"clipjax_run": 2, "version": "9.0"}\n')
+  path.write_bytes(b'{"clipjax_run": 3, "version": "9.0"}\n')
   assert error_of(ValueError, lambda: clipjax.runs.read_run(path)) == (
-    f"`path` must be a file of format 1 or below, got {str(path)!r} of format 2: read it with the version of clipjax "
+    f"`path` must be a file of format 2 or below, got {str(path)!r} of format 3: read it with the version of clipjax "
     "that wrote it, 9.0, or a later one."
   )
 
@@ -585,7 +585,8 @@ def test_a_full_device(run_file, capsys):
   assert capsys.readouterr().err == "clipjax: cannot write /dev/full: No space left on device\n"
   assert pathlib.Path("/dev/full").is_char_device()
   assert error_of(ValueError, lambda: clipjax.runs.Recorder("/dev/full")) == (
-    "`path` must be a new file or one that a Recorder wrote, got '/dev/full', which is neither: name another file."
+    "`path` must be a new file or one that a Recorder wrote, got '/dev/full', which is no regular file: name a "
+    "file on a disk."
   )
 
 

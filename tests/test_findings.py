@@ -127,10 +127,11 @@ def test_a_leaf_that_was_not_finite_or_not_recorded_did_not_grow():
   assert finding.leaves == ("out/w",) and "at step 201 'out/w' grew most, to 2 times" in finding.message
 
 
-def test_no_leaf_is_named_where_its_usual_norm_is_not_known():
+def test_the_leaf_that_holds_the_norm_is_named_where_no_usual_norm_is_known():
   run = run_of({"grad/norm": with_spikes()["grad/norm"]}, leaves={"grad": ("in/w", "out/w")})
   run.vectors["grad/norm"] = np.array([201, 301]), np.array([[1.0, 30.0], [2.0, 1.0]])
-  assert only(clipjax.runs.diagnose(run), "spikes").leaves == ()
+  finding = only(clipjax.runs.diagnose(run), "spikes")
+  assert finding.leaves == ("out/w", "in/w") and "held 99.9% of the square of the norm" in finding.message
 
 
 def test_groups_have_their_spikes_named_too():

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.training import train_state
 
 import clipjax
-from clipjax.runs import packing, run_file
+from clipjax.runs import run_file, weights
 
 ROOT = Path(__file__).parent.parent
 PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
@@ -523,10 +523,11 @@ def test_histogram_of_the_parameters(path):
 
 
 def test_histogram_of_a_leaf_larger_than_a_chunk(monkeypatch):
-  monkeypatch.setattr(packing, "_CHUNK", 100)
+  monkeypatch.setattr(weights, "_CHUNK", 100)
+  monkeypatch.setattr(weights, "_SMALL", 99)
   w = np.random.default_rng(0).standard_normal(1234).astype(np.float32)
-  got = np.asarray(packing.histogram({"chunked": jnp.asarray(w)}))
-  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), packing.EDGES)
+  got = np.asarray(weights.histogram({"chunked": jnp.asarray(w)}))
+  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), weights.EDGES)
   np.testing.assert_array_equal(got, [[*want, 0, 0]])
 
 
@@ -939,63 +940,3 @@ def test_state_of_several_models(path):
 def test_every_is_a_number_of_pushes(path, every):
   with pytest.raises((TypeError, ValueError), match=r"^`every` must be"):
     clipjax.runs.Recorder(path, every=every)
-
-
-# read_run -----------------------------------------------------------------------------------------------------------
-
-HEADER = '{"clipjax_run": 1, "version": "0.1.0", "leaves": {"grad": ["w", "b"]}, "parameters": null, "every": 2}\n'
-
-
-def test_reading_by_hand(path):
-  path.write_text(
-    HEADER + '{"step": 2, "time": 5.5, "grad/norm": 3, "leaf": {"grad/norm": [1, null]}}\n'
-    '{"step": 4, "grad/norm": null, "nonfinite": {"grad/norm": "inf"}, "loss": 0.5}\n'
-    '{"step": 3, "gr' + "\n" + HEADER + '{"step": 3, "grad/norm": 7, "leaf": {"grad/norm": [1, 2, 3]}}\n'
-    '\n[1]\n7\n{"step": 9, "grad/norm": null, "nonfinite": {"grad/norm": "nan"}}\n{"step": 9, "grad/norm": 1}\n{"ste'
-  )
-  run = clipjax.runs.read_run(path)
-  assert run.steps.dtype == np.int64 and run.steps.tolist() == [2, 3, 9] and len(run) == 3
-  np.testing.assert_array_equal(run["grad/norm"], [3, 7, 1])
-  np.testing.assert_array_equal(run["grad/norm/w"], [1, np.nan, np.nan])
-  np.testing.assert_array_equal(run.vectors["grad/norm"][1], [[1, np.nan]])
-  assert run.flags == {} and run.weights is None and run.parameters is None and run.path == str(path)
-  assert run.keys() == ("time", "grad/norm", "grad/norm/w", "grad/norm/b")
-  assert "grad/norm/b" in run and "grad/norm/c" not in run and "loss" not in run and 3 not in run
-  with pytest.raises(KeyError) as error:
-    run["grad/nrm"]
-  assert error.value.args[0].startswith(f"{path} has no 'grad/nrm'; it has 'grad/norm'")
-  with pytest.raises(KeyError, match="has no 3; it has"):
-    run[3]
-
-
-def test_reading_what_is_no_run(tmp_path):
-  rule = "`path` must be a file that `clipjax.runs.Recorder` wrote, got"
-  none, empty, other, later = (tmp_path / name for name in ("none", "empty", "other", "later"))
-  empty.write_text("\n")
-  other.write_bytes(b'\xff\x00{"step": 1}\n{"step": 1}\n')
-  later.write_text('{"clipjax_run": 2, "version": "3.0"}\n')
-  cases = {
-    none: (FileNotFoundError, f"{rule} {str(none)!r}, which does not exist: look at its spelling."),
-    tmp_path: (ValueError, f"{rule} the directory {str(tmp_path)!r}: name the file."),
-    empty: (
-      ValueError,
-      f"{rule} {str(empty)!r}, which is empty: a Recorder writes its first rows after `every` steps, or when it is "
-      "closed.",
-    ),
-    other: (
-      ValueError, f"{rule} {str(other)!r}, which has no header of one: pass the path that the Recorder was given."
-    ),
-    later: (
-      ValueError,
-      f"`path` must be a file of format 1 or below, got {str(later)!r} of format 2: read it with the version of "
-      "clipjax that wrote it, 3.0, or a later one.",
-    ),
-  }  # fmt: skip
-  for path, (kind, message) in cases.items():
-    assert message_of(kind, clipjax.runs.read_run, path) == message and "\n" not in message
-
-
-def test_run_without_rows(path):
-  clipjax.runs.Recorder(path).close()
-  run = clipjax.runs.read_run(path)
-  assert len(run) == 0 and run.keys() == () and repr(run) == f"Run({str(path)!r}, 0 steps, 0 columns)"

@@ -72,7 +72,7 @@ def test_a_row_has_no_key_for_each_layer_and_the_names_are_written_once(recorded
   header, *rows = map(json.loads, lines_of(path))
   assert [len(header["leaves"][key]) for key in ("grad", "grad_group")] == [LAYERS * ARRAYS + 1, LAYERS + 1]
   assert len(rows) == 11  # No other header.
-  assert max(len(row) for row in rows) == 17
+  assert max(len(row) for row in rows) == 18
   full = [row["leaf"] for row in rows if "leaf" in row]
   assert len(full) == 3
   want = {f"grad/{key}" for key in ("norm", "ratio", "nonfinite", "worst_norm")}

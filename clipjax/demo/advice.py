@@ -18,8 +18,8 @@ from rich.console import Console
 
 import clipjax
 from clipjax.demo import compare, model
+from clipjax.runs.lines import is_run
 from clipjax.runs.report.mark import may_be_replaced
-from clipjax.runs.run import is_run
 from clipjax.runs.words import plain
 
 STABLE_RATE = 0.25  # The best stable one of this model without a clip in docs/choosing.md.

@@ -17,9 +17,8 @@ import numpy as np
 from jax import lax
 
 from clipjax.checks import describe
-from clipjax.leaves import is_measured
 from clipjax.quantities import NORM
-from clipjax.runs.schema import key_of
+from clipjax.runs.schema import USER_STEP, key_of
 from clipjax.runs.text import numbers
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
 from clipjax.state_search import found_in, held_tree, is_accumulator, is_wrapper, named, unwrapped
@@ -30,11 +29,7 @@ Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 Vector: TypeAlias = np.ndarray[Any, Any]
 _Path: TypeAlias = list[tuple[bool, Any]]
 
-# Log10 of |w|, four bins a decade; what is beyond counts in the outermost bin.
-LOW, HIGH, BINS = -8, 2, 40
-EDGES = np.linspace(LOW, HIGH, BINS + 1)
 MOST_COLUMNS = 64  # Groups up to which each has columns of its own.
-_CHUNK = 2**22  # Entries of a leaf that are binned at once; more would take as much memory again as the leaf.
 
 _SHAPE = attrgetter("shape", "dtype")
 _NOT_READ = ("rule", "norm_rule", "loss_rule", "inner_state", "labels")
@@ -72,7 +67,7 @@ class Seen(NamedTuple):
 _KINDS = ("count", "pushed", "metric", "vector", "ring")
 _ARRAYS = ("vector", "ring")  # Of one entry each; all others are scalars.
 # Keys of counts. No two of them begin alike.
-_OF, _RING, _MINI_STEP, _USER_STEP = "of ", "ring ", "mini_step", "user_step"
+_OF, _RING, _MINI_STEP = "of ", "ring ", "mini_step"
 
 
 class _Entry(NamedTuple):
@@ -118,7 +113,7 @@ def _seen(found: dict[str, dict[str, Any]]) -> Seen:
   count = found["count"]
   counts = tuple(count[key] for key in count if key.startswith(_OF))
   rings = {name: Ring(int(count[_RING + name]), norms) for name, norms in found["ring"].items()}
-  number, mini_step = count.get(_USER_STEP), count.get(_MINI_STEP)
+  number, mini_step = count.get(USER_STEP), count.get(_MINI_STEP)
   return Seen(counts, mini_step, number, found["pushed"], found["metric"], found["vector"], rings)
 
 
@@ -203,7 +198,7 @@ class Packer:
     if self._accumulator is not None:
       out["count", _MINI_STEP] = next(rest)
     for key, value in scalars.items():
-      out["count" if key == _USER_STEP else "pushed", key] = value
+      out["count" if key == USER_STEP else "pushed", key] = value
     for i, (source, state) in enumerate(zip(self.sources, states, strict=True)):
       for member, (quantity, value) in self._numbers_of(source, state).items():
         if member not in out:  # The first in the chain gives what two of one name have.
@@ -332,67 +327,3 @@ def _grouped(shapes: Mapping[tuple[str, str], Any]) -> dict[tuple[str, np.dtype[
     place = (kind, dtype) if shapes[kind, key].shape == () else (kind, dtype, key)
     out.setdefault(place, []).append((kind, key))
   return dict(sorted(out.items(), key=lambda item: (item[0][0] in _ARRAYS, item[0][1].name)))
-
-
-# Parameters ---------------------------------------------------------------------------------------------------------
-
-
-def parameter_count(params: Any) -> int:
-  """Entries of all floating and complex leaves."""
-  return sum(int(np.prod(np.shape(x))) for x in map(unwrapped, _weight_leaves(params)))
-
-
-def histogram(params: Any) -> jax.Array | None:
-  """Enqueues the histogram of log10|w|, of what lies on the first device. Shape (leaves, BINS + 2), int32, or None.
-
-  The last two columns count zeros, and entries that are not finite.
-  """
-  leaves = [first_shard(unwrapped(x)) for x in _weight_leaves(params)]
-  leaves = [x for x in leaves if x.size]
-  return _histogram(leaves) if leaves else None
-
-
-def _weight_leaves(params: Any) -> list[Any]:
-  leaves = jax.tree.leaves(params, is_leaf=is_wrapper)
-  weights = [x for x in leaves if is_measured(unwrapped(x))]
-  if leaves and not weights:
-    raise TypeError(
-      f"`params` must have floating or complex leaves, got {describe(unwrapped(leaves[0]))}: pass the "
-      "parameters that you train."
-    )
-  return weights
-
-
-def first_shard(x: Any) -> Any:
-  """What of an array lies on the first device of this process.
-
-  A program over devices of other processes would wait for these; a replicated array is whole in each place.
-  """
-  return x.addressable_data(0) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 else x
-
-
-@jax.jit
-def _histogram(leaves: list[Any]) -> jax.Array:
-  return jnp.stack([_leaf_histogram(jnp.asarray(x).ravel()) for x in leaves])
-
-
-def _leaf_histogram(x: jax.Array) -> jax.Array:
-  counts = jnp.zeros(BINS + 2, jnp.int32)
-  whole = x.size // _CHUNK
-  if whole:
-    counts = lax.fori_loop(0, whole, lambda i, c: _counted(c, lax.dynamic_slice(x, (i * _CHUNK,), (_CHUNK,))), counts)
-  return _counted(counts, x[whole * _CHUNK :])
-
-
-def _counted(counts: jax.Array, x: jax.Array) -> jax.Array:
-  size = jnp.abs(x)
-  size = size if size.dtype == jnp.float64 else size.astype(jnp.float32)
-  place = jnp.clip(jnp.floor((jnp.log10(size) - LOW) * (BINS / (HIGH - LOW))), 0, BINS - 1).astype(jnp.int32)
-  place = jnp.where(size > 0, place, BINS)
-  return counts.at[jnp.where(jnp.isfinite(size), place, BINS + 1)].add(1)
-
-
-def weights_row(counts: Vector) -> dict[str, list[float]]:
-  """What a row has under "weights"."""
-  total = counts.astype(np.int64).sum(axis=0).tolist()
-  return {"edges": EDGES.tolist(), "counts": total[:BINS], "zeros": total[BINS], "nonfinite": total[BINS + 1]}

@@ -21,9 +21,8 @@ from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.live import Live
 from clipjax.runs.pushes import Pushed
 from clipjax.runs.rows import Made, Rows
-from clipjax.runs.run import merge
 from clipjax.runs.run_file import RunFile
-from clipjax.runs.schema import EVERY, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION
+from clipjax.runs.schema import EVERY, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
 from clipjax.runs.writers import Writers
 
 

@@ -20,13 +20,14 @@ from clipjax.checks import check_whole, describe
 from clipjax.runs import exits, packing
 from clipjax.runs.health.findings import Finding, HealthLimits, check_limits
 from clipjax.runs.health.live import Live
+from clipjax.runs.lines import checked_path
 from clipjax.runs.pipeline import Notes, Pipeline
 from clipjax.runs.pushes import Pushed, batch_of, check_outside_jit, split, step_of
 from clipjax.runs.resumed import before_in, norms_in
 from clipjax.runs.rows import Rows
-from clipjax.runs.run import checked_path
 from clipjax.runs.run_file import RunFile
-from clipjax.runs.schema import RESERVED
+from clipjax.runs.schema import RESERVED, USER_STEP
+from clipjax.runs.weights import first_shard, histogram, parameter_count
 from clipjax.runs.writers import Writers
 
 
@@ -209,15 +210,15 @@ class Recorder:
     host, device = split(scalars)
     number, name = step_of(step), batch_of(batch)
     if number is None:
-      device["user_step"] = step
+      device[USER_STEP] = step
     packer, arrays = self._packed(opt_state)
     if taken := [key for key in scalars if key in RESERVED or key in packer.metric_keys]:
       raise ValueError(f"`{taken[0]}` must be another key, got one that the Recorder writes itself: rename it.")
     if any(issubclass(kind, jax.core.Tracer) for kind in {*map(type, arrays)}):
       check_outside_jit(next(x for x in arrays if isinstance(x, jax.core.Tracer)), "opt_state")
     if not self._is_alone:
-      arrays = [packing.first_shard(x) for x in arrays]
-      device = {key: packing.first_shard(value) for key, value in device.items()}
+      arrays = [first_shard(x) for x in arrays]
+      device = {key: first_shard(value) for key, value in device.items()}
     params = params if self._pushes >= self._next_weights else None
     for leaf in jax.tree.leaves(params):
       check_outside_jit(leaf, "params")
@@ -243,7 +244,7 @@ class Recorder:
   def _weights(self, params: Any) -> jax.Array | None:
     if params is None:
       return None
-    parameters, counts = packing.parameter_count(params), packing.histogram(params)
+    parameters, counts = parameter_count(params), histogram(params)
     self._next_weights = self._pushes + self._every
     assert self._pipeline is not None
     self._pipeline.parameters = parameters

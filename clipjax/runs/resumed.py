@@ -1,35 +1,42 @@
-"""What a file has already, where a run is resumed."""
+"""What a file has already, where a run is resumed: read from its ends, however long it is."""
 
 import numpy as np
 
 from clipjax.quantities import NORM
+from clipjax.runs.lines import parts
+from clipjax.runs.reading import read_run, tail
 from clipjax.runs.rings import Norms
 from clipjax.runs.rows import Before
-from clipjax.runs.run import read_run
 from clipjax.runs.run_file import RunFile
-from clipjax.runs.schema import UPDATE, key_of, names_with
+from clipjax.runs.schema import STEP, UPDATE, key_of, names_with
+
+_HEAD = 100  # Lines that are read at the beginning.
 
 
 def before_in(file: RunFile) -> Before | None:
   """The steps of a file that has rows; None where there are none."""
   if not file.had_rows:
     return None
+  first = [entry[STEP] for entries, _ in parts(str(file.path), _HEAD) for entry in entries if STEP in entry]
   try:
-    run = read_run(file.path)
-  except (OSError, ValueError):  # Torn in its header.
+    end = tail(file.path, _HEAD)
+  except ValueError:  # Torn in its header.
     return None
-  if not len(run):
+  if not len(end):
     return None
-  return Before(int(run.steps[0]), int(run.steps[-1]), len(run), UPDATE in run.columns)
+  return Before(min(first, default=int(end.steps[0])), int(end.steps[-1]), UPDATE in end.columns)
 
 
 def norms_in(path: str, first: int, last: int) -> dict[int, Norms]:
   """The norms that a file has from the step `first` to `last`, by step."""
   try:
-    run = read_run(path)
+    run = tail(path, 2 * (last - first + 1))
+    if not len(run) or run.steps[0] > first:
+      run = read_run(path)
   except (OSError, ValueError):
     return {}
-  out: dict[int, Norms] = {int(step): {} for step in run.steps[(run.steps >= first) & (run.steps <= last)]}
+  inside = (run.steps >= first) & (run.steps <= last)
+  out: dict[int, Norms] = {step: {} for step in run.steps[inside].tolist()}
   start = int(np.searchsorted(run.steps, first))
   for key in [key_of(name, NORM) for name in names_with(run.columns, NORM)]:
     known = np.isfinite(run.columns[key]) | run.flags.get(key, False)

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from clipjax.quantities import WORST_NORM, WORST_STEP
 from clipjax.runs.measured import NOTHING, Measured, States
-from clipjax.runs.packing import Packer, Seen, weights_row
+from clipjax.runs.packing import Packer, Seen
 from clipjax.runs.pushes import Batch, Pushed
 from clipjax.runs.rings import Norms, Rings
 from clipjax.runs.schema import AMOUNTS, BACK, BATCH, FLAGS, MAY_BE_INF, STEP, TIME, UPDATE, WEIGHTS, key_of
+from clipjax.runs.weights import weights_row
 
 _Series = tuple[int, Packer | frozenset[str]]  # A thread, and an optimizer or keys.
 _REMEMBERED = 4096  # Steps of a series without a state.
@@ -35,13 +36,11 @@ class Before(NamedTuple):
   Attributes:
     first: its first step.
     last: its last step.
-    steps: how many it has.
     has_updates: whether an optimizer state was pushed.
   """
 
   first: int
   last: int
-  steps: int
   has_updates: bool
 
 
@@ -246,10 +245,9 @@ class _Course:
 
   def _warn_of_fresh_start(self, before: Before, step: int) -> None:
     self._warn(
-      f"`path` should be a new file for a new run, got one with {before.steps} rows, of the steps {before.first} to "
-      f"{before.last}, and a run that begins at step {step}: read_run will show the new run alone. The old rows "
-      "stay in "
-      "the file; name another file to keep both apart."
+      f"`path` should be a new file for a new run, got one of the steps {before.first} to {before.last}, and a run "
+      f"that begins at step {step}: read_run will show the new run alone. The old rows stay in the file; name "
+      "another file to keep both apart."
     )
 
 

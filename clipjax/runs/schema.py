@@ -5,6 +5,7 @@ A file of a run is JSON Lines: a header, then a row for each step. The numbers o
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from clipjax.quantities import LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, WORST_NORM
 
@@ -27,7 +28,7 @@ LEAF = "leaf"  # Numbers by leaf: a vector by `<name>/<quantity>`.
 FLAGS = "nonfinite"  # What the numbers were that are null: "inf", "-inf" or "nan", by key.
 WEIGHTS = "weights"  # The histogram of log10|w|.
 BACK = "back"  # True where the run went back to this step: rows from it on that stand before are superseded.
-USER_STEP = "user_step"  # Format 1: the number that the caller pushed, where it was another.
+USER_STEP = "user_step"  # Format 1: the number that the caller pushed, where it was another. On the device: the step.
 
 OBJECTS = (BATCH, LEAF, FLAGS, WEIGHTS, BACK)  # What is not a number.
 RESERVED = frozenset({HEADER, STEP, UPDATE, TIME, USER_STEP, *OBJECTS})
@@ -65,3 +66,15 @@ def names_with(keys: Iterable[str], quantity: str) -> list[str]:
 def name_of(key: str) -> str:
   """The name of the state whose numbers by leaf these are: "grad" of "grad/norm"."""
   return key.rpartition("/")[0]
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> None:
+  """Puts a later row into an earlier one of the same step."""
+  flags = {key: text for key, text in (old.get(FLAGS) or {}).items() if key not in new}
+  flags |= new.get(FLAGS) or {}
+  leaf = {**(old.get(LEAF) or {}), **(new.get(LEAF) or {})}
+  old.update(new)
+  old |= {FLAGS: flags, LEAF: leaf}
+  for key in (FLAGS, LEAF):
+    if not old[key]:
+      del old[key]

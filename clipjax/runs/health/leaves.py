@@ -6,8 +6,10 @@ import numpy as np
 
 from clipjax.quantities import NONFINITE, NORM
 from clipjax.runs.health.view import View
-from clipjax.runs.run import Floats, Ints
-from clipjax.runs.words import several
+from clipjax.runs.run import Bools, Floats, Ints
+from clipjax.runs.words import number, percent, several
+
+_FEW = 4  # Steps, of which a median says little.
 
 
 class Bad(NamedTuple):
@@ -22,11 +24,21 @@ class Bad(NamedTuple):
 
 
 class Grown(NamedTuple):
-  """The leaf whose norm at a step was the most times its own median of the other steps."""
+  """The leaf that made a spike.
+
+  `times` is its norm over its own median of the other steps; None where too few of them have norms by leaf. `share` is
+  its part of the square of the whole norm.
+  """
 
   step: int
   leaf: str
-  times: float
+  times: float | None
+  share: float
+
+  def __str__(self) -> str:
+    if self.times is None:
+      return f"at step {self.step} {self.leaf!r} held {percent(self.share)} of the square of the norm"
+    return f"at step {self.step} {self.leaf!r} grew most, to {number(self.times)} times its median"
 
 
 def first_bad(view: View, steps: Ints) -> Bad | None:
@@ -54,21 +66,41 @@ def bad_words(bad: Bad | None, first: int) -> str:
 
 
 def grown(view: View, steps: Ints) -> list[Grown]:
-  """For each of some steps, ascending, at which norms by leaf are known: the leaf whose norm grew most."""
+  """For each of some steps, ascending, at which norms by leaf are known: the leaf whose norm grew most.
+
+  Where too few other steps are known, that which held the most.
+  """
   if view.name is None:
     return []
   names, at, values = view.blocks(view.name, NORM)
   inside = np.isin(at, steps)
-  medians = medians_of(names, values[~inside])
-  usual = np.array([medians.get(name, np.nan) for name in names])
+  usual = _usual(names, at, values[~inside], ~inside, view.norms.begin)
   found = []
   for step, row in zip(at[inside].tolist(), values[inside], strict=True):
+    known = np.isfinite(row) & (row > 0)
+    if not known.any():
+      continue
+    scaled = np.where(known, row, 0) / row[known].max()  # Squares of the largest numbers would overflow.
+    shares = scaled**2 / np.sum(scaled**2)
     with np.errstate(over="ignore"):
-      times = row / usual
-    if (known := np.isfinite(times)).any():
-      leaf = int(np.argmax(np.where(known, times, -1)))
-      found.append(Grown(step, names[leaf], float(times[leaf])))
+      times = np.where(known, row, np.nan) / usual
+    if (able := np.isfinite(times)).any():
+      leaf = int(np.argmax(np.where(able, times, -1)))
+      found.append(Grown(step, names[leaf], float(times[leaf]), float(shares[leaf])))
+    else:
+      leaf = int(np.argmax(shares))
+      found.append(Grown(step, names[leaf], None, float(shares[leaf])))
   return found
+
+
+def _usual(names: tuple[str, ...], at: Ints, values: Floats, kept: Bools, begin: int) -> Floats:
+  """The median of each leaf, after the warm-up where that leaves enough; NaN where few are known."""
+  late = at[kept] >= begin
+  values = values[late] if late.sum() >= _FEW else values
+  if len(values) < _FEW:
+    return np.full(len(names), np.nan)
+  medians = medians_of(names, values)
+  return np.array([medians.get(name, np.nan) for name in names])
 
 
 def medians_of(names: tuple[str, ...], values: Floats) -> dict[str, float]:

@@ -17,7 +17,7 @@ from clipjax.runs.health.findings import Finding, HealthLimits
 from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
 from clipjax.runs.health.spikes import spikes
 from clipjax.runs.health.view import view_of
-from clipjax.runs.run import run_of_rows
+from clipjax.runs.reading import run_of_rows
 from clipjax.runs.schema import BACK, FLAGS, LOSS, SKIP, STEP, key_of, names_with
 
 _CHECKS = (nonfinite_norm, nonfinite_loss, spikes)  # Those that name steps.
@@ -54,7 +54,7 @@ class Live:
     steps = spikes | {row[STEP] for row in rows if any(map(_is_series, row.get(FLAGS, ())))}
     if not steps:
       return []
-    run = run_of_rows(self._rows, leaves)
+    run = run_of_rows(self._rows, dict(leaves))
     view = view_of(run, self._limits, 0)
     with np.errstate(over="ignore", invalid="ignore"):
       found = [finding for check in _CHECKS for finding in check(view)]

@@ -52,7 +52,7 @@ def _words(
   found = grown(view, steps[shown])
   if found:
     said = next((leaf for leaf in found if leaf.step == steps[largest]), found[0])
-    message += f"; at step {said.step} {said.leaf!r} grew most, to {number(said.times)} times its median"
+    message += f"; {said}"
   return f"{message}.", tuple(dict.fromkeys(leaf.leaf for leaf in found))
 
 

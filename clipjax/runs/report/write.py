@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from clipjax.runs.health.findings import HealthLimits
 from clipjax.runs.health.verdict import check_arguments
+from clipjax.runs.lines import checked_path
 from clipjax.runs.report.mark import may_be_replaced
 from clipjax.runs.report.series import norm_series
-from clipjax.runs.run import Run, checked_path
+from clipjax.runs.run import Run
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure

@@ -1,0 +1,319 @@
+"""Rows of a file as compact columns, which are filled while the file is read. numpy alone.
+
+A `Table` holds its rows in the order of their steps, each step once. Every column is one array of float64 that has room
+for all rows from the start; room that is not used costs no memory. Rows with new steps come many at a time and cost a
+few numpy calls a column; a number that is put into an earlier row, a row between two others, and the end of a course
+that was given up are the other changes, one at a time.
+"""
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from clipjax.runs.schema import BATCH, FLAGS, LEAF, OBJECTS, STEP, WEIGHTS, name_of
+
+Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+Objects: TypeAlias = np.ndarray[Any, np.dtype[np.object_]]
+Row: TypeAlias = dict[str, Any]
+Names: TypeAlias = dict[str, tuple[str, ...]]
+
+
+class Table:
+  """Columns over steps that ascend.
+
+  Attributes:
+    count: how many rows there are.
+    dropped: how many rows `cut` has taken away.
+
+  Args:
+    room: how many rows there may be.
+    names: of the leaves of the first rows, by the name of their state.
+  """
+
+  def __init__(self, room: int, names: Names):
+    self.count = self.dropped = 0
+    self._room = room
+    self._steps: Ints = np.empty(room, np.int64)
+    self._values: dict[str, Floats] = {}
+    self._flags: dict[str, Bools] = {}
+    self._batches: Objects | None = None
+    self._names: Names = {}
+    self._all_names: dict[str, dict[str, None]] = {}
+    self._blocks: dict[str, list[_Block]] = {}
+    self._histograms: list[_Block] = []
+    self._cuts: list[int] = []
+    self.name(names)
+
+  def name(self, names: Names) -> None:
+    """Says the names of the leaves of the rows to come."""
+    self._names |= names
+    for key, labels in names.items():
+      self._all_names.setdefault(key, {}).update(dict.fromkeys(labels))
+
+  # Growing ----------------------------------------------------------------------------------------------------------
+
+  def append(self, rows: Sequence[Row]) -> None:
+    """Adds rows behind the last one; their steps ascend."""
+    start, stop = self.count, self.count + len(rows)
+    self._steps[start:stop] = [row[STEP] for row in rows]
+    self._clear(start, stop)
+    self.count = stop
+    # Rows of as many keys nearly always have the same ones, and are filled in together.
+    sizes = list(map(len, rows))
+    for size in dict.fromkeys(sizes):
+      places = [place for place, other in enumerate(sizes) if other == size]
+      alike = rows if len(places) == len(rows) else [rows[place] for place in places]
+      where = slice(start, stop) if alike is rows else start + np.array(places)
+      if not self._fill(alike, where):
+        for place in places:
+          self._fill([rows[place]], slice(start + place, start + place + 1))
+
+  def _fill(self, rows: Sequence[Row], where: Any) -> bool:
+    """Puts rows of as many keys in their places; False, and nothing is done, where they do not have the same ones."""
+    keys = tuple(rows[0])
+    try:
+      values = list(chain.from_iterable(map(itemgetter(STEP, *keys), rows)))
+    except KeyError:
+      return False
+    if not _OBJECTS.isdisjoint(keys):
+      self._fill_objects(rows, where)
+      scalars = _scalars(keys)
+      values = list(chain.from_iterable(map(itemgetter(STEP, STEP, *scalars), rows)))
+      keys = (STEP, *scalars)
+    numbers = _floats(values).reshape(len(rows), -1)
+    for key, column in zip(keys, numbers.T[1:], strict=True):
+      if key != STEP:
+        self._column(key)[where] = column
+    return True
+
+  def _fill_objects(self, rows: Sequence[Row], where: Any) -> None:
+    """Puts in what is not a number."""
+    places = range(where.start, where.stop) if isinstance(where, slice) else where.tolist()
+    vectors: dict[str, tuple[list[int], list[Any]]] = {}
+    for row, place in zip(rows, places, strict=True):
+      for key in _flagged(row):
+        self._flag(key)[place] = True
+      if BATCH in row:
+        self._batch_column()[place] = _batch(row[BATCH])
+      for key, values in (row.get(LEAF) or {}).items():
+        if values and len(values) == len(self._names_of(key, len(values))):
+          steps, lists = vectors.setdefault(key, ([], []))
+          steps.append(row[STEP])
+          lists.append(values)
+      if row.get(WEIGHTS):
+        self._add_histogram(row[STEP], row[WEIGHTS])
+    for key, (steps, lists) in vectors.items():
+      block = _Block(np.array(steps, np.int64), self._names[name_of(key)], _vectors(lists), len(self._cuts))
+      self._blocks.setdefault(key, []).append(block)
+
+  def _names_of(self, key: str, length: int) -> tuple[str, ...]:
+    """The names of the leaves of a vector; numbers where no header has them."""
+    name = name_of(key)
+    if not self._names.get(name):
+      self.name({name: tuple(f"leaf {i}" for i in range(length))})
+    return self._names[name]
+
+  def _add_histogram(self, step: int, weights: dict[str, Any]) -> None:
+    edges, counts = tuple(weights["edges"]), np.array(weights["counts"], np.float64)
+    if counts.shape != (len(edges) - 1,):
+      raise ValueError("a histogram must have a count for each bin")
+    if self._histograms and self._histograms[-1].names == edges:
+      edges = self._histograms[-1].names  # They come with every row.
+    self._histograms.append(_Block(np.array([step], np.int64), edges, counts[None], len(self._cuts)))
+
+  # Changing what is there -------------------------------------------------------------------------------------------
+
+  def last(self) -> int | None:
+    """The last step."""
+    return int(self._steps[self.count - 1]) if self.count else None
+
+  def add(self, row: Row) -> None:
+    """Puts the numbers of a row into that of its step, which is made where there is none."""
+    place = self._place(row[STEP])
+    if place == self.count:
+      self.append([row])
+      return
+    if self._steps[place] != row[STEP]:
+      self._make_room(place)
+      self._steps[place] = row[STEP]
+    for key in _scalars(row):
+      if key in self._flags:
+        self._flags[key][place] = False
+    self._fill([row], slice(place, place + 1))
+
+  def cut(self, step: int) -> None:
+    """Takes away the rows from `step` on."""
+    place = self._place(step)
+    self.dropped += self.count - place
+    self.count = place
+    self._cuts.append(step)
+
+  def _make_room(self, place: int) -> None:
+    """Moves the rows from `place` on by one."""
+    for values in (self._steps, *self._values.values(), *self._flags.values(), self._batches):
+      if values is not None:
+        values[place + 1 : self.count + 1] = values[place : self.count]
+    self._clear(place, place + 1)
+    self.count += 1
+
+  def _clear(self, start: int, stop: int) -> None:
+    for values in self._values.values():
+      values[start:stop] = np.nan
+    for flags in self._flags.values():
+      flags[start:stop] = False
+    if self._batches is not None:
+      self._batches[start:stop] = None
+
+  def _column(self, key: str) -> Floats:
+    if key not in self._values:
+      self._values[key] = np.empty(self._room)
+      self._values[key][: self.count] = np.nan
+    return self._values[key]
+
+  def _flag(self, key: str) -> Bools:
+    if key not in self._flags:
+      self._flags[key] = np.zeros(self._room, np.bool_)
+    return self._flags[key]
+
+  def _batch_column(self) -> Objects:
+    if self._batches is None:
+      self._batches = np.empty(self._room, np.object_)
+    return self._batches
+
+  def _place(self, step: int) -> int:
+    return int(np.searchsorted(self._steps[: self.count], step))
+
+  def _end(self, block: "_Block") -> float:
+    """The step from which on the rows of a block were taken away."""
+    return min(self._cuts[block.cuts :], default=math.inf)
+
+  # What has been read -----------------------------------------------------------------------------------------------
+
+  def steps(self) -> Ints:
+    """The steps, shape (n,)."""
+    self._steps = _cut_to(self._steps, self.count)
+    return self._steps
+
+  def columns(self) -> dict[str, Floats]:
+    """The columns, shape (n,), in which something was recorded: NaN where there is no number that is finite."""
+    flags = self.flags()
+    values = {key: _cut_to(values, self.count) for key, values in self._values.items()}
+    return {key: column for key, column in values.items() if key in flags or not np.isnan(column).all()}
+
+  def flags(self) -> dict[str, Bools]:
+    """Where a number was recorded that is not finite, shape (n,), of the columns that have such."""
+    flags = {key: _cut_to(flags, self.count) for key, flags in self._flags.items()}
+    return {key: column for key, column in flags.items() if column.any()}
+
+  def batches(self) -> Objects | None:
+    """What the caller calls the batches, shape (n,); None where no row has one."""
+    batches = None if self._batches is None else _cut_to(self._batches, self.count)
+    return None if batches is None or not any(batch is not None for batch in batches) else batches
+
+  def names(self) -> Names:
+    """The leaves of each state, those of all headers together."""
+    return {name: tuple(labels) for name, labels in self._all_names.items()}
+
+  def vectors(self) -> dict[str, tuple[Ints, Floats]]:
+    """By key the steps (m,) and the numbers (m, leaves): inf where not finite, NaN for a leaf without a number."""
+    out: dict[str, tuple[Ints, Floats]] = {}
+    while self._blocks:
+      key = next(iter(self._blocks))
+      joined = self._joined(self._blocks.pop(key), tuple(self._all_names[name_of(key)]))
+      if joined[0].size:
+        out[key] = joined
+    return out
+
+  def weights(self) -> tuple[Ints, Floats, Floats] | None:
+    """The histograms: steps (m,), edges (k + 1,) and counts (m, k); None without any."""
+    kept = [block for block in self._histograms if block.steps[0] < self._end(block)]
+    if not kept:
+      return None
+    edges = max(reversed(kept), key=lambda block: int(block.steps[0])).names
+    same = [block._replace(names=edges[1:]) for block in kept if block.names == edges]
+    steps, counts = self._joined(same, edges[1:])
+    return steps, np.array(edges, np.float64), counts
+
+  def _joined(self, blocks: list["_Block"], names: tuple[Any, ...]) -> tuple[Ints, Floats]:
+    """Blocks as one, each step once; a later one replaces an earlier one."""
+    ends = np.minimum.accumulate(np.array([math.inf, *reversed(self._cuts)]))[::-1]
+    kept = [block.steps < ends[block.cuts] for block in blocks]
+    steps = np.unique(np.concatenate([block.steps[mask] for block, mask in zip(blocks, kept, strict=True)]))
+    out = np.full((steps.size, len(names)), np.nan)
+    places = {name: i for i, name in enumerate(names)}
+    for block, mask in zip(blocks, kept, strict=True):
+      rows = np.searchsorted(steps, block.steps[mask])
+      if block.names == names:
+        out[rows] = block.values[mask]
+      else:
+        out[rows] = np.nan
+        out[np.ix_(rows, [places[name] for name in block.names])] = block.values[mask]
+    return steps, out
+
+
+class _Block(NamedTuple):
+  """Vectors of some steps: `values` (m, names), added when so many cuts had been made."""
+
+  steps: Ints
+  names: tuple[Any, ...]
+  values: Floats
+  cuts: int
+
+
+_OBJECTS = frozenset(OBJECTS)
+_NO_SCALARS = _OBJECTS | {STEP}
+
+
+def _scalars(keys: Iterable[str]) -> list[str]:
+  return [key for key in keys if key not in _NO_SCALARS]
+
+
+def _floats(numbers: list[Any]) -> Floats:
+  """Numbers, with NaN for None; raises for what is neither."""
+  form = f"{len(numbers)}d"
+  try:
+    return np.frombuffer(struct.pack(form, *numbers))
+  except struct.error:
+    if not {*map(type, numbers)} <= {int, float, bool, type(None)}:
+      raise TypeError("a value must be a number or null") from None
+    return np.frombuffer(struct.pack(form, *[math.nan if x is None else x for x in numbers]))
+
+
+def _vectors(lists: list[Any]) -> Floats:
+  """Lists of one length as rows, with inf for None."""
+  values = np.array(lists, np.float64)  # None becomes NaN.
+  if values.ndim != 2:
+    raise ValueError("a vector must have numbers alone")
+  values[np.isnan(values)] = np.inf
+  return values
+
+
+def _flagged(row: Row) -> list[str]:
+  """The keys of a row whose numbers are not finite."""
+  flags = row.get(FLAGS) or {}
+  if not isinstance(flags, dict):
+    raise TypeError("what is not finite must be told by key")
+  return [key for key in flags if key in row and key not in _NO_SCALARS]
+
+
+def _batch(value: Any) -> Any:
+  """A batch: an int, a string, or a tuple of them where a row is of several."""
+  if isinstance(value, list):
+    return tuple(map(_batch, value))
+  if not isinstance(value, int | str | None):
+    raise TypeError("a batch must be a whole number or a string")
+  return value
+
+
+def _cut_to(values: Any, count: int) -> Any:
+  """The first entries; the room behind them is given back."""
+  if values.size > count:
+    values.resize(count, refcheck=False)
+  return values

@@ -1,0 +1,266 @@
+"""Reading what a `Recorder` has written: which rows are of the run, and which of a course that was given up.
+
+The file is JSON Lines. A header names what was recorded, `{"clipjax_run": 2, "leaves": ..., ...}`; then comes a row for
+each step, `{"step": 7, "time": ..., "grad/norm": ..., ...}`. Numbers that are not finite are null, and the row's
+"nonfinite" says what they were. Most rows go on above the last one; `Course` has the rules for those that do not.
+"""
+
+import dataclasses
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipjax.runs.columns import Names, Row, Table
+from clipjax.runs.lines import Survey, checked_path, is_blank, is_run, last_parts, parts, survey
+from clipjax.runs.run import Run
+from clipjax.runs.schema import BACK, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+  """Reads a file that a `Recorder` wrote, also while it is being written, or after a crash.
+
+  Rows of one step become one row, in which a later number replaces an earlier one, also where it was recorded after
+  later steps. Where the run went back to a step, which its row says, what was recorded from there on is superseded.
+  `Run.superseded` counts such rows, and `Run.unreadable` the lines that a crash has torn.
+  A million rows take seconds, and little more memory than their columns.
+
+  Files of clipjax 0.1.0, in which a step is a count of updates, are read too. In these a resumed run drops what was
+  recorded from its first step on, and nothing else does.
+
+  Args:
+    path: the file.
+
+  Returns:
+    A `Run`; without rows, one of length 0.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    TypeError: for what is no path.
+    ValueError: for a directory, an empty file, a file that no `Recorder` wrote, or one of a later format.
+
+  Example:
+    >>> import os, tempfile, jax.numpy as jnp, clipjax
+    >>> tx, grads = clipjax.clip_by_global_norm(1.0), {"w": jnp.array([3.0, 4.0])}
+    >>> state = tx.init(grads)
+    >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
+    >>> with clipjax.runs.Recorder(path) as recorder:
+    ...   for step in range(1, 4):
+    ...     _, state = tx.update(grads, state)
+    ...     recorder.push(step, state, loss=0.5 / step)
+    >>> run = clipjax.runs.read_run(path)
+    >>> run.steps, run["grad/norm"], run["loss"][0]
+    (array([1, 2, 3]), array([5., 5., 5.]), np.float64(0.5))
+  """
+  name = checked_path(path)
+  _check_file(name)
+  seen, unreadable = survey(name), 0
+  with _told(name):
+    course = Course(seen)
+    for entries, others in parts(name, seen.lines):
+      unreadable += others
+      course.follow(entries)
+    if not course.header and not (course.table.count and is_run(name)):
+      raise _OtherFileError("no header of one")
+    return course.run(name, unreadable)
+
+
+def tail(path: str | os.PathLike[str], count: int) -> Run:
+  """The last `count` rows of a file, or all where there are fewer, read from its end.
+
+  What the rules for steps that go back make of them is what `read_run` has, except that `superseded` and the names of
+  leaves are those of the part that was read.
+
+  Args:
+    path: a file that a `Recorder` wrote.
+    count: how many rows.
+  """
+  name = checked_path(path)
+  with _told(name):
+    for entries, is_all in last_parts(name):
+      course = Course(Survey(len(entries), None, FORMAT))
+      course.follow(entries)
+      # The first ones may be parts of rows, or have been added to steps further up.
+      if is_all or course.table.count >= 2 * count + 1:
+        break
+    return _last(course.run(name, 0), count)
+
+
+class Course:
+  """Follows a run line by line, and keeps the rows that are of it in a `Table`.
+
+  Attributes:
+    table: the rows.
+    header: the last values that the headers have.
+  """
+
+  def __init__(self, seen: Survey):
+    self.table = Table(seen.lines, _names(seen.header or {}))
+    self.header: dict[str, Any] = {}
+    self._format = seen.format
+    self._started: Any = None
+    self._is_resumed = False  # Format 1: whether the next row is the first of another `Recorder`.
+    self._rows: list[Row] = []  # Those above the last step, which go into the table together.
+
+  def follow(self, entries: list[dict[str, Any]]) -> None:
+    """Goes on by some headers and rows."""
+    if self._goes_on(entries):
+      self._rows += entries
+      self._flush()
+      return
+    rows, last = self._rows, self.table.last()
+    for entry in entries:
+      if HEADER in entry:
+        self._flush()
+        self._begin(entry)
+        continue
+      step = entry[STEP]
+      if last is None or step > last:
+        rows.append(entry)
+      elif step == last and rows and not entry.get(BACK):
+        merge(rows[-1], entry)
+      else:
+        self._flush()
+        self._add(entry)
+      last = step if rows else self.table.last()
+    self._flush()
+
+  def _goes_on(self, entries: list[dict[str, Any]]) -> bool:
+    """Whether these are rows alone that ascend above the last step, as nearly all do."""
+    if not entries or any(HEADER in entry for entry in entries):
+      return False
+    steps, last = [entry[STEP] for entry in entries], self.table.last()
+    return (last is None or steps[0] > last) and all(map(operator.lt, steps, steps[1:]))
+
+  def run(self, path: str, unreadable: int) -> Run:
+    """What was read."""
+    table, parameters = self.table, self.header.get(PARAMETERS)
+    if not isinstance(parameters, int | None):
+      raise TypeError("parameters must be a whole number")
+    return Run(
+      path=path,
+      steps=table.steps(),
+      columns=table.columns(),
+      flags=table.flags(),
+      vectors=table.vectors(),
+      leaves=table.names(),
+      weights=table.weights(),
+      parameters=parameters,
+      batches=table.batches(),
+      superseded=table.dropped,
+      unreadable=unreadable,
+    )
+
+  def _begin(self, header: dict[str, Any]) -> None:
+    self._format = _checked_format(header)
+    started = header.get(STARTED)
+    self._is_resumed = started is None or started != self._started
+    self._started = started
+    self.table.name(_names(header))
+    self.header |= {key: value for key, value in header.items() if value}
+
+  def _flush(self) -> None:
+    if self._rows:
+      self._is_resumed = False
+      self.table.append(self._rows)
+      self._rows.clear()
+
+  def _add(self, row: Row) -> None:
+    """A row that does not go on above the last step."""
+    if self._is_resumed if self._format == 1 else row.get(BACK):
+      self.table.cut(row[STEP])
+    self._is_resumed = False
+    self.table.add(row)
+
+
+def run_of_rows(rows: Iterable[Mapping[str, Any]], leaves: Names) -> Run:
+  """The run of rows that are in memory, as a `Recorder` has them."""
+  kept = [{**row, LEAF: {key: list(vector) for key, vector in row.get(LEAF, {}).items()}} for row in rows]
+  course = Course(Survey(len(kept), {LEAVES: leaves}, FORMAT))
+  course.follow(kept)
+  return course.run("", 0)
+
+
+def _last(run: Run, count: int) -> Run:
+  """The last rows of a run."""
+  first = len(run) - min(len(run), count)
+  begin = run.steps[first] if count and len(run) else np.inf
+  vectors = {key: (steps[steps >= begin], values[steps >= begin]) for key, (steps, values) in run.vectors.items()}
+  return dataclasses.replace(
+    run,
+    steps=run.steps[first:],
+    columns={key: column[first:] for key, column in run.columns.items()},
+    flags={key: column[first:] for key, column in run.flags.items()},
+    vectors={key: vector for key, vector in vectors.items() if vector[0].size},
+    weights=None,
+    batches=None if run.batches is None else run.batches[first:],
+  )
+
+
+# What is wrong with a file ------------------------------------------------------------------------------------------
+
+_REMEDY = "pass the path that the Recorder was given."
+_RULE = "`path` must be a file that `clipjax.runs.Recorder` wrote, got"
+
+
+class _OtherFileError(Exception):
+  """A file that no `Recorder` wrote; its text is what it has instead."""
+
+
+class _LaterFormatError(Exception):
+  """A file of a later format; the number, and the version of clipjax that wrote it."""
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+  """Turns whatever reading a file raises into an error that names it."""
+  try:
+    yield
+  except _LaterFormatError as error:
+    number, version = error.args
+    raise ValueError(
+      f"`path` must be a file of format {FORMAT} or below, got {name!r} of format {number!r}: read it with the version "
+      f"of clipjax that wrote it, {version}, or a later one."
+    ) from None
+  except _OtherFileError as error:
+    raise ValueError(f"{_RULE} {name!r}, which has {error}: {_REMEDY}") from None
+  except OSError:
+    raise
+  except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:  # Anything may be in a file.
+    what = f"rows of another kind ({type(error).__name__})"
+    raise ValueError(f"{_RULE} {name!r}, which has {what}: {_REMEDY}") from error
+
+
+def _check_file(name: str) -> None:
+  path = Path(name)
+  if path.is_dir():
+    raise ValueError(f"{_RULE} the directory {name!r}: name the file.")
+  if not path.exists():
+    raise FileNotFoundError(f"{_RULE} {name!r}, which does not exist: look at its spelling.")
+  if not path.is_file():
+    raise ValueError(f"{_RULE} {name!r}, which is no regular file: name the file.")
+  if is_blank(name):
+    raise ValueError(
+      f"{_RULE} {name!r}, which is empty: a Recorder writes its first rows after `every` steps, or when it is closed."
+    )
+
+
+def _checked_format(header: dict[str, Any]) -> int:
+  number = header[HEADER]
+  if type(number) is not int or number < 1:
+    raise _OtherFileError("a header of another kind")
+  if number > FORMAT:
+    raise _LaterFormatError(number, header.get(VERSION))
+  return number
+
+
+def _names(header: dict[str, Any]) -> Names:
+  """The leaves that a header names."""
+  leaves = (header.get(LEAVES) or {}).items()
+  if any(isinstance(labels, str) for _, labels in leaves):
+    raise TypeError("the names of leaves must be a list")
+  return {name: tuple(map(str, labels)) for name, labels in leaves if labels}
