@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.runs.columns import Names, Row, Table
-from clipjax.runs.lines import Survey, checked_path, is_blank, is_run, last_parts, parts, survey
+from clipjax.runs.columns import Ints, Names, Row, Table
+from clipjax.runs.lines import Part, Survey, checked_path, is_blank, is_run, last_parts, parts, survey
 from clipjax.runs.run import Run
 from clipjax.runs.schema import FLAGS, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, UPDATE, VERSION
 
@@ -62,9 +62,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
   seen, unreadable = survey(name), 0
   with _told(name):
     course = Course(seen)
-    for entries, others in parts(name, seen.lines):
-      unreadable += others
-      course.follow(entries)
+    for part in parts(name, seen.size):
+      unreadable += part.others
+      course.follow(part)
     if not course.header and not (course.table.count and is_run(name)):
       raise _OtherFileError("no header of one")
     return course.run(name, unreadable)
@@ -83,8 +83,8 @@ def tail(path: str | os.PathLike[str], count: int) -> Run:
   name = checked_path(path)
   with _told(name):
     for entries, is_all in last_parts(name):
-      course = Course(Survey(len(entries), None, FORMAT))
-      course.follow(entries)
+      course = Course(Survey(0, len(entries), None, FORMAT))
+      course.follow(Part(entries))
       # The first ones may be parts of rows, or have been added to steps further up.
       if is_all or course.table.count >= 2 * count + 1:
         break
@@ -100,19 +100,22 @@ class Course:
   """
 
   def __init__(self, seen: Survey):
-    self.table = Table(seen.lines, _names(seen.header or {}))
+    self.table = Table(seen.rows, _names(seen.header or {}))
     self.header: dict[str, Any] = {}
     self._format = seen.format
     self._started: Any = None
     self._is_resumed = False  # Format 1: whether the next row is the first of another `Recorder`.
     self._rows: list[Row] = []  # Those above the last step, which go into the table together.
 
-  def follow(self, entries: list[dict[str, Any]]) -> None:
+  def follow(self, part: Part) -> None:
     """Goes on by some headers and rows."""
-    if self._goes_on(entries):
-      self._rows += entries
-      self._flush()
-      return
+    if self._goes_on(part):
+      self._is_resumed = False
+      self.table.append(part.entries, part.block, part.among)
+    else:
+      self._follow_each(_in_order(part))
+
+  def _follow_each(self, entries: list[dict[str, Any]]) -> None:
     rows, last = self._rows, self.table.last()
     for entry in entries:
       if HEADER in entry:
@@ -122,7 +125,7 @@ class Course:
       step = entry[STEP]
       if last is None or step > last:
         rows.append(entry)
-      elif step == last and rows:
+      elif step == last and rows and LEAF not in entry:
         merge(rows[-1], entry)
       else:
         self._flush()
@@ -130,12 +133,15 @@ class Course:
       last = step if rows else self.table.last()
     self._flush()
 
-  def _goes_on(self, entries: list[dict[str, Any]]) -> bool:
+  def _goes_on(self, part: Part) -> bool:
     """Whether these are rows alone that ascend above the last step, as nearly all do."""
-    if not entries or any(HEADER in entry for entry in entries):
+    if (not part.entries and part.block is None) or any(HEADER in entry for entry in part.entries):
       return False
-    steps, last = [entry[STEP] for entry in entries], self.table.last()
-    return (last is None or steps[0] > last) and all(map(operator.lt, steps, steps[1:]))
+    steps, last = [entry[STEP] for entry in part.entries], self.table.last()
+    if part.block is None or part.among is None:
+      return (last is None or steps[0] > last) and all(map(operator.lt, steps, steps[1:]))
+    both = _scattered(part.block.steps, part.among, steps, np.int64)
+    return bool((last is None or both[0] > last) and (both[1:] > both[:-1]).all())
 
   def run(self, path: str, unreadable: int) -> Run:
     """What was read."""
@@ -183,6 +189,21 @@ class Course:
       return False  # An evaluation of this step, late or not.
     # Rows that could not be written at once are written once more, those that were written among them.
     return not table.has(step) or (table.knows_any(row) and not table.repeats(row))
+
+
+def _in_order(part: Part) -> list[dict[str, Any]]:
+  """The headers and rows of a part, those of its block among them."""
+  if part.block is None or part.among is None:
+    return part.entries
+  return _scattered(part.block.rows(), part.among, part.entries, np.object_).tolist()  # type: ignore[no-any-return]
+
+
+def _scattered(some: Any, among: Ints, others: list[Any], dtype: Any) -> Any:
+  """An array of `some` at their places `among` all, and of the others at the rest."""
+  out = np.empty(len(some) + len(others), dtype)
+  out[among] = some
+  out[np.delete(np.arange(len(out)), among)] = others
+  return out
 
 
 def merge(old: Row, new: Row) -> None:
