@@ -217,10 +217,10 @@ def test_layers_that_were_not_finite_first():
   columns["grad/norm"][at] = columns["grad/norm_clipped"][at] = np.nan
   values = np.ones((40, 49))
   names = ("head", *layers_of("b/v", "b/w"))
-  values[7, 4:49:24] = np.nan  # Row 7 is step 71.
+  values[7, 4:49:24] = np.inf  # Row 7 is step 71.
   run = run_of(columns, flags={"grad/norm": at}, **layered(values, names))
   assert "at step 71; first in layer 3 of all 2 stacks." in only(clipjax.runs.diagnose(run), "nonfinite").message
-  run.vectors["grad/norm"][1][7, :] = np.nan
+  run.vectors["grad/norm"][1][7, :] = np.inf
   assert "at step 71; first in every leaf." in only(clipjax.runs.diagnose(run), "nonfinite").message
 
 
@@ -315,11 +315,11 @@ def test_every_stack_keeps_its_label_beside_whole_leaves():
 def test_neighbours_of_a_stack_share_a_line_where_there_are_many():
   names = ("embed", *layers_of("w", "v", size=7))
   values = np.arange(30.0).reshape(15, 2)
-  values[9] = np.nan
+  values[9] = np.inf
   lines, stacks, per = report_series.by_depth(names, values, 5)
   assert per == 3
   assert stacks == (Stack("embed", 0, 1), Stack("w", 1, 7), Stack("v", 4, 7))
-  np.testing.assert_array_equal(lines[:, 0], [0, 6, 12, 14, np.nan, 26, 28])
+  np.testing.assert_array_equal(lines[:, 0], [0, 6, 12, 14, np.inf, 26, 28])
   assert report_series.by_depth(names, values, 15).values.tolist()[:9] == values.tolist()[:9]
 
 
@@ -332,7 +332,7 @@ def test_a_spike_of_one_layer_in_thousands_is_drawn():
 
 def test_the_page_of_stacks_says_layers_by_name(tmp_path):
   run = run_of_stacks(["blocks/v", "blocks/w"], 24)
-  run.vectors["grad/norm"][1][5, [4, 28]] = np.nan
+  run.vectors["grad/norm"][1][5, [4, 28]] = np.inf
   page = clipjax.runs.write_report(run, tmp_path / "report.html").read_text()
   text = page.replace("<wbr>", "").replace("<code>", "").replace("</code>", "")
   assert "2 layers were not finite at some step: layer 3 of all 2 stacks." in page.replace("&#x27;", "'")
