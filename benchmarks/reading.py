@@ -60,9 +60,7 @@ for call in (clipjax.runs.diagnose, clipjax.runs.suggest_max_norm):
 def lines(rows: int, columns: int) -> Iterator[str]:
   """The lines of the file."""
   leaves = {"grad": [f"layers/{i}/w" for i in range(LEAVES)]}
-  yield json.dumps(
-    {"clipjax_run": 1, "version": "0.1.0", "started": 1.0, "leaves": leaves, "parameters": 7, "every": 50}
-  )
+  yield json.dumps({"clipjax_run": 1, "version": "0.1.0", "started": 1.0, "leaves": leaves, "every": EVERY})
   rng = np.random.default_rng(0)
   for step in range(1, rows + 1):
     drawn = iter(float(f"{x:.9g}") for x in rng.lognormal(size=columns + 4 * LEAVES).astype(np.float32).tolist())

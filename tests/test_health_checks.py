@@ -11,6 +11,7 @@ from synthetic import N, bad, healthy, layered, only, run_of, with_spikes
 
 import clipjax
 from clipjax.runs.health.detectors import SpikeDetector
+from clipjax.runs.norms import norms_of_run
 from clipjax.runs.words import number
 
 
@@ -287,3 +288,15 @@ def test_the_size_of_the_norm_is_a_hint_alone(factor, text):
   assert f"is {number(np.median(columns['grad/norm'][40:]))}, {text}." in only(report, "norm-scale").message
   limits = clipjax.runs.HealthLimits(norm_low=0.0, norm_high=math.inf)
   assert "norm-scale" not in [f.name for f in clipjax.runs.diagnose(run_of(columns), limits=limits).findings]
+
+
+def test_a_rejected_step_without_a_norm_of_its_own_has_the_one_that_skip_steps_saw():
+  at = np.isin(np.arange(N), [50, 51])
+  columns = healthy()
+  for key in ("grad/norm", "grad/norm_clipped", "grad/scale", "grad/max_norm"):  # Format 2 leaves them out of the row.
+    columns[key] = np.where(at, np.nan, columns[key])
+  columns["skip/norm"] = np.where(at, 70.0, columns["skip/norm"])
+  columns["skip/consecutive"][at] = [1, 2]
+  seen = norms_of_run(run_of(columns), "grad", None)
+  assert seen.values[at].tolist() == [70, 70] and seen.rejected.tolist() == at.tolist()
+  assert seen.values[~at].tolist() == columns["grad/norm"][~at].tolist()

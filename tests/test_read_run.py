@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clipjax
-from clipjax.runs import lines, reading
+from clipjax.runs import digits, lines, reading
 
 HEADER = '{"clipjax_run": 1, "version": "0.1.0", "leaves": {"grad": ["w", "b"]}, "parameters": null, "every": 2}\n'
 
@@ -343,8 +343,8 @@ def files(draw):
   return entries
 
 
-@given(files(), st.sampled_from([1, 60, 300, 2**18]))
-def test_any_file_is_read_as_the_rules_say(tmp_path_factory, entries, size):
+@given(files(), st.sampled_from([20, 60, 300, 2**18]), st.sampled_from([1, 2, 50]))
+def test_any_file_is_read_as_the_rules_say(tmp_path_factory, entries, size, many):
   oracle, torn = Oracle(), 0
   for entry in entries:
     if isinstance(entry, str):
@@ -353,10 +353,84 @@ def test_any_file_is_read_as_the_rules_say(tmp_path_factory, entries, size):
       oracle.add(entry)
   path = tmp_path_factory.getbasetemp() / "any.jsonl"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(lines, "_PART", size)  # Lines a part; all together in the last one.
+    patch.setattr(lines, "_PART", size)
+    patch.setattr(lines, "_MANY", many)  # Rows that are alike are read by numpy, or by the parser.
     run = written(path, *entries)
   assert_reads_as(run, oracle)
   assert run.unreadable == torn
+
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+NUMBERS = st.one_of(
+  FLOATS.map(repr), FLOATS.map(lambda x: f"{x:.9g}"), st.floats(0, 100).map(lambda x: f"{x:.9g}"),
+  st.integers(-(10**20), 10**20).map(str), st.integers(0, 10**9).map(str),
+  st.sampled_from(["0", "-0.0", "0.0", "1e-05", "1E+05", "0.30000000000000004", "9007199254740993"]),
+)  # fmt: skip
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=8), st.sampled_from([1, 100, 2**18]))
+def test_numbers_are_to_the_bit_those_of_the_parser(rows, size):
+  keys = "loss", "grad/norm", "lr"
+  text = [
+    f'{{"step": {step}, ' + ", ".join(f'"{key}": {x}' for key, x in zip(keys, row, strict=True)) + "}\n"
+    for step, row in enumerate(rows)
+  ]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(digits, "_PIECE", size)
+    found = digits.block("".join(text).encode())
+  assert found.keys == ("step", *keys) and found.steps.tolist() == list(range(len(rows)))
+  want = np.array([[float(x) for x in json.loads(line).values()] for line in text])
+  assert found.values.tobytes() == want.tobytes()
+
+
+GOOD = '{"step": 7, "loss": 0.5, "grad/norm": 12}\n'
+STRANGE = [
+  "01", ".5", "5.", "1.2.3", "--1", "1e", "0x1", "null", "true", "NaN", "", " 1", "1 ", '"1"', "[1]", "{}", "1_0", "+1",
+  "1,2", "1}", '1, "x": 2', "\n1", "1\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", STRANGE)
+def test_lines_of_another_kind_are_left_to_the_parser(number):
+  assert digits.block((GOOD * 3).encode()).values.tolist() == [[7, 0.5, 12]] * 3
+  for old in ("7", "0.5", "12"):
+    strange = GOOD.replace(old, number)
+    for text in (GOOD + strange + GOOD, strange * 3, GOOD + strange):
+      assert digits.block(text.encode()) is None or all(json.loads(line) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("place", range(len(GOOD)))
+def test_any_other_character_is_left_to_the_parser(place):
+  for character in '0 x,."{}:\n':
+    if character != GOOD[place] and not (character.isdigit() and GOOD[place].isdigit()):
+      text = GOOD + GOOD[:place] + character + GOOD[place + 1 :] + GOOD
+      assert digits.block(text.encode()) is None
+
+
+def test_rows_of_several_kinds_by_turns(path):
+  kinds = [{"loss": 0.5}, {"loss": 0.5, "val_loss": 1.5}, {"loss": None, "nonfinite": {"loss": "nan"}}, {"rate": 2.0}]
+  entries = [row(step, step, **kinds[step % 7 % 4]) for step in range(400)]
+  run = written(path, header(), *entries)
+  for key in ("update", "loss", "val_loss", "rate"):
+    want = [np.nan if (x := entry.get(key)) is None else x for entry in entries]
+    np.testing.assert_array_equal(run[key], want)
+  assert run.flags["loss"].tolist() == ["nonfinite" in entry for entry in entries]
+
+
+def test_a_block_that_goes_back(path):
+  entries = [row(step, step, loss=1.0) for step in range(200)] + [row(150, 150, loss=2.0, back=True)]
+  entries += [row(step, step, loss=2.0) for step in range(151, 160)] + [row(155, 155, loss=3.0, back=True)]
+  run = written(path, header(), *entries, *[row(step, step, loss=3.0) for step in range(156, 255)])
+  assert run.steps.tolist() == list(range(255)) and run.superseded == 55
+  assert run["loss"].tolist() == [1.0] * 150 + [2.0] * 5 + [3.0] * 100
+
+
+def test_more_rows_than_there_was_room_for(path, monkeypatch):
+  monkeypatch.setattr(lines, "_PART", 2000)  # Which has long rows alone.
+  entries = [row(step, step, loss=1.0, batch="x" * 400) for step in range(9)]
+  run = written(path, header(), *entries, *[row(step, loss=2.0) for step in range(9, 3000)], row(-1, x=1.0))
+  assert run.steps.tolist() == list(range(-1, 3000)) and np.nansum(run["loss"]) == 9 + 2 * 2991
+  assert run.batches[9:11].tolist() == ["x" * 400, None]
 
 
 def test_the_file_may_grow_while_it_is_read(path, monkeypatch):
@@ -369,7 +443,7 @@ def test_the_file_may_grow_while_it_is_read(path, monkeypatch):
     return seen
 
   monkeypatch.setattr(reading, "survey", survey)
-  assert clipjax.runs.read_run(path).steps.tolist() == [1, 2]  # The lines that were counted, and one that had no end.
+  assert clipjax.runs.read_run(path).steps.tolist() == [1]  # What came later, the next reading has.
 
 
 # The end of a file --------------------------------------------------------------------------------------------------
@@ -403,7 +477,8 @@ def test_tail_of_a_large_file_reads_its_end_alone(path, monkeypatch):
 # Long runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_reading_takes_little_more_memory_than_the_columns(path):
+def test_reading_takes_little_more_memory_than_the_columns(path, monkeypatch):
+  monkeypatch.setattr(lines, "_PART", 2**17)  # A part is small beside a long run.
   keys = [f"grad/{i}" for i in range(20)]
   rows = (row(step, step, **dict.fromkeys(keys, step / 7), leaf={"grad/norm": [1.0] * 9}) for step in range(1, 20_001))
   with path.open("w") as file:

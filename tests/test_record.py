@@ -17,7 +17,7 @@ from flax import nnx
 from flax.training import train_state
 
 import clipjax
-from clipjax.runs import run_file, weights
+from clipjax.runs import run_file
 
 ROOT = Path(__file__).parent.parent
 PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
@@ -520,15 +520,6 @@ def test_histogram_of_the_parameters(path):
   np.testing.assert_array_equal(counts, [want] * 3)
   weights = [row["weights"] for row in rows_of(path) if "weights" in row]
   assert all(x["zeros"] == 1 and x["nonfinite"] == 2 for x in weights) and len(weights) == 3
-
-
-def test_histogram_of_a_leaf_larger_than_a_chunk(monkeypatch):
-  monkeypatch.setattr(weights, "_CHUNK", 100)
-  monkeypatch.setattr(weights, "_SMALL", 99)
-  w = np.random.default_rng(0).standard_normal(1234).astype(np.float32)
-  got = np.asarray(weights.histogram({"chunked": jnp.asarray(w)}))
-  want, _ = np.histogram(np.log10(np.abs(w.astype(np.float64))), weights.EDGES)
-  np.testing.assert_array_equal(got, [[*want, 0, 0]])
 
 
 # Wrappers -----------------------------------------------------------------------------------------------------------

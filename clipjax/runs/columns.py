@@ -1,9 +1,9 @@
 """Rows of a file as compact columns, which are filled while the file is read. numpy alone.
 
 A `Table` holds its rows in the order of their steps, each step once. Every column is one array of float64 that has room
-for all rows from the start; room that is not used costs no memory. Rows with new steps come many at a time and cost a
-few numpy calls a column; a number that is put into an earlier row, a row between two others, and the end of a course
-that was given up are the other changes, one at a time.
+for about all rows from the start; room that is not used costs no memory. Rows with new steps come many at a time and
+cost a few numpy calls a column. All other changes come one at a time: a number that is put into an earlier row, a row
+between two others, and the end of a course that was given up.
 """
 
 import math
@@ -25,6 +25,19 @@ Row: TypeAlias = dict[str, Any]
 Names: TypeAlias = dict[str, tuple[str, ...]]
 
 
+class Block(NamedTuple):
+  """Rows with the same keys, all of numbers: `steps` (rows,), and `values` (rows, keys)."""
+
+  keys: tuple[str, ...]
+  steps: Ints
+  values: Floats
+
+  def rows(self) -> list[Row]:
+    """The rows as dicts."""
+    rows = [dict(zip(self.keys, values, strict=True)) for values in self.values.tolist()]
+    return [row | {STEP: step} for row, step in zip(rows, self.steps.tolist(), strict=True)]
+
+
 class Table:
   """Columns over steps that ascend.
 
@@ -33,7 +46,7 @@ class Table:
     dropped: how many rows `cut` has taken away.
 
   Args:
-    room: how many rows there may be.
+    room: for how many rows there is room at first.
     names: of the leaves of the first rows, by the name of their state.
   """
 
@@ -46,8 +59,8 @@ class Table:
     self._batches: Objects | None = None
     self._names: Names = {}
     self._all_names: dict[str, dict[str, None]] = {}
-    self._blocks: dict[str, list[_Block]] = {}
-    self._histograms: list[_Block] = []
+    self._blocks: dict[str, list[_Piece]] = {}
+    self._histograms: list[_Piece] = []
     self._cuts: list[int] = []
     self.name(names)
 
@@ -59,23 +72,31 @@ class Table:
 
   # Growing ----------------------------------------------------------------------------------------------------------
 
-  def append(self, rows: Sequence[Row]) -> None:
-    """Adds rows behind the last one; their steps ascend."""
-    start, stop = self.count, self.count + len(rows)
-    self._steps[start:stop] = [row[STEP] for row in rows]
+  def append(self, rows: Sequence[Row], block: Block | None = None, among: Ints | None = None) -> None:
+    """Adds rows behind the last one; their steps ascend. Those of a block have the places `among` all of them."""
+    start, stop = self.count, self.count + len(rows) + (0 if block is None else len(block.steps))
+    self._reserve(stop)
     self._clear(start, stop)
-    self.count = stop
+    self.count, where = stop, np.arange(start, stop)
+    if block is not None and among is not None:
+      self._fill_block(block, where[among])
+      where = np.delete(where, among)
+    self._steps[where] = [row[STEP] for row in rows]
     # Rows of as many keys nearly always have the same ones, and are filled in together.
     sizes = list(map(len, rows))
     for size in dict.fromkeys(sizes):
-      places = [place for place, other in enumerate(sizes) if other == size]
-      alike = rows if len(places) == len(rows) else [rows[place] for place in places]
-      where = slice(start, stop) if alike is rows else start + np.array(places)
-      if not self._fill(alike, where):
-        for place in places:
-          self._fill([rows[place]], slice(start + place, start + place + 1))
+      alike = [i for i, other in enumerate(sizes) if other == size]
+      if not self._fill([rows[i] for i in alike], where[alike]):
+        for i in alike:
+          self._fill([rows[i]], where[i : i + 1])
 
-  def _fill(self, rows: Sequence[Row], where: Any) -> bool:
+  def _fill_block(self, block: Block, where: Ints) -> None:
+    self._steps[where] = block.steps
+    for key, column in zip(block.keys, block.values.T, strict=True):
+      if key != STEP:
+        self._column(key)[where] = column
+
+  def _fill(self, rows: Sequence[Row], where: Ints) -> bool:
     """Puts rows of as many keys in their places; False, and nothing is done, where they do not have the same ones."""
     keys = tuple(rows[0])
     try:
@@ -93,32 +114,31 @@ class Table:
         self._column(key)[where] = column
     return True
 
-  def _fill_objects(self, rows: Sequence[Row], where: Any) -> None:
+  def _fill_objects(self, rows: Sequence[Row], where: Ints) -> None:
     """Puts in what is not a number."""
-    places = range(where.start, where.stop) if isinstance(where, slice) else where.tolist()
     vectors: dict[str, tuple[list[int], list[Any]]] = {}
-    for row, place in zip(rows, places, strict=True):
+    for row, place in zip(rows, where.tolist(), strict=True):
       for key in _flagged(row):
         self._flag(key)[place] = True
       if BATCH in row:
         self._batch_column()[place] = _batch(row[BATCH])
       for key, values in (row.get(LEAF) or {}).items():
-        if values and len(values) == len(self._names_of(key, len(values))):
+        if self._is_named(key, values):
           steps, lists = vectors.setdefault(key, ([], []))
           steps.append(row[STEP])
           lists.append(values)
       if row.get(WEIGHTS):
         self._add_histogram(row[STEP], row[WEIGHTS])
     for key, (steps, lists) in vectors.items():
-      block = _Block(np.array(steps, np.int64), self._names[name_of(key)], _vectors(lists), len(self._cuts))
+      block = _Piece(np.array(steps, np.int64), self._names[name_of(key)], _vectors(lists), len(self._cuts))
       self._blocks.setdefault(key, []).append(block)
 
-  def _names_of(self, key: str, length: int) -> tuple[str, ...]:
-    """The names of the leaves of a vector; numbers where no header has them."""
+  def _is_named(self, key: str, values: Any) -> bool:
+    """Whether a vector is of the leaves that have names; where no header has any, they are numbered."""
     name = name_of(key)
-    if not self._names.get(name):
-      self.name({name: tuple(f"leaf {i}" for i in range(length))})
-    return self._names[name]
+    if values and not self._names.get(name):
+      self.name({name: tuple(f"leaf {i}" for i in range(len(values)))})
+    return bool(values) and len(values) == len(self._names[name])
 
   def _add_histogram(self, step: int, weights: dict[str, Any]) -> None:
     edges, counts = tuple(weights["edges"]), np.array(weights["counts"], np.float64)
@@ -126,7 +146,7 @@ class Table:
       raise ValueError("a histogram must have a count for each bin")
     if self._histograms and self._histograms[-1].names == edges:
       edges = self._histograms[-1].names  # They come with every row.
-    self._histograms.append(_Block(np.array([step], np.int64), edges, counts[None], len(self._cuts)))
+    self._histograms.append(_Piece(np.array([step], np.int64), edges, counts[None], len(self._cuts)))
 
   # Changing what is there -------------------------------------------------------------------------------------------
 
@@ -146,7 +166,7 @@ class Table:
     for key in _scalars(row):
       if key in self._flags:
         self._flags[key][place] = False
-    self._fill([row], slice(place, place + 1))
+    self._fill([row], np.array([place]))
 
   def cut(self, step: int) -> None:
     """Takes away the rows from `step` on."""
@@ -157,11 +177,20 @@ class Table:
 
   def _make_room(self, place: int) -> None:
     """Moves the rows from `place` on by one."""
+    self._reserve(self.count + 1)
     for values in (self._steps, *self._values.values(), *self._flags.values(), self._batches):
       if values is not None:
         values[place + 1 : self.count + 1] = values[place : self.count]
     self._clear(place, place + 1)
     self.count += 1
+
+  def _reserve(self, count: int) -> None:
+    """Makes room for `count` rows, where it is not enough."""
+    if count > self._room:
+      self._room = max(count, self._room + self._room // 4)
+      for values in (self._steps, *self._values.values(), *self._flags.values(), self._batches):
+        if values is not None:
+          values.resize(self._room, refcheck=False)
 
   def _clear(self, start: int, stop: int) -> None:
     for values in self._values.values():
@@ -190,7 +219,7 @@ class Table:
   def _place(self, step: int) -> int:
     return int(np.searchsorted(self._steps[: self.count], step))
 
-  def _end(self, block: "_Block") -> float:
+  def _end(self, block: "_Piece") -> float:
     """The step from which on the rows of a block were taken away."""
     return min(self._cuts[block.cuts :], default=math.inf)
 
@@ -241,7 +270,7 @@ class Table:
     steps, counts = self._joined(same, edges[1:])
     return steps, np.array(edges, np.float64), counts
 
-  def _joined(self, blocks: list["_Block"], names: tuple[Any, ...]) -> tuple[Ints, Floats]:
+  def _joined(self, blocks: list["_Piece"], names: tuple[Any, ...]) -> tuple[Ints, Floats]:
     """Blocks as one, each step once; a later one replaces an earlier one."""
     ends = np.minimum.accumulate(np.array([math.inf, *reversed(self._cuts)]))[::-1]
     kept = [block.steps < ends[block.cuts] for block in blocks]
@@ -258,7 +287,7 @@ class Table:
     return steps, out
 
 
-class _Block(NamedTuple):
+class _Piece(NamedTuple):
   """Vectors of some steps: `values` (m, names), added when so many cuts had been made."""
 
   steps: Ints
@@ -283,7 +312,10 @@ def _floats(numbers: list[Any]) -> Floats:
   except struct.error:
     if not {*map(type, numbers)} <= {int, float, bool, type(None)}:
       raise TypeError("a value must be a number or null") from None
-    return np.frombuffer(struct.pack(form, *[math.nan if x is None else x for x in numbers]))
+    try:
+      return np.frombuffer(struct.pack(form, *[math.nan if x is None else x for x in numbers]))
+    except struct.error:  # What Python says of an integer beyond a float64 depends on its version.
+      raise OverflowError("a value must be in the range of a float") from None
 
 
 def _vectors(lists: list[Any]) -> Floats:

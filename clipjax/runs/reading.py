@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.runs.columns import Names, Row, Table
-from clipjax.runs.lines import Survey, checked_path, is_blank, is_run, last_parts, parts, survey
+from clipjax.runs.columns import Ints, Names, Row, Table
+from clipjax.runs.lines import Part, Survey, checked_path, is_blank, is_run, last_parts, parts, survey
 from clipjax.runs.run import Run
 from clipjax.runs.schema import BACK, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
+
+_HEAD = 2**20  # Bytes that are looked at for a first row.
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -61,9 +63,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
   seen, unreadable = survey(name), 0
   with _told(name):
     course = Course(seen)
-    for entries, others in parts(name, seen.lines):
-      unreadable += others
-      course.follow(entries)
+    for part in parts(name, seen.size):
+      unreadable += part.others
+      course.follow(part)
     if not course.header and not (course.table.count and is_run(name)):
       raise _OtherFileError("no header of one")
     return course.run(name, unreadable)
@@ -82,12 +84,21 @@ def tail(path: str | os.PathLike[str], count: int) -> Run:
   name = checked_path(path)
   with _told(name):
     for entries, is_all in last_parts(name):
-      course = Course(Survey(len(entries), None, FORMAT))
-      course.follow(entries)
+      course = Course(Survey(0, len(entries), None, FORMAT))
+      course.follow(Part(entries))
       # The first ones may be parts of rows, or have been added to steps further up.
       if is_all or course.table.count >= 2 * count + 1:
         break
     return _last(course.run(name, 0), count)
+
+
+def first_step(path: str | os.PathLike[str]) -> int | None:
+  """The step of the first row of a file, read from its beginning; None without a row there."""
+  for part in parts(checked_path(path), _HEAD):
+    for entry in _in_order(part):
+      if STEP in entry:
+        return int(entry[STEP])
+  return None
 
 
 class Course:
@@ -99,19 +110,22 @@ class Course:
   """
 
   def __init__(self, seen: Survey):
-    self.table = Table(seen.lines, _names(seen.header or {}))
+    self.table = Table(seen.rows, _names(seen.header or {}))
     self.header: dict[str, Any] = {}
     self._format = seen.format
     self._started: Any = None
     self._is_resumed = False  # Format 1: whether the next row is the first of another `Recorder`.
     self._rows: list[Row] = []  # Those above the last step, which go into the table together.
 
-  def follow(self, entries: list[dict[str, Any]]) -> None:
+  def follow(self, part: Part) -> None:
     """Goes on by some headers and rows."""
-    if self._goes_on(entries):
-      self._rows += entries
-      self._flush()
-      return
+    if self._goes_on(part):
+      self._is_resumed = False
+      self.table.append(part.entries, part.block, part.among)
+    else:
+      self._follow_each(_in_order(part))
+
+  def _follow_each(self, entries: list[dict[str, Any]]) -> None:
     rows, last = self._rows, self.table.last()
     for entry in entries:
       if HEADER in entry:
@@ -121,7 +135,7 @@ class Course:
       step = entry[STEP]
       if last is None or step > last:
         rows.append(entry)
-      elif step == last and rows and not entry.get(BACK):
+      elif step == last and rows and not entry.get(BACK) and LEAF not in entry:
         merge(rows[-1], entry)
       else:
         self._flush()
@@ -129,12 +143,15 @@ class Course:
       last = step if rows else self.table.last()
     self._flush()
 
-  def _goes_on(self, entries: list[dict[str, Any]]) -> bool:
+  def _goes_on(self, part: Part) -> bool:
     """Whether these are rows alone that ascend above the last step, as nearly all do."""
-    if not entries or any(HEADER in entry for entry in entries):
+    if (not part.entries and part.block is None) or any(HEADER in entry for entry in part.entries):
       return False
-    steps, last = [entry[STEP] for entry in entries], self.table.last()
-    return (last is None or steps[0] > last) and all(map(operator.lt, steps, steps[1:]))
+    steps, last = [entry[STEP] for entry in part.entries], self.table.last()
+    if part.block is None or part.among is None:
+      return (last is None or steps[0] > last) and all(map(operator.lt, steps, steps[1:]))
+    both = _scattered(part.block.steps, part.among, steps, np.int64)
+    return bool((last is None or both[0] > last) and (both[1:] > both[:-1]).all())
 
   def run(self, path: str, unreadable: int) -> Run:
     """What was read."""
@@ -180,9 +197,24 @@ class Course:
 def run_of_rows(rows: Iterable[Mapping[str, Any]], leaves: Names) -> Run:
   """The run of rows that are in memory, as a `Recorder` has them."""
   kept = [{**row, LEAF: {key: list(vector) for key, vector in row.get(LEAF, {}).items()}} for row in rows]
-  course = Course(Survey(len(kept), {LEAVES: leaves}, FORMAT))
-  course.follow(kept)
+  course = Course(Survey(0, len(kept), {LEAVES: leaves}, FORMAT))
+  course.follow(Part(kept))
   return course.run("", 0)
+
+
+def _in_order(part: Part) -> list[dict[str, Any]]:
+  """The headers and rows of a part, those of its block among them."""
+  if part.block is None or part.among is None:
+    return part.entries
+  return _scattered(part.block.rows(), part.among, part.entries, np.object_).tolist()  # type: ignore[no-any-return]
+
+
+def _scattered(some: Any, among: Ints, others: list[Any], dtype: Any) -> Any:
+  """An array of `some` at their places `among` all, and of the others at the rest."""
+  out = np.empty(len(some) + len(others), dtype)
+  out[among] = some
+  out[np.delete(np.arange(len(out)), among)] = others
+  return out
 
 
 def _last(run: Run, count: int) -> Run:
@@ -239,7 +271,7 @@ def _check_file(name: str) -> None:
   path = Path(name)
   if path.is_dir():
     raise ValueError(f"{_RULE} the directory {name!r}: name the file.")
-  if not path.exists():
+  if not _exists(path):
     raise FileNotFoundError(f"{_RULE} {name!r}, which does not exist: look at its spelling.")
   if not path.is_file():
     raise ValueError(f"{_RULE} {name!r}, which is no regular file: name the file.")
@@ -247,6 +279,14 @@ def _check_file(name: str) -> None:
     raise ValueError(
       f"{_RULE} {name!r}, which is empty: a Recorder writes its first rows after `every` steps, or when it is closed."
     )
+
+
+def _exists(path: Path) -> bool:
+  try:
+    path.stat()
+  except FileNotFoundError:
+    return False
+  return True
 
 
 def _checked_format(header: dict[str, Any]) -> int:

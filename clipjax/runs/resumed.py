@@ -3,28 +3,27 @@
 import numpy as np
 
 from clipjax.quantities import NORM
-from clipjax.runs.lines import parts
-from clipjax.runs.reading import read_run, tail
+from clipjax.runs.reading import first_step, read_run, tail
 from clipjax.runs.rings import Norms
 from clipjax.runs.rows import Before
 from clipjax.runs.run_file import RunFile
-from clipjax.runs.schema import STEP, UPDATE, key_of, names_with
+from clipjax.runs.schema import UPDATE, key_of, names_with
 
-_HEAD = 100  # Lines that are read at the beginning.
+_ROWS = 100  # At the end, of which one surely tells whether there is an optimizer.
 
 
 def before_in(file: RunFile) -> Before | None:
   """The steps of a file that has rows; None where there are none."""
   if not file.had_rows:
     return None
-  first = [entry[STEP] for entries, _ in parts(str(file.path), _HEAD) for entry in entries if STEP in entry]
   try:
-    end = tail(file.path, _HEAD)
+    end = tail(file.path, _ROWS)
   except ValueError:  # Torn in its header.
     return None
   if not len(end):
     return None
-  return Before(min(first, default=int(end.steps[0])), int(end.steps[-1]), UPDATE in end.columns)
+  last, first = int(end.steps[-1]), first_step(file.path)
+  return Before(last if first is None else first, last, UPDATE in end.columns)
 
 
 def norms_in(path: str, first: int, last: int) -> dict[int, Norms]:
