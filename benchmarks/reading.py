@@ -42,7 +42,7 @@ print(json.dumps([len(run), seconds, grown, sum(x.nbytes for x in arrays)]))
 JUDGE = """
 import sys, time, tracemalloc
 import clipjax
-from clipjax.runs.reading import tail
+from clipjax.runs.reading.read import tail
 start = time.perf_counter()
 last = tail(sys.argv[1], 64)
 print(f"tail of 64 rows: {1e3 * (time.perf_counter() - start):.1f} ms, up to step {last.steps[-1]}")

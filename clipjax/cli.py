@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeAlias
 import clipjax
 from clipjax.runs.health.findings import HealthLimits, check_limits
 from clipjax.runs.health.verdict import HealthReport, diagnose
-from clipjax.runs.reading import read_run
+from clipjax.runs.reading.read import read_run
 from clipjax.runs.report import write
 from clipjax.runs.report.mark import may_be_replaced
 from clipjax.runs.run import Run

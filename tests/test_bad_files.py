@@ -13,7 +13,7 @@ import pytest
 
 import clipjax
 from clipjax import cli
-from clipjax.runs import run_file as file_of_rows
+from clipjax.runs.record import run_file as file_of_rows
 from clipjax.runs.report.mark import START
 
 TX = clipjax.clip_by_global_norm(1.0)

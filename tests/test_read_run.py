@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clipjax
-from clipjax.runs import digits, lines, reading
+from clipjax.runs.reading import digits, lines
+from clipjax.runs.reading import read as reading
 
 HEADER = '{"clipjax_run": 1, "version": "0.1.0", "leaves": {"grad": ["w", "b"]}, "parameters": null, "every": 2}\n'
 

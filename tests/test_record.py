@@ -17,7 +17,7 @@ from flax import nnx
 from flax.training import train_state
 
 import clipjax
-from clipjax.runs import run_file
+from clipjax.runs.record import run_file
 
 ROOT = Path(__file__).parent.parent
 PARAMS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}

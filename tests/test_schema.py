@@ -14,11 +14,11 @@ KEYS = {value for value in KEYS if isinstance(value, str)}
 # Words that are no key where they stand: a label, the name of a finding or of an argument, a field of the page's JSON.
 WORDS = {
   "arrays.py": {"steps", "parameters", "leaves", "weights"},
-  "loggers.py": {"step"},
-  "pushes.py": {"step"},
-  "recorder.py": {"every"},
-  "weights.py": {"nonfinite"},
-  "writers.py": {"leaves"},
+  "loggers/kinds.py": {"step"},
+  "record/pushes.py": {"step"},
+  "record/recorder.py": {"every"},
+  "record/weights.py": {"nonfinite"},
+  "loggers/writers.py": {"leaves"},
   "health/facts.py": {"parameters"},
   "health/losses.py": {"loss"},
   "health/nonfinite.py": {"nonfinite"},

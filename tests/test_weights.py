@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.runs import weights
+from clipjax.runs.record import weights
 
 
 def counted(params):

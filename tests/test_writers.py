@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import clipjax
-from clipjax.runs import writers
-from clipjax.runs.keys import MlflowKeys, Namespaces
-from clipjax.runs.writers import Writers
+from clipjax.runs.loggers import writers
+from clipjax.runs.loggers.keys import MlflowKeys, Namespaces
+from clipjax.runs.loggers.writers import Writers
 
 LEAVES = {"grad": ("w", "blocks/v[0]")}
 RULE = (

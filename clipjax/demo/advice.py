@@ -18,7 +18,7 @@ from rich.console import Console
 
 import clipjax
 from clipjax.demo import compare, model
-from clipjax.runs.lines import is_run
+from clipjax.runs.reading.lines import is_run
 from clipjax.runs.report.mark import may_be_replaced
 from clipjax.runs.words import plain
 

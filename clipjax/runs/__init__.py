@@ -8,11 +8,11 @@ from clipjax.runs.health.findings import Finding as Finding
 from clipjax.runs.health.findings import HealthLimits as HealthLimits
 from clipjax.runs.health.verdict import HealthReport as HealthReport
 from clipjax.runs.health.verdict import diagnose as diagnose
-from clipjax.runs.reading import read_run as read_run
-from clipjax.runs.recorder import Recorder as Recorder
+from clipjax.runs.reading.read import read_run as read_run
+from clipjax.runs.record.recorder import Recorder as Recorder
 from clipjax.runs.report.write import plot_norms as plot_norms
 from clipjax.runs.report.write import write_report as write_report
-from clipjax.runs.run import Run as Run
+from clipjax.runs.run import Run
 from clipjax.runs.suggest import Suggestion as Suggestion
 from clipjax.runs.suggest import suggest_max_norm as suggest_max_norm
 

@@ -9,7 +9,7 @@ import numpy as np
 from clipjax.checks import describe
 from clipjax.quantities import LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, WORST_NORM
 from clipjax.rules.base import is_no_limit
-from clipjax.runs.columns import Floats, Ints, Names
+from clipjax.runs.kinds import Floats, Ints, Names
 from clipjax.runs.schema import HEADER, OBJECTS, STEP, key_of
 
 PATH = "arrays"  # In the place of the name of a file.

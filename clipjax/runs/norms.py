@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipjax.quantities import CONSECUTIVE, MAX_NORM, NORM, SCALE, STEPS
-from clipjax.runs.run import Bools, Floats, Ints, Run
+from clipjax.runs.kinds import Bools, Floats, Ints
+from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, SKIP, key_of, names_with
 from clipjax.runs.words import described
 

@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.runs.arrays import fields_of
-from clipjax.runs.columns import Bools as Bools
-from clipjax.runs.columns import Floats as Floats
-from clipjax.runs.columns import Ints as Ints
-from clipjax.runs.columns import Objects
+from clipjax.runs.kinds import Bools, Floats, Ints, Objects
 from clipjax.runs.schema import name_of
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import column, main_name, norms_of_run
-from clipjax.runs.run import Floats, Ints, Run
+from clipjax.runs.run import Run
 from clipjax.runs.schema import AMOUNTS, TIME, UPDATE
 
 

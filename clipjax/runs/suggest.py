@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipjax.runs.kinds import Floats
 from clipjax.runs.norms import FEW, Norms, check_warmup, main_name, mean, norms_of_array, norms_of_run
-from clipjax.runs.run import Floats, Run
+from clipjax.runs.run import Run
 from clipjax.runs.schema import LOSS
 from clipjax.runs.sources import PASCANU, PLAYBOOK
 from clipjax.runs.words import described, number, percent

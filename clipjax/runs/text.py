@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.runs.run import Floats, Ints
+from clipjax.runs.kinds import Floats, Ints
 
 _MANY = 100  # Fewer numbers are written one by one, which is shorter.
 _LOWEST, _HIGHEST = -45, 38  # Exponents of float32.

@@ -6,7 +6,7 @@ The recorder feeds them with the rows as it writes them, `diagnose` with all of 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from clipjax.runs.run import Floats
+from clipjax.runs.kinds import Floats
 
 _ROUNDING = 0.01  # The least standard deviation, over the mean: constant norms differ by rounding alone.
 _CHUNK = 8192  # Windows at a time, which bounds the memory that a long run takes.

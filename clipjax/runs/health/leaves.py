@@ -6,7 +6,7 @@ import numpy as np
 
 from clipjax.quantities import NONFINITE, NORM
 from clipjax.runs.health.view import View
-from clipjax.runs.run import Bools, Floats, Ints
+from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.words import number, percent, several
 
 _FEW = 4  # Steps, of which a median says little.

@@ -17,7 +17,7 @@ from clipjax.runs.health.findings import Finding, HealthLimits
 from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
 from clipjax.runs.health.spikes import spikes
 from clipjax.runs.health.view import view_of
-from clipjax.runs.reading import run_of_rows
+from clipjax.runs.reading.read import run_of_rows
 from clipjax.runs.schema import BACK, FLAGS, LOSS, SKIP, STEP, key_of, names_with
 
 _CHECKS = (nonfinite_norm, nonfinite_loss, spikes)  # Those that name steps.

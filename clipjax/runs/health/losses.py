@@ -11,7 +11,8 @@ import numpy as np
 
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
-from clipjax.runs.run import Floats, Ints, Run
+from clipjax.runs.kinds import Floats, Ints
+from clipjax.runs.run import Run
 from clipjax.runs.schema import LOSS
 from clipjax.runs.sources import PRECHELT
 from clipjax.runs.words import number, percent

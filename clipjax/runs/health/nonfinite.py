@@ -8,8 +8,8 @@ from clipjax.quantities import NONFINITE_STEPS, NORM_CLIPPED
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import bad_words, first_bad
 from clipjax.runs.health.view import View
+from clipjax.runs.kinds import Ints
 from clipjax.runs.norms import column, rejected
-from clipjax.runs.run import Ints
 from clipjax.runs.schema import LOSS, key_of
 
 

@@ -9,8 +9,8 @@ from clipjax.runs.health.detectors import SpikeDetector
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import grown
 from clipjax.runs.health.view import View
+from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import acted
-from clipjax.runs.run import Bools, Floats, Ints
 from clipjax.runs.sources import OLMO_CORE, PLAYBOOK
 from clipjax.runs.words import number
 

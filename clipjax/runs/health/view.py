@@ -11,8 +11,9 @@ import numpy as np
 from clipjax.quantities import SO_FAR, STEPS
 from clipjax.runs.health.detectors import SpikeDetector
 from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import Norms, column, flag, main_name, norms_of_run, unseen
-from clipjax.runs.run import Floats, Ints, Run
+from clipjax.runs.run import Run
 from clipjax.runs.schema import UNITS, key_of
 from clipjax.runs.words import at_steps
 

@@ -14,10 +14,11 @@ import clipjax
 from clipjax.quantities import MAX_NORM, NORM, NORM_CLIPPED, SCALE
 from clipjax.runs.health.findings import Finding, HealthLimits
 from clipjax.runs.health.verdict import diagnose
+from clipjax.runs.kinds import Floats
 from clipjax.runs.norms import main_name, norms_of_run
 from clipjax.runs.report import figures, page, sections
 from clipjax.runs.report.series import norm_series
-from clipjax.runs.run import Floats, Run
+from clipjax.runs.run import Run
 from clipjax.runs.schema import TIME, key_of
 from clipjax.runs.speed import speed
 from clipjax.runs.suggest import suggest_max_norm

@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from clipjax.quantities import NORM
+from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.report.series import (
   Depth,
   Grid,
@@ -30,7 +31,6 @@ from clipjax.runs.report.series import (
   time_grid,
   without_common,
 )
-from clipjax.runs.run import Floats, Ints
 from clipjax.runs.schema import key_of
 from clipjax.runs.words import number
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from clipjax.quantities import CLIPPED_STEPS, NORM, RATIO
 from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import column, flag
 from clipjax.runs.report import figures, page
 from clipjax.runs.report.page import code, text
@@ -22,7 +23,7 @@ from clipjax.runs.report.series import (
   vectors,
   worst_step,
 )
-from clipjax.runs.run import Bools, Floats, Ints, Run
+from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, LOSS, SKIP, TIME, UPDATES, key_of
 from clipjax.runs.speed import Speed, seconds_per_step, throughput
 from clipjax.runs.words import Stack, counted, duration, in_stacks, number, percent, several

@@ -12,8 +12,9 @@ import numpy as np
 from clipjax.quantities import MAX_NORM, NORM, SCALE, SO_FAR, STEPS, WORST_NORM, WORST_STEP
 from clipjax.runs.health.detectors import SpikeDetector
 from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import acted, column, main_name, norms_of_run, rejected, unseen
-from clipjax.runs.run import Bools, Floats, Ints, Run
+from clipjax.runs.run import Run
 from clipjax.runs.schema import UNITS, key_of, name_of
 from clipjax.runs.words import Stack, in_stacks, plain
 

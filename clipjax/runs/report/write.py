@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from clipjax.runs.health.findings import HealthLimits
 from clipjax.runs.health.verdict import check_arguments
-from clipjax.runs.lines import checked_path
+from clipjax.runs.reading.lines import checked_path
 from clipjax.runs.report.mark import may_be_replaced
 from clipjax.runs.report.series import norm_series
 from clipjax.runs.run import Run

@@ -3,10 +3,10 @@
 import numpy as np
 
 from clipjax.quantities import NORM
-from clipjax.runs.reading import first_step, read_run, tail
-from clipjax.runs.rings import Norms
-from clipjax.runs.rows import Before
-from clipjax.runs.run_file import RunFile
+from clipjax.runs.reading.read import first_step, read_run, tail
+from clipjax.runs.record.rings import Norms
+from clipjax.runs.record.rows import Before
+from clipjax.runs.record.run_file import RunFile
 from clipjax.runs.schema import UPDATE, key_of, names_with
 
 _ROWS = 100  # At the end, of which one surely tells whether there is an optimizer.

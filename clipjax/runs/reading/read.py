@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.runs.columns import Ints, Names, Row, Table
-from clipjax.runs.lines import Part, Survey, checked_path, is_blank, is_run, last_parts, parts, survey
+from clipjax.runs.kinds import Ints, Names
+from clipjax.runs.reading.columns import Row, Table
+from clipjax.runs.reading.lines import Part, Survey, checked_path, is_blank, is_run, last_parts, parts, survey
 from clipjax.runs.run import Run
 from clipjax.runs.schema import BACK, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from clipjax.quantities import WORST_NORM, WORST_STEP
-from clipjax.runs.measured import NOTHING, Measured, States
-from clipjax.runs.packing import Packer, Seen
-from clipjax.runs.pushes import Batch, Pushed
-from clipjax.runs.rings import Norms, Rings
+from clipjax.runs.record.measured import NOTHING, Measured, States
+from clipjax.runs.record.packing import Packer, Seen
+from clipjax.runs.record.pushes import Batch, Pushed
+from clipjax.runs.record.rings import Norms, Rings
+from clipjax.runs.record.weights import weights_row
 from clipjax.runs.schema import AMOUNTS, BACK, BATCH, FLAGS, MAY_BE_INF, STEP, TIME, UPDATE, WEIGHTS, key_of
-from clipjax.runs.weights import weights_row
 
 _Series = tuple[int, Packer | frozenset[str]]  # A thread, and an optimizer or keys.
 _REMEMBERED = 4096  # Steps of a series without a state.

@@ -15,14 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from clipjax.runs.kinds import Bools, Floats, Ints, Names, Objects
 from clipjax.runs.schema import BATCH, FLAGS, LEAF, OBJECTS, STEP, WEIGHTS, name_of
 
-Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
-Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
-Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
-Objects: TypeAlias = np.ndarray[Any, np.dtype[np.object_]]
 Row: TypeAlias = dict[str, Any]
-Names: TypeAlias = dict[str, tuple[str, ...]]
 
 
 class Block(NamedTuple):

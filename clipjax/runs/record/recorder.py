@@ -17,18 +17,18 @@ import jax
 import numpy as np
 
 from clipjax.checks import check_whole, describe
-from clipjax.runs import exits, packing
 from clipjax.runs.health.findings import Finding, HealthLimits, check_limits
 from clipjax.runs.health.live import Live
-from clipjax.runs.lines import checked_path
-from clipjax.runs.pipeline import Notes, Pipeline
-from clipjax.runs.pushes import Pushed, batch_of, check_outside_jit, split, step_of
-from clipjax.runs.resumed import before_in, norms_in
-from clipjax.runs.rows import Rows
-from clipjax.runs.run_file import RunFile
+from clipjax.runs.loggers.writers import Writers
+from clipjax.runs.reading.lines import checked_path
+from clipjax.runs.record import exits, packing
+from clipjax.runs.record.pipeline import Notes, Pipeline
+from clipjax.runs.record.pushes import Pushed, batch_of, check_outside_jit, split, step_of
+from clipjax.runs.record.resumed import before_in, norms_in
+from clipjax.runs.record.rows import Rows
+from clipjax.runs.record.run_file import RunFile
+from clipjax.runs.record.weights import first_shard, histogram, parameter_count
 from clipjax.runs.schema import RESERVED, USER_STEP
-from clipjax.runs.weights import first_shard, histogram, parameter_count
-from clipjax.runs.writers import Writers
 
 
 class Recorder:

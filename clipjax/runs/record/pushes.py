@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipjax.checks import describe
-from clipjax.runs.packing import Layout, Packer
+from clipjax.runs.record.packing import Layout, Packer
 
 _LONGEST_BATCH = 100  # Characters: a name, not its content.
 _INT64 = 2**63

@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from clipjax.runs.columns import Block, Ints, Row
-from clipjax.runs.digits import block
+from clipjax.runs.kinds import Ints
+from clipjax.runs.reading.columns import Block, Row
+from clipjax.runs.reading.digits import block
 from clipjax.runs.schema import FORMAT, HEADER, STEP
 from clipjax.runs.words import described
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.runs.columns import Block, Bools, Floats, Ints
+from clipjax.runs.kinds import Bools, Floats, Ints
+from clipjax.runs.reading.columns import Block
 from clipjax.runs.schema import OBJECTS, STEP
 
 _PAD = b"\0" * 14 + b"}\n"  # The first line then begins as all others do, and 16 bytes may be read before any number.

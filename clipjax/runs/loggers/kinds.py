@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipjax.checks import check_takes
-from clipjax.runs.keys import MlflowKeys, Namespaces
+from clipjax.runs.loggers.keys import MlflowKeys, Namespaces
+from clipjax.runs.loggers.wandb_rows import WandbRows
 from clipjax.runs.schema import BATCH, FLAGS, HEADER, LEAF, STEP, TIME, USER_STEP, WEIGHTS, name_of
 from clipjax.runs.text import numbers
-from clipjax.runs.wandb_rows import WandbRows
 
 _NO_NUMBERS = frozenset({HEADER, STEP, TIME, BATCH, LEAF, FLAGS, WEIGHTS, USER_STEP})
 

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import clipjax
 from clipjax.checks import caller_level
-from clipjax.runs.fetching import fetched, seen_in
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.live import Live
-from clipjax.runs.pushes import Pushed
-from clipjax.runs.rows import Made, Rows
-from clipjax.runs.run_file import RunFile
+from clipjax.runs.loggers.writers import Writers
+from clipjax.runs.record.fetching import fetched, seen_in
+from clipjax.runs.record.pushes import Pushed
+from clipjax.runs.record.rows import Made, Rows
+from clipjax.runs.record.run_file import RunFile
 from clipjax.runs.schema import EVERY, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
-from clipjax.runs.writers import Writers
 
 
 class _Request:

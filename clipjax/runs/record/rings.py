@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from clipjax.quantities import NORM
-from clipjax.runs.packing import Ring
+from clipjax.runs.record.packing import Ring
 from clipjax.runs.schema import key_of
 from clipjax.runs.text import numbers
 

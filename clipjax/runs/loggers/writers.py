@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from clipjax.runs.loggers import Entry, Logger, entry_of, logger_of
+from clipjax.runs.loggers.kinds import Entry, Logger, entry_of, logger_of
+from clipjax.runs.loggers.wandb_rows import WandbRows
 from clipjax.runs.schema import LEAF
-from clipjax.runs.wandb_rows import WandbRows
 
 WITH_LEAVES = "leaves"  # What stands beside a target that is given the numbers by leaf too.
 

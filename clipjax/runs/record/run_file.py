@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clipjax.runs.lines import checked_path, is_run
+from clipjax.runs.reading.lines import checked_path, is_run
 from clipjax.runs.schema import HEADER, LEAF
 from clipjax.runs.text import json_array
 

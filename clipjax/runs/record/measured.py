@@ -14,7 +14,7 @@ import numpy as np
 
 from clipjax.quantities import CONSECUTIVE, LIMITS, SO_FAR
 from clipjax.rules.base import is_no_limit
-from clipjax.runs.packing import Packer, Ring, Seen
+from clipjax.runs.record.packing import Packer, Ring, Seen
 from clipjax.runs.schema import key_of
 
 

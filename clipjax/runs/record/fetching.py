@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipjax.runs.packing import Layout, Seen
-from clipjax.runs.pushes import Pushed
+from clipjax.runs.record.packing import Layout, Seen
+from clipjax.runs.record.pushes import Pushed
 
 
 def fetched(arrays: list[jax.Array | None], warn: Callable[[str], None]) -> list[Any]:

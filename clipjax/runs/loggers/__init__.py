@@ -1,0 +1,1 @@
+"""Loggers: rows for TensorBoard, wandb and others."""

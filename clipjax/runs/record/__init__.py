@@ -1,0 +1,1 @@
+"""Recording: from pushes to the rows of a file."""
