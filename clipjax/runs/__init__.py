@@ -12,7 +12,7 @@ from clipjax.runs.reading.read import read_run as read_run
 from clipjax.runs.record.recorder import Recorder as Recorder
 from clipjax.runs.report.write import plot_norms as plot_norms
 from clipjax.runs.report.write import write_report as write_report
-from clipjax.runs.run import Run
+from clipjax.runs.run import Run as Run
 from clipjax.runs.suggest import Suggestion as Suggestion
 from clipjax.runs.suggest import suggest_max_norm as suggest_max_norm
 
