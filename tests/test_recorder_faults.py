@@ -251,6 +251,25 @@ def test_a_child_that_was_forked_neither_writes_nor_waits(path):
   assert clipjax.runs.read_run(path)["loss"].tolist() == [1, 2]
 
 
+def test_a_path_is_free_again_though_a_child_was_forked_meanwhile(path):
+  code = """
+  import warnings
+  warnings.simplefilter("ignore")
+  recorder = clipjax.runs.Recorder(path)
+  recorder.push(0, None, loss=1.0)
+  child = os.fork()
+  if not child:
+    time.sleep(60)
+    os._exit(0)
+  recorder.close()
+  with clipjax.runs.Recorder(path) as recorder:
+    recorder.push(1, None, loss=2.0)
+  os.kill(child, signal.SIGKILL)
+  """
+  program(code, path, expect=0)
+  assert clipjax.runs.read_run(path)["loss"].tolist() == [1, 2]
+
+
 # The file -------------------------------------------------------------------------------------------------------------
 
 

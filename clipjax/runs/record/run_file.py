@@ -3,6 +3,7 @@
 It never stops a training. What goes wrong after the start is told once, and rows wait until they can be written.
 """
 
+import contextlib
 import json
 import os
 import stat
@@ -68,6 +69,7 @@ class RunFile:
   def close(self) -> None:
     """Gives the file up; another recorder may take it."""
     if self._file is not None:
+      _unlock(self._file)
       os.close(self._file)
       self._file = None
 
@@ -150,6 +152,13 @@ def _lock(file: int, given: str) -> None:
     ) from None
   except OSError:  # A file system without locks.
     pass
+
+
+def _unlock(file: int) -> None:
+  """Gives the lock up for every process: a child that was forked meanwhile has the file open too."""
+  if fcntl is not None:
+    with contextlib.suppress(OSError):
+      fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
