@@ -155,10 +155,7 @@ def new_run(params):
   return {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
 
 
-with (
-  SummaryWriter(str(folder / "board")) as board,
-  clipjax.runs.Recorder(folder / "run.jsonl", writers=[board]) as recorder,
-):
+with SummaryWriter(folder / "board") as board, clipjax.runs.Recorder(folder / "run", writers=[board]) as recorder:
   uninterrupted, seen["plain JAX"] = train(new_run(start), STEPS, recorder)
 
 # %% [markdown]
