@@ -47,7 +47,7 @@ def error_of(kind, *args, **options):
 
 def test_a_scan_is_a_run(arrays):
   run = Run.from_arrays(arrays)
-  assert run.steps.tolist() == list(range(1, 61)) and run.path == "arrays" and run.superseded == 0
+  assert run.steps.tolist() == list(range(1, 61)) and run.path == "" and run.superseded == 0
   names = [f"layers/{i}/{key}" for i in range(11) for key in ("b", "w")]  # 2 before 10.
   assert run.leaves == {"grad": tuple(names)}
   assert set(run.vectors) == {f"grad/{quantity}" for quantity in ("norm", "ratio", "nonfinite", "worst_norm")}
@@ -71,7 +71,7 @@ def test_a_scan_is_judged_and_drawn_as_what_was_recorded(arrays, tmp_path):
   assert got.max_norm == pytest.approx(want.max_norm, rel=1e-4)
   assert clipjax.runs.plot_norms(run).axes[0].get_ylabel() == "grad/norm"
   page = clipjax.runs.write_report(run, tmp_path / "page.html").read_text()
-  assert "Layers over time" in page and "layers/10/w" in page and "Training run arrays" in page
+  assert "Layers over time" in page and "layers/10/w" in page and "<h1>Training run</h1>" in page
 
 
 def test_what_is_not_finite_is_flagged_and_its_leaf_named():

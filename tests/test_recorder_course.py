@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,29 @@ def test_a_rollback_with_a_ring_supersedes_what_the_ring_replaces(path):
   assert np.isnan(run["loss"][20:23]).all() and run["loss"][[23, 27]].tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("every", [1, 5, 50])
+def test_a_rollback_between_pushes_with_a_ring_leaves_no_mixture(path, every):
+  states = dict(train(watched(history=16), 150))
+  with clipjax.runs.Recorder(path, every=every) as recorder:
+    for step in range(5, 150, 10):
+      recorder.push(step, states[step], loss=1.0)
+    for step, state in train(watched(history=16), 30, states[100], first=201):
+      if step % 10 == 0:
+        recorder.push(step - 100, state, loss=2.0)
+  run = clipjax.runs.read_run(path)
+  assert run.steps.tolist() == [*range(1, 131)] and run.superseded == 45
+  assert run["grad/norm"] == norms_of([*range(1, 101), *range(201, 231)])
+  assert np.flatnonzero(run["loss"] == 1).max() == 94
+
+
+def test_a_pool_of_threads_goes_back_once(path):
+  with clipjax.runs.Recorder(path, every=3) as recorder, ThreadPoolExecutor(4) as pool:
+    for steps, loss in ((range(151), 1.0), (range(101, 131), 2.0)):
+      list(pool.map(lambda step: recorder.push(step, None, loss=loss), steps))  # noqa: B023
+  run = clipjax.runs.read_run(path)
+  assert {*range(131)} <= {*run.steps.tolist()} and (run["loss"][101:131] == 2).all()
+
+
 # Several optimizers ---------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +225,80 @@ def test_two_optimizers_of_one_name_have_names_of_their_own(path, alike, every):
   assert run.leaves["grad"] == ("b", "w") and run.leaves["grad_2"] == (("b", "w") if alike else ("v",))
   steps, norms = run.vectors["grad_2/norm"]
   assert steps[0] == 1 and norms.shape[1] == len(run.leaves["grad_2"])
+
+
+def turns(kind):
+  """Pushes of two optimizers of one name: (step, 0 or 1, its update)."""
+  if kind == "in turn":
+    return [(step, step % 2, step // 2 + 1) for step in range(20)]
+  if kind == "five times as often":  # The second one first.
+    return [item for step in range(1, 9) for item in ((step, 1, 5 * step), (step, 0, step))]
+  return [(step, 1, step + 1) if i else (step, 0, step // 5 + 1) for step in range(20) for i in range(step % 5 > 0, 2)]
+
+
+@pytest.mark.parametrize(
+  ("kind", "alike"),
+  [
+    ("in turn", False), ("in turn", True), ("five times as often", False), ("five times as often", True),
+    ("at every fifth step", False),  # Of one structure nothing would tell them apart there, but for their names.
+  ],
+)  # fmt: skip
+def test_two_optimizers_that_are_pushed_at_other_steps_are_told_apart(path, kind, alike):
+  trees = [PARAMS, PARAMS if alike else {"v": jnp.array([3.0, 4.0])}]
+  tx = watched()
+  states = [dict(train_by(tx, tree, [13.0, 5.0][i], 60)) for i, tree in enumerate(trees)]
+  recorder = clipjax.runs.Recorder(path, every=7)
+
+  def push():
+    for step, which, update in turns(kind):
+      recorder.push(step, states[which][update], **{f"loss_{which}": float(update)})
+    recorder.close()
+
+  (told,) = warnings_of(push)
+  assert "got a second one with 'grad' for step" in told
+  run = clipjax.runs.read_run(path)
+  first, second = ("grad_2", "grad") if kind == "five times as often" else ("grad", "grad_2")
+  for which, name in enumerate((first, second)):
+    pushed = {step: update for step, other, update in turns(kind) if other == which}
+    want = [[13.0, 5.0][which] * pushed[step] if step in pushed else np.nan for step in run.steps.tolist()]
+    np.testing.assert_allclose(run[f"{name}/norm"], want, rtol=1e-6)
+
+
+def train_by(tx, tree, norm, steps):
+  """The states of an optimizer whose norm is so many times the number of the step."""
+  state, update, size = tx.init(tree), jax.jit(tx.update), float(clipjax.global_norm(tree))
+  for step in range(1, steps + 1):
+    _, state = update(jax.tree.map(lambda x: x * (norm * step / size), tree), state, tree)  # noqa: B023
+    yield step, state
+
+
+def test_a_step_that_is_tried_again_replaces_what_it_was(path):
+  tx = watched()
+  states = dict(train(tx, 60))
+  bad = tx.update(grads_of(jnp.nan), states[49], PARAMS)[1]
+  with clipjax.runs.Recorder(path, every=7) as recorder:
+    for step in range(1, 50):
+      recorder.push(step, states[step], loss=1.0)
+    recorder.push(50, bad, loss=jnp.nan, old=1.0)
+    for step in range(50, 61):
+      recorder.push(step, states[step], loss=2.0)
+  run = clipjax.runs.read_run(path)
+  assert run.steps.tolist() == [*range(1, 61)] and run["grad/norm"] == norms_of(run.steps)
+  assert run["loss"].tolist() == [1] * 49 + [2] * 11 and not run.flags and "old" not in run
+  assert not any("_2" in key for key in run.columns) and run.superseded == 1
+
+
+def test_a_step_that_is_tried_again_as_the_next_one_goes_on(path):
+  tx = watched()
+  states = dict(train(tx, 60))
+  bad = tx.update(grads_of(jnp.nan), states[49], PARAMS)[1]
+  with clipjax.runs.Recorder(path) as recorder:
+    for step in range(1, 50):
+      recorder.push(step, states[step])
+    recorder.push(50, bad)
+    recorder.push(51, states[50])
+  run = clipjax.runs.read_run(path)
+  assert run["grad/norm"][-1] == pytest.approx(650) and "grad_2/norm" not in run
 
 
 def test_the_leaves_of_each_optimizer_are_due_in_turn(path):
@@ -242,7 +340,8 @@ def test_one_step_for_many_updates_is_told(path):
 
   assert warnings_of(push) == [
     "`step` must grow from update to update, got 0 for updates 1 and 2: of one step the last update alone is kept; "
-    "push the number of the update, and an epoch as a scalar."
+    "push the number of the update, and an epoch as a scalar. Two optimizers are pushed together, as a dict of their "
+    "states."
   ]
   assert clipjax.runs.read_run(path)["loss"].tolist() == [9, 19, 20]
 

@@ -346,7 +346,7 @@ def test_a_path_that_leads_elsewhere_meanwhile(path, other):
 
 
 def test_a_file_system_without_locks_is_taken(path, monkeypatch):
-  from clipjax.runs import run_file  # noqa: PLC0415
+  from clipjax.runs.record import run_file  # noqa: PLC0415
 
   def no_locks(*_):
     raise OSError(95, "Operation not supported")

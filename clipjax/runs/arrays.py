@@ -12,7 +12,6 @@ from clipjax.rules.base import is_no_limit
 from clipjax.runs.kinds import Floats, Ints, Names
 from clipjax.runs.schema import HEADER, OBJECTS, STEP, key_of
 
-PATH = "arrays"  # In the place of the name of a file.
 _BY_LEAF = frozenset({NORM, MAX_NORM, SCALE, RATIO, NONFINITE, WORST_NORM})
 _RULE = "`arrays` must be a dict of arrays of shape (steps,)"
 _RETURNED = "pass what the scan returned beside its carry."
@@ -27,7 +26,7 @@ def fields_of(arrays: Any, steps: Any) -> dict[str, Any]:
   numbers = np.arange(1, size + 1) if steps is None else _checked_steps(steps, size)
   flags = {key: ~np.isfinite(column) for key, column in columns.items() if not np.isfinite(column).all()}
   return {
-    "path": PATH,
+    "path": "",
     "steps": numbers,
     "columns": {key: np.where(flags[key], np.nan, x) if key in flags else x for key, x in columns.items()},
     "flags": flags,

@@ -134,12 +134,14 @@ def norms_of_array(norms: Any, warmup_steps: int | None) -> Norms:
 
 
 def _warmup(steps: Ints, warmup_steps: int | None) -> tuple[int, int]:
-  """How many steps the warm-up has, by default a tenth of what the record spans, and the first step after it."""
+  """How many steps the warm-up has, by default those of a tenth of the rows, and the first step after it."""
   if not steps.size:
     return warmup_steps or 0, 0
-  first, last = int(steps[0]), int(steps[-1])
-  length = min((last - first + 1) // WARMUP_SHARE, WARMUP_MOST) if warmup_steps is None else int(warmup_steps)
-  return length, first + length
+  first = int(steps[0])
+  if warmup_steps is None:  # Rows, for steps may be examples, or be pushed once in a hundred.
+    begin = int(steps[min(steps.size // WARMUP_SHARE, WARMUP_MOST)])
+    return begin - first, begin
+  return int(warmup_steps), first + int(warmup_steps)
 
 
 def check_warmup(warmup_steps: Any) -> None:

@@ -1,5 +1,6 @@
 """How fast a run went: seconds a step, tokens and examples a second.
 
+A step is an update here, whatever the caller's numbers count; where updates were not counted, it is one of these.
 JAX runs ahead of the host, so two pushes may be closer than two steps: longer parts of the run tell more.
 """
 
@@ -27,13 +28,17 @@ class Speed(NamedTuple):
 
 
 def seconds_per_step(run: Run) -> tuple[Ints, Floats]:
-  """`(steps, seconds)`: the time between two pushes over the steps between them, at the later one."""
-  time = column(run, TIME)
-  known = np.isfinite(time)
-  steps, time = run.steps[known], time[known]
-  seconds = np.diff(time) / np.maximum(np.diff(steps), 1)
+  """`(steps, seconds)`: the time between two pushes over the updates between them, at the later one."""
+  rows = np.flatnonzero(np.isfinite(column(run, TIME)))
+  seconds = np.diff(column(run, TIME)[rows]) / _between(run, rows)
   forward = seconds > 0  # After a resume a step may be older than the one before it.
-  return steps[1:][forward], seconds[forward]
+  return run.steps[rows][1:][forward], seconds[forward]
+
+
+def _between(run: Run, rows: Ints) -> Floats:
+  """How many updates there are from each of some rows to the next one."""
+  updates, steps = np.diff(column(run, UPDATE)[rows]), np.diff(run.steps[rows])
+  return np.where(updates > 0, updates, steps).astype(np.float64)
 
 
 def speed(run: Run, begin: int | None = None) -> Speed | None:
@@ -51,7 +56,7 @@ def speed(run: Run, begin: int | None = None) -> Speed | None:
   for key in AMOUNTS:
     amount = column(run, key)[run.steps >= begin]
     if np.isfinite(amount).any():
-      rates[key] = float(np.nanmean(amount)) / float(np.median(parts.of_update))
+      rates[key] = float(np.nanmean(amount)) / float(np.median(parts.seconds))
   return Speed(float(np.median(parts.seconds)), parts.seconds.size, median, p99, rates)
 
 
@@ -63,20 +68,16 @@ def throughput(run: Run, key: str) -> tuple[Ints, Floats]:
   total, count = np.cumsum(np.where(known, amount, 0)), np.cumsum(known)
   first, last = (np.searchsorted(run.steps, ends) for ends in (parts.first, parts.last))
   some = count[last] > count[first]
-  rate = (total[last] - total[first])[some] / (count[last] - count[first])[some] / parts.of_update[some]
+  rate = (total[last] - total[first])[some] / (count[last] - count[first])[some] / parts.seconds[some]
   return parts.last[some], rate
 
 
 class _Parts(NamedTuple):
-  """Parts of a run: their first and last steps, the seconds for a step, and those for an update.
-
-  An update may take several steps, as in optax.MultiSteps; where updates were not counted, each takes one.
-  """
+  """Parts of a run: their first and last steps, and the seconds for an update."""
 
   first: Ints
   last: Ints
   seconds: Floats
-  of_update: Floats
 
 
 def _parts(run: Run, most: int, begin: int = 0) -> _Parts:
@@ -85,8 +86,7 @@ def _parts(run: Run, most: int, begin: int = 0) -> _Parts:
   rows = np.flatnonzero(np.isfinite(time) & (run.steps >= begin))
   ends = np.linspace(0, max(rows.size - 1, 0), max(min(most, rows.size - 1), 0) + 1).astype(np.int64)
   rows = rows[ends] if rows.size else rows
-  steps, seconds, updates = np.diff(run.steps[rows]), np.diff(time[rows]), np.diff(column(run, UPDATE)[rows])
+  seconds = np.diff(time[rows])
   forward = seconds > 0  # The clock was set back, or stood still.
   first, last = run.steps[rows][:-1][forward], run.steps[rows][1:][forward]
-  of_update = seconds / np.where(updates > 0, updates, steps)
-  return _Parts(first, last, (seconds / steps)[forward], of_update[forward])
+  return _Parts(first, last, (seconds / _between(run, rows))[forward])

@@ -1,6 +1,6 @@
 """What `diagnose` finds, a `Finding`, and where findings begin, `HealthLimits`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,8 +82,12 @@ _LEAST = {"min_steps": 1, "spike_window": 2}
 _NUMBER = int | float | np.integer | np.floating
 
 
-def check_limits(limits: HealthLimits) -> None:
-  """Raises for a field that is no number in its range; inf switches a finding off."""
+def check_limits(limits: Any) -> None:
+  """Raises for what is no `HealthLimits`, or a field that is no number in its range; inf switches a finding off."""
+  if not isinstance(limits, HealthLimits):
+    raise TypeError(
+      f"`limits` must be a HealthLimits, got {described(limits)}: pass one such as HealthLimits(clip_fraction=0.9)."
+    )
   for field, value in limits._asdict().items():
     low = _LEAST.get(field, 0)
     what, kind = ("a whole number", int | np.integer) if field in _LEAST else ("a number", _NUMBER)

@@ -106,7 +106,9 @@ class HealthReport(Sequence[Finding]):
         f"`width` must be a whole number, got {described(width)}: pass how many columns the text may have."
       )
     indent = max((len(finding.name) for finding in self), default=0) + 8
-    lines = [f"{self.path!r}: {self.steps} steps, {self.counts()}; warm-up {self.warmup_steps} steps"]
+    lines = [
+      f"{repr(self.path) if self.path else 'The run'}: {self.steps} steps, {self.counts()}; warm-up {self.warmup_steps} steps"
+    ]
     for finding in self:
       head = f"{finding.level}  {finding.name}".ljust(indent)
       for text in (finding.message, _rule(finding), f"-> {finding.advice}" if finding.advice else ""):
@@ -185,9 +187,5 @@ def check_arguments(run: Any, limits: Any, warmup_steps: Any) -> None:
   """Raises for what is no run, no limits or no warm-up, as all that judges a run does."""
   if not isinstance(run, Run):
     raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.runs.read_run(path).")
-  if limits is not None and not isinstance(limits, HealthLimits):
-    raise TypeError(
-      f"`limits` must be a HealthLimits, got {described(limits)}: pass one such as HealthLimits(clip_fraction=0.9)."
-    )
-  check_limits(limits or HealthLimits())
+  check_limits(HealthLimits() if limits is None else limits)
   check_warmup(warmup_steps)

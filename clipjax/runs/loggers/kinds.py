@@ -78,7 +78,12 @@ def logger_of(target: Any) -> Logger | WandbRows:
   for kind in (_wandb, _mlflow, _by_row, _by_key, _function):
     if (logger := kind(target)) is not None:
       return logger
-  raise TypeError(f"{_RULE}, got {_described(target)}: pass a function that hands the values on.")
+  remedy = "pass a function that hands the values on"
+  if isinstance(target, tuple) and len(target) == 2:
+    remedy = "of a pair the second must be 'leaves'"
+  elif target == "leaves":
+    remedy = "pass [(logger, 'leaves')]"
+  raise TypeError(f"{_RULE}, got {_described(target)}: {remedy}.")
 
 
 _RULE = "`writers` must each be a logger that clipjax knows, a function (step, values), or a pair of one and 'leaves'"

@@ -105,7 +105,7 @@ class _Queue:
     self._with_leaves = with_leaves
     self._rows: deque[tuple[Row, Leaves, int]] = deque()
     self._bytes = 0
-    self._lock = threading.Lock()
+    self._lock = threading.RLock()  # SIGTERM is handled in the thread that it interrupts.
     self.lost = 0
 
   def __len__(self) -> int:

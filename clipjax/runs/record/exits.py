@@ -4,6 +4,7 @@ It ends in an exit of Python, with or without an exception, or by SIGTERM, which
 machine away. SIGTERM is taken only where nobody else takes it; once the rows are written, the process dies of it.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -17,11 +18,15 @@ class _Open(Protocol):
   @property
   def identity(self) -> Any: ...
 
-  def close(self) -> None: ...
+  @property
+  def path(self) -> str: ...
+
+  def close(self, patience: float | None = None) -> None: ...
 
 
 _OPEN: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _IS_OURS = threading.Event()
+_PATIENCE = 10.0  # Seconds that loggers get at SIGTERM: it is followed by a kill.
 
 
 def add(pipeline: _Open) -> None:
@@ -42,21 +47,28 @@ def remove(pipeline: _Open) -> None:
 
 
 def open_at(path: str) -> Any:
-  """The open recorder that writes to this file; None without any."""
+  """The open recorder that writes to this file, or has written to it before it was removed; None without any."""
   try:
     status = os.stat(path)
+    identity = status.st_dev, status.st_ino
   except OSError:
-    return None
-  identity = status.st_dev, status.st_ino
-  return next((pipeline for pipeline in list(_OPEN) if pipeline.identity == identity), None)
+    identity = None
+  return next(
+    (p for p in list(_OPEN) if p.path == os.path.abspath(path) or (identity is not None and identity == p.identity)),
+    None,
+  )
+
+
+def _close_all(patience: float | None = None) -> None:
+  for pipeline in list(_OPEN):
+    try:
+      pipeline.close(patience)
+    except Exception as error:  # The others are still to be written.
+      print(f"clipjax: {error}", file=sys.stderr)
 
 
 def _on_sigterm(number: int, frame: Any) -> None:
-  for pipeline in list(_OPEN):
-    try:
-      pipeline.close()
-    except Exception as error:  # The others are still to be written.
-      print(f"clipjax: {error}", file=sys.stderr)
+  _close_all(_PATIENCE)
   signal.signal(number, signal.SIG_DFL)
   os.kill(os.getpid(), number)
 
@@ -81,5 +93,6 @@ def _forget() -> None:
     _IS_OURS.clear()
 
 
+atexit.register(_close_all)  # Those whose garbage is being collected as Python ends.
 if hasattr(os, "register_at_fork"):
   os.register_at_fork(after_in_child=_forget)

@@ -5,6 +5,7 @@ step are left out then, and what they say of all steps so far stays. Two optimiz
 step get names of their own.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -26,34 +27,44 @@ class Measured(NamedTuple):
     metrics: numbers by key.
     vectors: numbers by leaf or group, by `<name>/<quantity>`.
     rings: the last norms of watches, by name.
+    is_again: whether the step was pushed before with other numbers: it was tried once more, from an earlier state.
   """
 
   update: int | None
   metrics: dict[str, Any]
   vectors: dict[str, Any]
   rings: dict[str, Ring]
+  is_again: bool = False
 
 
 NOTHING = Measured(None, {}, {}, {})
 
 
-class _Pushed(NamedTuple):
-  """A state that was pushed for the step at hand."""
+class _Last(NamedTuple):
+  """The last state that was pushed of one optimizer."""
 
-  packer: Packer
+  step: int
   counts: tuple[int, ...]
   metrics: dict[str, Any]
 
+  @property
+  def update(self) -> int:
+    return max(self.counts)
+
 
 class States:
-  """Tells what each push has measured, by what those before it had."""
+  """Tells what each push has measured, by what those before it had.
+
+  Two optimizers whose states have the same structure are told apart by their first steps: the second one's state has
+  as many updates as the first one's, or was pushed for the same step, and other numbers. Later, the push goes to the
+  optimizer that has the nearest count below.
+  """
 
   def __init__(self, warn: Callable[[str], None]):
     self._warn = warn
-    self._step: int | None = None
-    self._of_step: list[_Pushed] = []
-    self._names: dict[tuple[Packer, int], dict[str, str]] = {}  # New names of each packer and its place in a step.
-    self._counts: dict[tuple[Packer, int], tuple[int, ...]] = {}
+    self._last: dict[Packer, list[_Last]] = {}  # By the structure, of each optimizer.
+    self._steps: dict[Packer, int] = {}  # For how many steps a structure was pushed, up to 2.
+    self._names: dict[tuple[Packer, int], dict[str, str]] = {}  # New names of each optimizer.
     self._said: set[str] = set()
     self.leaves: dict[str, tuple[str, ...]] = {}  # By the name of a state, as recorded.
 
@@ -61,14 +72,19 @@ class States:
     """What a push for `step` has measured."""
     if not packer.sources:
       return NOTHING
-    place = self._place(packer, seen, step)
-    names, before = self._names[packer, place], self._counts.get((packer, place))
-    self._counts[packer, place] = seen.counts
-    update = max(seen.counts)
-    if not update:  # Before the first update nothing has been measured.
+    known = self._last.setdefault(packer, [])
+    place, is_again = self._place(packer, known, seen, step)
+    before = known[place] if place < len(known) else None
+    if before is None or before.step != step:
+      self._steps[packer] = min(self._steps.get(packer, 0) + (not any(last.step == step for last in known)), 2)
+    known[place:] = [_Last(step, seen.counts, seen.metrics), *known[place + 1 :]]
+    names = self._names_of(packer, place, step)
+    if not known[place].update:  # Before the first update nothing has been measured.
       return Measured(0, {}, {}, {})
     metrics, vectors, rings = seen.metrics, seen.vectors, seen.rings
-    if unseen := self._unseen(packer, seen, before):
+    # As many updates with other numbers are those of another course, not of steps that no state has seen.
+    is_other = before is not None and before.counts == seen.counts and not _are_equal(before.metrics, seen.metrics)
+    if unseen := self._unseen(packer, seen, None if before is None or is_other else before.counts):
       metrics, vectors = _without(packer, unseen, metrics, vectors)
     metrics = metrics | {key: math.inf for key in _limits(packer) if key in metrics and is_no_limit(metrics[key])}
     vectors = {key: _as_limits(packer.quantity_of["vector", key], vector) for key, vector in vectors.items()}
@@ -76,7 +92,7 @@ class States:
       metrics = {_renamed(key, names): x for key, x in metrics.items()}
       vectors = {_renamed(key, names): x for key, x in vectors.items()}
       rings = {_renamed(key, names): x for key, x in rings.items()}
-    return Measured(update, metrics, vectors, rings)
+    return Measured(known[place].update, metrics, vectors, rings, is_again)
 
   def _unseen(self, packer: Packer, seen: Seen, before: tuple[int, ...] | None) -> set[int]:
     """The places of states that have not seen this step."""
@@ -88,40 +104,44 @@ class States:
         out.add(i)
     return out
 
-  def _place(self, packer: Packer, seen: Seen, step: int) -> int:
-    """Which state of one structure this is among those that are pushed for one step: 0 but for a second optimizer."""
-    if step != self._step:
-      self._step, self._of_step = step, []
-    alike = [i for i, other in enumerate(self._of_step) if other.packer is packer]
-    place = len(alike)
-    for position, i in enumerate(alike):
-      other = self._of_step[i]
-      if other.counts != seen.counts or _are_equal(other.metrics, seen.metrics):
-        if max(seen.counts) > max(other.counts):
-          self._say(_GROW.format(step, max(other.counts), max(seen.counts)))
-        place = position
-        self._of_step[i] = _Pushed(packer, seen.counts, seen.metrics)
-        break
-    else:
-      self._of_step.append(_Pushed(packer, seen.counts, seen.metrics))
-    if (packer, place) not in self._names:
-      self._names[packer, place] = self._new_names(packer, place, step)
-    return place
+  def _place(self, packer: Packer, known: list[_Last], seen: Seen, step: int) -> tuple[int, bool]:
+    """Which optimizer of its structure this is, a new one or one before, and whether its step was pushed before."""
+    for i, last in enumerate(known):
+      if last.counts == seen.counts and _are_equal(last.metrics, seen.metrics):
+        return i, False  # The same state once more.
+    update, is_young = max(seen.counts), self._steps.get(packer, 0) <= 1
+    here = [i for i, last in enumerate(known) if last.step == step]
+    others = [i for i in range(len(known)) if i not in here]
+    below = [i for i in others if known[i].update < update]
+    if below:
+      return max(below, key=lambda i: (known[i].update, _alike(packer, known[i], seen), -known[i].step)), False
+    if not here:  # As many updates with other numbers, or fewer: another optimizer, or an earlier state of this one.
+      is_other = is_young and any(last.update == update for last in known)
+      return (len(known) if is_other else 0), False
+    if is_young and not any(known[i].update < update for i in here):
+      return len(known), False
+    nearest = others[0] if others else min(here, key=lambda i: abs(known[i].update - update))
+    if nearest in here and known[nearest].update < update:
+      self._say(_GROW.format(step, known[nearest].update, update))
+    return nearest, nearest in here and known[nearest].update >= update
 
-  def _new_names(self, packer: Packer, place: int, step: int) -> dict[str, str]:
-    """The names of its states that another state has in this step, with new ones."""
-    others = [other for other in self._of_step[:-1] if other.packer is not packer or place > 0]
-    taken = {source.name for other in others for source in other.packer.sources}
-    names = {s.name: f"{s.name}_{len(others) + 1}" for s in packer.sources if s.name in taken}
+  def _names_of(self, packer: Packer, place: int, step: int) -> dict[str, str]:
+    """New names for those of its states that another optimizer has taken before."""
+    if (packer, place) in self._names:
+      return self._names[packer, place]
+    taken = {
+      names.get(source.name, source.name) for (other, _), names in self._names.items() for source in other.sources
+    }
+    names = {s.name: _free(s.name, taken) for s in packer.sources if s.name in taken}
     if names:
       old, new = next(iter(names.items()))
       self._say(
         f"`opt_state` must be of one optimizer, or have names of its own, got a second one with '{old}' for step "
         f"{step}: it is recorded as '{new}'; give its clips and watches another name, as in watch(name=\"critic\")."
       )
+    self._names[packer, place] = names
     for name, labels in packer.leaves.items():
-      new = _renamed(name, names)
-      self.leaves[new] = tuple(labels)
+      self.leaves[_renamed(name, names)] = tuple(labels)
     return names
 
   def _say(self, text: str) -> None:
@@ -132,10 +152,21 @@ class States:
 
 
 _GROW = (
-  "`step` must grow from update to update, got {} for updates {} and {}: of one step the last update alone is "
-  "kept; push "
-  "the number of the update, and an epoch as a scalar."
+  "`step` must grow from update to update, got {} for updates {} and {}: of one step the last update alone is kept; "
+  "push the number of the update, and an epoch as a scalar. Two optimizers are pushed together, as a dict of their "
+  "states."
 )
+
+
+def _alike(packer: Packer, last: _Last, seen: Seen) -> int:
+  """How many numbers of all steps so far, such as the worst norm, are as they were: of two optimizers they differ."""
+  so_far = (key for key in packer.metric_keys if packer.quantity_of["metric", key] in SO_FAR)
+  return sum(last.metrics.get(key) == seen.metrics.get(key) for key in so_far)
+
+
+def _free(name: str, taken: set[str]) -> str:
+  """The name with the first number that is not taken."""
+  return next(new for i in itertools.count(2) if (new := f"{name}_{i}") not in taken)
 
 
 def _renamed(key: str, names: dict[str, str]) -> str:

@@ -111,7 +111,7 @@ class Layout:
 
 def _seen(found: dict[str, dict[str, Any]]) -> Seen:
   count = found["count"]
-  counts = tuple(count[key] for key in count if key.startswith(_OF))
+  counts = tuple(count[f"{_OF}{i}"] for i in range(sum(key.startswith(_OF) for key in count)))
   rings = {name: Ring(int(count[_RING + name]), norms) for name, norms in found["ring"].items()}
   number, mini_step = count.get(USER_STEP), count.get(_MINI_STEP)
   return Seen(counts, mini_step, number, found["pushed"], found["metric"], found["vector"], rings)
@@ -156,6 +156,11 @@ class Packer:
       )
     shapes = jax.eval_shape(self._entries, arrays, {})
     self.metric_keys = frozenset(key for kind, key in shapes if kind == "metric")
+    self._vectors = tuple(f"{key}/" for kind, key in shapes if kind == "vector")
+
+  def has(self, key: str) -> bool:
+    """Whether the states have a number under this key, of all leaves or of one."""
+    return key in self.metric_keys or key.startswith(self._vectors)
 
   def arrays(self, opt_state: Any) -> list[Any] | None:
     """The arrays to be packed; None where the optimizer state is not of this structure."""

@@ -21,9 +21,11 @@ from clipjax.runs.health.live import Live
 from clipjax.runs.loggers.writers import Writers
 from clipjax.runs.record.fetching import fetched, seen_in
 from clipjax.runs.record.pushes import Pushed
+from clipjax.runs.record.resumed import before_in, norms_in
+from clipjax.runs.record.rings import Norms
 from clipjax.runs.record.rows import Made, Rows
 from clipjax.runs.record.run_file import RunFile
-from clipjax.runs.schema import EVERY, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
+from clipjax.runs.schema import BACK, EVERY, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
 
 
 class _Request:
@@ -47,7 +49,6 @@ class Pipeline:
     self,
     every: int,
     file: RunFile,
-    rows: Rows,
     writers: Writers,
     live: Live,
     notes: "Notes",
@@ -55,7 +56,7 @@ class Pipeline:
   ):
     self._every = every
     self._file = file
-    self._rows = rows
+    self._rows = Rows(every, before_in(file), self.recorded, notes.warn)
     self.writers = writers
     self._live = live
     self._notes = notes
@@ -66,7 +67,10 @@ class Pipeline:
     self._queue: queue.SimpleQueue[Pushed | _Request] = queue.SimpleQueue()
     self._batch: list[Pushed] = []
     self._held: dict[str, Any] | None = None  # A row that more numbers of its step may still come to.
-    self._is_closed = False
+    self._is_closed = self._is_ending = False
+    self._ending = threading.Lock()
+    self._late: list[Any] = []  # Pushes that came when the thread had ended.
+    self._made: list[Made] = []
     self._thread = threading.Thread(target=self._run, name="clipjax recorder", daemon=True)
     self._thread.start()
 
@@ -90,22 +94,35 @@ class Pipeline:
     if self._is_elsewhere():
       raise ValueError("`push` must be called in the process that made the Recorder, got a fork of it: make another.")
     self._queue.put(pushed)
+    if self._is_ending:  # Another thread closes: whether this push came in time is known once the thread has ended.
+      self._thread.join()
+      with self._ending:
+        while self._queue.qsize():
+          self._late.append(self._queue.get())
+      if any(late is pushed for late in self._late):
+        raise ValueError("`push` must be called before `close`, got a push while another thread closed the Recorder.")
     _wait_until(lambda: self._queue.qsize() + len(self._batch) < 2 * self._every or not self._thread.is_alive())
-    if not self._thread.is_alive() and self._queue.qsize():
-      raise ValueError("`push` must be called before `close`, got a push while another thread closed the Recorder.")
 
   def drain(self) -> None:
     """Waits until all that was pushed before is written, and given to the writers."""
     if not self._is_elsewhere():
       self._request(self._release)
 
-  def close(self) -> None:
-    """Drains, and gives the file up; a second call goes on where an interrupted one was."""
+  def close(self, patience: float | None = None) -> None:
+    """Drains, and gives the file up; a second call goes on where an interrupted one was.
+
+    The writers are waited for at most `patience` seconds, where that is given; the file has all before.
+    """
     if self._is_closed or self._is_elsewhere():
       return
     self._request(self._finish)
-    self.writers.close()
     self._file.close()
+    if patience is None:
+      self.writers.close()
+    else:
+      closing = threading.Thread(target=self.writers.close, name="clipjax close", daemon=True)
+      closing.start()
+      closing.join(patience)
     self._is_closed = True
 
   # Outside the thread ------------------------------------------------------------------------------------------------
@@ -140,19 +157,23 @@ class Pipeline:
         if item.action == self._finish:
           return
 
+  def recorded(self, first: int, last: int) -> dict[int, Norms]:
+    """The norms that the file has from one step to another, rows of the batch at hand among them."""
+    self._write_made()
+    return norms_in(self.path, first, last)
+
   def _write_batch(self) -> None:
     batch = self._batch
     if batch:
       vectors = fetched([p.vector for p in batch], self._notes.warn)
       weights = fetched([p.weights for p in batch], self._notes.warn)
-      made: list[Made] = []
       for pushed, seen, counts in zip(batch, seen_in(batch, vectors), weights, strict=True):
-        made += self._rows.of(pushed, seen, counts)
-      self._write(made)
+        self._made += self._rows.of(pushed, seen, counts)
+      self._write_made()
       self._batch = []
 
-  def _write(self, made: list[Made]) -> None:
-    made = _joined(made)
+  def _write_made(self) -> None:
+    made, self._made = _joined(self._made), []
     rows = [m.row for m in made]
     spikes = self._live.spikes(rows)
     for m in made:
@@ -168,7 +189,7 @@ class Pipeline:
 
   def _hand_on(self, row: dict[str, Any]) -> None:
     """Gives the row before to the writers, now that nothing more comes to it."""
-    if self._held is not None and self._held[STEP] == row[STEP]:
+    if self._held is not None and self._held[STEP] == row[STEP] and BACK not in row:
       merge(self._held, row)
     else:
       self._release()
@@ -180,9 +201,18 @@ class Pipeline:
       self._held = None
 
   def _finish(self) -> None:
-    self._write(self._rows.rest())
+    # What other threads push from here on may be too late, and what they have pushed is not.
+    self._is_ending = True
+    items = [self._queue.get() for _ in range(self._queue.qsize())]
+    self._batch += [item for item in items if isinstance(item, Pushed)]
+    self._write_batch()
+    self._made += self._rows.rest()
+    self._write_made()
     self._file.write(self._header(), [])
     self._release()
+    for item in items:
+      if isinstance(item, _Request):
+        item.is_done = True
 
   def _header(self) -> dict[str, Any]:
     return {
@@ -229,7 +259,7 @@ def _joined(made: list[Made]) -> list[Made]:
   """The rows, those of one step that follow each other as one."""
   out: list[Made] = []
   for m in made:
-    if out and out[-1].row[STEP] == m.row[STEP]:
+    if out and out[-1].row[STEP] == m.row[STEP] and BACK not in m.row:
       merge(out[-1].row, m.row)
       out[-1] = Made(out[-1].row, {**out[-1].vectors, **m.vectors}, out[-1].is_due or m.is_due)
     else:

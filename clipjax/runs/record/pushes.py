@@ -82,7 +82,9 @@ def batch_of(batch: Any) -> Batch | None:
         "what is in it."
       )
     return batch
-  if isinstance(batch, numbers.Integral) and not isinstance(batch, bool) and abs(int(batch)) < _INT64:
+  if isinstance(batch, numbers.Integral) and not isinstance(batch, bool):
+    if abs(int(batch)) >= _INT64:
+      raise ValueError("`batch` must be in the range of an int64, got a larger integer: pass it as a string.")
     return int(batch)
   raise TypeError(
     f"`batch` must be an integer or a short string, got {describe(batch)}: pass what you would look the batch up by."

@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -24,8 +23,6 @@ from clipjax.runs.reading.lines import checked_path
 from clipjax.runs.record import exits, packing
 from clipjax.runs.record.pipeline import Notes, Pipeline
 from clipjax.runs.record.pushes import Pushed, batch_of, check_outside_jit, split, step_of
-from clipjax.runs.record.resumed import before_in, norms_in
-from clipjax.runs.record.rows import Rows
 from clipjax.runs.record.run_file import RunFile
 from clipjax.runs.record.weights import first_shard, histogram, parameter_count
 from clipjax.runs.schema import RESERVED, USER_STEP
@@ -54,13 +51,14 @@ class Recorder:
   written. Slices of stacked layers are leaves in this, and so are groups where there are more than 64. Numbers by
   fewer groups are in every row.
 
-  Nothing that was pushed is lost by an exception, Ctrl-C, SIGTERM (where nobody else handles it) or a script that ends
-  without `close`; a process that is killed loses what was not yet read, at most twice `every` rows. `push` may be
-  called
-  from several threads. A full disk, or a writer that raises, is a warning, once, and the training goes on; up to 16 MiB
-  of rows wait until they can be written, beyond that the oldest are dropped. A file is recorded to by one recorder: a
-  second one of this process closes the first, one of another process is refused. Of several processes of
-  `jax.distributed` only process 0 writes: make the `Recorder` after `jax.distributed.initialize`.
+  Nothing that was pushed is lost by an exception, Ctrl-C, SIGTERM or a script that ends without `close`. SIGTERM is
+  handled where nobody else does: the file is written, loggers get ten seconds, and the process ends by it. A process
+  that is killed loses what was not yet read, at most twice `every` rows. `push` may be called from several threads.
+
+  A full disk, or a logger that raises, is a warning, once, and the training goes on; up to 16 MiB of rows wait until
+  they can be written, beyond that the oldest are dropped, and `close` says how many were never written. A file is
+  recorded to by one recorder: a second one of this process closes the first, one of another process is refused. Of
+  several processes of `jax.distributed` only process 0 writes: make the `Recorder` after `jax.distributed.initialize`.
 
   Args:
     path: the file.
@@ -69,8 +67,9 @@ class Recorder:
       and others, or functions `(step, values)`; docs/loggers.md of the project has all. A pair `(logger, "leaves")` is
       given the numbers by leaf as well. Each is called in a thread of its own, but for wandb, to which each push hands
       on a row. They are flushed, but not closed.
-    on_finding: called with a `Finding` when a step is a spike or not finite, once for each kind, by the first `push`
-      after the rows were written, so within about `every` pushes. What it raises, `push` raises.
+    on_finding: called with a `Finding` when a norm was a spike that nothing caught, or a norm or the loss was not
+      finite, once for each kind, by the first `push` after the rows were written, so within about `every` pushes. What
+      it raises, `push` raises.
     limits: where these findings begin, as in `diagnose`.
 
   Raises:
@@ -107,10 +106,12 @@ class Recorder:
     if not isinstance(writers, Iterable):
       raise TypeError(f"`writers` must be a sequence, got {type(writers).__name__}: pass [writer].")
     _check_callable(on_finding)
-    check_limits(limits or HealthLimits())
+    limits = HealthLimits() if limits is None else limits
+    check_limits(limits)
     self._every = every
     self._notes = Notes(on_finding)
     self._packers: list[packing.Packer] = []
+    self._making = threading.Lock()
     self._pushes = 0
     self._next_weights = 0
     self._is_closed = False
@@ -118,7 +119,7 @@ class Recorder:
     self._pipeline: Pipeline | None = None
     if jax.process_index() == 0:
       targets = Writers(writers, self._notes.warn)
-      self._open(path, targets, on_finding is not None, limits or HealthLimits())
+      self._open(path, targets, on_finding is not None, limits)
       self._notes.deliver()
 
   def push(
@@ -187,7 +188,12 @@ class Recorder:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
-    self.close()
+    try:
+      self.close()
+    except Exception as late:
+      if error is None:
+        raise
+      error.add_note(f"Closing the Recorder raised {type(late).__name__}: {late}")  # The first error stays the error.
 
   def _open(self, path: Any, writers: Writers, is_told: bool, limits: HealthLimits) -> None:
     name, warn = checked_path(path), self._notes.warn
@@ -200,8 +206,7 @@ class Recorder:
         "before you make another of its path."
       )
     file = RunFile(path, warn)
-    rows = Rows(self._every, before_in(file), partial(norms_in, str(file.path)), warn)
-    self._pipeline = Pipeline(self._every, file, rows, writers, Live(limits), self._notes, is_told)
+    self._pipeline = Pipeline(self._every, file, writers, Live(limits), self._notes, is_told)
     exits.add(self._pipeline)
     self._finalizer = weakref.finalize(self, _end, self._pipeline, self._notes)
 
@@ -212,7 +217,7 @@ class Recorder:
     if number is None:
       device[USER_STEP] = step
     packer, arrays = self._packed(opt_state)
-    if taken := [key for key in scalars if key in RESERVED or key in packer.metric_keys]:
+    if taken := [key for key in scalars if key in RESERVED or packer.has(key)]:
       raise ValueError(f"`{taken[0]}` must be another key, got one that the Recorder writes itself: rename it.")
     if any(issubclass(kind, jax.core.Tracer) for kind in {*map(type, arrays)}):
       check_outside_jit(next(x for x in arrays if isinstance(x, jax.core.Tracer)), "opt_state")
@@ -234,12 +239,20 @@ class Recorder:
 
   def _packed(self, opt_state: Any) -> tuple[packing.Packer, list[Any]]:
     """The packer for this structure of state, and what it packs."""
+    if (found := self._found(opt_state)) is not None:
+      return found
+    with self._making:  # One packer for a structure, whatever threads push it at once.
+      if (found := self._found(opt_state)) is not None:
+        return found
+      packer = packing.Packer(opt_state)
+      self._packers = [packer, *self._packers]
+    return packer, packer.arrays(opt_state) or []
+
+  def _found(self, opt_state: Any) -> tuple[packing.Packer, list[Any]] | None:
     for packer in self._packers:
       if (arrays := packer.arrays(opt_state)) is not None:
         return packer, arrays
-    packer = packing.Packer(opt_state)
-    self._packers.insert(0, packer)
-    return packer, packer.arrays(opt_state) or []
+    return None
 
   def _weights(self, params: Any) -> jax.Array | None:
     if params is None:
@@ -252,7 +265,17 @@ class Recorder:
 
 
 def _end(pipeline: Pipeline, notes: Notes) -> None:
-  """Closes a recorder that nobody has closed."""
+  """Closes a recorder that nobody has closed.
+
+  Garbage may be collected in any thread. One that rows pass through cannot wait for them: another one does.
+  """
+  if threading.current_thread() is threading.main_thread():
+    _close(pipeline, notes)
+  else:
+    threading.Thread(target=_close, args=(pipeline, notes), name="clipjax close", daemon=True).start()
+
+
+def _close(pipeline: Pipeline, notes: Notes) -> None:
   pipeline.close()
   exits.remove(pipeline)
   notes.deliver()

@@ -111,7 +111,7 @@ class Rows:
     rows = [Made({STEP: at, **_finite(dict(norms))}, {}, False) for at, norms in between]
     rows.append(Made(row, measured.vectors, self._leaves.are_due(row, measured)))
     series = pushed.packer if measured.update is not None else frozenset(values)
-    if self._course.goes_back((pushed.thread, series), step) or other is not None:
+    if self._course.goes_back((pushed.thread, series), step) or other is not None or measured.is_again:
       first = step if other is None else other
       next(made for made in rows if made.row[STEP] >= first).row[BACK] = True
     return rows
@@ -197,14 +197,15 @@ class _Course:
   """Tells where a run goes back: to a checkpoint, or to its start.
 
   A series is what one thread pushes of one optimizer, or under one set of keys: threads are not in step with each
-  other, nor are the optimizers of a GAN.
+  other, nor are the optimizers of a GAN. Of threads that share the steps of one run the first one goes back for all.
   """
 
   def __init__(self, before: Before | None, warn: Callable[[str], None]):
     self._before = before
     self._warn = warn
     self._has_states = before is not None and before.has_updates
-    self._last: dict[_Series, int] = {}
+    self._last: dict[_Series, tuple[int, int]] = {}  # The last step of each, and how often the run had gone back.
+    self._times = 0
     self._recorded: dict[_Series, OrderedDict[int, None]] = {}
 
   def goes_back(self, series: _Series, step: int) -> bool:
@@ -222,11 +223,14 @@ class _Course:
         self._warn_of_fresh_start(before, step)
       is_back = step <= before.last
     else:
-      is_back = step < self._last.get(series, step)
+      last, times = self._last.get(series, (step, 0))
+      is_back = step < last and times == self._times  # Else another thread has gone back before.
       if is_back and not has_state:
         is_back = not self._has_states and self._was_recorded(series, step)
-    if is_back or step > self._last.get(series, step - 1):
-      self._last[series] = step
+    self._times += is_back
+    last, times = self._last.get(series, (step, self._times))
+    is_late = times == self._times and not is_back and not has_state
+    self._last[series] = max(step, last) if is_late else step, self._times
     if not has_state:
       self._remember(series, step)
     return is_back

@@ -47,7 +47,8 @@ class RunFile:
     self._is_torn = size > 0 and not _ends_with_newline(self.path)
     self._entry: dict[str, Any] = {}
     self._header = b""
-    self._waiting: deque[bytes] = deque()
+    self._waiting: deque[tuple[bytes, int]] = deque()  # Lines, and how many of them are rows.
+    self._lost = 0
     self._is_reported = False
 
   @property
@@ -62,27 +63,25 @@ class RunFile:
       self._entry, self._header = header, _line(header)
       lines.insert(0, self._header)
     if lines:
-      self._waiting.append(b"".join(lines))
+      self._waiting.append((b"".join(lines), len(rows)))
     if self._waiting:
       self._write_waiting()
 
   def close(self) -> None:
     """Gives the file up; another recorder may take it."""
     if self._file is not None:
+      if lost := self._lost + sum(rows for _, rows in self._waiting):
+        self._warn(f"{lost} rows were never written to {str(self.path)!r}: they are lost.")
       _unlock(self._file)
       os.close(self._file)
       self._file = None
-
-  def left(self) -> int:
-    """How many bytes could not be written so far."""
-    return sum(map(len, self._waiting))
 
   def _write_waiting(self) -> None:
     try:
       file = self._current()
       is_new = os.fstat(file).st_size == 0
       while self._waiting:
-        text = self._waiting[0]
+        text, _ = self._waiting[0]
         if is_new and not text.startswith(self._header):
           text = self._header + text
         text = b"\n" + text if self._is_torn else text
@@ -92,8 +91,8 @@ class RunFile:
         self._waiting.popleft()
     except (OSError, ValueError) as error:
       self._report(error)
-      while self.left() > _KEPT_BYTES and len(self._waiting) > 1:
-        self._waiting.popleft()
+      while sum(len(text) for text, _ in self._waiting) > _KEPT_BYTES and len(self._waiting) > 1:
+        self._lost += self._waiting.popleft()[1]
         self._header = b""  # It may have been in what is dropped, so it is written once more.
 
   def _current(self) -> int:
@@ -104,7 +103,8 @@ class RunFile:
       now = None
     if self._file is None or now != self.identity:
       file = _opened(self.path, self._given)
-      self.close()
+      if self._file is not None:
+        os.close(self._file)
       self._file = file
       self._is_torn = os.fstat(file).st_size > 0 and not _ends_with_newline(self.path)
     return self._file

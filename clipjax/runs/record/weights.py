@@ -24,6 +24,7 @@ LOW, HIGH, BINS = -8, 2, 40
 EDGES = np.linspace(LOW, HIGH, BINS + 1)
 _CHUNK = 2**22  # Entries of a leaf that are binned at once; more would take as much memory again as the leaf.
 _SMALL = 2**14  # Entries of the largest leaf that is joined with others.
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 _MOST = 64  # Leaves that are joined by one program.
 
 
@@ -38,6 +39,11 @@ def histogram(params: Any) -> jax.Array | None:
   The last two columns count zeros, and entries that are not finite. The rows are to be summed, on the host, where the
   sum may be above the largest int32.
   """
+  with jax.set_mesh(_NO_MESH):  # That of the caller has more devices than the first.
+    return _histogram(params)
+
+
+def _histogram(params: Any) -> jax.Array | None:
   small: dict[Any, list[tuple[Any, int]]] = {}  # With their sizes, by dtype.
   counts: list[jax.Array] = []
   for (dtype, shape), leaves in _by_kind([first_shard(unwrapped(x)) for x in _weight_leaves(params)]).items():
@@ -48,7 +54,7 @@ def histogram(params: Any) -> jax.Array | None:
       small.setdefault(dtype, []).extend((x, size) for x in leaves)
   for alike in small.values():
     parts = (alike[i : i + _MOST] for i in range(0, len(alike), _MOST))
-    counts += (_first_counts(_joined([x for x, _ in part]), sum(size for _, size in part)) for part in parts)
+    counts += (_first_counts(*_joined([x for x, _ in part])) for part in parts)
   return _stacked(counts) if counts else None
 
 
@@ -92,18 +98,19 @@ def _by_kind(leaves: Iterable[Any]) -> dict[Any, list[Any]]:
 
 
 @jax.jit
-def _joined(leaves: list[Any]) -> jax.Array:
-  """The sizes of all entries in one vector, filled up with zeros to a power of two."""
+def _joined(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+  """The sizes of all entries in one vector, filled up with zeros to a power of two, and how many entries there are."""
   # Between barriers XLA on CPU copies each leaf at once; fused with the rest it takes ten times as long to compile.
   vectors = lax.optimization_barrier([jnp.asarray(x).ravel() for x in leaves])
   sizes = _sizes(lax.optimization_barrier(jnp.concatenate(vectors)))
-  return jnp.pad(sizes, (0, (1 << (sizes.size - 1).bit_length()) - sizes.size))
+  padded = jnp.pad(sizes, (0, (1 << (sizes.size - 1).bit_length()) - sizes.size))
+  return padded, jnp.full((), sizes.size, jnp.int32)  # Of the program: nothing is moved to the device.
 
 
 @jax.jit
 def _first_counts(sizes: jax.Array, count: jax.Array) -> jax.Array:
   """Counts the first `count` of the sizes."""
-  return _counted(jnp.zeros(BINS + 2, jnp.int32), sizes, jnp.arange(sizes.size) < count)
+  return _counted(jnp.zeros(BINS + 2, jnp.int32), sizes, jnp.arange(sizes.size, dtype=count.dtype) < count)
 
 
 # Counting -----------------------------------------------------------------------------------------------------------

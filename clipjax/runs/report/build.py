@@ -59,7 +59,7 @@ def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
 def whole_page(run: Run, limits: HealthLimits | None, warmup_steps: int | None) -> str:
   """The HTML of a run; the limits and the warm-up are those of `diagnose`."""
   data, omitted = to_json(run, _LARGEST_DATA)
-  title = f"Training run {os.path.basename(run.path)}"
+  title = f"Training run {os.path.basename(run.path)}".rstrip()
   begin = norms_of_run(run, main_name(run), warmup_steps).begin
   shown = sections.Shown(
     run, norm_series(run, limits, warmup_steps), speed(run, begin), limits if limits is not None else HealthLimits()
