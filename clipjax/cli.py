@@ -232,7 +232,7 @@ def _add_warmup(parser: _Parser) -> None:
     "--warmup-steps",
     type=_integer(0, None),
     metavar="N",
-    help="how many steps from the first on to leave out (default: a tenth, at most 100)",
+    help="how many steps from the first on to leave out (default: those of a tenth of the rows, at most 100 rows)",
   )
 
 

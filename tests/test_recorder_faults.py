@@ -370,3 +370,134 @@ def test_a_fault_in_the_thread_reaches_the_caller(path, monkeypatch):
   recorder.push(2, None, loss=2.0)
   recorder.close()
   assert clipjax.runs.read_run(path).steps.tolist() == [2]
+
+
+# What a first reader found --------------------------------------------------------------------------------------------
+
+
+def test_pushes_while_another_thread_closes_are_kept_or_told(path):
+  for trial in range(10):
+    name, kept, told = path.with_name(f"{trial}.jsonl"), [], []
+    recorder = clipjax.runs.Recorder(name, every=3)
+
+    def work(i):
+      for step in range(i, 100_000, 4):
+        try:
+          recorder.push(step, None, loss=float(step))  # noqa: B023
+        except ValueError:
+          told.append(step)  # noqa: B023
+          return
+        kept.append(step)  # noqa: B023
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+      thread.start()
+    time.sleep(0.02)
+    recorder.close()
+    for thread in threads:
+      thread.join()
+    assert len(told) == 4 and clipjax.runs.read_run(name).steps.tolist() == sorted(kept)
+
+
+def test_a_recorder_that_is_collected_in_its_own_thread_is_written(path):
+  code = """
+  import gc
+  class Trainer:
+    def __init__(self):
+      self.me, self.recorder = self, clipjax.runs.Recorder(path, every=5)
+  def run():
+    trainer = Trainer()
+    rows = trainer.recorder._pipeline._rows
+    of = rows.of
+    rows.of = lambda *args: (gc.collect(), of(*args))[1]
+    for step in range(10):
+      trainer.recorder.push(step, None, loss=float(step))
+  gc.disable()
+  run()
+  time.sleep(0.5)
+  """
+  assert program(code, path, expect=0) == ""
+  assert clipjax.runs.read_run(path)["loss"].tolist() == [*range(10)]
+
+
+def test_rows_that_were_never_written_are_told_at_the_end(path):
+  recorder = clipjax.runs.Recorder(path, every=1)
+  recorder.push(1, None, loss=1.0)
+  recorder.flush()
+  path.unlink()
+  path.mkdir()
+
+  def go_on():
+    recorder.push(2, None, loss=1.0)
+    recorder.push(3, None, loss=1.0)
+    recorder.close()
+
+  with pytest.warns(RuntimeWarning) as caught:
+    go_on()
+  assert [str(w.message) for w in caught][-1] == f"2 rows were never written to {str(path)!r}: they are lost."
+
+
+def test_a_path_that_was_removed_and_is_recorded_to_again(path):
+  first = clipjax.runs.Recorder(path)
+  for step in range(5):
+    first.push(step, None, loss=1.0)
+  path.unlink(missing_ok=True)
+  with pytest.warns(RuntimeWarning, match="was open in another Recorder of this process"):
+    second = clipjax.runs.Recorder(path)
+  second.push(5, None, loss=2.0)
+  second.close()
+  assert clipjax.runs.read_run(path)["loss"].tolist() == [1] * 5 + [2]
+
+
+def test_sigterm_does_not_wait_for_a_slow_logger(path):
+  code = """
+  from clipjax.runs.record import exits
+  exits._PATIENCE = 0.2
+  def slow(step, values):
+    time.sleep(5)
+  recorder = clipjax.runs.Recorder(path, writers=[slow])
+  for step in range(120):
+    recorder.push(step, None, loss=jnp.float32(step))
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(60)
+  """
+  start = time.monotonic()
+  program(code, path, expect=-signal.SIGTERM)
+  assert time.monotonic() - start < 30 and len(clipjax.runs.read_run(path)) == 120
+
+
+def test_an_error_in_the_loop_stays_the_error(path):
+  def stop(finding):
+    raise RuntimeError("stop")
+
+  def loop():
+    with clipjax.runs.Recorder(path, on_finding=stop) as recorder:
+      recorder.push(1, None, loss=float("nan"))
+      raise KeyError("batch")
+
+  with pytest.raises(KeyError, match="batch") as error:
+    loop()
+  assert error.value.__notes__ == ["Closing the Recorder raised RuntimeError: stop"]
+
+
+def test_limits_of_another_type_and_keys_of_leaves_are_refused(path):
+  with pytest.raises(TypeError, match=r"^`limits` must be a HealthLimits, got 5 \(int\)"):
+    clipjax.runs.Recorder(path, limits=5)
+  tx = clipjax.watch()
+  with clipjax.runs.Recorder(path) as recorder, pytest.raises(ValueError, match="`grad/norm/w` must be another key"):
+    recorder.push(1, tx.init({"w": jnp.ones(2)}), **{"grad/norm/w": 1.0})
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_parameters_under_a_mesh_and_a_transfer_guard(path, axis_type):
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+  w = jax.device_put(jnp.ones((16, 4)), jax.NamedSharding(mesh, jax.P("d")))
+  params, tx = {"w": w, "large": jnp.ones(70_000)}, clipjax.clip_by_global_norm(1.0)
+  state = tx.init(params)
+  with clipjax.runs.Recorder(path, every=1) as recorder:
+    with jax.set_mesh(mesh):
+      recorder.push(0, state, params=params)
+      recorder.push(1, state, params=params)
+    with jax.transfer_guard("disallow"):
+      recorder.push(2, state, params=params)
+  assert clipjax.runs.read_run(path).weights[2].sum(axis=1).tolist() == [8 + 70_000] * 3

@@ -14,7 +14,7 @@ from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, SKIP, key_of, names_with
 from clipjax.runs.words import described
 
-WARMUP_SHARE, WARMUP_MOST = 10, 100  # The warm-up is a tenth of the steps, at most 100, where it is not given.
+WARMUP_SHARE, WARMUP_MOST = 10, 100  # The warm-up is a tenth of the rows, at most 100, where it is not given.
 FEW = 20  # Percentiles of fewer norms say little: p90 would rest on two of them.
 
 

@@ -100,7 +100,7 @@ def suggest_max_norm(
     new_learning_rate: the one that the threshold is for, > 0; both or neither.
     scale_free: whether the optimizer divides the scale of the gradient out.
     model: "feed-forward", "cnn", "rnn", "lstm" or "transformer", to compare with the rule of thumb for it.
-    warmup_steps: how many steps from the first on to leave out; None: a tenth of them, at most 100.
+    warmup_steps: how many steps from the first on to leave out; None: those of a tenth of the rows, at most 100 rows.
 
   Returns:
     A `Suggestion`: a threshold > 0, the share of the recorded norms above it, and why.

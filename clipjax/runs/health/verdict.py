@@ -106,9 +106,8 @@ class HealthReport(Sequence[Finding]):
         f"`width` must be a whole number, got {described(width)}: pass how many columns the text may have."
       )
     indent = max((len(finding.name) for finding in self), default=0) + 8
-    lines = [
-      f"{repr(self.path) if self.path else 'The run'}: {self.steps} steps, {self.counts()}; warm-up {self.warmup_steps} steps"
-    ]
+    name = repr(self.path) if self.path else "The run"
+    lines = [f"{name}: {self.steps} steps, {self.counts()}; warm-up {self.warmup_steps} steps"]
     for finding in self:
       head = f"{finding.level}  {finding.name}".ljust(indent)
       for text in (finding.message, _rule(finding), f"-> {finding.advice}" if finding.advice else ""):
@@ -151,7 +150,7 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
   Args:
     run: what `read_run` gives.
     limits: where the findings begin; None: the published ones, see `HealthLimits`.
-    warmup_steps: how many steps from the first on to leave out; None: a tenth of them, at most 100.
+    warmup_steps: how many steps from the first on to leave out; None: those of a tenth of the rows, at most 100 rows.
 
   Returns:
     A `HealthReport`, whose `findings` are in the order FAIL, WARN, INFO, and whose `str()` is a table.
