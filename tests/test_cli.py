@@ -405,3 +405,12 @@ def test_all_commands_are_in_the_help(capsys):
   assert cli.main([]) == 2
   text = capsys.readouterr().err
   assert all(f"\n    {command} " in text for command in ("demo", *COMMANDS))
+
+
+@pytest.mark.parametrize("args", [["demo"], ["report"]])
+def test_a_missing_extra_in_this_process(args, run, monkeypatch, capsys):
+  for name in ("demo.compare", "demo.advice", "runs.report.build"):
+    monkeypatch.setitem(sys.modules, f"clipjax.{name}", None)
+    monkeypatch.delattr(f"clipjax.{name}", raising=False)
+  assert cli.main([*args, *([str(run)] if args == ["report"] else [])]) == 2
+  assert "needs more packages, pip install 'clipjax[" in capsys.readouterr().err

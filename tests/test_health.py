@@ -53,12 +53,13 @@ def test_percentiles_leave_out_the_warm_up_and_what_is_not_finite():
   assert "of 398 finite" in only(clipjax.runs.diagnose(run_of({"grad/norm": norm}), warmup_steps=0), "norms").message
 
 
-def test_the_warm_up_is_a_tenth_at_most_a_hundred_steps_and_counts_steps_not_rows():
+def test_the_warm_up_is_a_tenth_of_the_rows_at_most_a_hundred():
   norm = np.ones(100)
   assert clipjax.runs.diagnose(run_of({"grad/norm": norm})).warmup_steps == 10
   sparse = clipjax.runs.diagnose(run_of({"grad/norm": norm}, steps=np.arange(100) * 50 + 7))
-  assert sparse.warmup_steps == 100
-  assert "of 98 finite norms" in only(sparse, "norms").message
+  assert sparse.warmup_steps == 500
+  assert "of 90 finite norms" in only(sparse, "norms").message
+  assert clipjax.runs.diagnose(run_of({"grad/norm": np.ones(5000)}, steps=np.arange(5000) * 64)).warmup_steps == 6400
 
 
 def test_step_time_and_throughput():

@@ -14,7 +14,8 @@ import pytest
 import typed_usage
 
 import clipjax
-from clipjax import rules, runs
+import clipjax.__main__
+from clipjax import cli, rules, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +53,11 @@ def test_the_run_wing_is_loaded_on_first_use():
   code = "import clipjax, sys; seen = 'clipjax.runs' in sys.modules; clipjax.runs.Recorder; "
   code += "print(seen, 'runs' in dir(clipjax))"
   assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "False True\n"
+
+
+def test_the_names_that_are_made_on_first_use():
+  assert clipjax.__getattr__("runs") is runs
+  assert clipjax.__main__.main is cli.main
 
 
 @pytest.mark.parametrize("module", [clipjax, rules, runs], ids=lambda module: module.__name__)

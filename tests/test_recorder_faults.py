@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import clipjax
+from clipjax.runs.record import exits
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -501,3 +502,46 @@ def test_parameters_under_a_mesh_and_a_transfer_guard(path, axis_type):
     with jax.transfer_guard("disallow"):
       recorder.push(2, state, params=params)
   assert clipjax.runs.read_run(path).weights[2].sum(axis=1).tolist() == [8 + 70_000] * 3
+
+
+def test_sigterm_closes_what_is_open_and_goes_on_to_the_end(path, monkeypatch, capsys):
+  class Broken:
+    path, identity = "x", None
+
+    def close(self, patience):
+      raise OSError("gone")
+
+  ended, broken = [], Broken()
+  monkeypatch.setattr(os, "kill", lambda pid, number: ended.append((pid, number)))
+  before = signal.getsignal(signal.SIGTERM)
+  recorder = clipjax.runs.Recorder(path)
+  exits._OPEN.add(broken)
+  recorder.push(1, None, loss=2.0)
+  exits._on_sigterm(signal.SIGTERM, None)
+  exits._OPEN.discard(broken)
+  signal.signal(signal.SIGTERM, before)
+  recorder.close()
+  assert ended == [(os.getpid(), signal.SIGTERM)] and clipjax.runs.read_run(path)["loss"].tolist() == [2]
+  assert capsys.readouterr().err == "clipjax: gone\n"
+  with pytest.raises(ValueError, match="`push` must be called before `close`"):
+    recorder.push(2, None)
+
+
+def test_what_tells_whether_sigterm_is_free(monkeypatch):
+  before = signal.getsignal(signal.SIGTERM)
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  assert exits._is_sigterm_free()
+  monkeypatch.setattr(Path, "read_text", lambda self: "Name: x\nSigCgt:\t0000000000004000\n")
+  assert not exits._is_sigterm_free()  # What JAX takes in C++, Python does not see.
+  monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
+  assert exits._is_sigterm_free()
+  signal.signal(signal.SIGTERM, lambda *_: None)
+  assert not exits._is_sigterm_free()
+  signal.signal(signal.SIGTERM, before)
+
+
+def test_a_forked_child_forgets_the_recorders_and_the_signal(path):
+  recorder = clipjax.runs.Recorder(path)
+  exits._forget()
+  assert exits.open_at(str(path)) is None and not exits._IS_OURS.is_set()
+  recorder.close()

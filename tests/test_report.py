@@ -25,6 +25,7 @@ from clipjax.runs.report import figures as report_figures
 from clipjax.runs.report import page as report_page
 from clipjax.runs.report import sections as report_sections
 from clipjax.runs.report import series as report_series
+from clipjax.runs.report import write as report_write
 from clipjax.runs.run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -694,3 +695,14 @@ def test_clipped_steps_are_those_that_the_clip_counted_where_rows_do_not_tell():
   assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", report_sections.summary(shown(run)))
   run.columns["grad/clipped_steps"] = np.append(np.full(len(run) - 2, np.nan), [249.0, 250.0])
   assert re.search(r"clipped steps</dt>\s*<dd>250<", report_sections.summary(shown(run)))
+
+
+@pytest.mark.parametrize("call", [lambda run, path: clipjax.runs.plot_norms(run), clipjax.runs.write_report])
+def test_a_part_that_cannot_be_imported_is_told_as_it_is(monkeypatch, tmp_path, call):
+  for name in ("figures", "build"):
+    monkeypatch.setitem(sys.modules, f"clipjax.runs.report.{name}", None)
+    monkeypatch.delattr(f"clipjax.runs.report.{name}", raising=False)
+  with pytest.raises(ModuleNotFoundError, match=r"clipjax\.runs\.report"):
+    call(clipjax.runs.Run.from_arrays({"grad/norm": [1.0, 2.0]}), tmp_path / "x.html")
+  told = report_write._without_matplotlib(ModuleNotFoundError(name="matplotlib"))
+  assert str(told) == "a report needs matplotlib: pip install 'clipjax[report]'"

@@ -14,7 +14,7 @@ KEYS = {value for value in KEYS if isinstance(value, str)}
 # Words that are no key where they stand: a label, the name of a finding or of an argument, a field of the page's JSON.
 WORDS = {
   "arrays.py": {"steps", "parameters", "leaves", "weights"},
-  "loggers/kinds.py": {"step"},
+  "loggers/kinds.py": {"leaves", "step"},
   "record/pushes.py": {"step"},
   "record/recorder.py": {"every"},
   "record/weights.py": {"nonfinite"},

@@ -305,7 +305,8 @@ REFUSED = {
   "a class": (lambda: Scalars, "<class 'test_writers.Scalars'>: pass an instance."),
   "a string": (lambda: "runs", "'runs': pass a function that hands the values on."),
   "an object": (object, "an object: pass a function that hands the values on."),
-  "another pair": (lambda: (Scalars(), "leafs"), "a tuple: pass a function that hands the values on."),
+  "another pair": (lambda: (Scalars(), "leafs"), "a tuple: of a pair the second must be 'leaves'."),
+  "a pair that is no list": (lambda: "leaves", "'leaves': pass [(logger, 'leaves')]."),
 }  # fmt: skip
 
 

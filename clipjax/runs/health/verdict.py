@@ -62,7 +62,7 @@ class HealthReport(Sequence[Finding]):
     findings: what was found, FAIL before WARN before INFO.
     path: the file of the run.
     steps: how many steps it has.
-    warmup_steps: how many of them, from the first on, were left out of medians and percentiles.
+    warmup_steps: how many steps, from the first one on, were left out of medians and percentiles.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, clipjax
