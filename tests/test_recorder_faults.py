@@ -545,3 +545,62 @@ def test_a_forked_child_forgets_the_recorders_and_the_signal(path):
   exits._forget()
   assert exits.open_at(str(path)) is None and not exits._IS_OURS.is_set()
   recorder.close()
+
+
+def test_a_push_that_comes_when_the_thread_has_ended_is_told(path):
+  recorder = clipjax.runs.Recorder(path)
+  recorder.push(1, None, loss=1.0)
+  pipeline = recorder._pipeline
+  pipeline._request(pipeline._finish)  # As `close` in another thread, which has not come back yet.
+  with pytest.raises(ValueError, match="got a push while another thread closed the Recorder"):
+    recorder.push(2, None, loss=2.0)
+  recorder.flush()
+  recorder.close()
+  assert clipjax.runs.read_run(path).steps.tolist() == [1]
+
+
+def test_what_is_collected_in_another_thread_is_closed_by_a_third(path):
+  from clipjax.runs.record import recorder as module  # noqa: PLC0415
+
+  recorder = clipjax.runs.Recorder(path)
+  recorder.push(1, None, loss=1.0)
+  thread = threading.Thread(target=module._end, args=(recorder._pipeline, recorder._notes))
+  thread.start()
+  thread.join()
+  deadline = time.monotonic() + 20
+  while not recorder._pipeline.is_closed:
+    assert time.monotonic() < deadline
+  assert clipjax.runs.read_run(path).steps.tolist() == [1]
+  recorder.close()
+
+
+def test_what_on_finding_raises_comes_out_of_with(path):
+  def stop(finding):
+    raise RuntimeError(finding.name)
+
+  with pytest.raises(RuntimeError, match="nonfinite-loss"), clipjax.runs.Recorder(path, on_finding=stop) as recorder:
+    recorder.push(1, None, loss=float("nan"))
+  assert len(clipjax.runs.read_run(path)) == 1
+
+
+def test_a_step_that_cannot_be_read_costs_its_push(path):
+  recorder = clipjax.runs.Recorder(path)
+  recorder.push(jnp.int32(1), None, loss=1.0)
+  recorder.push(jnp.int32(2), None, loss=1.0)
+  deadline = time.monotonic() + 20
+  while len(recorder._pipeline._batch) < 2:
+    assert time.monotonic() < deadline
+  recorder._pipeline._batch[0].vector.delete()
+  with pytest.warns(RuntimeWarning, match="1 pushes could not be read from the device"):
+    recorder.close()
+  assert clipjax.runs.read_run(path).steps.tolist() == [2]
+
+
+def test_a_series_that_is_longer_than_what_is_remembered_goes_back(path, monkeypatch):
+  from clipjax.runs.record import rows  # noqa: PLC0415
+
+  monkeypatch.setattr(rows, "_REMEMBERED", 5)
+  with clipjax.runs.Recorder(path) as recorder:
+    for step in [*range(20), *range(3, 6)]:
+      recorder.push(step, None, loss=float(step))
+  assert clipjax.runs.read_run(path).steps.tolist() == [*range(6)]
