@@ -64,12 +64,11 @@ class Pipeline:
     self._process = os.getpid()
     self._started = time.time()
     self.parameters: int | None = None
-    self._queue: queue.SimpleQueue[Pushed | _Request] = queue.SimpleQueue()
+    self._pending: deque[Pushed] = deque()
+    self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()  # None: a batch has gathered.
     self._batch: list[Pushed] = []
     self._held: dict[str, Any] | None = None  # A row that more numbers of its step may still come to.
     self._is_closed = self._is_ending = False
-    self._ending = threading.Lock()
-    self._late: list[Any] = []  # Pushes that came when the thread had ended.
     self._made: list[Made] = []
     self._thread = threading.Thread(target=self._run, name="clipjax recorder", daemon=True)
     self._thread.start()
@@ -93,15 +92,14 @@ class Pipeline:
     """Takes a push; waits only while two batches are on their way."""
     if self._is_elsewhere():
       raise ValueError("`push` must be called in the process that made the Recorder, got a fork of it: make another.")
-    self._queue.put(pushed)
+    self._pending.append(pushed)
     if self._is_ending:  # Another thread closes: whether this push came in time is known once the thread has ended.
       self._thread.join()
-      with self._ending:
-        while self._queue.qsize():
-          self._late.append(self._queue.get())
-      if any(late is pushed for late in self._late):
+      if any(late is pushed for late in list(self._pending)):
         raise ValueError("`push` must be called before `close`, got a push while another thread closed the Recorder.")
-    _wait_until(lambda: self._queue.qsize() + len(self._batch) < 2 * self._every or not self._thread.is_alive())
+    elif len(self._pending) >= self._every:  # To wake the thread for each push would cost more than the push.
+      self._queue.put(None)
+      _wait_until(lambda: len(self._pending) + len(self._batch) < 2 * self._every or not self._thread.is_alive())
 
   def drain(self) -> None:
     """Waits until all that was pushed before is written, and given to the writers."""
@@ -142,17 +140,15 @@ class Pipeline:
     while True:
       item = self._queue.get()
       try:
-        if isinstance(item, Pushed):
-          self._batch.append(item)
-          if len(self._batch) >= self._every:
-            self._write_batch()
-          continue
-        self._write_batch()
-        item.action()
+        while len(self._pending) >= self._every:
+          self._write_batch(self._every)
+        if item is not None:
+          self._write_batch(len(self._pending))
+          item.action()
       except BaseException as error:  # A fault of ours, or no memory: the loop is told, and the thread goes on.
         self._batch = []
         self._notes.add(_Failure(error))
-      if isinstance(item, _Request):
+      if item is not None:
         item.is_done = True
         if item.action == self._finish:
           return
@@ -162,8 +158,8 @@ class Pipeline:
     self._write_made()
     return norms_in(self.path, first, last)
 
-  def _write_batch(self) -> None:
-    batch = self._batch
+  def _write_batch(self, count: int) -> None:
+    batch = self._batch = [self._pending.popleft() for _ in range(count)]
     if batch:
       vectors = fetched([p.vector for p in batch], self._notes.warn)
       weights = fetched([p.weights for p in batch], self._notes.warn)
@@ -203,15 +199,13 @@ class Pipeline:
   def _finish(self) -> None:
     # What other threads push from here on may be too late, and what they have pushed is not.
     self._is_ending = True
-    items = [self._queue.get() for _ in range(self._queue.qsize())]
-    self._batch += [item for item in items if isinstance(item, Pushed)]
-    self._write_batch()
+    self._write_batch(len(self._pending))
     self._made += self._rows.rest()
     self._write_made()
     self._file.write(self._header(), [])
     self._release()
-    for item in items:
-      if isinstance(item, _Request):
+    while self._queue.qsize():  # What another thread has asked for is done too.
+      if (item := self._queue.get()) is not None:
         item.is_done = True
 
   def _header(self) -> dict[str, Any]:
