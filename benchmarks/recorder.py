@@ -1,11 +1,11 @@
 """What seeing costs: `clipjax.watch` and `Recorder.push` on the demo's training step, and the push by itself.
 
-Run `python benchmarks/recorder.py [--rounds 1000]`. The demo's step without a watch, with one before the clip, and with
-that and a push take turns in an order of chance, each on a training of its own, timed on the wall and on the processor;
-the latter is what counts where other processes disturb the wall time. The median of the differences is what an ordinary
-step adds; the sum has the reads of every 50th in it. Then the host time of one push in a loop of 4.7 ms, and of pushes that follow each other at once, for states of 3 to 1000
-leaves.
-Last the time of a row, all reads and writes in it, of 200 layers in 12 stacked arrays beside 24 plain leaves.
+Run `python benchmarks/recorder.py [--rounds 1000]`. The demo's step without a watch, with one before the clip, and
+with that and a push take turns in an order of chance, each on a training of its own, timed on the wall and on the
+processor; the latter is what counts where other processes disturb the wall time. The median of the differences is
+what an ordinary step adds; the sum has the reads of every 50th in it. Then the host time of one push in a loop of 4.7
+ms, and of pushes that follow each other at once, for states of 3 to 1000 leaves. Last the time of a row, all reads
+and writes in it, of 200 layers in 12 stacked arrays beside 24 plain leaves.
 """
 
 import argparse
