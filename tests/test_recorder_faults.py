@@ -97,7 +97,7 @@ def test_twenty_interrupts_and_no_row_lost(path):
 
 
 def test_close_that_was_interrupted_goes_on_the_second_time(path):
-  slow = slow_loss(60)
+  slow = slow_loss(100)
   recorder = clipjax.runs.Recorder(path)
   for step in range(6):
     recorder.push(step, None, loss=slow(jnp.float32(step)))
