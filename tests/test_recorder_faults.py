@@ -71,27 +71,35 @@ def test_an_interrupt_while_push_waits_loses_no_row(path):
 
 
 def test_twenty_interrupts_and_no_row_lost(path):
-  seen, losses = [], [jnp.float32(step) for step in range(2000)]
+  seen, losses, done = [], [jnp.float32(step) for step in range(2000)], [0]
 
   def interrupt():
     for i in range(20):
-      time.sleep(0.01)
+      time.sleep(0.05)  # The loop is inside `try` again.
       os.kill(os.getpid(), signal.SIGINT)
       while len(seen) <= i:
         time.sleep(0.001)
 
   recorder = clipjax.runs.Recorder(path, every=3)
   recorder.push(0, None, loss=losses[0])  # Its program is compiled.
-  step, thread = 1, threading.Thread(target=interrupt)
+  thread = threading.Thread(target=interrupt)
+
+  def loop():
+    while done[0] < 1999 or thread.is_alive():
+      step = min(done[0] + 1, 1999)
+      recorder.push(step, None, loss=losses[step])
+      done[0] = step
+
   thread.start()
-  while step < 2000 or thread.is_alive():
+  while True:
     try:
-      recorder.push(min(step, 1999), None, loss=losses[min(step, 1999)])
-      step += 1
+      loop()
+      break
     except KeyboardInterrupt:  # The push was cut short, or not: it is made again.
-      seen.append(step)
+      seen.append(done[0])
   thread.join()
   recorder.close()
+  assert len(seen) == 20
   run = clipjax.runs.read_run(path)
   assert run.steps.tolist() == run["loss"].tolist() == [*range(2000)]
 
