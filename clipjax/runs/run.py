@@ -12,7 +12,7 @@ import numpy as np
 
 from clipjax.runs.arrays import fields_of
 from clipjax.runs.kinds import Bools, Floats, Ints, Objects
-from clipjax.runs.schema import name_of
+from clipjax.runs.schema import UNITS, name_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -127,7 +127,7 @@ class Run:
     """The vector that a key such as "grad/norm/w" belongs to, and the place of the leaf in it."""
     if not isinstance(key, str):
       return None
-    for ending in ("", "_group", "_leaf"):  # Of blocks that are not those of the watch of this name.
+    for ending in UNITS:  # Of blocks that are not those of the watch of this name.
       for vector in self.vectors:
         name, _, quantity = vector.rpartition("/")
         start, leaves = f"{name.removesuffix(ending)}/{quantity}/", self.leaves[name]

@@ -1,4 +1,4 @@
-"""Numbers as a file of rows has them. It loads without JAX.
+"""Numbers as a file of rows has them.
 
 A float32 is written with 9 digits, which tell it from every other one. Layers stacked in one array have thousands of
 norms, so vectors become text by numpy: the same numbers in a tenth of the time.

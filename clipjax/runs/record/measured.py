@@ -15,8 +15,9 @@ import numpy as np
 
 from clipjax.quantities import CONSECUTIVE, LIMITS, SO_FAR
 from clipjax.rules.base import is_no_limit
+from clipjax.runs.record.once import Once
 from clipjax.runs.record.packing import Packer, Ring, Seen
-from clipjax.runs.schema import key_of
+from clipjax.runs.schema import UNITS, key_of
 
 
 class Measured(NamedTuple):
@@ -61,11 +62,10 @@ class States:
   """
 
   def __init__(self, warn: Callable[[str], None]):
-    self._warn = warn
+    self._once = Once(warn)
     self._last: dict[Packer, list[_Last]] = {}  # By the structure, of each optimizer.
     self._steps: dict[Packer, int] = {}  # For how many steps a structure was pushed, up to 2.
     self._names: dict[tuple[Packer, int], dict[str, str]] = {}  # New names of each optimizer.
-    self._said: set[str] = set()
     self.leaves: dict[str, tuple[str, ...]] = {}  # By the name of a state, as recorded.
 
   def measured(self, packer: Packer, seen: Seen, step: int) -> Measured:
@@ -122,7 +122,7 @@ class States:
       return len(known), False
     nearest = others[0] if others else min(here, key=lambda i: abs(known[i].update - update))
     if nearest in here and known[nearest].update < update:
-      self._say(_GROW.format(step, known[nearest].update, update))
+      self._once.say("one step", _GROW.format(step, known[nearest].update, update))
     return nearest, nearest in here and known[nearest].update >= update
 
   def _names_of(self, packer: Packer, place: int, step: int) -> dict[str, str]:
@@ -135,20 +135,15 @@ class States:
     names = {s.name: _free(s.name, taken) for s in packer.sources if s.name in taken}
     if names:
       old, new = next(iter(names.items()))
-      self._say(
+      self._once.say(
+        "opt_state",
         f"`opt_state` must be of one optimizer, or have names of its own, got a second one with '{old}' for step "
-        f"{step}: it is recorded as '{new}'; give its clips and watches another name, as in watch(name=\"critic\")."
+        f"{step}: it is recorded as '{new}'; give its clips and watches another name, as in watch(name=\"critic\").",
       )
     self._names[packer, place] = names
     for name, labels in packer.leaves.items():
       self.leaves[_renamed(name, names)] = tuple(labels)
     return names
-
-  def _say(self, text: str) -> None:
-    kind = text[:40]
-    if kind not in self._said:
-      self._said.add(kind)
-      self._warn(text)
 
 
 _GROW = (
@@ -172,7 +167,7 @@ def _free(name: str, taken: set[str]) -> str:
 def _renamed(key: str, names: dict[str, str]) -> str:
   """A key, or the name of a state, with the new name of the state."""
   for old, new in names.items():
-    for ending in ("", "_group", "_leaf"):
+    for ending in UNITS:
       if key == old + ending or key.startswith(f"{old}{ending}/"):
         return new + key[len(old) :]
   return key

@@ -202,8 +202,7 @@ class Recorder:
       exits.remove(older)
       warn(
         f"{name!r} was open in another Recorder of this process, which is closed now: close a Recorder, best by "
-        "`with`, "
-        "before you make another of its path."
+        "`with`, before you make another of its path."
       )
     file = RunFile(path, warn)
     self._pipeline = Pipeline(self._every, file, writers, Live(limits), self._notes, is_told)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from clipjax.quantities import NORM
+from clipjax.runs.record.once import Once
 from clipjax.runs.record.packing import Ring
 from clipjax.runs.schema import key_of
 from clipjax.runs.text import numbers
@@ -32,10 +33,9 @@ class Rings:
 
   def __init__(self, recorded: Callable[[int, int], dict[int, Norms]], warn: Callable[[str], None]):
     self._recorded = recorded
-    self._warn = warn
+    self._once = Once(warn)
     self._last: _Place | None = None
     self._lag: dict[str, int] = {}  # By how much the count of a watch is behind the updates.
-    self._said: set[str] = set()
 
   def between(self, step: int, update: int, rings: dict[str, Ring]) -> tuple[list[tuple[int, Norms]], int | None]:
     """The steps between the last push and this one, ascending, with their norms.
@@ -50,10 +50,11 @@ class Rings:
     if before is not None and not is_new:
       stride = (step - before.step) // (update - before.update)
       if stride == 0:
-        self._say(
+        self._once.say(
+          "slow steps",
           f"`step` must grow at least as fast as the updates, got {before.step} and {step} for "
           f"{update - before.update} updates: the norms between them have no number and are not recorded; push the "
-          "number of the last update."
+          "number of the last update.",
         )
         return [], None
     rows = self._rows(_Place(step, update), None if is_new else before, rings, stride)
@@ -92,15 +93,11 @@ class Rings:
     return out, other
 
   def _say_gap(self, name: str, size: int, steps: int) -> None:
-    self._say(
+    self._once.say(
+      "history",
       f"`history` of the watch '{name}' must reach from one push to the next, got {size} for {steps} steps: those "
-      f"before are not recorded; pass watch(history={steps})."
+      f"before are not recorded; pass watch(history={steps}).",
     )
-
-  def _say(self, text: str) -> None:
-    if text[:20] not in self._said:
-      self._said.add(text[:20])
-      self._warn(text)
 
 
 def _is_same(recorded: float, norm: float) -> bool:

@@ -5,9 +5,11 @@ are in it. The parts: `series` takes the numbers out of the run, `figures` draws
 styles, `build` puts it together.
 """
 
+import contextlib
 import errno
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from clipjax.runs.health.findings import HealthLimits
@@ -53,10 +55,8 @@ def plot_norms(run: Run, *, limits: HealthLimits | None = None, warmup_steps: in
   series = norm_series(run, limits, warmup_steps)
   if series is None:
     raise ValueError(f"`run` must have a norm, got {sorted(run.columns)}: chain clipjax.watch() or a clip, and push.")
-  try:
+  with _needs_matplotlib():
     from clipjax.runs.report import figures  # noqa: PLC0415  (needs the extra)
-  except ModuleNotFoundError as error:
-    raise _without_matplotlib(error) from error
   return figures.norms(series)
 
 
@@ -109,10 +109,8 @@ def write_report(
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   if not target.parent.is_dir():
     raise FileNotFoundError(errno.ENOENT, "the directory of the report does not exist, make it first", str(path))
-  try:
+  with _needs_matplotlib():
     from clipjax.runs.report import build  # noqa: PLC0415  (needs the extra)
-  except ModuleNotFoundError as error:
-    raise _without_matplotlib(error) from error
   _write(target, build.whole_page(run, limits, warmup_steps).encode("ascii", "xmlcharrefreplace"))
   return target
 
@@ -133,6 +131,15 @@ def _write(target: pathlib.Path, content: bytes) -> None:
   finally:
     if not is_special:
       beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _needs_matplotlib() -> Iterator[None]:
+  """Says what to install where the import inside finds no matplotlib."""
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    raise _without_matplotlib(error) from error
 
 
 def _without_matplotlib(error: ModuleNotFoundError) -> ImportError:
