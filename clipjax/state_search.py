@@ -18,7 +18,9 @@ from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
 
-_SOUGHT = (ClipState, SkipState, WatchState, optax.MultiStepsState, optax.GradientTransformation)
+_OURS = (ClipState, SkipState, WatchState)
+_SOUGHT = (*_OURS, optax.MultiStepsState, optax.GradientTransformation)
+_SHELLS = (optax.EmptyState, optax.MaskedState, optax.MaskedNode)  # States that tell nothing of an optimizer.
 
 # Fields that tell a state of this package which has become a dict, without its type and the names of its leaves.
 _MARKS = (
@@ -108,6 +110,20 @@ def _walk(tree: Any, prefix: tuple[Any, ...], accumulators: tuple[Any, ...]) -> 
       for field, value in state._asdict().items():
         around = (*accumulators, state) if field == "inner_opt_state" else accumulators
         yield from _walk(value, (*here, jax.tree_util.GetAttrKey(field)), around)
+
+
+def optimizer_states(tree: Any) -> tuple[str, ...]:
+  """The classes of the states of other transformations in a tree, each once, as in `("ScaleByAdamState",)`."""
+  return tuple(dict.fromkeys(type(x).__name__ for x in _namedtuples(tree) if not isinstance(x, (*_OURS, *_SHELLS))))
+
+
+def _namedtuples(x: Any) -> Iterator[Any]:
+  """Every NamedTuple in a tree of tuples, lists and dicts, from the outside in."""
+  if _is_namedtuple(x):
+    yield x
+  if isinstance(x, tuple | list | Mapping):
+    for part in x.values() if isinstance(x, Mapping) else x:
+      yield from _namedtuples(part)
 
 
 def _transform_labels(path: tuple[Any, ...]) -> list[str]:

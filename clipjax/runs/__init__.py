@@ -4,6 +4,8 @@ A run flows one way: optimizer state -> `packing` -> `rows` -> file -> `Run` -> 
 every key of a row once.
 """
 
+from clipjax.runs.health.events import Event as Event
+from clipjax.runs.health.events import Move as Move
 from clipjax.runs.health.findings import Finding as Finding
 from clipjax.runs.health.findings import HealthLimits as HealthLimits
 from clipjax.runs.health.verdict import HealthReport as HealthReport
@@ -24,6 +26,8 @@ __all__ = [  # noqa: RUF022  (in the order of a run)
   "HealthReport",
   "HealthLimits",
   "Finding",
+  "Event",
+  "Move",
   "suggest_max_norm",
   "Suggestion",
   "write_report",

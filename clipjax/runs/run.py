@@ -39,6 +39,8 @@ class Run:
       several micro-batches, or None where it has none. None where no row has one.
     superseded: how many rows of the file are left out, as the run went back to an earlier step.
     unreadable: how many lines of the file were torn by a crash, or hold nothing of a run.
+    optimizer: the classes of the states that were pushed, such as "ScaleByAdamState", without those of this package;
+      empty where they are not known.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, clipjax
@@ -62,6 +64,7 @@ class Run:
   batches: Objects | None = None
   superseded: int = 0
   unreadable: int = 0
+  optimizer: tuple[str, ...] = ()
 
   @classmethod
   def from_arrays(cls, arrays: Mapping[str, Any], steps: Any = None) -> "Run":

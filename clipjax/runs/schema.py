@@ -18,6 +18,7 @@ STARTED = "started"  # Seconds since 1970; tells one `Recorder` from the next.
 LEAVES = "leaves"  # Names of leaves or groups, by the name of a state.
 PARAMETERS = "parameters"
 EVERY = "every"
+OPTIMIZER = "optimizer"  # The classes of the states that were pushed, without those of this package.
 
 # A row.
 STEP = "step"  # The number that the caller pushed.

@@ -12,6 +12,7 @@ from typing import Any, overload
 import numpy as np
 
 from clipjax.runs.health.clips import clipped, clipped_often, skipped
+from clipjax.runs.health.events import Event
 from clipjax.runs.health.facts import left_out, parameters, step_time, too_few
 from clipjax.runs.health.findings import Finding, HealthLimits, check_limits
 from clipjax.runs.health.layers import layer_spread, zero_gradient, zeros
@@ -63,6 +64,7 @@ class HealthReport(Sequence[Finding]):
     path: the file of the run.
     steps: how many steps it has.
     warmup_steps: how many steps, from the first one on, were left out of medians and percentiles.
+    events: what happened, in the order of the steps: spikes of the series, brought together.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, clipjax
@@ -81,6 +83,7 @@ class HealthReport(Sequence[Finding]):
   path: str
   steps: int
   warmup_steps: int
+  events: tuple[Event, ...] = ()
 
   def __len__(self) -> int:
     return len(self.findings)

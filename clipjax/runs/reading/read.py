@@ -19,7 +19,7 @@ from clipjax.runs.kinds import Ints, Names
 from clipjax.runs.reading.columns import Row, Table
 from clipjax.runs.reading.lines import Part, Survey, checked_path, is_blank, is_run, last_parts, parts, survey
 from clipjax.runs.run import Run
-from clipjax.runs.schema import BACK, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
+from clipjax.runs.schema import BACK, FORMAT, HEADER, LEAF, LEAVES, OPTIMIZER, PARAMETERS, STARTED, STEP, VERSION, merge
 
 _HEAD = 2**20  # Bytes that are looked at for a first row.
 
@@ -171,6 +171,7 @@ class Course:
       batches=table.batches(),
       superseded=table.dropped,
       unreadable=unreadable,
+      optimizer=_classes(self.header),
     )
 
   def _begin(self, header: dict[str, Any]) -> None:
@@ -297,6 +298,14 @@ def _checked_format(header: dict[str, Any]) -> int:
   if number > FORMAT:
     raise _LaterFormatError(number, header.get(VERSION))
   return number
+
+
+def _classes(header: dict[str, Any]) -> tuple[str, ...]:
+  """The classes of the states of the optimizer."""
+  names = header.get(OPTIMIZER) or ()
+  if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    raise TypeError("the optimizer must be a list of names")
+  return tuple(names)
 
 
 def _names(header: dict[str, Any]) -> Names:

@@ -21,7 +21,15 @@ from clipjax.quantities import NORM
 from clipjax.runs.schema import USER_STEP, key_of
 from clipjax.runs.text import numbers
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
-from clipjax.state_search import found_in, held_tree, is_accumulator, is_wrapper, named, unwrapped
+from clipjax.state_search import (
+  found_in,
+  held_tree,
+  is_accumulator,
+  is_wrapper,
+  named,
+  optimizer_states,
+  unwrapped,
+)
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.watch import WatchState
 
@@ -127,12 +135,14 @@ class Packer:
     source_of: the place among them of the state that a metric, a vector or a ring is of, by kind and key.
     quantity_of: what each of them is, such as "norm".
     is_accumulated: whether all of them are inside `optax.MultiSteps`, and see a step once in several pushes.
+    optimizer: the classes of the other states.
   """
 
   def __init__(self, opt_state: Any):
     tree = held_tree(opt_state)
     everything = [] if tree is None else found_in(tree)
     ours = named(everything)
+    self.optimizer = optimizer_states(tree)
     self.sources = [_Source(name, found.path, found.state) for name, found in ours]
     skips = [source for source in self.sources if source.is_skip]
     for source in self.sources:

@@ -25,7 +25,20 @@ from clipjax.runs.record.resumed import before_in, norms_in
 from clipjax.runs.record.rings import Norms
 from clipjax.runs.record.rows import Made, Rows
 from clipjax.runs.record.run_file import RunFile
-from clipjax.runs.schema import BACK, EVERY, FORMAT, HEADER, LEAF, LEAVES, PARAMETERS, STARTED, STEP, VERSION, merge
+from clipjax.runs.schema import (
+  BACK,
+  EVERY,
+  FORMAT,
+  HEADER,
+  LEAF,
+  LEAVES,
+  OPTIMIZER,
+  PARAMETERS,
+  STARTED,
+  STEP,
+  VERSION,
+  merge,
+)
 
 
 class _Request:
@@ -64,6 +77,7 @@ class Pipeline:
     self._process = os.getpid()
     self._started = time.time()
     self.parameters: int | None = None
+    self._optimizer: tuple[str, ...] = ()
     self._pending: deque[Pushed] = deque()
     self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()  # None: a batch has gathered.
     self._batch: list[Pushed] = []
@@ -87,6 +101,10 @@ class Pipeline:
   def path(self) -> str:
     """The file."""
     return str(self._file.path)
+
+  def has_optimizer(self, states: tuple[str, ...]) -> None:
+    """Takes the classes of the states of an optimizer that is pushed."""
+    self._optimizer = tuple(dict.fromkeys(self._optimizer + states))
 
   def put(self, pushed: Pushed) -> None:
     """Takes a push; waits only while two batches are on their way."""
@@ -216,6 +234,7 @@ class Pipeline:
       LEAVES: dict(self._rows.leaves),
       PARAMETERS: self.parameters,
       EVERY: self._every,
+      OPTIMIZER: list(self._optimizer),
     }
 
 

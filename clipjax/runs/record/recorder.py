@@ -245,6 +245,8 @@ class Recorder:
         return found
       packer = packing.Packer(opt_state)
       self._packers = [packer, *self._packers]
+      assert self._pipeline is not None
+      self._pipeline.has_optimizer(packer.optimizer)
     return packer, packer.arrays(opt_state) or []
 
   def _found(self, opt_state: Any) -> tuple[packing.Packer, list[Any]] | None:
