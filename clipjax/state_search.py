@@ -14,13 +14,14 @@ import jax
 import optax
 
 from clipjax.checks import describe
+from clipjax.rules.base import StepCount
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
 
 _OURS = (ClipState, SkipState, WatchState)
 _SOUGHT = (*_OURS, optax.MultiStepsState, optax.GradientTransformation)
-_SHELLS = (optax.EmptyState, optax.MaskedState, optax.MaskedNode)  # States that tell nothing of an optimizer.
+_SHELLS = (StepCount, optax.EmptyState, optax.MaskedState, optax.MaskedNode)  # They tell nothing of an optimizer.
 
 # Fields that tell a state of this package which has become a dict, without its type and the names of its leaves.
 _MARKS = (

@@ -380,7 +380,7 @@ def test_numbers_are_to_the_bit_those_of_the_parser(rows, size):
     patch.setattr(digits, "_PIECE", size)
     found = digits.block("".join(text).encode())
   assert found.keys == ("step", *keys) and found.steps.tolist() == list(range(len(rows)))
-  want = np.array([[float(x) for x in json.loads(line).values()] for line in text])
+  want = np.array([[*json.loads(line, parse_int=float).values()] for line in text])
   assert found.values.tobytes() == want.tobytes()
 
 

@@ -143,6 +143,7 @@ def test_header(path):
   assert abs(header.pop("started") - time.time()) < 60
   assert header == {
     "clipjax_run": 2, "version": clipjax.__version__, "leaves": {"grad": ["b", "w"]}, "parameters": 3, "every": 7,
+    "optimizer": ["ScaleByAdamState"],
   }  # fmt: skip
 
 

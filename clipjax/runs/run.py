@@ -137,3 +137,17 @@ class Run:
         if name.endswith(ending) and key.startswith(start) and key[len(start) :] in leaves:
           return vector, leaves.index(key[len(start) :])
     return None
+
+
+def rows_before(run: Run, step: int) -> Run:
+  """The rows of a run before a step."""
+  count = int(np.searchsorted(run.steps, step))
+  vectors = {key: (steps[steps < step], values[steps < step]) for key, (steps, values) in run.vectors.items()}
+  return dataclasses.replace(
+    run,
+    steps=run.steps[:count],
+    columns={key: column[:count] for key, column in run.columns.items()},
+    flags={key: column[:count] for key, column in run.flags.items()},
+    vectors={key: vector for key, vector in vectors.items() if vector[0].size},
+    batches=None if run.batches is None else run.batches[:count],
+  )

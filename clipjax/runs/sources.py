@@ -20,7 +20,8 @@ PASCANU = Source("Pascanu et al. 2013", "https://arxiv.org/abs/1211.5063")
 CS231N_RATIO = Source("CS231n, ratio of updates to weights", "https://cs231n.github.io/neural-networks-3/#ratio")
 CS231N_RELU = Source("CS231n, dead units", "https://cs231n.github.io/neural-networks-1/#actfun")
 PRECHELT = Source("Prechelt, Early stopping, but when?, 1998", "https://doi.org/10.1007/3-540-49430-8_3")
+HAMPEL = Source("Hampel 1974, the median deviation", "https://doi.org/10.1080/01621459.1974.10482962")
+MIXED_PRECISION = Source("Micikevicius et al. 2018, loss scaling", "https://arxiv.org/abs/1710.03740")
 
-BY_TEXT = {
-  str(source): source for source in (PLAYBOOK, OLMO_CORE, OLMO_2, PASCANU, CS231N_RATIO, CS231N_RELU, PRECHELT)
-}
+_ALL = (PLAYBOOK, OLMO_CORE, OLMO_2, PASCANU, CS231N_RATIO, CS231N_RELU, PRECHELT, HAMPEL, MIXED_PRECISION)
+BY_TEXT = {str(source): source for source in _ALL}

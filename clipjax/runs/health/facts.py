@@ -1,11 +1,14 @@
 """What is good to know of a run, and of its record, that is no defect."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from clipjax.runs.health.detectors import FEWEST
 from clipjax.runs.health.findings import Finding
+from clipjax.runs.health.series import series_of
 from clipjax.runs.health.view import View
+from clipjax.runs.roles import judged_states, keys_with, main_loss
 from clipjax.runs.speed import speed
-from clipjax.runs.words import counted, duration
+from clipjax.runs.words import counted, duration, several
 
 
 def too_few(view: View) -> Iterator[Finding]:
@@ -32,6 +35,27 @@ def left_out(view: View) -> Iterator[Finding]:
     what = "1 line could not be read and was" if unreadable == 1 else f"{unreadable:,} lines could not be read and were"
     message = f"{what} left out, as where a process ended while it wrote."
     yield Finding("INFO", "unreadable", message)
+
+
+def not_judged(view: View) -> Iterator[Finding]:
+  """INFO: which losses and states are not judged, or not wholly, and why."""
+  run, said = view.run, []
+  main = main_loss(run.columns)
+  others = [key for key in keys_with(run.columns, "loss") if key != main]
+  if others:
+    why = "of several losses none is called as the one that is trained" if main is None else f"{main!r} is the one"
+    said.append(f"{_list(others)}: for spikes and for what is not finite alone, since {why}")
+  if same := [name for name in judged_states(run) if name not in view.names]:
+    said.append(f"{_list(same)}: the same norms as {_list(view.names)}")
+  few = [series.key for series in series_of(run) if 0 < series.values.size < FEWEST]
+  if few:
+    said.append(f"{_list(few)}: fewer than {FEWEST} values")
+  if said:
+    yield Finding("INFO", "not-judged", f"Not judged in full: {'; '.join(said)}.")
+
+
+def _list(names: Sequence[str]) -> str:
+  return several(names, names)
 
 
 def parameters(view: View) -> Iterator[Finding]:

@@ -40,19 +40,27 @@ class Finding(NamedTuple):
 class HealthLimits(NamedTuple):
   """Where the findings of `diagnose` begin; the defaults are published rules where there are any.
 
+  The others were chosen on runs of known condition: docs/verdicts.md of the project says how they fare on others.
+
   Attributes:
     min_steps: finite norms after the warm-up that statistics need.
+    spike_sigma: deviations, each 1.4826 median absolute deviations, above the median from which on a value is a spike.
+    spike_window: over how many values before it.
+    lost: share of what was learned whose loss at the end is a FAIL.
+    rising_loss: the same share for a WARN; and by how much of its first value a loss that ends above it has diverged.
+    learned: the fall of a loss, over its first value, below which nothing was learned.
+    stopped: share of the run at its end in which nothing trains.
     clip_fraction: share of steps that are clipped; the tuning playbook calls more than 0.5 "extremely aggressive".
-    spike_sigma: standard deviations above the mean from which on a norm is a spike; OLMo-core's rule.
-    spike_window: over how many norms before it; OLMo-core's rule.
-    rise: median norm, and median loss, of the last quarter over an earlier one; of this package.
+    clip_left: and the part of the gradient that is left there.
+    rise: median norm at the end over the smallest one before.
     ratio_low: smallest median ratio of update to parameters; around 1e-3 is what CS231n asks for.
     ratio_high: largest such ratio.
-    spread: largest median norm of a layer over the smallest; of this package.
+    spread: largest median norm of a layer over the smallest.
     norm_low: median norm below which an INFO says so; a hint, which knows neither model nor loss. 0 for none.
     norm_high: median norm above which an INFO says so; a hint as well. inf for none.
-    skip_fraction: share of steps that are rejected; of this package.
-    zero_fraction: median share of zeros in the gradient; of this package.
+    skip_fraction: share of steps that are rejected, for a WARN.
+    skip_most: the same for a FAIL.
+    zero_fraction: median share of zeros in the gradient.
     overfit: last validation loss over the best one, minus 1; Prechelt's criterion GL5.
 
   Example:
@@ -63,22 +71,28 @@ class HealthLimits(NamedTuple):
   """
 
   min_steps: int = 20
-  clip_fraction: float = 0.5
   spike_sigma: float = 6.0
-  spike_window: int = 128
-  rise: float = 2.0
+  spike_window: int = 64
+  lost: float = 0.8
+  rising_loss: float = 0.25
+  learned: float = 0.1
+  stopped: float = 0.05
+  clip_fraction: float = 0.5
+  clip_left: float = 0.05
+  rise: float = 5.0
   ratio_low: float = 1e-4
   ratio_high: float = 1e-2
   spread: float = 1e3
   norm_low: float = 1e-5
   norm_high: float = 100.0
   skip_fraction: float = 0.05
+  skip_most: float = 0.25
   zero_fraction: float = 0.5
   overfit: float = 0.05
 
 
 # The smallest value of a field; one that is not here may be 0.
-_LEAST = {"min_steps": 1, "spike_window": 2}
+_LEAST = {"min_steps": 1, "spike_window": 8}
 _NUMBER = int | float | np.integer | np.floating
 
 

@@ -5,11 +5,13 @@ from typing import NamedTuple
 import numpy as np
 
 from clipjax.quantities import NONFINITE, NORM
-from clipjax.runs.health.view import View
+from clipjax.runs.health.blocks import blocks_of
 from clipjax.runs.kinds import Bools, Floats, Ints
+from clipjax.runs.run import Run
 from clipjax.runs.words import number, percent, several
 
 _FEW = 4  # Steps, of which a median says little.
+_SHARE = 0.01  # Of the square of the norm.
 
 
 class Bad(NamedTuple):
@@ -41,16 +43,16 @@ class Grown(NamedTuple):
     return f"at step {self.step} {self.leaf!r} grew most, to {number(self.times)} times its median"
 
 
-def first_bad(view: View, steps: Ints) -> Bad | None:
+def first_bad(run: Run, name: str | None, steps: Ints) -> Bad | None:
   """The leaves at the first of some steps at which any are known to be not finite; None where none are."""
-  if view.name is None:
+  if name is None:
     return None
-  found = (_bad(view, quantity, steps) for quantity in (NONFINITE, NORM))  # The count of entries speaks first.
+  found = (_bad(run, name, quantity, steps) for quantity in (NONFINITE, NORM))  # The count of entries speaks first.
   return min(filter(None, found), key=lambda bad: bad.step, default=None)
 
 
-def _bad(view: View, quantity: str, steps: Ints) -> Bad | None:
-  names, at, values = view.blocks(str(view.name), quantity)
+def _bad(run: Run, name: str, quantity: str, steps: Ints) -> Bad | None:
+  names, at, values = blocks_of(run, name, quantity)
   bad = np.isinf(values) | (values > 0) if quantity == NONFINITE else np.isinf(values)
   rows = np.flatnonzero(np.isin(at, steps) & bad.any(axis=1))
   if not rows.size:
@@ -65,16 +67,15 @@ def bad_words(bad: Bad | None, first: int) -> str:
   return f"; first in {bad}" if bad.step == first else f"; at step {bad.step} in {bad}"
 
 
-def grown(view: View, steps: Ints) -> list[Grown]:
+def grown(run: Run, name: str, steps: Ints, begin: int) -> list[Grown]:
   """For each of some steps, ascending, at which norms by leaf are known: the leaf whose norm grew most.
 
-  Where too few other steps are known, that which held the most.
+  It is one of those that hold a hundredth of the square of the norm: what is nearly 0 grows by chance. Where too few
+  other steps are known, it is the one that holds the most. `begin` is the first step after the warm-up.
   """
-  if view.name is None:
-    return []
-  names, at, values = view.blocks(view.name, NORM)
+  names, at, values = blocks_of(run, name, NORM)
   inside = np.isin(at, steps)
-  usual = _usual(names, at, values[~inside], ~inside, view.norms.begin)
+  usual = _usual(names, at, values[~inside], ~inside, begin)
   found = []
   for step, row in zip(at[inside].tolist(), values[inside], strict=True):
     known = np.isfinite(row) & (row > 0)
@@ -84,7 +85,7 @@ def grown(view: View, steps: Ints) -> list[Grown]:
     shares = scaled**2 / np.sum(scaled**2)
     with np.errstate(over="ignore"):
       times = np.where(known, row, np.nan) / usual
-    if (able := np.isfinite(times)).any():
+    if (able := np.isfinite(times) & (shares >= _SHARE)).any():
       leaf = int(np.argmax(np.where(able, times, -1)))
       found.append(Grown(step, names[leaf], float(times[leaf]), float(shares[leaf])))
     else:

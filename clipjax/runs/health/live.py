@@ -1,7 +1,7 @@
 """The detectors of `diagnose` along the rows of a run as they are written.
 
-They say which steps get their numbers by leaf, and make the findings that a `Recorder` hands to `on_finding`. The rows
-before a batch are kept as far as the detectors look back, so the limits are those that `diagnose` has for the whole
+They say which steps get their numbers by leaf, and make the findings that a `Recorder` hands to `on_finding`. The last
+rows are kept, and what the detectors need of those before, so the spikes are those that `diagnose` has for the whole
 run.
 """
 
@@ -12,20 +12,27 @@ from typing import Any
 import numpy as np
 
 from clipjax.quantities import CONSECUTIVE, NORM
-from clipjax.runs.health.detectors import SpikeDetector
+from clipjax.runs.health.detectors import BLOCK
 from clipjax.runs.health.findings import Finding, HealthLimits
-from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
-from clipjax.runs.health.spikes import spikes
+from clipjax.runs.health.leaf_spikes import LeafDetector
+from clipjax.runs.health.series import KINDS, Spike, detector
+from clipjax.runs.health.verdict import judged
 from clipjax.runs.health.view import view_of
+from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.reading.read import run_of_rows
-from clipjax.runs.schema import BACK, FLAGS, LOSS, SKIP, STEP, key_of, names_with
+from clipjax.runs.roles import Role, role_of
+from clipjax.runs.schema import BACK, SKIP, STEP, key_of
 
-_CHECKS = (nonfinite_norm, nonfinite_loss, spikes)  # Those that name steps.
+# Findings that name a step: those that `on_finding` is called for. The others are of a whole run.
+TOLD = frozenset(
+  {"nonfinite", "nonfinite-dropped", "nonfinite-loss", "diverged", "stopped", "zero-gradient", "spikes", "update-spike"}
+)
+_ONSETS = 3  # Times that a leaf whose norm becomes 0 gets a row by leaf: that of an expert does so often.
 Row = Mapping[str, Any]
 
 
 class Live:
-  """Detectors that run along rows, one for each series: the norm of every state, and the loss.
+  """Detectors that run along rows, one for each series, and one for the leaves of each state.
 
   A finding of a kind is told once.
   """
@@ -33,61 +40,87 @@ class Live:
   def __init__(self, limits: HealthLimits):
     self._limits = limits
     self._series: dict[str, _Series] = {}
-    self._rows: deque[Row] = deque(maxlen=2 * limits.spike_window)
+    self._leaves: dict[str, _Leaves] = {}
+    self._rows: deque[Row] = deque(maxlen=4 * limits.spike_window)
+    self._spikes: deque[Spike] = deque(maxlen=4 * limits.spike_window)
     self._kinds: set[str] = set()
 
-  def spikes(self, rows: Sequence[Row]) -> set[int]:
-    """The steps of these rows at which a series had a spike."""
+  def marked(self, rows: Sequence[Row], vectors: Sequence[Mapping[str, Any]]) -> set[int]:
+    """The steps of these rows that get their numbers by leaf: a series had a spike, or a leaf did, or became 0."""
     out: set[int] = set()
     for part in _courses(rows):
       if part[0].get(BACK):
         self._go_back(part[0][STEP])
-      for key in dict.fromkeys(key for row in part for key in row if _is_series(key)):
+      for key in dict.fromkeys(key for row in part for key in row if role_of(key) in KINDS):
         known = [(row[STEP], value) for row in part if (value := _value(row, key)) is not None]
-        series = self._series.setdefault(key, _Series(self._limits))
-        out |= series.spikes([step for step, _ in known], [value for _, value in known])
+        series = self._series.setdefault(key, _Series(key, role_of(key) or "norm", self._limits))
+        found = series.spikes([step for step, _ in known], [value for _, value in known])
+        self._spikes += found
+        out |= {spike.step for spike in found}
+    for row, by_leaf in zip(rows, vectors, strict=True):
+      for key, norms in by_leaf.items():
+        if role_of(key) == "norm" and self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(norms):
+          out.add(row[STEP])
     return out
 
-  def findings(self, rows: Sequence[Row], spikes: set[int], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
-    """What `diagnose` finds at the spikes of these rows, and where they are not finite; each kind once."""
+  def findings(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
+    """What `diagnose` finds in these rows, of the kinds that name a step; each kind once."""
     self._rows.extend(rows)
-    steps = spikes | {row[STEP] for row in rows if any(map(_is_series, row.get(FLAGS, ())))}
-    if not steps:
-      return []
     run = run_of_rows(self._rows, dict(leaves))
-    view = view_of(run, self._limits, 0)
+    view = view_of(run, self._limits, 0, [spike for spike in self._spikes if spike.step >= run.steps[0]])
     with np.errstate(over="ignore", invalid="ignore"):
-      found = [finding for check in _CHECKS for finding in check(view)]
-    new = [f for f in found if f.level != "INFO" and f.name not in self._kinds and not steps.isdisjoint(f.steps)]
-    self._kinds |= {finding.name for finding in new}
-    return new
+      found = [f for f in judged(view, 0) if f.name in TOLD and f.level != "INFO" and f.name not in self._kinds]
+    self._kinds |= {finding.name for finding in found}
+    return found
 
   def _go_back(self, step: int) -> None:
     for series in self._series.values():
       series.go_back(step)
-    kept = [row for row in self._rows if row[STEP] < step]
-    self._rows.clear()
-    self._rows.extend(kept)
+    self._rows = deque((row for row in self._rows if row[STEP] < step), self._rows.maxlen)
+    self._spikes = deque((spike for spike in self._spikes if spike.step < step), self._spikes.maxlen)
 
 
 class _Series:
   """A detector, and the steps of the values that it remembers."""
 
-  def __init__(self, limits: HealthLimits):
-    self._detector = SpikeDetector(limits.spike_sigma, limits.spike_window)
-    self._steps: deque[int] = deque(maxlen=limits.spike_window)
+  def __init__(self, key: str, role: Role, limits: HealthLimits):
+    self._key = key
+    self._detector = detector(role, limits)
+    self._steps: deque[int] = deque(maxlen=limits.spike_window + BLOCK)
 
-  def spikes(self, steps: Sequence[int], values: Sequence[float]) -> set[int]:
+  def spikes(self, steps: Sequence[int], values: Sequence[float]) -> list[Spike]:
     found = np.array(values, np.float64)
-    is_spike = found > self._detector.feed(found)
+    judged = self._detector.feed(found)
     self._steps.extend(steps)
-    return {step for step, spike in zip(steps, is_spike.tolist(), strict=True) if spike}
+    at = np.flatnonzero(judged.is_spike).tolist()
+    return [Spike(self._key, steps[i], values[i], float(judged.usual[i])) for i in at]
 
   def go_back(self, step: int) -> None:
     kept = [s for s in self._steps if s < step]
     self._detector.forget(len(self._steps) - len(kept))
     self._steps.clear()
     self._steps.extend(kept)
+
+
+class _Leaves:
+  """The norms of the leaves of a state: whether one had a spike, or became 0."""
+
+  def __init__(self, limits: HealthLimits):
+    self._detector = LeafDetector(limits)
+    self._was_zero: Bools | None = None
+    self._onsets: Any = None
+
+  def are_marked(self, norms: Floats) -> bool:
+    norms = np.asarray(norms, np.float64)
+    is_zero = norms == 0
+    began = np.zeros(is_zero.shape, np.bool_)
+    if self._was_zero is not None and self._was_zero.shape == is_zero.shape:
+      began = is_zero & ~self._was_zero & (self._onsets < _ONSETS)
+      self._onsets += began
+    else:
+      self._onsets = np.zeros(is_zero.shape, np.int64)
+    self._was_zero = is_zero
+    return bool(self._detector.feed(norms).any() or began.any())
 
 
 def _courses(rows: Sequence[Row]) -> list[list[Row]]:
@@ -100,12 +133,8 @@ def _courses(rows: Sequence[Row]) -> list[list[Row]]:
   return out
 
 
-def _is_series(key: str) -> bool:
-  return key == LOSS or bool(names_with([key], NORM))
-
-
 def _value(row: Row, key: str) -> float | None:
   """The number of a series at a step, where it is finite; that of `skip_steps` where that rejected the step."""
-  if key not in row and key != LOSS and row.get(key_of(SKIP, CONSECUTIVE), 0):
+  if key not in row and role_of(key) == "norm" and row.get(key_of(SKIP, CONSECUTIVE), 0):
     return row.get(key_of(SKIP, NORM))
   return row.get(key)

@@ -1,78 +1,173 @@
-"""The course of the losses of a run.
+"""The course of the losses of a run: whether it learned, and whether it kept what it learned."""
 
-The training loss is "loss". A validation loss is any column named like "val_loss", "valid_loss", "validation/loss",
-"eval_loss", "dev_loss" or "test_loss".
-"""
-
-import re
 from collections.abc import Iterator
 
 import numpy as np
 
+from clipjax.runs.health.course import Course, course_of
+from clipjax.runs.health.events import Event
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
+from clipjax.runs.health.words import moved, restore
 from clipjax.runs.kinds import Floats, Ints
+from clipjax.runs.roles import keys_with, main_loss
 from clipjax.runs.run import Run
-from clipjax.runs.schema import LOSS
 from clipjax.runs.sources import PRECHELT
 from clipjax.runs.words import number, percent
 
-_VALIDATION = re.compile(rf"(val|valid|validation|eval|evaluation|dev|test)[ _/.-]?{LOSS}", re.IGNORECASE)
 _MIN_VALIDATIONS = 10
+_MIN_LEARNING = 50  # Losses without which nothing is said of what was learned.
+_NEAR = 5  # Rows between an event and the step at which a loss left, at most, where the one made the other.
+_EXPLODED = 100.0  # By how much norms have risen where no loss says whether the run diverged.
+
+
+def main_course(view: View) -> tuple[str, Course] | None:
+  """The loss that is trained, and its course."""
+  key = main_loss(view.run.columns)
+  if key is None:
+    return None
+  known = np.isfinite(view.run.columns[key])
+  course = course_of(view.run.steps[known], view.run.columns[key][known])
+  return None if course is None else (key, course)
+
+
+def diverged(view: View) -> Iterator[Finding]:
+  """FAIL for a loss that left for good: it ends above its start, or has lost most of what it learned."""
+  found = main_course(view)
+  if found is None:
+    yield from _exploded(view)
+    return
+  key, course = found
+  if not _has_diverged(view, course) or course.left is None:
+    return
+  event = _cause(view, course.left)
+  step = course.left if event is None else event.start
+  message = f"{key!r} left for good at step {step}: it was {number(course.first)} at the start, {number(course.best)} "
+  message += f"at best, near step {course.best_step}, and ends at {number(course.last)}."
+  if event is not None and event.first.key != key:
+    message += f" First {moved(event.first)}."
+  rule = f"at most {percent(view.limits.lost)} of what was learned may be lost at the end, a limit of clipjax"
+  leaves = event.leaves if event is not None else ()
+  yield Finding("FAIL", "diverged", message, _remedy(view, event, course, step), rule, steps=(step,), leaves=leaves)
+
+
+def _has_diverged(view: View, course: Course) -> bool:
+  noise = 6 * course.noise
+  if course.last - course.first > max(noise, view.limits.rising_loss * abs(course.first)):
+    return True
+  has_learned = course.fall > max(noise, view.limits.learned * abs(course.first))
+  return has_learned and course.loss > max(noise, view.limits.lost * course.fall)
+
+
+def _cause(view: View, left: int) -> Event | None:
+  """The event that a loss left with."""
+  row = int(np.searchsorted(view.run.steps, left))
+  begin, end = (int(view.run.steps[np.clip(row + by, 0, len(view.run) - 1)]) for by in (-_NEAR, 1))
+  return next((event for event in view.events if begin <= event.start <= end), None)
+
+
+def _remedy(view: View, event: Event | None, course: Course, step: int) -> str:
+  if course.best_step <= course.steps[min(_NEAR, course.steps.size - 1)] or step <= course.steps[0] + _NEAR:
+    return "Lower the learning rate, or warm it up; clip where it breaks (clipjax.runs.suggest_max_norm)."
+  advice = f"{restore([step])} "
+  if event is not None and event.moved("norm") is not None and event.moved("update") is not None:
+    return f"{advice}Leave out the {view.batches(np.array([step]))}, and clip just above the typical norm."
+  return f"{advice}Lower the learning rate from there on, or clip just above the typical norm."
+
+
+def _exploded(view: View) -> Iterator[Finding]:
+  """Without a loss: norms that have risen by orders and stay there."""
+  finite = view.norms.finite
+  values, steps = view.norms.values[finite], view.norms.steps[finite]
+  if not view.enough(values.size):
+    return
+  parts = np.array_split(np.arange(values.size), min(20, values.size))
+  medians = [float(np.median(values[part])) for part in parts]
+  if not medians[-1] > _EXPLODED * min(medians) > 0:
+    return
+  level = np.sqrt(min(medians)) * np.sqrt(medians[-1])
+  below = np.flatnonzero(values <= level)
+  step = int(steps[min(below[-1] + 1, steps.size - 1)])
+  message = f"The norm{view.of} rose from {number(min(medians))} to {number(medians[-1])} for good, at step {step}."
+  advice = f"{restore([step])} Lower the learning rate. Push the loss too, which tells more."
+  rule = f"less than {_EXPLODED:g} times, a limit of clipjax where no loss is recorded"
+  yield Finding("FAIL", "diverged", message, advice, rule, steps=(step,))
+
+
+def not_learning(view: View) -> Iterator[Finding]:
+  """WARN for a loss that never fell."""
+  found = main_course(view)
+  if found is None or found[1].steps.size < max(_MIN_LEARNING, view.limits.min_steps):
+    return
+  key, course = found
+  is_begun = course.steps[0] > len(view.run)  # Of a run that was recorded from the middle on, the start is not known.
+  if is_begun or course.fall > view.limits.learned * abs(course.first):
+    return
+  message = f"{key!r} hardly fell: {number(course.first)} at the start, {number(course.best)} at best, over "
+  message += f"{course.steps.size} steps."
+  rule = f"a fall of {percent(view.limits.learned)} or more, a limit of clipjax"
+  advice = "Look whether labels belong to inputs and the loss reaches all layers; then try other learning rates, ten "
+  advice += "times lower and higher. Fine where a trained model is tuned further."
+  yield Finding("WARN", "not-learning", message, advice, rule)
 
 
 def rising_loss(view: View) -> Iterator[Finding]:
-  """WARN where the loss ends above where it began."""
-  loss = view.column(LOSS)
-  if not view.enough(loss.size, parts=4):
+  """WARN where a part of what was learned is lost at the end."""
+  found = main_course(view)
+  if found is None or not view.enough(found[1].steps.size, parts=4):
     return
-  first, *_, last = np.array_split(loss, 4)
-  before, after = float(first.max()), float(np.median(last))
-  if after <= before:
+  key, course = found
+  lost = course.loss
+  if lost <= max(6 * course.noise, view.limits.rising_loss * max(course.fall, abs(course.best))):
     return
-  message = f"The loss rose: median {number(after)} in the last quarter of the steps, above the largest of the first "
-  message += f"quarter, {number(before)}."
-  advice = "The run diverged or never trained: lower the learning rate, or clip lower (clipjax.runs.suggest_max_norm, "
-  advice += "on a run that trains)."
-  yield Finding("WARN", "rising-loss", message, advice, "below it, a limit of clipjax")
+  message = (
+    f"{key!r} rose from {number(course.best)}, its best, near step {course.best_step}, to {number(course.last)}."
+  )
+  rule = f"at most {percent(view.limits.rising_loss)} of what was learned, a limit of clipjax"
+  advice = f"Keep the checkpoint near step {course.best_step}; decay the learning rate earlier, or lower it."
+  steps = (course.best_step,)
+  yield Finding("WARN", "rising-loss", message, advice, rule, steps=steps)
 
 
 def overfit(view: View) -> Iterator[Finding]:
-  """WARN where the validation loss rises while the loss falls."""
-  key = next((key for key in view.run.columns if _VALIDATION.fullmatch(key)), None)
-  if key is None or LOSS not in view.run.columns:
+  """WARN where a validation loss rises while the loss falls."""
+  loss = main_loss(view.run.columns)
+  if loss is None:
     return
-  known = np.isfinite(view.run.columns[key])
-  values, at = view.run.columns[key][known], view.run.steps[known]
-  if values.size < _MIN_VALIDATIONS or values.min() <= 0:  # A quotient of losses needs them positive.
+  for key in keys_with(view.run.columns, "validation"):
+    known = np.isfinite(view.run.columns[key])
+    values, at = view.run.columns[key][known], view.run.steps[known]
+    if values.size < _MIN_VALIDATIONS or values.min() <= 0:  # A quotient of losses needs them positive.
+      continue
+    # Medians of tenths, as a single validation is noisy.
+    medians = [float(np.median(part)) for part in np.array_split(values, 10)]
+    best, excess = int(np.argmin(medians)), medians[-1] / min(medians) - 1
+    train = _losses_beside(view.run, loss, at)
+    if excess <= view.limits.overfit or not train[-1] < train[best]:
+      continue
+    step = int(np.array_split(at, 10)[best][np.argmin(np.array_split(values, 10)[best])])
+    message = f"{key!r} ends {percent(excess)} above its best, {number(min(medians))} near step {step}, while {loss!r} "
+    message += f"fell from {number(train[best])} to {number(train[-1])}."
+    rule = f"at most {percent(view.limits.overfit)}, criterion GL5"
+    advice = "Keep the checkpoint near the best step; regularize, or get more data."
+    yield Finding("WARN", "overfit", message, advice, rule, str(PRECHELT), (step,))
     return
-  # Medians of tenths, as a single validation is noisy.
-  medians = [float(np.median(part)) for part in np.array_split(values, 10)]
-  best, excess = int(np.argmin(medians)), medians[-1] / min(medians) - 1
-  train = _losses_beside(view.run, at)
-  if excess <= view.limits.overfit or not train[-1] < train[best]:
-    return
-  step = int(np.array_split(at, 10)[best][np.argmin(np.array_split(values, 10)[best])])
-  message = f"{key!r} ends {percent(excess)} above its best, {number(min(medians))} near step {step}, while {LOSS!r} "
-  message += f"fell from {number(train[best])} to {number(train[-1])}."
-  rule = f"at most {percent(view.limits.overfit)}, criterion GL5"
-  advice = "Keep the checkpoint near the best step; regularize, or get more data."
-  yield Finding("WARN", "overfit", message, advice, rule, str(PRECHELT), (step,))
 
 
-def _losses_beside(run: Run, at: Ints) -> list[float]:
+def _losses_beside(run: Run, key: str, at: Ints) -> list[float]:
   """The median of the training loss within each tenth of the steps `at`, NaN where it has none."""
-  loss: Floats = run.columns[LOSS]
+  loss: Floats = run.columns[key]
   spans = [(part[0] <= run.steps) & (run.steps <= part[-1]) & np.isfinite(loss) for part in np.array_split(at, 10)]
   return [float(np.median(loss[span])) if span.any() else np.nan for span in spans]
 
 
 def loss_course(view: View) -> Iterator[Finding]:
   """INFO: where the loss began and ended."""
-  loss = view.run.columns.get(LOSS, np.zeros(0))
+  key = main_loss(view.run.columns)
+  loss = view.run.columns[key] if key is not None else np.zeros(0)
   loss = loss[np.isfinite(loss)]
   if not view.enough(loss.size):
     return
   parts = np.array_split(loss, min(10, loss.size))  # `min_steps` may be less than 10.
   first, last = float(np.median(parts[0])), float(np.median(parts[-1]))
-  yield Finding("INFO", "loss", f"The loss went from {number(first)} to {number(last)}, medians of tenths.")
+  yield Finding("INFO", "loss", f"{key!r} went from {number(first)} to {number(last)}, medians of tenths.")

@@ -9,18 +9,27 @@ from clipjax.runs.health.view import View
 from clipjax.runs.sources import OLMO_2, PLAYBOOK
 from clipjax.runs.words import number
 
+_PARTS = 8  # Of a run, whose medians are compared.
+_STEADY = 0.7  # Share of these parts that are above the one before.
+
 
 def rising_norm(view: View) -> Iterator[Finding]:
-  """WARN for a norm that rises late in the run."""
+  """WARN for a norm that ends far above an earlier part of the run, and rose to there bit by bit."""
   typical = view.norms.typical
-  if not view.enough(typical.size, parts=4):
+  if not view.enough(typical.size, parts=_PARTS):
     return
-  _, _, third, last = (float(np.median(part)) for part in np.array_split(typical, 4))
-  if last <= view.limits.rise * third:
+  medians = [float(np.median(part)) for part in np.array_split(typical, _PARTS)]
+  low = int(np.argmin(medians))
+  last = medians[-1]
+  rises = np.diff(medians[low:]) > 0
+  if last <= view.limits.rise * medians[low] or rises.mean() < _STEADY:
     return
-  growth = f"{number(last / third)} times" if third > 0 else "from 0"
-  message = f"The norm rose {growth} late in the run: median {number(third)} in the third quarter of the steps, "
-  message += f"{number(last)} in the last."
+  growth = f"{number(last / medians[low])} times" if medians[low] > 0 else "from 0"
+  step = int(np.array_split(view.norms.steps[view.norms.judged], _PARTS)[low][0])
+  message = (
+    f"The norm{view.of} rose {growth}: median {number(medians[low])} from step {step} on, {number(last)} in the "
+  )
+  message += "last eighth of the steps."
   rule = f"at most {view.limits.rise:g} times, a limit of clipjax; in OLMo-0424 a norm that slowly grew came with more "
   rule += "and more spikes"
   advice = "Look at the loss and at the layer that grows; lower the learning rate, or decay it."

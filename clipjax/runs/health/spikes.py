@@ -1,69 +1,133 @@
-"""Norms far above those before them, and a threshold that lets them pass."""
+"""Events of a run: spikes of norms, losses and updates, and what to do about them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
 from clipjax.quantities import CLIP_FRACTION, MAX_NORM
-from clipjax.runs.health.detectors import SpikeDetector
+from clipjax.runs.health.detectors import NORMAL
+from clipjax.runs.health.events import Event
 from clipjax.runs.health.findings import Finding
-from clipjax.runs.health.leaves import grown
 from clipjax.runs.health.view import View
-from clipjax.runs.kinds import Bools, Floats, Ints
-from clipjax.runs.norms import acted
-from clipjax.runs.sources import OLMO_CORE, PLAYBOOK
+from clipjax.runs.health.words import in_batches, restore, told
+from clipjax.runs.norms import column
+from clipjax.runs.roles import keys_with, role_of
+from clipjax.runs.schema import key_of
+from clipjax.runs.sources import HAMPEL, OLMO_2
 from clipjax.runs.words import number
+
+_FAR = 3  # Times the 90th percentile: a limit above that catches little.
+_TOLD = 3  # Events that a message tells; of more, their number.
 
 
 def spikes(view: View) -> Iterator[Finding]:
-  """WARN for spikes that nothing caught, INFO where the clip or `skip_steps` caught each."""
-  finite = view.norms.finite
-  steps, values = view.norms.steps[finite], view.norms.values[finite]
-  detector = view.spike_detector or SpikeDetector(view.limits.spike_sigma, view.limits.spike_window)
-  bounds = detector.feed(values)
-  spike = values > bounds
-  if not spike.any():
+  """WARN for events that reached the parameters, INFO for those that a clip or `skip_steps` caught."""
+  caught = [event for event in view.events if event.is_caught]
+  free = [event for event in view.events if not event.is_caught and not is_of_rate(event)]
+  if free:
+    message = _words(view, free, "reached the parameters")
+    advice = _advice(view, free)
+    yield Finding("WARN", "spikes", message, advice, _rule(view), str(HAMPEL), _steps(free), _leaves(free))
+  if caught:
+    message = _words(view, caught, "the clip or skip_steps caught")
+    yield Finding("INFO", "spikes-caught", message, "", _rule(view), str(HAMPEL), _steps(caught), _leaves(caught))
+
+
+def update_spikes(view: View) -> Iterator[Finding]:
+  """WARN for updates that jumped while the gradient was as usual."""
+  found = [event for event in view.events if is_of_rate(event)]
+  if not found:
     return
-  free = spike & ~(acted(view.run, view.name, view.norms) | view.norms.rejected)[finite]
-  shown = free if free.any() else spike
-  fate = "nothing caught" if free.any() else "the clip or skip_steps caught"
-  message, leaves = _words(view, steps, values, bounds, shown, fate)
-  sigma, window = view.limits.spike_sigma, view.limits.spike_window
-  rule = f"at most {sigma:g} standard deviations above the mean of the {window} norms before"
-  at = tuple(steps[shown].tolist())
-  if not free.any():
-    advice = "Look at the batches of these steps if they come back."
-    yield Finding("INFO", "spikes-caught", message, advice, rule, str(OLMO_CORE), at, leaves)
+  message = _words(view, found, "began with the update, not the gradient")
+  for key in keys_with(view.run.columns, "rate"):
+    message += _rate_words(view, key, found[0])
+  advice = "Look at the learning rate and its schedule at these steps."
+  if bad := [event for event in found if event.is_recovered is False]:
+    advice += f" {restore([bad[0].start])}"
+  yield Finding("WARN", "update-spike", message, advice, _rule(view), str(HAMPEL), _steps(found))
+
+
+def spike_rate(view: View) -> Iterator[Finding]:
+  """INFO: how often there are events, as large runs watch it."""
+  if not view.events or not view.enough(len(view.run)):
     return
-  advice = "Clip just above the typical norm (clipjax.runs.suggest_max_norm), or reject such steps: skip_steps with "
-  advice += f"rules.rolling_sigma({sigma:g}, window={window}). Look at the batches of these steps."
-  yield Finding("WARN", "spikes", message, advice, rule, str(OLMO_CORE), at, leaves)
-  yield from _clip_too_high(view, steps[free], values[free])
+  rate = 1000 * len(view.events) / len(view.run)
+  message = f"{number(rate)} spikes per 1000 recorded steps: {len(view.events)} in {len(view.run):,}."
+  yield Finding("INFO", "spike-rate", message, "Watch it from run to run.", source=str(OLMO_2))
 
 
-def _words(
-  view: View, steps: Ints, values: Floats, bounds: Floats, shown: Bools, fate: str
-) -> tuple[str, tuple[str, ...]]:
-  """What is said of the spikes, and the leaf that grew most at each, as far as leaves were recorded there."""
-  count, largest = int(shown.sum()), int(np.argmax(np.where(shown, values, -1)))
-  message = f"{count} of {values.size} norms {'was a spike' if count == 1 else 'were spikes'} that {fate}, "
-  message += f"{view.at(steps[shown])}, the largest {number(values[largest])} against a limit of "
-  message += number(bounds[largest])
-  found = grown(view, steps[shown])
-  if found:
-    said = next((leaf for leaf in found if leaf.step == steps[largest]), found[0])
-    message += f"; {said}"
-  return f"{message}.", tuple(dict.fromkeys(leaf.leaf for leaf in found))
+def is_of_rate(event: Event) -> bool:
+  """Whether the update moved first, and neither norm nor loss with it: the learning rate did."""
+  roles = {role_of(move.key) for move in event.moves if move.step == event.first.step}
+  return (
+    bool(roles & {"update", "parameters"}) and not roles & {"norm", "loss"} and role_of(event.first.key) is not None
+  )
 
 
-def _clip_too_high(view: View, steps: Ints, values: Floats) -> Iterator[Finding]:
-  """Of a clip that never acted, though there were these spikes."""
-  limits = view.number(MAX_NORM)
-  if not limits.size or view.last(view.name, CLIP_FRACTION):
-    return
-  typical = float(np.median(view.norms.values[view.norms.finite]))
-  message = f"{view.name!r} never clipped while {values.size} {'spike' if values.size == 1 else 'spikes'} up to "
-  message += f"{number(float(values.max()))} passed: max_norm was {number(float(limits.min()))}."
-  rule = f"a threshold just above the typical norm, here {number(typical)}"
-  advice = "Lower max_norm to what clipjax.runs.suggest_max_norm gives."
-  yield Finding("WARN", "clip-too-high", message, advice, rule, str(PLAYBOOK), tuple(steps.tolist()))
+def size(event: Event) -> float:
+  """How far an event went: the largest of its series over the usual."""
+  return max(move.peak / move.usual if move.usual > 0 else np.inf for move in event.moves)
+
+
+def _words(view: View, events: Sequence[Event], fate: str) -> str:
+  """How many events, and the largest of them, each in a sentence."""
+  count = len(events)
+  among = list(chain.from_iterable(view.run.leaves.get(name, ()) for name in view.names))
+  shown = sorted(sorted(events, key=size, reverse=True)[:_TOLD], key=lambda event: event.start)
+  steps = view.at(np.array([event.start for event in events]))
+  text = f"1 spike {fate}." if count == 1 else f"{count} spikes {fate}, {steps}. The largest:"
+  return " ".join([text, *(told(event, among) for event in shown)])
+
+
+def _rate_words(view: View, key: str, event: Event) -> str:
+  """What the learning rate did at the step of an event."""
+  rates, row = column(view.run, key), int(np.searchsorted(view.run.steps, event.first.step))
+  before = rates[:row][np.isfinite(rates[:row])]
+  if not before.size or not np.isfinite(rates[row]) or not rates[row] > 1.1 * before[-1] > 0:
+    return ""
+  return (
+    f" {key!r} was {number(float(rates[row]))} there, {number(float(rates[row] / before[-1]))} times the one before."
+  )
+
+
+def _advice(view: View, events: Sequence[Event]) -> str:
+  """One thing to do: to go back, where the loss did not come back; else to keep such steps out from now on."""
+  lost = [event for event in events if event.is_recovered is False]
+  worst = max(lost or events, key=size)
+  batches = in_batches(worst.batches) if worst.batches else f"the batches of steps {worst.start} to {worst.end}"
+  if worst.start == worst.end and not worst.batches:
+    batches = f"the batch of step {worst.start}"
+  if all(role_of(move.key) in ("loss", "validation") for event in events for move in event.moves):
+    back = restore([worst.start]) if lost else "The norm was as usual, so a clip cannot help."
+    return f"{back} Look at {batches}."
+  text = f"Nothing needs to be restored. Look at {batches}."
+  if lost:
+    text = f"{restore([worst.start])} Leave out {batches}."
+  return f"{text} {_clip_advice(view)}"
+
+
+def _clip_advice(view: View) -> str:
+  """How to catch the next spike."""
+  name, typical = str(view.name), view.norms.typical
+  limits = view.column(key_of(name, MAX_NORM))
+  is_idle = not view.last(name, CLIP_FRACTION)
+  if limits.size and typical.size and is_idle and limits.min() > _FAR * np.percentile(typical, 90):
+    limit, usual = number(float(limits.min())), number(float(np.median(typical)))
+    return f"max_norm is {limit} and the typical norm {usual}: lower it to what clipjax.runs.suggest_max_norm gives."
+  return "A clip just above the typical norm (clipjax.runs.suggest_max_norm) catches the next one."
+
+
+def _rule(view: View) -> str:
+  return (
+    f"at most {view.limits.spike_sigma:g} deviations above the median of the {view.limits.spike_window} values before, "
+    f"each {NORMAL:g} median absolute deviations"
+  )
+
+
+def _steps(events: Sequence[Event]) -> tuple[int, ...]:
+  return tuple(event.start for event in events)
+
+
+def _leaves(events: Sequence[Event]) -> tuple[str, ...]:
+  return tuple(dict.fromkeys(leaf for event in events for leaf in event.leaves))

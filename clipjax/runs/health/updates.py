@@ -7,6 +7,7 @@ import numpy as np
 from clipjax.quantities import RATIO
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import medians_of
+from clipjax.runs.health.losses import main_course
 from clipjax.runs.health.view import View
 from clipjax.runs.schema import UPDATES, key_of, names_with
 from clipjax.runs.sources import CS231N_RATIO
@@ -14,7 +15,7 @@ from clipjax.runs.words import number
 
 
 def update_ratio(view: View) -> Iterator[Finding]:
-  """WARN for an update outside of the usual range, INFO for layers that are outside where the whole is not."""
+  """WARN for an update outside of the usual range with a loss that agrees, INFO without, or for single layers."""
   for name in names_with(view.run.columns, RATIO):
     if not name.startswith(UPDATES):
       continue
@@ -22,16 +23,27 @@ def update_ratio(view: View) -> Iterator[Finding]:
     ratios = ratios[ratios > 0]  # 0 where parameters were not given, or nothing was updated.
     if not view.enough(ratios.size):
       continue
-    middle = float(np.median(ratios))
+    # Parameters that begin at 0 are small at first.
+    middle = float(np.median(ratios[ratios.size // 2 :]))
     if view.limits.ratio_low <= middle <= view.limits.ratio_high:
       yield from _layer_ratios(view, name)
       continue
     message = f"The median of {key_of(name, RATIO)!r}, norm of the update over norm of the parameters, is "
-    message += f"{number(middle)}."
-    advice = "Raise the learning rate, or max_norm where the clip acts."
-    if middle > view.limits.ratio_high:
-      advice = "Lower the learning rate."
+    message += f"{number(middle)} in the later half."
+    is_high = middle > view.limits.ratio_high
+    if _has_learned(view):
+      yield Finding(
+        "INFO", "update-ratio", f"{message} The loss fell all the same.", "", _rule(view), str(CS231N_RATIO)
+      )
+      continue
+    advice = "Lower the learning rate." if is_high else "Raise the learning rate, or max_norm where the clip acts."
     yield Finding("WARN", "update-ratio", message, advice, _rule(view), str(CS231N_RATIO))
+
+
+def _has_learned(view: View) -> bool:
+  """Whether a loss was recorded, and fell."""
+  found = main_course(view)
+  return found is not None and found[1].fall > view.limits.learned * abs(found[1].first)
 
 
 def _rule(view: View) -> str:

@@ -7,50 +7,53 @@ limit, where the rule comes from, and what to do next. The limits are the fields
 import dataclasses
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 
-from clipjax.runs.health.clips import clipped, clipped_often, skipped
+from clipjax.runs.health.clips import clipped, clipped_often
 from clipjax.runs.health.events import Event
-from clipjax.runs.health.facts import left_out, parameters, step_time, too_few
+from clipjax.runs.health.facts import left_out, not_judged, parameters, step_time, too_few
 from clipjax.runs.health.findings import Finding, HealthLimits, check_limits
 from clipjax.runs.health.layers import layer_spread, zero_gradient, zeros
-from clipjax.runs.health.losses import loss_course, overfit, rising_loss
+from clipjax.runs.health.losses import diverged, loss_course, not_learning, overfit, rising_loss
 from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
 from clipjax.runs.health.norm import norm_percentiles, norm_scale, rising_norm
-from clipjax.runs.health.spikes import spikes
+from clipjax.runs.health.spikes import spike_rate, spikes, update_spikes
+from clipjax.runs.health.stopped import skipped, stopped
 from clipjax.runs.health.updates import update_ratio
-from clipjax.runs.health.view import View, view_of
-from clipjax.runs.norms import check_warmup
-from clipjax.runs.run import Run
+from clipjax.runs.health.view import View, view_of, views_of
+from clipjax.runs.norms import check_warmup, norms_of_run
+from clipjax.runs.run import Run, rows_before
 from clipjax.runs.words import described
 
 LEVELS = ("FAIL", "WARN", "INFO")
 
-# In the order that the findings of a level have: defects, then what is good to know.
-CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-  nonfinite_norm,
-  nonfinite_loss,
-  zero_gradient,
-  clipped_often,
-  spikes,
-  rising_norm,
-  rising_loss,
-  overfit,
-  update_ratio,
-  layer_spread,
-  zeros,
-  skipped,
-  too_few,
-  left_out,
-  norm_percentiles,
-  norm_scale,
-  clipped,
-  loss_course,
-  parameters,
-  step_time,
-)
+Check: TypeAlias = Callable[[View], Iterator[Finding]]
+
+# What ends a training: all that comes after it is its aftermath, and is not judged.
+ENDS: tuple[Check, ...] = (nonfinite_norm, nonfinite_loss, diverged, stopped)
+# Of the rows before that, the strongest first. Those of `OF_STATES` are made of each state that is judged.
+DEFECTS: tuple[Check, ...] = (
+  zero_gradient, skipped, update_spikes, spikes, not_learning, rising_loss, clipped_often, update_ratio, layer_spread,
+  rising_norm, overfit, zeros,
+)  # fmt: skip
+OF_STATES = frozenset({nonfinite_norm, zero_gradient, layer_spread, rising_norm, zeros})
+FACTS: tuple[Check, ...] = (
+  too_few, not_judged, left_out, spike_rate, norm_percentiles, norm_scale, clipped, loss_course, parameters, step_time
+)  # fmt: skip
+
+# One cause, one advice: where a finding is there, these are its consequences, or the same in other words.
+CONSEQUENCES: dict[str, frozenset[str]] = {
+  "nonfinite": frozenset({"nonfinite-loss", "stopped", "skipped"}),
+  "diverged": frozenset({"rising-loss", "rising-norm", "not-learning", "update-ratio", "clipped-often", "zeros"}),
+  "stopped": frozenset({"nonfinite-dropped", "skipped", "not-learning", "update-ratio", "rising-loss"}),
+  "skipped": frozenset({"nonfinite-dropped"}),
+  "zero-gradient": frozenset({"zeros", "layer-spread"}),
+  "clipped-often": frozenset({"not-learning", "update-ratio"}),
+  "update-ratio": frozenset({"not-learning"}),
+  "layer-spread": frozenset({"not-learning"}),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +183,44 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
   view = view_of(run, limits or HealthLimits(), warmup_steps)
   # Medians and quotients of norms near the largest float64 are inf, which is told.
   with np.errstate(over="ignore", invalid="ignore"):
-    findings = [finding for check in CHECKS for finding in check(view)]
-  findings.sort(key=lambda finding: LEVELS.index(finding.level))
-  return HealthReport(tuple(findings), run.path, len(run.steps), view.norms.warmup_steps)
+    findings = judged(view, warmup_steps)
+  return HealthReport(tuple(findings), run.path, len(run.steps), view.norms.warmup_steps, view.events)
+
+
+def judged(view: View, warmup_steps: int | None) -> list[Finding]:
+  """What is found in a run: its end, then the defects of the rows before that, then facts of the whole."""
+  ends = _first_end(_found(ENDS, view))
+  before = _before(view, ends, warmup_steps)
+  findings = [*ends, *_found(DEFECTS, before), *_found(FACTS, view)]
+  explained = set().union(*(CONSEQUENCES.get(f.name, frozenset()) for f in findings if f.level != "INFO"))
+  kept = [finding for finding in findings if finding.name not in explained or finding.level == "INFO"]
+  return sorted(kept, key=lambda finding: LEVELS.index(finding.level))
+
+
+def _found(checks: Sequence[Check], view: View) -> list[Finding]:
+  states = tuple(views_of(view))
+  return [f for check in checks for v in (states if check in OF_STATES else states[:1]) for f in check(v)]
+
+
+def _first_end(findings: list[Finding]) -> list[Finding]:
+  """Of findings that end a training the first; those of lower levels stay."""
+  fatal = [finding for finding in findings if finding.level == "FAIL"]
+  first = min(fatal, key=_begin, default=None)
+  return [finding for finding in findings if finding.level != "FAIL" or finding is first]
+
+
+def _begin(finding: Finding) -> float:
+  return finding.steps[0] if finding.steps else -np.inf
+
+
+def _before(view: View, ends: list[Finding], warmup_steps: int | None) -> View:
+  """The view of the rows before the training ended; the whole where it did not."""
+  step = next((f.steps[0] for f in ends if f.level == "FAIL" and f.steps), None)
+  if step is None:
+    return view
+  run = rows_before(view.run, step)
+  events = tuple(event for event in view.events if event.end < step)
+  return view._replace(run=run, norms=norms_of_run(run, view.name, warmup_steps), events=events)
 
 
 def check_arguments(run: Any, limits: Any, warmup_steps: Any) -> None:

@@ -4,17 +4,23 @@ A check is a function `View -> findings`. It yields nothing where what it needs 
 few steps for its statistics.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import SO_FAR, STEPS
-from clipjax.runs.health.detectors import SpikeDetector
+from clipjax.quantities import NORM, STEPS
+from clipjax.runs.health.blocks import blocks_of
+from clipjax.runs.health.events import Event, events_of, leaf_of
 from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.health.leaf_spikes import leaf_spikes
+from clipjax.runs.health.leaves import Grown, grown
+from clipjax.runs.health.series import Spike, spikes_of
 from clipjax.runs.kinds import Floats, Ints
-from clipjax.runs.norms import Norms, column, flag, main_name, norms_of_run, unseen
+from clipjax.runs.norms import Norms, column, norms_of_run
+from clipjax.runs.roles import judged_states, role_of
 from clipjax.runs.run import Run
-from clipjax.runs.schema import UNITS, key_of
+from clipjax.runs.schema import key_of, name_of
 from clipjax.runs.words import at_steps
 
 
@@ -22,19 +28,25 @@ class View(NamedTuple):
   """What a check looks at.
 
   Attributes:
-    run: the run, or the last rows of one.
+    run: the run, its rows before the cause of what came after, or its last rows.
     name: the state that is judged, None where no norm was recorded.
     norms: its raw norms.
     limits: where findings begin.
-    spike_detector: what has seen the rows before these, and is fed with these by `spikes`; None: `limits` say what a
-      spike is, and nothing came before.
+    names: all states that are judged, the main one first.
+    events: spikes, brought together.
   """
 
   run: Run
   name: str | None
   norms: Norms
   limits: HealthLimits
-  spike_detector: SpikeDetector | None = None
+  names: tuple[str, ...] = ()
+  events: tuple[Event, ...] = ()
+
+  @property
+  def of(self) -> str:
+    """The state that is judged in the words of a message: nothing for the main one."""
+    return f" of {self.name!r}" if self.names and self.name != self.names[0] else ""
 
   def enough(self, count: int, parts: int = 1) -> bool:
     """Whether statistics of so many numbers, split into parts, say something."""
@@ -65,32 +77,73 @@ class View(NamedTuple):
       return at_steps(steps.tolist())
     return at_steps(steps.tolist(), self.run.batches[np.searchsorted(self.run.steps, steps)].tolist())
 
+  def batches(self, steps: Ints) -> str:
+    """What to look at: the batches of some steps."""
+    if steps.size == 1:
+      return f"batch of step {steps[0]}"
+    return "batches of these steps"
+
   def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
-    """What was recorded by leaf or group: names (L,), steps (m,) and values (m, L).
-
-    inf stands for what was not finite, NaN for what was not recorded. Groups, up to 64 of them, are columns too, with
-    a number at every step. Steps that passed the state by are left out.
-    """
-    start = f"{key_of(name, quantity)}/"
-    keys = [key for key in self.run.columns if key.startswith(start)]
-    labels = tuple(key.removeprefix(start) for key in keys)
-    # A clip of other blocks than the watch of its name has, in the record, their unit at the end.
-    by = next((f"{name}{unit}" for unit in UNITS if key_of(f"{name}{unit}", quantity) in self.run.vectors), None)
-    if by is not None and (not keys or (by == name and set(labels) != set(self.run.leaves[by]))):
-      labels = self.run.leaves[by]
-      steps, values = self.run.vectors[key_of(by, quantity)]
-    else:
-      found = [np.where(flag(self.run, key), np.inf, self.run.columns[key]) for key in keys]
-      steps, values = self.run.steps, np.stack(found, 1) if keys else np.zeros((len(self.run), 0))
-    if quantity in SO_FAR or not (passed := unseen(self.run, name)).any():
-      return labels, steps, values
-    seen = ~passed[np.searchsorted(self.run.steps, steps)]
-    return labels, steps[seen], values[seen]
+    """As `blocks_of`, of the run."""
+    return blocks_of(self.run, name, quantity)
 
 
-def view_of(
-  run: Run, limits: HealthLimits, warmup_steps: int | None, spike_detector: SpikeDetector | None = None
-) -> View:
-  """The view of a run in which its main state is judged."""
-  name = main_name(run)
-  return View(run, name, norms_of_run(run, name, warmup_steps), limits, spike_detector)
+def view_of(run: Run, limits: HealthLimits, warmup_steps: int | None, spikes: Iterable[Spike] | None = None) -> View:
+  """The view of a run in which its main state is judged.
+
+  Args:
+    run: the run, or the last rows of one.
+    limits: where findings begin.
+    warmup_steps: as in `diagnose`.
+    spikes: those of its series, where detectors have run along the whole run; None: they run along this one.
+  """
+  names = distinct_states(run)
+  found = spikes_of(run, limits) if spikes is None else list(spikes)
+  for name in names:
+    found += leaf_spikes(run, name, limits)
+  main = names[0] if names else None
+  view = View(run, main, norms_of_run(run, main, warmup_steps), limits, names)
+  return view._replace(events=_with_leaves(view, events_of(run, found, names)))
+
+
+def views_of(view: View) -> Iterable[View]:
+  """A view of each state; the main one's alone where there are no others."""
+  yield view
+  for name in view.names[1:]:
+    yield view._replace(name=name, norms=norms_of_run(view.run, name, view.norms.warmup_steps))
+
+
+def distinct_states(run: Run) -> tuple[str, ...]:
+  """The states that are judged; of those that measure the same, as a watch and the clip after it, one."""
+  out: dict[str, Floats] = {}
+  for name in judged_states(run):
+    norms = run.columns[key_of(name, NORM)]
+    if not any(np.array_equal(norms, other, equal_nan=True) for other in out.values()):
+      out[name] = norms
+  return tuple(out)
+
+
+def _with_leaves(view: View, events: tuple[Event, ...]) -> tuple[Event, ...]:
+  """The events with the leaves that grew most at the first step of each at which norms by leaf are known."""
+  out = []
+  grew = {name: _grew(view, name, events) for name in view.names}
+  for event in events:
+    found = [grew[name] for name in _states_of(event) if name in grew]
+    steps = [step for step in sorted(set().union(*found)) if event.start <= step <= event.end]
+    leaves = [grown.leaf for step in steps[:1] for by_step in found if (grown := by_step.get(step)) is not None]
+    own = leaf_of(event.first.key)
+    out.append(event._replace(leaves=(own,) if own is not None else tuple(dict.fromkeys(leaves))))
+  return tuple(out)
+
+
+def _grew(view: View, name: str, events: tuple[Event, ...]) -> dict[int, Grown]:
+  """The leaf of a state that grew most at each step of the events, by step."""
+  inside = np.zeros(len(view.run), np.bool_)
+  for event in events:
+    inside |= (view.run.steps >= event.start) & (view.run.steps <= event.end)
+  return {leaf.step: leaf for leaf in grown(view.run, name, view.run.steps[inside], view.norms.begin)}
+
+
+def _states_of(event: Event) -> list[str]:
+  """The states whose norms moved in an event."""
+  return [name_of(move.key) for move in event.moves if role_of(move.key) == "norm"]

@@ -189,16 +189,16 @@ class Pipeline:
   def _write_made(self) -> None:
     made, self._made = _joined(self._made), []
     rows = [m.row for m in made]
-    spikes = self._live.spikes(rows)
+    marked = self._live.marked(rows, [m.vectors for m in made])
     for m in made:
-      if m.vectors and (m.is_due or m.row[STEP] in spikes):
+      if m.vectors and (m.is_due or m.row[STEP] in marked):
         m.row[LEAF] = m.vectors
     if rows:
       self._file.write(self._header(), rows)
     for row in rows:
       self._hand_on(row)
     if self._is_told:
-      for finding in self._live.findings(rows, spikes, self._rows.leaves):
+      for finding in self._live.findings(rows, self._rows.leaves):
         self._notes.add(finding)
 
   def _hand_on(self, row: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from clipjax.quantities import MAX_NORM, NORM, SCALE, SO_FAR, STEPS, WORST_NORM, WORST_STEP
-from clipjax.runs.health.detectors import SpikeDetector
 from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.health.series import detector
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import acted, column, main_name, norms_of_run, rejected, unseen
 from clipjax.runs.run import Run
@@ -75,8 +75,7 @@ def norm_series(run: Run, limits: HealthLimits | None = None, warmup_steps: int 
   norm[at] = np.where(norms.finite, norms.values, np.nan)
   bad[at] = ~norms.finite
   clipped[at] = acted(run, name, norms) & ~norms.rejected
-  bounds = SpikeDetector(limits.spike_sigma, limits.spike_window).feed(norms.values[norms.finite])
-  spikes[at[norms.finite]] = norms.values[norms.finite] > bounds
+  spikes[at[norms.finite]] = detector("norm", limits).feed(norms.values[norms.finite]).is_spike
   key = key_of(name, MAX_NORM)
   blocks = [key_of(f"{name}{unit}", MAX_NORM) for unit in UNITS]
   by_block = any(by in run.vectors for by in blocks) or any(other.startswith(f"{key}/") for other in run.columns)

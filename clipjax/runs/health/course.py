@@ -1,0 +1,71 @@
+"""The course of a loss: where it began, how low it got, where it ended, and where it left for good."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from clipjax.runs.health.detectors import NORMAL
+from clipjax.runs.kinds import Floats, Ints
+
+FEWEST = 8  # Losses of which a course can be told.
+_FIRST = 3  # Losses whose median is the start.
+_WINDOW = 9  # Losses whose median counts: single batches are noisy.
+
+
+class Course(NamedTuple):
+  """A loss in a few numbers.
+
+  Attributes:
+    steps: the steps of the finite losses.
+    first: the loss at the start, a median of three.
+    best: the lowest median of nine that follow each other.
+    best_step: about where that was.
+    last: the loss at the end, a median of the last twentieth, of three at least.
+    noise: standard deviation of a loss around its neighbours, from the MAD of differences.
+    left: the first step after which the loss was never as low again as near its best; None where it ends there.
+  """
+
+  steps: Ints
+  first: float
+  best: float
+  best_step: int
+  last: float
+  noise: float
+  left: int | None
+
+  @property
+  def fall(self) -> float:
+    """What was learned: from the start to the best."""
+    return self.first - self.best
+
+  @property
+  def loss(self) -> float:
+    """What was lost again: from the best to the end."""
+    return self.last - self.best
+
+
+def course_of(steps: Ints, values: Floats) -> Course | None:
+  """The course of finite losses; None for too few."""
+  if values.size < FEWEST:
+    return None
+  width = min(_WINDOW, values.size // 3)
+  smooth = np.median(sliding_window_view(values, width), axis=1)
+  first, best_at = float(np.median(values[:_FIRST])), int(smooth.argmin())
+  best = min(float(smooth[best_at]), first)
+  last = float(np.median(values[-max(_FIRST, min(values.size // 20, 100)) :]))
+  # Differences of neighbours do not see a trend; their deviation is sqrt(2) times that of a value.
+  differences = np.diff(values)
+  noise = NORMAL * float(np.median(np.abs(differences - np.median(differences)))) / np.sqrt(2)
+  return Course(
+    steps, first, best, int(steps[best_at + width // 2]), last, noise, _left(steps, values, first, best, last, noise)
+  )
+
+
+def _left(steps: Ints, values: Floats, first: float, best: float, last: float, noise: float) -> int | None:
+  """The step after the last one at which the loss was within a fifth of what it ends above its best."""
+  level = best + max(4 * noise, 0.2 * (min(last, max(first, best + 0.1 * abs(best))) - best))
+  inside = np.flatnonzero(values <= level)
+  if last <= level or not inside.size or inside[-1] + 1 >= values.size:
+    return None
+  return int(steps[inside[-1] + 1])

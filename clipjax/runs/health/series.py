@@ -1,0 +1,81 @@
+"""The series of a run that are judged, and their spikes."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from clipjax.quantities import NORM
+from clipjax.runs.health.detectors import Kind, SpikeDetector
+from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.kinds import Floats, Ints
+from clipjax.runs.norms import norms_of_run, unseen
+from clipjax.runs.roles import Role, judged_states, keys_with, role_of
+from clipjax.runs.run import Run
+from clipjax.runs.schema import key_of, name_of
+
+# What a spike is, by role. Norms vary by factors, parameters hardly at all, and a loss that is nearly 0 may triple.
+KINDS: dict[Role, Kind] = {
+  "norm": Kind(ratio=3, jump=2),
+  "update": Kind(ratio=3, jump=2),
+  "parameters": Kind(ratio=1.5, jump=1.2),
+  "loss": Kind(ratio=1, jump=1, share=0.15),
+  "validation": Kind(ratio=1, jump=1, share=0.15),
+}
+
+
+class Series(NamedTuple):
+  """A series of finite numbers: its key, its role, the steps and the values."""
+
+  key: str
+  role: Role
+  steps: Ints
+  values: Floats
+
+
+class Spike(NamedTuple):
+  """A value of a series far above those before it; `usual` is their median."""
+
+  key: str
+  step: int
+  value: float
+  usual: float
+
+
+def series_of(run: Run) -> list[Series]:
+  """Every series of a run whose spikes are looked for. Of several that are the same, as of a watch and a clip, one."""
+  out: list[Series] = []
+  states = judged_states(run)
+  for key in [*(key_of(name, NORM) for name in states), *keys_with(run.columns, *KINDS)]:
+    role = role_of(key) or "norm"
+    if any(key == other.key for other in out) or role not in KINDS:
+      continue
+    series = _series(run, key, role)
+    if not any(role == s.role and np.array_equal(series.values, s.values) for s in out):
+      out.append(series)
+  return out
+
+
+def _series(run: Run, key: str, role: Role) -> Series:
+  if role == "norm":
+    norms = norms_of_run(run, name_of(key), 0)
+    return Series(key, role, norms.steps[norms.finite], norms.values[norms.finite])
+  known = np.isfinite(run.columns[key])
+  if role in ("update", "parameters"):
+    known &= ~unseen(run, name_of(key))
+  return Series(key, role, run.steps[known], run.columns[key][known])
+
+
+def detector(role: Role, limits: HealthLimits) -> SpikeDetector:
+  """What finds the spikes of a series of this role."""
+  return SpikeDetector(limits.spike_sigma, limits.spike_window, KINDS[role])
+
+
+def spikes_of(run: Run, limits: HealthLimits) -> list[Spike]:
+  """The spikes of every series of a run."""
+  out: list[Spike] = []
+  for series in series_of(run):
+    judged = detector(series.role, limits).feed(series.values)
+    at = np.flatnonzero(judged.is_spike)
+    found = zip(series.steps[at].tolist(), series.values[at].tolist(), judged.usual[at].tolist(), strict=True)
+    out += [Spike(series.key, *spike) for spike in found]
+  return out

@@ -1,0 +1,54 @@
+"""Sentences that several findings share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from clipjax.runs.health.events import Event, Move, leaf_of
+from clipjax.runs.kinds import Ints
+from clipjax.runs.words import at_steps, number, several
+
+
+def restore(steps: "Ints | Sequence[int]") -> str:
+  """What to do where a step has spoiled what follows."""
+  return f"Restore a checkpoint from before step {int(steps[0])}."
+
+
+def moved(move: Move) -> str:
+  """How far a series moved, as in "'grad/norm' rose to 31, 28 times its usual 1.1"."""
+  times = move.peak / move.usual if move.usual > 0 else 0.0
+  far = f", {number(times)} times its usual" if times >= 1.1 else " from its usual"
+  return f"{move.key!r} rose to {number(move.peak)}{far} {number(move.usual)}"
+
+
+def told(event: Event, among: Sequence[str], *, with_fate: bool = True) -> str:
+  """An event in a sentence: what moved first, what followed, in which leaf, and whether the loss came back."""
+  first, *others = event.moves
+  text = f"{_when(event)} {moved(first)}"
+  if event.leaves and leaf_of(first.key) is None:
+    text += f", most of all in {several(event.leaves, among)}"
+  for move in others[:2]:
+    late = move.step - first.step
+    text += f"; {moved(move)}" + (f" {late} step{'s' if late > 1 else ''} later" if late else "")
+  if with_fate and event.is_recovered is not None:
+    text += "; the loss came back" if event.is_recovered else "; the loss did not come back"
+  return f"{text}."
+
+
+def _when(event: Event) -> str:
+  batches: list[Any] | None = None
+  if event.batches:
+    batches = [event.batches[0]]
+  if event.end == event.start or not batches:
+    place = at_steps([event.start], batches)
+    place += f" to {event.end}" if event.end > event.start else ""
+  else:
+    place = f"at steps {event.start} to {event.end} ({in_batches(event.batches)})"
+  return place[0].upper() + place[1:]
+
+
+def in_batches(batches: Sequence[Any]) -> str:
+  """Names of batches, as in "batches 7 to 12", or "batch 'shard-3'"."""
+  flat = [b for batch in batches for b in (batch if isinstance(batch, tuple) else (batch,))]
+  if len(flat) == 1:
+    return f"batch {flat[0]!r}"
+  return f"batches {flat[0]!r} to {flat[-1]!r}"
