@@ -9,8 +9,8 @@ from clipjax.runs.health.detectors import NORMAL
 from clipjax.runs.kinds import Floats, Ints
 
 FEWEST = 8  # Losses of which a course can be told.
-_FIRST = 3  # Losses whose median is the start.
-_WINDOW = 9  # Losses whose median counts: single batches are noisy.
+FIRST = 3  # Losses whose median is the start.
+WINDOW = 9  # Losses whose median counts: single batches are noisy.
 
 
 class Course(NamedTuple):
@@ -18,11 +18,11 @@ class Course(NamedTuple):
 
   Attributes:
     steps: the steps of the finite losses.
-    first: the loss at the start, a median of three.
+    first: the loss at the start: the first, or the median of three where that is less.
     best: the lowest median of nine that follow each other.
     best_step: about where that was.
     last: the loss at the end, a median of the last twentieth, of three at least.
-    noise: standard deviation of a loss around its neighbours, from the MAD of differences.
+    noise: standard deviation of a loss around its neighbours, near its best.
     left: the first step after which the loss was never as low again as near its best; None where it ends there.
   """
 
@@ -45,21 +45,36 @@ class Course(NamedTuple):
     return self.last - self.best
 
 
-def course_of(steps: Ints, values: Floats) -> Course | None:
-  """The course of finite losses; None for too few."""
+def course_of(steps: Ints, values: Floats, count: int | None = None) -> Course | None:
+  """The course of finite losses; None for too few.
+
+  Args:
+    steps: of the losses, ascending.
+    values: the losses.
+    count: how many there were in all, where these are the first, the best and the last of them.
+  """
   if values.size < FEWEST:
     return None
-  width = min(_WINDOW, values.size // 3)
+  width = min(WINDOW, values.size // 3)
   smooth = np.median(sliding_window_view(values, width), axis=1)
-  first, best_at = float(np.median(values[:_FIRST])), int(smooth.argmin())
+  first, best_at = min(float(values[0]), float(np.median(values[:FIRST]))), int(smooth.argmin())
   best = min(float(smooth[best_at]), first)
-  last = float(np.median(values[-max(_FIRST, min(values.size // 20, 100)) :]))
-  # Differences of neighbours do not see a trend; their deviation is sqrt(2) times that of a value.
-  differences = np.diff(values)
-  noise = NORMAL * float(np.median(np.abs(differences - np.median(differences)))) / np.sqrt(2)
-  return Course(
-    steps, first, best, int(steps[best_at + width // 2]), last, noise, _left(steps, values, first, best, last, noise)
-  )
+  last = float(np.median(values[-max(FIRST, min((count or values.size) // 20, 100)) :]))
+  noise = _noise(values, best)
+  left = _left(steps, values, first, best, last, noise)
+  return Course(steps, first, best, int(steps[best_at + width // 2]), last, noise, left)
+
+
+def _noise(values: Floats, best: float) -> float:
+  """The deviation of a loss around its neighbours, at its best.
+
+  Differences of neighbours do not see a trend, nor those of logarithms one that grows by a factor; their deviation is
+  sqrt(2) times that of a value.
+  """
+  is_positive = values.min() > 0
+  differences = np.diff(np.log(values) if is_positive else values)
+  deviation = NORMAL * float(np.median(np.abs(differences - np.median(differences)))) / np.sqrt(2)
+  return deviation * best if is_positive else deviation
 
 
 def _left(steps: Ints, values: Floats, first: float, best: float, last: float, noise: float) -> int | None:

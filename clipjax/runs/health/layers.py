@@ -51,7 +51,7 @@ def _died(view: View, steps: list[int], norms: Floats) -> int | None:
   if not alive.size or known.size - alive[-1] - 1 < _ROWS:
     return None
   first, last = steps[known[alive[-1] + 1]], int(view.run.steps[-1])
-  return first if last - first >= _SHARE * (last - int(view.run.steps[0])) else None
+  return first if last - first >= _SHARE * (last - view.extent.first_step) else None
 
 
 def _zero_norm(view: View) -> Iterator[Finding]:

@@ -12,21 +12,23 @@ from typing import Any
 import numpy as np
 
 from clipjax.quantities import CONSECUTIVE, NORM
+from clipjax.runs.health.course import FEWEST, WINDOW
 from clipjax.runs.health.detectors import BLOCK
 from clipjax.runs.health.findings import Finding, HealthLimits
+from clipjax.runs.health.layers import zero_gradient
 from clipjax.runs.health.leaf_spikes import LeafDetector
 from clipjax.runs.health.series import KINDS, Spike, detector
+from clipjax.runs.health.spikes import spikes, update_spikes
 from clipjax.runs.health.verdict import judged
-from clipjax.runs.health.view import view_of
+from clipjax.runs.health.view import Extent, Loss, loss_of, view_with
 from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.reading.read import run_of_rows
 from clipjax.runs.roles import Role, role_of
+from clipjax.runs.run import Run
 from clipjax.runs.schema import BACK, SKIP, STEP, key_of
 
-# Findings that name a step: those that `on_finding` is called for. The others are of a whole run.
-TOLD = frozenset(
-  {"nonfinite", "nonfinite-dropped", "nonfinite-loss", "diverged", "stopped", "zero-gradient", "spikes", "update-spike"}
-)
+# Those that name a step; other findings are of a whole run.
+_DEFECTS = zero_gradient, update_spikes, spikes
 _ONSETS = 3  # Times that a leaf whose norm becomes 0 gets a row by leaf: that of an expert does so often.
 Row = Mapping[str, Any]
 
@@ -43,6 +45,8 @@ class Live:
     self._leaves: dict[str, _Leaves] = {}
     self._rows: deque[Row] = deque(maxlen=4 * limits.spike_window)
     self._spikes: deque[Spike] = deque(maxlen=4 * limits.spike_window)
+    self._loss = _Loss()
+    self._extent = Extent(0, 0)
     self._kinds: set[str] = set()
 
   def marked(self, rows: Sequence[Row], vectors: Sequence[Mapping[str, Any]]) -> set[int]:
@@ -65,11 +69,14 @@ class Live:
 
   def findings(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
     """What `diagnose` finds in these rows, of the kinds that name a step; each kind once."""
+    first = self._extent.first_step if self._extent.rows else rows[0][STEP]
+    self._extent = Extent(first, self._extent.rows + len(rows))
     self._rows.extend(rows)
     run = run_of_rows(self._rows, dict(leaves))
-    view = view_of(run, self._limits, 0, [spike for spike in self._spikes if spike.step >= run.steps[0]])
+    spikes = [spike for spike in self._spikes if spike.step >= run.steps[0]]
+    view = view_with(run, self._limits, 0, spikes, self._loss.of(run), self._extent)
     with np.errstate(over="ignore", invalid="ignore"):
-      found = [f for f in judged(view, 0) if f.name in TOLD and f.level != "INFO" and f.name not in self._kinds]
+      found = [f for f in judged(view, 0, _DEFECTS, ()) if f.level != "INFO" and f.name not in self._kinds]
     self._kinds |= {finding.name for finding in found}
     return found
 
@@ -100,6 +107,40 @@ class _Series:
     self._detector.forget(len(self._steps) - len(kept))
     self._steps.clear()
     self._steps.extend(kept)
+
+
+class _Loss:
+  """The first losses of a run and the best that follow each other, which the last rows may not have any more."""
+
+  def __init__(self) -> None:
+    self._key: str | None = None
+    self._count = 0
+    self._last = -np.inf
+    self._first: list[tuple[int, float]] = []
+    self._best: list[tuple[int, float]] = []
+
+  def of(self, run: Run) -> Loss | None:
+    """The loss of a run whose last rows these are."""
+    loss = loss_of(run)
+    if loss is None:
+      return None
+    if loss.key != self._key:
+      self._key, self._count, self._first, self._best = loss.key, 0, [], []
+    pairs = list(zip(loss.steps.tolist(), loss.values.tolist(), strict=True))
+    new = [pair for pair in pairs if pair[0] > self._last]
+    self._count += len(new)
+    self._last = pairs[-1][0] if pairs else self._last
+    self._first = (self._first + new)[:FEWEST]
+    for i in range(len(pairs) - len(new), len(pairs) - WINDOW + 1):
+      few = pairs[i : i + WINDOW]
+      if not self._best or _median(few) < _median(self._best):
+        self._best = few
+    joined = dict(sorted({**dict(self._first), **dict(self._best), **dict(pairs)}.items()))
+    return Loss(loss.key, np.array([*joined], np.int64), np.array([*joined.values()], np.float64), self._count)
+
+
+def _median(pairs: Sequence[tuple[int, float]]) -> float:
+  return float(np.median([value for _, value in pairs]))
 
 
 class _Leaves:

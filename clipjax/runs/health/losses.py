@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax.runs.health.course import Course, course_of
+from clipjax.runs.health.course import Course
 from clipjax.runs.health.events import Event
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
 from clipjax.runs.health.words import moved, restore
 from clipjax.runs.kinds import Floats, Ints
-from clipjax.runs.roles import keys_with, main_loss
+from clipjax.runs.roles import keys_with
 from clipjax.runs.run import Run
 from clipjax.runs.sources import PRECHELT
 from clipjax.runs.words import number, percent
@@ -18,30 +18,20 @@ from clipjax.runs.words import number, percent
 _MIN_VALIDATIONS = 10
 _MIN_LEARNING = 50  # Losses without which nothing is said of what was learned.
 _NEAR = 5  # Rows between an event and the step at which a loss left, at most, where the one made the other.
+_FAR = 100  # The same where the loss did not come back from the event.
 _EXPLODED = 100.0  # By how much norms have risen where no loss says whether the run diverged.
-
-
-def main_course(view: View) -> tuple[str, Course] | None:
-  """The loss that is trained, and its course."""
-  key = main_loss(view.run.columns)
-  if key is None:
-    return None
-  known = np.isfinite(view.run.columns[key])
-  course = course_of(view.run.steps[known], view.run.columns[key][known])
-  return None if course is None else (key, course)
 
 
 def diverged(view: View) -> Iterator[Finding]:
   """FAIL for a loss that left for good: it ends above its start, or has lost most of what it learned."""
-  found = main_course(view)
-  if found is None:
+  if view.loss is None:
     yield from _exploded(view)
     return
-  key, course = found
-  if not _has_diverged(view, course) or course.left is None:
+  key, course = view.loss.key, view.loss.course()
+  if course is None or not _has_diverged(view, course) or course.left is None:
     return
   event = _cause(view, course.left)
-  step = course.left if event is None else event.start
+  step = course.left if event is None else min(course.left, event.start)
   message = f"{key!r} left for good at step {step}: it was {number(course.first)} at the start, {number(course.best)} "
   message += f"at best, near step {course.best_step}, and ends at {number(course.last)}."
   if event is not None and event.first.key != key:
@@ -60,10 +50,12 @@ def _has_diverged(view: View, course: Course) -> bool:
 
 
 def _cause(view: View, left: int) -> Event | None:
-  """The event that a loss left with."""
+  """The event that a loss left with: the first after which it did not come back, else one at that step."""
   row = int(np.searchsorted(view.run.steps, left))
-  begin, end = (int(view.run.steps[np.clip(row + by, 0, len(view.run) - 1)]) for by in (-_NEAR, 1))
-  return next((event for event in view.events if begin <= event.start <= end), None)
+  far, near, end = (int(view.run.steps[np.clip(row + by, 0, len(view.run) - 1)]) for by in (-_FAR, -_NEAR, 1))
+  events = [event for event in view.events if event.start <= end]
+  lost = [event for event in events if event.start >= far and event.is_recovered is False]
+  return next(iter(lost), next((event for event in events if event.start >= near), None))
 
 
 def _remedy(view: View, event: Event | None, course: Course, step: int) -> str:
@@ -96,15 +88,17 @@ def _exploded(view: View) -> Iterator[Finding]:
 
 def not_learning(view: View) -> Iterator[Finding]:
   """WARN for a loss that never fell."""
-  found = main_course(view)
-  if found is None or found[1].steps.size < max(_MIN_LEARNING, view.limits.min_steps):
+  course = None if view.loss is None else view.loss.course()
+  if view.loss is None or course is None or view.loss.total < max(_MIN_LEARNING, view.limits.min_steps):
     return
-  key, course = found
-  is_begun = course.steps[0] > len(view.run)  # Of a run that was recorded from the middle on, the start is not known.
+  key = view.loss.key
+  is_begun = (
+    view.extent.first_step > view.extent.rows
+  )  # Of a run that was recorded from the middle on, the start is not known.
   if is_begun or course.fall > view.limits.learned * abs(course.first):
     return
   message = f"{key!r} hardly fell: {number(course.first)} at the start, {number(course.best)} at best, over "
-  message += f"{course.steps.size} steps."
+  message += f"{view.loss.total} steps."
   rule = f"a fall of {percent(view.limits.learned)} or more, a limit of clipjax"
   advice = "Look whether labels belong to inputs and the loss reaches all layers; then try other learning rates, ten "
   advice += "times lower and higher. Fine where a trained model is tuned further."
@@ -113,10 +107,10 @@ def not_learning(view: View) -> Iterator[Finding]:
 
 def rising_loss(view: View) -> Iterator[Finding]:
   """WARN where a part of what was learned is lost at the end."""
-  found = main_course(view)
-  if found is None or not view.enough(found[1].steps.size, parts=4):
+  course = None if view.loss is None else view.loss.course()
+  if view.loss is None or course is None or not view.enough(view.loss.total, parts=4):
     return
-  key, course = found
+  key = view.loss.key
   lost = course.loss
   if lost <= max(6 * course.noise, view.limits.rising_loss * max(course.fall, abs(course.best))):
     return
@@ -131,9 +125,9 @@ def rising_loss(view: View) -> Iterator[Finding]:
 
 def overfit(view: View) -> Iterator[Finding]:
   """WARN where a validation loss rises while the loss falls."""
-  loss = main_loss(view.run.columns)
-  if loss is None:
+  if view.loss is None:
     return
+  loss = view.loss.key
   for key in keys_with(view.run.columns, "validation"):
     known = np.isfinite(view.run.columns[key])
     values, at = view.run.columns[key][known], view.run.steps[known]
@@ -163,11 +157,9 @@ def _losses_beside(run: Run, key: str, at: Ints) -> list[float]:
 
 def loss_course(view: View) -> Iterator[Finding]:
   """INFO: where the loss began and ended."""
-  key = main_loss(view.run.columns)
-  loss = view.run.columns[key] if key is not None else np.zeros(0)
-  loss = loss[np.isfinite(loss)]
-  if not view.enough(loss.size):
+  if view.loss is None or not view.enough(view.loss.total):
     return
+  key, loss = view.loss.key, view.loss.values
   parts = np.array_split(loss, min(10, loss.size))  # `min_steps` may be less than 10.
   first, last = float(np.median(parts[0])), float(np.median(parts[-1]))
   yield Finding("INFO", "loss", f"{key!r} went from {number(first)} to {number(last)}, medians of tenths.")

@@ -15,6 +15,7 @@ from clipjax.runs.roles import keys_with, update_states
 from clipjax.runs.schema import SKIP, key_of
 from clipjax.runs.words import percent
 
+_MOST = 100  # Rows that are enough, however long the run.
 _FEWEST = 10  # Rows at the end without training, at least; the last steps of a schedule may have a rate of 0.
 
 
@@ -39,12 +40,12 @@ def stopped(view: View) -> Iterator[Finding]:
   yield Finding("FAIL", "stopped", message, end.advice, rule, steps=(end.step,))
 
 
-def _since(view: View, is_still: Bools, known: Bools) -> int | None:
+def _since(view: View, is_still: Bools, known: Bools, most: int = _MOST) -> int | None:
   """The step since which each row that says so stands still; None where that is a short part of the run."""
   rows = np.flatnonzero(known)
   moving = np.flatnonzero(~is_still[rows])
   first = int(moving[-1]) + 1 if moving.size else 0
-  if rows.size - first < max(_FEWEST, view.limits.stopped * rows.size):
+  if rows.size - first < max(_FEWEST, min(view.limits.stopped * view.extent.rows, most)):
     return None
   return int(view.run.steps[rows[first]])
 
@@ -82,7 +83,7 @@ def _no_rate(view: View) -> _End | None:
   for key in keys_with(view.run.columns, "rate"):
     rate = column(view.run, key)
     known = np.isfinite(rate)
-    if known.any() and (step := _since(view, rate == 0, known)) is not None:
+    if known.any() and (step := _since(view, rate == 0, known, len(view.run) + 1)) is not None:
       ran = "" if step > view.run.steps[0] else " from the start"
       advice = "Look at the schedule: it ends before the run does." if not ran else "Look at the schedule."
       return _End(step, f"{key!r} is 0{ran}", advice)

@@ -7,7 +7,6 @@ import numpy as np
 from clipjax.quantities import RATIO
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import medians_of
-from clipjax.runs.health.losses import main_course
 from clipjax.runs.health.view import View
 from clipjax.runs.schema import UPDATES, key_of, names_with
 from clipjax.runs.sources import CS231N_RATIO
@@ -42,8 +41,8 @@ def update_ratio(view: View) -> Iterator[Finding]:
 
 def _has_learned(view: View) -> bool:
   """Whether a loss was recorded, and fell."""
-  found = main_course(view)
-  return found is not None and found[1].fall > view.limits.learned * abs(found[1].first)
+  course = None if view.loss is None else view.loss.course()
+  return course is not None and course.fall > view.limits.learned * abs(course.first)
 
 
 def _rule(view: View) -> str:

@@ -22,9 +22,9 @@ from clipjax.runs.health.norm import norm_percentiles, norm_scale, rising_norm
 from clipjax.runs.health.spikes import spike_rate, spikes, update_spikes
 from clipjax.runs.health.stopped import skipped, stopped
 from clipjax.runs.health.updates import update_ratio
-from clipjax.runs.health.view import View, view_of, views_of
-from clipjax.runs.norms import check_warmup, norms_of_run
-from clipjax.runs.run import Run, rows_before
+from clipjax.runs.health.view import View, before, view_of, views_of
+from clipjax.runs.norms import check_warmup
+from clipjax.runs.run import Run
 from clipjax.runs.words import described
 
 LEVELS = ("FAIL", "WARN", "INFO")
@@ -183,15 +183,15 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
   view = view_of(run, limits or HealthLimits(), warmup_steps)
   # Medians and quotients of norms near the largest float64 are inf, which is told.
   with np.errstate(over="ignore", invalid="ignore"):
-    findings = judged(view, warmup_steps)
+    findings = judged(view, warmup_steps, DEFECTS, FACTS)
   return HealthReport(tuple(findings), run.path, len(run.steps), view.norms.warmup_steps, view.events)
 
 
-def judged(view: View, warmup_steps: int | None) -> list[Finding]:
+def judged(view: View, warmup_steps: int | None, defects: Sequence[Check], facts: Sequence[Check]) -> list[Finding]:
   """What is found in a run: its end, then the defects of the rows before that, then facts of the whole."""
   ends = _first_end(_found(ENDS, view))
-  before = _before(view, ends, warmup_steps)
-  findings = [*ends, *_found(DEFECTS, before), *_found(FACTS, view)]
+  end = next((f.steps[0] for f in ends if f.level == "FAIL" and f.steps), None)
+  findings = [*ends, *_found(defects, view if end is None else before(view, end, warmup_steps)), *_found(facts, view)]
   explained = set().union(*(CONSEQUENCES.get(f.name, frozenset()) for f in findings if f.level != "INFO"))
   kept = [finding for finding in findings if finding.name not in explained or finding.level == "INFO"]
   return sorted(kept, key=lambda finding: LEVELS.index(finding.level))
@@ -211,16 +211,6 @@ def _first_end(findings: list[Finding]) -> list[Finding]:
 
 def _begin(finding: Finding) -> float:
   return finding.steps[0] if finding.steps else -np.inf
-
-
-def _before(view: View, ends: list[Finding], warmup_steps: int | None) -> View:
-  """The view of the rows before the training ended; the whole where it did not."""
-  step = next((f.steps[0] for f in ends if f.level == "FAIL" and f.steps), None)
-  if step is None:
-    return view
-  run = rows_before(view.run, step)
-  events = tuple(event for event in view.events if event.end < step)
-  return view._replace(run=run, norms=norms_of_run(run, view.name, warmup_steps), events=events)
 
 
 def check_arguments(run: Any, limits: Any, warmup_steps: Any) -> None:

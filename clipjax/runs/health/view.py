@@ -11,6 +11,7 @@ import numpy as np
 
 from clipjax.quantities import NORM, STEPS
 from clipjax.runs.health.blocks import blocks_of
+from clipjax.runs.health.course import Course, course_of
 from clipjax.runs.health.events import Event, events_of, leaf_of
 from clipjax.runs.health.findings import HealthLimits
 from clipjax.runs.health.leaf_spikes import leaf_spikes
@@ -18,10 +19,30 @@ from clipjax.runs.health.leaves import Grown, grown
 from clipjax.runs.health.series import Spike, spikes_of
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import Norms, column, norms_of_run
-from clipjax.runs.roles import judged_states, role_of
-from clipjax.runs.run import Run
+from clipjax.runs.roles import judged_states, main_loss, role_of
+from clipjax.runs.run import Run, rows_before
 from clipjax.runs.schema import key_of, name_of
 from clipjax.runs.words import at_steps
+
+
+class Loss(NamedTuple):
+  """The loss that is trained: its key, the steps and the finite values, and how many there were in all."""
+
+  key: str
+  steps: Ints
+  values: Floats
+  total: int
+
+  def course(self) -> Course | None:
+    """Its course; None for too few."""
+    return course_of(self.steps, self.values, self.total)
+
+
+class Extent(NamedTuple):
+  """How long the whole run is, of which a view may have the last rows alone."""
+
+  first_step: int
+  rows: int
 
 
 class View(NamedTuple):
@@ -34,6 +55,8 @@ class View(NamedTuple):
     limits: where findings begin.
     names: all states that are judged, the main one first.
     events: spikes, brought together.
+    loss: the loss that is trained, of the whole run; None where none was recorded.
+    extent: that of the whole run.
   """
 
   run: Run
@@ -42,6 +65,8 @@ class View(NamedTuple):
   limits: HealthLimits
   names: tuple[str, ...] = ()
   events: tuple[Event, ...] = ()
+  loss: Loss | None = None
+  extent: Extent = Extent(0, 0)
 
   @property
   def of(self) -> str:
@@ -88,22 +113,46 @@ class View(NamedTuple):
     return blocks_of(self.run, name, quantity)
 
 
-def view_of(run: Run, limits: HealthLimits, warmup_steps: int | None, spikes: Iterable[Spike] | None = None) -> View:
-  """The view of a run in which its main state is judged.
+def view_of(run: Run, limits: HealthLimits, warmup_steps: int | None) -> View:
+  """The view of a whole run in which its main state is judged; the limits and the warm-up are those of `diagnose`."""
+  extent = Extent(int(run.steps[0]) if len(run) else 0, len(run))
+  return view_with(run, limits, warmup_steps, spikes_of(run, limits), loss_of(run), extent)
 
-  Args:
-    run: the run, or the last rows of one.
-    limits: where findings begin.
-    warmup_steps: as in `diagnose`.
-    spikes: those of its series, where detectors have run along the whole run; None: they run along this one.
-  """
+
+def view_with(
+  run: Run,
+  limits: HealthLimits,
+  warmup_steps: int | None,
+  spikes: Iterable[Spike],
+  loss: Loss | None,
+  extent: Extent,
+) -> View:
+  """The view of the last rows of a run, with what detectors have found along the whole of it."""
   names = distinct_states(run)
-  found = spikes_of(run, limits) if spikes is None else list(spikes)
-  for name in names:
-    found += leaf_spikes(run, name, limits)
+  found = [*spikes, *(spike for name in names for spike in leaf_spikes(run, name, limits))]
   main = names[0] if names else None
-  view = View(run, main, norms_of_run(run, main, warmup_steps), limits, names)
+  view = View(run, main, norms_of_run(run, main, warmup_steps), limits, names, (), loss, extent)
   return view._replace(events=_with_leaves(view, events_of(run, found, names)))
+
+
+def loss_of(run: Run) -> Loss | None:
+  """The loss that is trained."""
+  key = main_loss(run.columns)
+  if key is None:
+    return None
+  known = np.isfinite(run.columns[key])
+  return Loss(key, run.steps[known], run.columns[key][known], int(known.sum()))
+
+
+def before(view: View, step: int, warmup_steps: int | None) -> View:
+  """The view of the rows before a step."""
+  run = rows_before(view.run, step)
+  loss = view.loss
+  if loss is not None:
+    inside = loss.steps < step
+    loss = Loss(loss.key, loss.steps[inside], loss.values[inside], loss.total - int((~inside).sum()))
+  events = tuple(event for event in view.events if event.end < step)
+  return view._replace(run=run, norms=norms_of_run(run, view.name, warmup_steps), events=events, loss=loss)
 
 
 def views_of(view: View) -> Iterable[View]:
