@@ -1,161 +1,282 @@
-"""Each defect of a run gives its finding of `diagnose`, with the right numbers, and no other."""
+"""Each condition of a run gives its finding of `diagnose`, at its step and with its leaf, and no other defect."""
 
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from synthetic import N, bad, healthy, layered, only, run_of, with_spikes
 
 import clipjax
-from clipjax.runs.health.detectors import SpikeDetector
 from clipjax.runs.norms import norms_of_run
 from clipjax.runs.words import number
 
+RNG = np.random.default_rng(0)
+NOISE = np.exp(RNG.normal(0, 0.05, N))
+NORMS = np.exp(RNG.normal(0, 0.15, N))
+ROWS = np.arange(N)
+
+
+def since(row, then, before=1.0):
+  """A column that changes at a row."""
+  return np.where(row > ROWS, before, then)
+
+
+def at(rows, then, before):
+  """A column that has other values at some rows."""
+  return np.where(np.isin(ROWS, rows), then, before)
+
+
+def two_layers(*changes):
+  """Norms of two layers at the rows 0, 10, 20, ...; a change is the first of these rows, the layer and its norm."""
+  values = np.tile([1.0, 0.3], (40, 1))
+  for row, layer, norm in changes:
+    values[row:, layer] = norm
+  return layered(values)
+
+
+LOSS = healthy()["loss"]
+CLIP_AT_50 = {"grad/max_norm": np.full(N, 50.0), "grad/scale": np.ones(N), "grad/clip_fraction": np.zeros(N)}
+
+# Columns that differ from a healthy run, and the findings: name, level, steps (None: not compared), leaves.
+CONDITIONS = {
+  "the loss leaves from the start": (
+    {"loss": 4.85 * np.exp(np.linspace(0, 5, N)) * NOISE}, [("diverged", "FAIL", None, ())]),
+  "the loss leaves in the middle, slowly": (
+    {"loss": np.where(ROWS < 200, LOSS, LOSS[199] + np.linspace(0, 9, 2 * N)[ROWS] * (ROWS - 200) / 90) * NOISE},
+    [("diverged", "FAIL", None, ())]),
+  "what was learned is lost at a step": (
+    {"loss": since(250, 4.0, LOSS) * NOISE}, [("diverged", "FAIL", (251,), ())]),
+  "a part of what was learned is lost": (
+    {"loss": np.where(ROWS < 250, LOSS, LOSS + (ROWS - 250) / 150) * NOISE}, [("rising-loss", "WARN", None, ())]),
+  "a loss at chance": ({"loss": 2.303 * NOISE}, [("not-learning", "WARN", (), ())]),
+  "eight more on the loss for four steps, with a usual norm": (
+    {"loss": at([200, 201, 202, 203], LOSS + 8, LOSS)}, [("spikes", "WARN", (201,), ())]),
+  "a norm at step 17": ({"grad/norm": at(16, 1.4e7, NORMS), "grad/scale": np.ones(N)}, [("spikes", "WARN", (17,), ())]),
+  "a norm at step 40": ({"grad/norm": at(39, 110.0, NORMS), "grad/scale": np.ones(N)}, [("spikes", "WARN", (40,), ())]),
+  "a clip that is too high": (
+    {"grad/norm": at(200, 112.0, 0.7 * NORMS), **CLIP_AT_50, "grad/scale": at(200, 50 / 112, 1.0),
+     "grad/norm_clipped": at(200, 50.0, 0.7 * NORMS), "loss": at([201, 202], 12.9, LOSS)},
+    [("spikes", "WARN", (201,), ())]),
+  "a clip that catches": (
+    {"grad/norm": at(200, 112.0, NORMS), "grad/scale": at(200, 0.01, 1.0), "grad/norm_clipped": at(200, 1.1, NORMS)},
+    []),
+  "a learning rate a hundred times too high for a step": (
+    {"update/norm": at(250, 0.85, 0.01 * NOISE), "learning_rate": at(250, 0.1, 0.001),
+     "grad/norm": at([251, 252], 20.0, NORMS), "grad/scale": np.ones(N)},
+    [("update-spike", "WARN", (251,), ())]),
+  "a learning rate of 0 in the end": (
+    {"learning_rate": since(300, 0.0)}, [("stopped", "FAIL", (301,), ())]),
+  "updates of 0 in the end": ({"update/norm": since(300, 0.0)}, [("stopped", "FAIL", (301,), ())]),
+  "every step rejected in the end": (
+    {"skip/consecutive": np.maximum(0, ROWS - 249), "skip/fraction": np.maximum(0, ROWS - 249) / N},
+    [("stopped", "FAIL", (251,), ())]),
+  "many steps rejected": (
+    {"skip/consecutive": (ROWS % 5 < 2) * (1 + ROWS % 5), "skip/fraction": np.full(N, 0.4)},
+    [("skipped", "FAIL", None, ())]),
+  "some steps rejected": ({"skip/fraction": np.full(N, 0.125)}, [("skipped", "WARN", (), ())]),
+  "a norm that rises tenfold, evenly": (
+    {"grad/norm": NORMS * np.linspace(1, 10, N), "grad/scale": np.ones(N)}, [("rising-norm", "WARN", (), ())]),
+  "updates far too large, and nothing is learned": (
+    {"update/ratio": np.full(N, 0.05), "loss": 2.3 * NOISE}, [("update-ratio", "WARN", (), ())]),
+  "updates far too small, and nothing is learned": (
+    {"update/ratio": np.full(N, 2e-5), "loss": 2.3 * NOISE}, [("update-ratio", "WARN", (), ())]),
+  "large updates of a run that learns": ({"update/ratio": np.full(N, 0.05)}, []),
+  "a clip that takes most of the gradient": (
+    {"grad/clip_fraction": np.ones(N), "grad/norm_clipped": np.full(N, 1e-3), "grad/scale": np.full(N, 1e-3)},
+    [("clipped-often", "WARN", (), ())]),
+  "a clip that acts in most steps and takes little": ({"grad/clip_fraction": np.full(N, 0.9)}, []),
+  "zeros": ({"grad/zero_fraction": np.full(N, 0.625)}, [("zeros", "WARN", (), ())]),
+}  # fmt: skip
+
+BY_LAYER = {
+  "a layer without a gradient": (two_layers((0, 0, 0.0)), [("zero-gradient", "FAIL", (), ("in/w",))]),
+  "a layer that dies": (two_layers((20, 1, 0.0)), [("zero-gradient", "FAIL", (201,), ("out/w",))]),
+  "a layer without a gradient at the very end": (two_layers((38, 1, 0.0)), []),
+  "an early layer that hardly gets one": (
+    layered([1e-4, 2e-2, 0.5], ("in/w", "mid/w", "out/w")), [("layer-spread", "WARN", (), ("in/w", "out/w"))]),
+  "a bias whose gradient is rounding, beside its weights": (
+    layered([1e-9, 0.2, 0.5], ("key/bias", "key/kernel", "out/w")), []),
+  "a leaf whose gradient is rounding, alone": (layered([1e-9, 0.2, 0.5], ("a", "b", "c")), []),
+  "layers of a stack that vanish with depth": (
+    layered([1e-7, 1e-5, 1e-3, 0.1], tuple(f"blocks/w[{i}]" for i in range(4))),
+    [("layer-spread", "WARN", (), ("blocks/w[0]", "blocks/w[3]"))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("columns", "vectors", "want"),
+  [
+    *(pytest.param(columns, {}, want, id=name) for name, (columns, want) in CONDITIONS.items()),
+    *(pytest.param({}, vectors, want, id=name) for name, (vectors, want) in BY_LAYER.items()),
+  ],
+)
+def test_a_condition_has_its_finding_and_no_other(columns, vectors, want):
+  report = clipjax.runs.diagnose(run_of(healthy(**columns), **vectors))
+  found = [finding for finding in report if finding.level != "INFO"]
+  assert [(f.name, f.level) for f in found] == [(name, level) for name, level, *_ in want], str(report)
+  for finding, (_, _, steps, leaves) in zip(found, want, strict=True):
+    assert finding.leaves == leaves
+    assert steps is None or finding.steps == steps, finding
+    assert finding.rule and finding.advice.endswith("."), finding
+
+
+# What is not finite -------------------------------------------------------------------------------------------------
+
+
+def spoiled(rows, **columns):
+  """A healthy run whose norm is not finite at some rows, and its flags."""
+  run, bad_rows = healthy(**columns), np.isin(ROWS, rows)
+  run["grad/norm"][bad_rows] = run["grad/norm_clipped"][bad_rows] = np.nan
+  return run, {"grad/norm": bad_rows}
+
 
 def test_steps_that_are_not_finite_and_the_layer_where_it_began():
-  columns, at = healthy(), np.zeros(N, bool)
-  at[[70, 71, 100]] = True
-  columns["grad/norm"][at] = columns["grad/norm_clipped"][at] = np.nan
+  columns, flags = spoiled([70, 71, 100])
   values = np.ones((40, 2))
   values[7, 1] = np.inf  # Row 7 is step 71.
-  run = run_of(columns, flags={"grad/norm": at}, **layered(values))
+  run = run_of(columns, flags=flags, **layered(values))
   report = clipjax.runs.diagnose(run)
   assert bad(report) == ["nonfinite"]
   finding = only(report, "nonfinite")
   assert finding.level == "FAIL"
   assert finding.message == "3 of 400 steps had a norm of inf or NaN, at steps 71, 72, 101; first in 'out/w'."
-  assert finding.rule == "none may occur, as one such step that is applied makes every parameter NaN"
+  assert finding.advice.startswith("Restore a checkpoint from before step 71. Look at the batch of step 71, and chain")
   assert (finding.source, finding.steps, finding.leaves) == ("", (71, 72, 101), ("out/w",))
-  run.vectors["grad/nonfinite"] = (run.vectors["grad/norm"][0], np.where(np.arange(40)[:, None] == 7, [5.0, 0.0], 0.0))
-  assert (
-    "first in 'in/w'." in only(clipjax.runs.diagnose(run), "nonfinite").message
-  )  # The count of entries speaks first.
-  groups = columns | {"grad/norm/a": np.ones(N), "grad/norm/b": np.where(at, np.nan, 1)}
-  flags = {"grad/norm": at, "grad/norm/b": at}
+  counts = np.where(np.arange(40)[:, None] == 7, [5.0, 0.0], 0.0)
+  run.vectors["grad/nonfinite"] = run.vectors["grad/norm"][0], counts
+  assert "first in 'in/w'." in only(clipjax.runs.diagnose(run), "nonfinite").message  # The count of entries goes first.
+  groups = columns | {"grad/norm/a": np.ones(N), "grad/norm/b": np.where(flags["grad/norm"], np.nan, 1)}
+  flags["grad/norm/b"] = flags["grad/norm"]
   assert "; first in 'b'." in only(clipjax.runs.diagnose(run_of(groups, flags=flags)), "nonfinite").message
-  without = clipjax.runs.diagnose(run_of(columns, flags={"grad/norm": at}))
+  without = clipjax.runs.diagnose(run_of(columns, flags=flags))
   assert "clipjax.watch()" in only(without, "nonfinite").advice
 
 
 def test_steps_that_were_not_recorded_are_counted_too():
-  report = clipjax.runs.diagnose(run_of(healthy(**{"grad/nonfinite_steps": np.arange(N) // 100})))
-  assert (
-    "3 of 400 steps had a norm of inf or NaN, at steps that were not recorded." in only(report, "nonfinite").message
-  )
+  report = clipjax.runs.diagnose(run_of(healthy(**{"grad/nonfinite_steps": ROWS // 100})))
+  assert "3 of 400 steps had a norm of inf or NaN, at steps that were not recorded" in only(report, "nonfinite").message
 
 
 def test_a_loss_that_is_not_finite():
-  columns, at = healthy(), np.arange(N) == 200
-  columns["loss"][at] = np.nan
-  report = clipjax.runs.diagnose(run_of(columns, flags={"loss": at}))
+  columns, rows = healthy(), ROWS == 200
+  columns["loss"][rows] = np.nan
+  report = clipjax.runs.diagnose(run_of(columns, flags={"loss": rows}))
   assert bad(report) == ["nonfinite-loss"]
-  assert only(report, "nonfinite-loss")[0] == "FAIL"
-  assert "1 of 400 losses were inf or NaN, at step 201." in only(report, "nonfinite-loss").message
-  columns["skip/consecutive"][at] = 1
-  assert only(clipjax.runs.diagnose(run_of(columns, flags={"loss": at})), "nonfinite-loss").level == "WARN"
+  assert only(report, "nonfinite-loss").level == "FAIL"
+  assert "1 of 400 values of 'loss' were inf or NaN, at step 201." in only(report, "nonfinite-loss").message
+  columns["skip/consecutive"][rows] = 1
+  assert only(clipjax.runs.diagnose(run_of(columns, flags={"loss": rows})), "nonfinite-loss").level == "WARN"
 
 
-def test_a_layer_whose_gradient_is_zero_throughout():
-  values = np.ones((40, 2))
-  values[:, 0] = 0
-  report = clipjax.runs.diagnose(run_of(healthy(), **layered(values)))
-  assert bad(report) == ["zero-gradient"]
-  assert only(report, "zero-gradient")[0] == "FAIL"
-  assert "1 of 2 layers had a gradient of exactly 0 at all 40 steps at which it was recorded: 'in/w'." in (
-    only(report, "zero-gradient").message
+@pytest.mark.parametrize("key", ["train_loss", "train/loss", "total_loss", "val_loss", "d_loss"])
+def test_every_loss_is_looked_at(key):
+  columns, rows = healthy(), ROWS == 200
+  columns[key] = np.where(rows, np.nan, columns["loss"])
+  report = clipjax.runs.diagnose(run_of(columns, flags={key: rows}))
+  assert bad(report) == ["nonfinite-loss"] and repr(key) in report[0].message
+
+
+def test_steps_that_overflowed_under_loss_scaling_are_no_defect():
+  columns, flags = spoiled([0, 1, 2, 150])
+  columns["skip/consecutive"][[0, 1, 2, 150]] = [1, 2, 3, 1]
+  scale = 2.0 ** (16 - np.cumsum(np.isin(ROWS, [0, 1, 2, 150])))
+  for loss_scale in (scale, np.append(2.0**16, scale[:-1])):  # Pushed after the step, or before it.
+    report = clipjax.runs.diagnose(run_of(columns | {"loss_scale": loss_scale}, flags=flags))
+    assert bad(report) == []
+    assert "4 of 400 steps" in only(report, "loss-scaling").message
+  for other in ({}, {"loss_scale": np.full(N, 1024.0)}):
+    assert bad(clipjax.runs.diagnose(run_of(columns | other, flags=flags))) == ["nonfinite-dropped"]
+
+
+def test_what_comes_after_the_end_of_a_training_is_not_judged():
+  rows = ROWS >= 200
+  columns = healthy(**{"grad/zero_fraction": np.where(rows, 1.0, 0.1), "update/ratio": np.where(rows, 9.0, 1e-3)})
+  for key in ("grad/norm", "grad/norm_clipped", "loss"):
+    columns[key][rows] = np.nan
+  values = np.tile([1.0, 0.3], (40, 1))
+  values[20:] = np.nan, 0.0
+  run = run_of(columns, flags={"grad/norm": rows, "loss": rows}, **layered(values))
+  assert bad(clipjax.runs.diagnose(run)) == ["nonfinite"]
+
+
+def test_what_ends_a_training_first_is_its_cause():
+  columns, flags = spoiled([350, 360])
+  columns["loss"] = since(200, 50.0, LOSS) * NOISE
+  report = clipjax.runs.diagnose(run_of(columns, flags=flags))
+  assert [(f.name, f.steps) for f in report if f.level != "INFO"] == [("diverged", (201,))]
+  columns, flags = spoiled([150])
+  columns["loss"] = since(160, 50.0, LOSS) * NOISE
+  assert bad(clipjax.runs.diagnose(run_of(columns, flags=flags))) == ["nonfinite"]
+
+
+# Several states -----------------------------------------------------------------------------------------------------
+
+
+def test_every_state_is_judged():
+  columns, rows = healthy(**{"grad_2/norm": 5 * NORMS[::-1], "grad_2/nonfinite_steps": ROWS >= 300}), ROWS == 300
+  columns["grad_2/norm"][rows] = np.nan
+  report = clipjax.runs.diagnose(run_of(columns, flags={"grad_2/norm": rows}))
+  assert bad(report) == ["nonfinite"]
+  assert "had a norm of 'grad_2' of inf or NaN, at step 301" in only(report, "nonfinite").message
+  columns = healthy(**{"critic/norm": at(300, 80.0, NORMS[::-1])})
+  assert only(clipjax.runs.diagnose(run_of(columns)), "spikes").steps == (301,)
+
+
+def test_what_is_not_judged_is_said():
+  columns = healthy(**{"aux_loss": NOISE, "copy/norm": healthy()["grad/norm"], "eval_loss": at([5, 9], 1.0, np.nan)})
+  message = only(clipjax.runs.diagnose(run_of(columns)), "not-judged").message
+  assert "'aux_loss': for spikes and for what is not finite alone, since 'loss' is the one" in message
+  assert "'copy': the same norms as 'grad'" in message
+  assert "'eval_loss': fewer than 8 values" in message
+  assert "not-judged" not in [f.name for f in clipjax.runs.diagnose(run_of(healthy()))]
+
+
+# Clips --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_that_takes_most_of_the_gradient_does_no_harm_under_adam():
+  columns = healthy(**CONDITIONS["a clip that takes most of the gradient"][0])
+  run = dataclasses.replace(run_of(columns), optimizer=("ScaleByAdamState",))
+  report = clipjax.runs.diagnose(run)
+  assert bad(report) == []
+  assert only(report, "clipped").advice.startswith("No harm under this optimizer")
+  run = dataclasses.replace(run, optimizer=("TraceState",))
+  assert only(clipjax.runs.diagnose(run), "clipped-often").message == (
+    "'grad' clipped 100% of the steps, and left <0.1% of the gradient (median)."
   )
-  values[9, 0] = 1e-3
-  assert bad(clipjax.runs.diagnose(run_of(healthy(), **layered(values)))) == []
-  columns = healthy(**{"grad/norm/head": np.zeros(N), "grad/norm/rest": np.ones(N)})
-  assert "'head'" in only(clipjax.runs.diagnose(run_of(columns)), "zero-gradient").message  # Groups are columns.
-
-
-def test_clipped_in_more_than_half_of_the_steps():
-  fractions = np.full(N, 0.7125)
-  report = clipjax.runs.diagnose(run_of(healthy(**{"grad/clip_fraction": fractions})))
-  assert bad(report) == ["clipped-often"]
-  message = only(report, "clipped-often").message
-  assert message == "'grad' clipped 71.2% of the steps."
-  finding = only(report, "clipped-often")
-  assert finding.rule.startswith("at most 50%; ")
-  assert finding.source == "Google's tuning playbook, https://github.com/google-research/tuning_playbook"
-  assert "AutoClip" not in only(report, "clipped-often").advice
-  assert bad(clipjax.runs.diagnose(run_of(healthy(**{"grad/clip_fraction": np.full(N, 0.5)})))) == []
-  adaptive = healthy(**{"grad/clip_fraction": fractions, "grad/max_norm": np.linspace(3, 1, N)})
-  assert "AutoClip" in only(clipjax.runs.diagnose(run_of(adaptive)), "clipped-often").advice
 
 
 def test_a_clip_by_group_is_judged_group_by_group():
   # The clip acts on some group in every step, on each group in no more than half of them.
   columns = healthy(**{"grad/clip_fraction": np.ones(N)})
-  odd = np.arange(N) % 2 == 1
-  columns |= {"grad/scale/a": np.where(odd, 0.5, 1), "grad/scale/b": np.where(odd, 1, 0.5)}
+  odd = ROWS % 2 == 1
+  columns |= {"grad/scale/a": np.where(odd, 0.01, 1), "grad/scale/b": np.where(odd, 1, 0.01)}
   assert bad(clipjax.runs.diagnose(run_of(columns))) == []
-  columns["grad/scale/b"] = np.where(np.arange(N) % 4, 0.5, 1.0)
-  message = only(clipjax.runs.diagnose(run_of(columns)), "clipped-often").message
-  assert message.startswith("'grad' clipped 75% of the steps in 'b'.")
+  columns["grad/scale/b"] = np.where(ROWS % 4, 0.01, 1.0)
+  text = "'grad' clipped 75% of the steps in 'b', and left 1% of the gradient (median)."
+  assert only(clipjax.runs.diagnose(run_of(columns)), "clipped-often").message == text
   # A Recorder writes groups at some rows as vectors too, which would be too few.
   some = {"leaves": {"grad": ("b", "a")}, "vectors": {"grad/scale": (np.array([1, 51]), np.full((2, 2), 0.5))}}
-  assert "75% of the steps in 'b'" in only(clipjax.runs.diagnose(run_of(columns, **some)), "clipped-often").message
+  assert only(clipjax.runs.diagnose(run_of(columns, **some)), "clipped-often").message == text
   assert "some leaf or group in 100% of 400 steps" in only(clipjax.runs.diagnose(run_of(columns)), "clipped").message
 
 
 def test_a_clip_by_leaf_is_judged_leaf_by_leaf_where_there_are_enough_rows():
   columns = healthy(**{"grad/clip_fraction": np.ones(N)})
-  scales = np.where(np.arange(40)[:, None] % 5 < [2, 4], 0.5, 1.0)
-  report = clipjax.runs.diagnose(run_of(columns, **layered(scales, key="grad/scale")))
-  assert only(report, "clipped-often").message.startswith("'grad' clipped 80% of the steps in 'out/w'.")
+  scales = np.where(np.arange(40)[:, None] % 5 < [2, 4], 0.01, 1.0)
+  run = run_of(columns, **layered(scales, key="grad/scale"))
+  assert only(clipjax.runs.diagnose(run), "clipped-often").message.startswith(
+    "'grad' clipped 80% of the steps in 'out/w'"
+  )
   few = clipjax.runs.HealthLimits(min_steps=41)
-  assert "clipped-often" not in bad(
-    clipjax.runs.diagnose(run_of(columns, **layered(scales, key="grad/scale")), limits=few)
-  )
-
-
-def test_spikes_that_no_clip_caught():
-  report = clipjax.runs.diagnose(run_of({"grad/norm": with_spikes()["grad/norm"]}))
-  assert bad(report) == ["spikes"]
-  message = only(report, "spikes").message
-  assert message.startswith("2 of 400 norms were spikes that nothing caught, at steps 201, 301, the largest 30 against")
-  finding = only(report, "spikes")
-  assert finding.rule == "at most 6 standard deviations above the mean of the 128 norms before"
-  assert (finding.source.partition(",")[0], finding.steps, finding.leaves) == ("OLMo-core", (201, 301), ())
-
-
-def test_the_limit_of_a_spike_is_that_of_the_rule_for_skip_steps():
-  norms = with_spikes()["grad/norm"]
-  rule = clipjax.rules.rolling_sigma(6.0, window=128)
-
-  def step(state, norm):
-    limit, _, state = rule.update(norm, state, global_norm=norm)
-    return state, limit
-
-  with jax.enable_x64(True):
-    limits = jax.lax.scan(step, rule.init((), jnp.float64), jnp.asarray(norms))[1]
-  bounds = SpikeDetector(6.0, 128).feed(norms)
-  np.testing.assert_array_equal(np.isinf(bounds), np.asarray(limits) == np.finfo(np.float64).max)
-  np.testing.assert_allclose(bounds[np.isfinite(bounds)], np.asarray(limits)[np.isfinite(bounds)], rtol=1e-9)
-
-
-def test_spikes_that_the_clip_or_skip_steps_caught_are_no_warning():
-  columns = with_spikes()
-  columns["grad/scale"] = np.minimum(1, columns["grad/max_norm"] / columns["grad/norm"])
-  report = clipjax.runs.diagnose(run_of(columns))
-  assert bad(report) == []
-  assert only(report, "spikes-caught").message.startswith(
-    "2 of 400 norms were spikes that the clip or skip_steps caught, at st"
-  )
-  columns = {key: with_spikes()[key] for key in ("grad/norm", "skip/consecutive")}
-  columns["skip/consecutive"][[200, 300]] = 1
-  assert bad(clipjax.runs.diagnose(run_of(columns))) == []
+  assert "clipped-often" not in bad(clipjax.runs.diagnose(run, limits=few))
 
 
 def test_rows_from_the_history_of_a_watch_have_the_threshold_of_the_next_push():
   columns = with_spikes()
   columns["grad/scale"] = np.minimum(1, columns["grad/max_norm"] / columns["grad/norm"])
-  pushed = np.arange(N) % 8 == 7
+  pushed = ROWS % 8 == 7
   for key in set(columns) - {"grad/norm"}:
     columns[key] = np.where(pushed, columns[key], np.nan)
   assert bad(clipjax.runs.diagnose(run_of(columns))) == []
@@ -163,46 +284,13 @@ def test_rows_from_the_history_of_a_watch_have_the_threshold_of_the_next_push():
   assert "spikes" in bad(clipjax.runs.diagnose(run_of(columns)))
 
 
-def test_a_threshold_above_every_spike():
-  columns = with_spikes()
-  columns |= {"grad/max_norm": np.full(N, 50.0), "grad/scale": np.ones(N), "grad/clip_fraction": np.zeros(N)}
-  report = clipjax.runs.diagnose(run_of(columns))
-  assert bad(report) == ["spikes", "clip-too-high"]
-  message = only(report, "clip-too-high").message
-  assert message.startswith("'grad' never clipped while 2 spikes up to 30 passed: max_norm was 50.")
-  measured = columns | {"grad/max_norm": np.full(N, np.nan)}  # max_norm=inf only measures.
-  assert bad(clipjax.runs.diagnose(run_of(measured))) == ["spikes"]
-
-
-def test_a_norm_that_rises_late():
-  columns = healthy()
-  norm = np.where(np.arange(N) < 310, 1.0, 3.0)
-  report = clipjax.runs.diagnose(run_of({"grad/norm": norm, "loss": columns["loss"]}))
-  assert "rising-norm" in bad(report)
-  assert "rose 3 times late in the run: median 1 in the third quarter of the steps, 3 in the last." in (
-    only(report, "rising-norm").message
-  )
-  assert only(report, "rising-norm").rule.startswith("at most 2 times, a limit of clipjax; ")
-  slow = np.exp(np.linspace(0, 4, N))
-  assert bad(clipjax.runs.diagnose(run_of({"grad/norm": slow}))) == ["rising-norm"]
-  zero = np.where(np.arange(N) < 310, 0.0, 3.0)
-  assert "from 0" in only(clipjax.runs.diagnose(run_of({"grad/norm": zero})), "rising-norm").message
-
-
-def test_a_loss_that_rises():
-  report = clipjax.runs.diagnose(run_of(healthy(loss=np.linspace(4, 8, N), val_loss=np.full(N, np.nan))))
-  assert bad(report) == ["rising-loss"]
-  # The warm-up of 40 steps is left out: quarters of 90 steps, from step 41.
-  quarters = np.array_split(np.linspace(4, 8, N)[40:], 4)
-  text = f"median {np.median(quarters[3]):.3g} in the last quarter of the steps, above the largest of the first quarter"
-  assert f"{text}, {quarters[0].max():.3g}." in only(report, "rising-loss").message
+# Losses -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["val_loss", "validation/loss", "eval_loss", "Test loss"])
 def test_a_validation_loss_that_rises_while_the_loss_falls(key):
-  columns = healthy()
-  steps = np.arange(1, N + 1)
-  del columns["val_loss"]
+  columns = healthy(val_loss=np.full(N, np.nan))
+  steps = ROWS + 1
   columns[key] = np.where(steps % 4 == 0, 2 + np.abs(steps - 200) / 100, np.nan)
   report = clipjax.runs.diagnose(run_of(columns))
   assert bad(report) == ["overfit"]
@@ -210,10 +298,10 @@ def test_a_validation_loss_that_rises_while_the_loss_falls(key):
   medians = [np.median(part) for part in np.array_split(values, 10)]
   message = only(report, "overfit").message
   assert message.startswith(f"{key!r} ends {100 * (medians[-1] / min(medians) - 1):.3g}% above its best")
-  assert "near step 200" in message
+  assert "near step 200" in message and only(report, "overfit").steps == (200,)
   columns[key][3] = 1.5  # One lucky validation is not the best part of the run.
   assert "above its best, 2.18 near step 200" in only(clipjax.runs.diagnose(run_of(columns)), "overfit").message
-  level = columns | {"loss": np.full(N, 2.0)}
+  level = columns | {"loss": np.where(ROWS < 100, LOSS, LOSS[:100].min())}
   assert bad(clipjax.runs.diagnose(run_of(level))) == []  # Both are bad, which is no overfitting.
   slightly = columns | {key: np.where(steps % 4 == 0, 2 + np.abs(steps - 200) / 5000, np.nan)}
   assert bad(clipjax.runs.diagnose(run_of(slightly))) == []
@@ -221,14 +309,32 @@ def test_a_validation_loss_that_rises_while_the_loss_falls(key):
   assert bad(clipjax.runs.diagnose(run_of(falling))) == []
 
 
-@pytest.mark.parametrize(("ratio", "advice"), [(0.05, "Lower"), (2e-5, "Raise")])
-def test_updates_too_large_or_small_for_their_parameters(ratio, advice):
-  report = clipjax.runs.diagnose(run_of(healthy(**{"update/ratio": np.full(N, ratio)})))
-  assert bad(report) == ["update-ratio"]
-  finding = only(report, "update-ratio")
-  assert finding.message.endswith(f"is {ratio:.3g}.")
-  assert finding.rule.startswith("0.0001 to 0.01, ") and finding.source.startswith("CS231n")
-  assert finding.advice.startswith(advice)
+@pytest.mark.parametrize("key", ["train_loss", "train/loss", "trainLoss", "total_loss", "training/total-loss", "nll"])
+def test_the_loss_that_is_trained_may_have_another_name(key):
+  columns = healthy(**{key: since(250, 40.0, LOSS) * NOISE})
+  del columns["loss"]
+  report = clipjax.runs.diagnose(run_of(columns))
+  assert [(f.name, f.steps) for f in report if f.level != "INFO"] == [("diverged", (251,))]
+
+
+def test_eighteen_steps_are_enough_to_see_a_loss_explode():
+  run = run_of({"loss": np.geomspace(2.5, 1e8, 18)})
+  (finding,) = [f for f in clipjax.runs.diagnose(run) if f.level != "INFO"]
+  assert (finding.name, finding.level, finding.steps) == ("diverged", "FAIL", (2,))
+
+
+def test_norms_that_explode_without_a_loss():
+  run = run_of({"grad/norm": NORMS * since(300, 1000.0)})
+  assert [(f.name, f.steps) for f in clipjax.runs.diagnose(run) if f.level == "FAIL"] == [("diverged", (301,))]
+
+
+def test_a_run_that_was_recorded_from_its_middle_on_may_have_learned_before():
+  columns = healthy(loss=0.3 * NOISE)
+  assert bad(clipjax.runs.diagnose(run_of(columns))) == ["not-learning"]
+  assert bad(clipjax.runs.diagnose(run_of(columns, steps=ROWS + 5000))) == []
+
+
+# Layers and updates -------------------------------------------------------------------------------------------------
 
 
 def test_ratios_of_parameters_that_were_not_given_are_not_judged():
@@ -242,9 +348,9 @@ def test_the_ratio_of_a_gradient_is_not_judged():
 def test_a_layer_with_large_updates_is_told_without_a_warning():
   report = clipjax.runs.diagnose(run_of(healthy(), **layered([1e-3, 0.2], key="update/ratio")))
   assert bad(report) == []
-  assert "1 of 2 layers have a median 'update/ratio' outside, the farthest 'out/w' with 0.2." in (
-    only(report, "update-ratio-by-layer").message
-  )
+  finding = only(report, "update-ratio-by-layer")
+  assert "1 of 2 layers have a median 'update/ratio' outside, the farthest 'out/w' with 0.2." in finding.message
+  assert finding.leaves == ("out/w",)
 
 
 def test_the_warm_up_does_not_count_for_the_ratio_of_a_layer():
@@ -256,28 +362,9 @@ def test_the_warm_up_does_not_count_for_the_ratio_of_a_layer():
   assert "update-ratio-by-layer" not in names
 
 
-def test_layers_whose_norms_are_far_apart():
-  report = clipjax.runs.diagnose(run_of(healthy(), **layered([1e-4, 0.5])))
-  assert bad(report) == ["layer-spread"]
-  finding = only(report, "layer-spread")
-  assert finding.message.endswith(" are 5000 times apart: 0.0001 in 'in/w', 0.5 in 'out/w'.")
-  assert finding.rule.startswith("at most 1000 times, a limit of clipjax; ")
-  assert finding.leaves == ("in/w", "out/w")
-  assert bad(clipjax.runs.diagnose(run_of(healthy(), **layered([6e-4, 0.5])))) == []
-  assert bad(clipjax.runs.diagnose(run_of(healthy(), **layered([4e-4, 0.5])))) == ["layer-spread"]
-
-
-def test_zeros_in_the_gradient():
-  report = clipjax.runs.diagnose(run_of(healthy(**{"grad/zero_fraction": np.full(N, 0.625)})))
-  assert bad(report) == ["zeros"]
-  assert only(report, "zeros").message.startswith("62.5% of the entries of the gradient are exactly 0 (median).")
-
-
-def test_many_rejected_steps():
-  report = clipjax.runs.diagnose(run_of(healthy(**{"skip/fraction": np.full(N, 0.125)})))
-  assert bad(report) == ["skipped"]
-  assert only(report, "skipped").message == "skip_steps rejected 12.5% of 400 steps."
-  assert only(report, "skipped").rule == "at most 5%, a limit of clipjax"
+def test_groups_without_a_gradient_are_columns():
+  columns = healthy(**{"grad/norm/head": np.zeros(N), "grad/norm/rest": np.ones(N)})
+  assert only(clipjax.runs.diagnose(run_of(columns)), "zero-gradient").leaves == ("head",)
 
 
 @pytest.mark.parametrize(("factor", "text"), [(1e4, "above 100"), (1e-8, "below 1e-05")])
@@ -291,12 +378,12 @@ def test_the_size_of_the_norm_is_a_hint_alone(factor, text):
 
 
 def test_a_rejected_step_without_a_norm_of_its_own_has_the_one_that_skip_steps_saw():
-  at = np.isin(np.arange(N), [50, 51])
+  rows = np.isin(ROWS, [50, 51])
   columns = healthy()
   for key in ("grad/norm", "grad/norm_clipped", "grad/scale", "grad/max_norm"):  # Format 2 leaves them out of the row.
-    columns[key] = np.where(at, np.nan, columns[key])
-  columns["skip/norm"] = np.where(at, 70.0, columns["skip/norm"])
-  columns["skip/consecutive"][at] = [1, 2]
+    columns[key] = np.where(rows, np.nan, columns[key])
+  columns["skip/norm"] = np.where(rows, 70.0, columns["skip/norm"])
+  columns["skip/consecutive"][rows] = [1, 2]
   seen = norms_of_run(run_of(columns), "grad", None)
-  assert seen.values[at].tolist() == [70, 70] and seen.rejected.tolist() == at.tolist()
-  assert seen.values[~at].tolist() == columns["grad/norm"][~at].tolist()
+  assert seen.values[rows].tolist() == [70, 70] and seen.rejected.tolist() == rows.tolist()
+  assert seen.values[~rows].tolist() == columns["grad/norm"][~rows].tolist()

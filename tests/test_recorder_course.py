@@ -1,6 +1,5 @@
 """Recorder where a run goes back or is resumed, where several optimizers are pushed, and what it finds as it goes."""
 
-import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +11,6 @@ import pytest
 from test_record import PARAMS, grads_of, message_of, record, rows_of, train, warnings_of, watched
 
 import clipjax
-from clipjax.runs.health.detectors import SpikeDetector
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -425,26 +423,3 @@ def test_on_finding_and_limits_are_checked(path):
   with pytest.raises(ValueError, match=r"`limits.spike_sigma` must be a number >= 0"):
     clipjax.runs.Recorder(path, limits=clipjax.runs.HealthLimits(spike_sigma=-1.0))
   assert not path.exists()
-
-
-@pytest.mark.parametrize("parts", [[1000], [1] * 1000, [50] * 20, [3, 200, 797]])
-def test_a_detector_fed_in_parts_says_what_it_says_of_all(parts):
-  values = np.exp(np.random.default_rng(0).normal(0, 1, 1000))
-  values[:5] = 0
-  whole = SpikeDetector(6.0, 128).feed(values)
-  detector, ends = SpikeDetector(6.0, 128), np.cumsum([0, *parts])
-  got = np.concatenate([detector.feed(values[a:b]) for a, b in itertools.pairwise(ends)])
-  np.testing.assert_allclose(got, whole, rtol=1e-12)
-  assert np.isinf(whole[:63]).all() and np.isfinite(whole[63:]).all()
-  for i in (63, 100, 127, 128, 500, 999):
-    before = values[max(0, i - 128) : i]
-    assert whole[i] == pytest.approx(before.mean() + 6 * max(before.std(ddof=1), 0.01 * before.mean()))
-
-
-def test_a_detector_forgets_what_a_run_went_back_before():
-  values = np.arange(1.0, 301.0)
-  detector, other = SpikeDetector(6.0, 128), SpikeDetector(6.0, 128)
-  detector.feed(values)
-  detector.forget(50)
-  other.feed(values[172:250])
-  np.testing.assert_allclose(detector.feed(np.ones(20)), other.feed(np.ones(20)))

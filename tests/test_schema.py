@@ -22,9 +22,11 @@ WORDS = {
   "health/facts.py": {"parameters"},
   "health/losses.py": {"loss"},
   "health/nonfinite.py": {"nonfinite"},
+  "health/verdict.py": {"nonfinite"},
   "report/build.py": {"version", "parameters", "leaves", "steps", "nonfinite", "weights", "max_norm"},
   "report/figures.py": {"step", "steps", "loss", "norm", "scale"},
   "report/sections.py": {"parameters", "norm", "update"},
+  "roles.py": {"batch", "scale", "step"},
   "suggest.py": {"max_norm"},
 }
 

@@ -4,17 +4,28 @@ Names of states follow `clipjax.quantities`. What the caller pushes is told by t
 "train/loss", "val_loss" or "lr".
 """
 
+import enum
 import functools
 import itertools
 import re
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
 
 from clipjax.quantities import NORM, PARAM_NORM
 from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, LOSS, SKIP, UPDATES, key_of, names_with
 
-Role: TypeAlias = Literal["loss", "validation", "rate", "scale", "norm", "update", "parameters"]
+
+class Role(enum.Enum):
+  """What a column is."""
+
+  LOSS = enum.auto()
+  VALIDATION = enum.auto()  # A loss that is not trained.
+  RATE = enum.auto()  # A learning rate.
+  SCALE = enum.auto()  # That of a loss, as for float16.
+  NORM = enum.auto()  # Of a gradient.
+  UPDATE = enum.auto()  # The norm of an update.
+  PARAMETERS = enum.auto()  # The norm of the parameters.
+
 
 _LOSSES = {LOSS, "losses", "nll", "xent", "cost", "mse", "perplexity", "ppl"}
 _SCALE = {"scale", "scaling"}
@@ -27,26 +38,26 @@ _PLAIN = {"train", "training", "total", "mean", "avg", "average", "batch", "step
 def role_of(key: str) -> Role | None:
   """What a column is; None for what is not judged, as counters are."""
   if (name := _state(key, NORM)) is not None:
-    return None if name == SKIP else "update" if _is_update(name) else "norm"
+    return None if name == SKIP else Role.UPDATE if _is_update(name) else Role.NORM
   if _state(key, PARAM_NORM) is not None:
-    return "parameters"
+    return Role.PARAMETERS
   return None if key.startswith(key_of(SKIP, "")) else _role_of_words(_words(key))
 
 
 def _role_of_words(words: tuple[str, ...]) -> Role | None:
   """What the caller means by these words."""
   if "lr" in words or ("learning", "rate") in itertools.pairwise(words):
-    return "rate"
+    return Role.RATE
   if LOSS in words and not _SCALE.isdisjoint(words):
-    return "scale"
+    return Role.SCALE
   if not words or not (words[-1] in _LOSSES or words[-2:] == ("cross", "entropy")):
     return None
-  return "loss" if _VALIDATION.isdisjoint(words) else "validation"
+  return Role.LOSS if _VALIDATION.isdisjoint(words) else Role.VALIDATION
 
 
 def main_loss(keys: Iterable[str]) -> str | None:
   """The loss that is trained: "loss", else one such as "train/loss" or "total_loss", else the only one there is."""
-  losses = keys_with(keys, "loss")
+  losses = keys_with(keys, Role.LOSS)
   plain = [key for key in losses if {LOSS} <= set(_words(key)) <= _PLAIN | {LOSS}]
   if LOSS in losses:
     return LOSS

@@ -73,7 +73,7 @@ def _noise(values: Floats, best: float) -> float:
   """
   is_positive = values.min() > 0
   differences = np.diff(np.log(values) if is_positive else values)
-  deviation = NORMAL * float(np.median(np.abs(differences - np.median(differences)))) / np.sqrt(2)
+  deviation = NORMAL * float(np.median(np.abs(differences - np.median(differences)))) / 2**0.5
   return deviation * best if is_positive else deviation
 
 

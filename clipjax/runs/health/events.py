@@ -17,14 +17,20 @@ from clipjax.runs.schema import key_of, name_of
 _GAP = 3  # Rows between two spikes of one event, at most.
 _BEFORE = 16  # Losses before an event that say where the loss was.
 _AFTER, _BACK = 100, 5  # Rows in which a loss may come back, and how many of them must agree.
-_ORDER: tuple[Role, ...] = ("loss", "norm", "update", "parameters", "validation")  # Of series that move at one step.
+_ORDER: tuple[Role, ...] = (
+  Role.LOSS,
+  Role.NORM,
+  Role.UPDATE,
+  Role.PARAMETERS,
+  Role.VALIDATION,
+)  # Of series that move at one step.
 
 
 class Move(NamedTuple):
   """How one series moved in an event.
 
   Attributes:
-    key: the series, as in `run[key]`: "loss", "grad/norm", "update/norm", or of a leaf "grad/norm/w".
+    key: the series, as in `run[key]`: Role.LOSS, "grad/norm", "update/norm", or of a leaf "grad/norm/w".
     step: the first step at which it was a spike.
     peak: its largest value in the event.
     usual: the median of the values before.
@@ -122,7 +128,7 @@ def _moves(spikes: Sequence[Spike]) -> tuple[Move, ...]:
   of_series = [move for move in moves if role_of(move.key) is not None]
   if not of_series:
     return (max(moves, key=lambda move: move.peak / move.usual),)
-  return tuple(sorted(of_series, key=lambda move: (move.step, _ORDER.index(role_of(move.key) or "norm"))))
+  return tuple(sorted(of_series, key=lambda move: (move.step, _ORDER.index(role_of(move.key) or Role.NORM))))
 
 
 def _batches(run: Run, start: int, end: int) -> tuple[Any, ...]:
@@ -144,14 +150,14 @@ def _reached(run: Run, name: str) -> tuple[Ints, Bools]:
   clipped = column(run, key_of(name, NORM_CLIPPED))[np.searchsorted(run.steps, norms.steps)]
   known = clipped[np.isfinite(clipped)]
   usual = float(np.median(known)) if known.size else np.inf
-  is_down = acted(run, name, norms) & ~(clipped > KINDS["norm"].ratio * usual)
+  is_down = acted(run, name, norms) & ~(clipped > KINDS[Role.NORM].ratio * usual)
   return norms.steps, ~(norms.rejected | is_down)
 
 
 def _is_caught(spikes: Sequence[Spike], moves: Sequence[Move], reached: dict[str, tuple[Ints, Bools]]) -> bool:
   """Whether every norm that moved was brought down, and no update moved."""
-  norms = [spike for spike in spikes if role_of(spike.key) == "norm"]
-  if not norms or any(role_of(move.key) in ("update", "parameters") for move in moves):
+  norms = [spike for spike in spikes if role_of(spike.key) == Role.NORM]
+  if not norms or any(role_of(move.key) in (Role.UPDATE, Role.PARAMETERS) for move in moves):
     return False
   for spike in norms:
     steps, has_reached = reached[name_of(spike.key)]

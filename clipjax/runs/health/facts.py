@@ -6,7 +6,7 @@ from clipjax.runs.health.detectors import FEWEST
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.series import series_of
 from clipjax.runs.health.view import View
-from clipjax.runs.roles import judged_states, keys_with, main_loss
+from clipjax.runs.roles import Role, judged_states, keys_with, main_loss
 from clipjax.runs.speed import speed
 from clipjax.runs.words import counted, duration, several
 
@@ -41,7 +41,7 @@ def not_judged(view: View) -> Iterator[Finding]:
   """INFO: which losses and states are not judged, or not wholly, and why."""
   run, said = view.run, []
   main = main_loss(run.columns)
-  others = [key for key in keys_with(run.columns, "loss") if key != main]
+  others = [key for key in keys_with(run.columns, Role.LOSS) if key != main]
   if others:
     why = "of several losses none is called as the one that is trained" if main is None else f"{main!r} is the one"
     said.append(f"{_list(others)}: for spikes and for what is not finite alone, since {why}")

@@ -79,7 +79,7 @@ class HealthLimits(NamedTuple):
   stopped: float = 0.05
   clip_fraction: float = 0.5
   clip_left: float = 0.05
-  rise: float = 5.0
+  rise: float = 3.0
   ratio_low: float = 1e-4
   ratio_high: float = 1e-2
   spread: float = 1e3

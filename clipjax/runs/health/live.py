@@ -57,13 +57,13 @@ class Live:
         self._go_back(part[0][STEP])
       for key in dict.fromkeys(key for row in part for key in row if role_of(key) in KINDS):
         known = [(row[STEP], value) for row in part if (value := _value(row, key)) is not None]
-        series = self._series.setdefault(key, _Series(key, role_of(key) or "norm", self._limits))
+        series = self._series.setdefault(key, _Series(key, role_of(key) or Role.NORM, self._limits))
         found = series.spikes([step for step, _ in known], [value for _, value in known])
         self._spikes += found
         out |= {spike.step for spike in found}
     for row, by_leaf in zip(rows, vectors, strict=True):
       for key, norms in by_leaf.items():
-        if role_of(key) == "norm" and self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(norms):
+        if role_of(key) == Role.NORM and self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(norms):
           out.add(row[STEP])
     return out
 
@@ -176,6 +176,6 @@ def _courses(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _value(row: Row, key: str) -> float | None:
   """The number of a series at a step, where it is finite; that of `skip_steps` where that rejected the step."""
-  if key not in row and role_of(key) == "norm" and row.get(key_of(SKIP, CONSECUTIVE), 0):
+  if key not in row and role_of(key) == Role.NORM and row.get(key_of(SKIP, CONSECUTIVE), 0):
     return row.get(key_of(SKIP, NORM))
   return row.get(key)

@@ -10,7 +10,7 @@ from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
 from clipjax.runs.health.words import moved, restore
 from clipjax.runs.kinds import Floats, Ints
-from clipjax.runs.roles import keys_with
+from clipjax.runs.roles import Role, keys_with
 from clipjax.runs.run import Run
 from clipjax.runs.sources import PRECHELT
 from clipjax.runs.words import number, percent
@@ -62,7 +62,7 @@ def _remedy(view: View, event: Event | None, course: Course, step: int) -> str:
   if course.best_step <= course.steps[min(_NEAR, course.steps.size - 1)] or step <= course.steps[0] + _NEAR:
     return "Lower the learning rate, or warm it up; clip where it breaks (clipjax.runs.suggest_max_norm)."
   advice = f"{restore([step])} "
-  if event is not None and event.moved("norm") is not None and event.moved("update") is not None:
+  if event is not None and event.moved(Role.NORM) is not None and event.moved(Role.UPDATE) is not None:
     return f"{advice}Leave out the {view.batches(np.array([step]))}, and clip just above the typical norm."
   return f"{advice}Lower the learning rate from there on, or clip just above the typical norm."
 
@@ -106,12 +106,13 @@ def not_learning(view: View) -> Iterator[Finding]:
 
 
 def rising_loss(view: View) -> Iterator[Finding]:
-  """WARN where a part of what was learned is lost at the end."""
+  """WARN where a part of what was learned is lost at the end, and no event says since when."""
   course = None if view.loss is None else view.loss.course()
   if view.loss is None or course is None or not view.enough(view.loss.total, parts=4):
     return
-  key = view.loss.key
-  lost = course.loss
+  if any(event.is_recovered is False for event in view.events):
+    return
+  key, lost = view.loss.key, course.loss
   if lost <= max(6 * course.noise, view.limits.rising_loss * max(course.fall, abs(course.best))):
     return
   message = (
@@ -128,7 +129,7 @@ def overfit(view: View) -> Iterator[Finding]:
   if view.loss is None:
     return
   loss = view.loss.key
-  for key in keys_with(view.run.columns, "validation"):
+  for key in keys_with(view.run.columns, Role.VALIDATION):
     known = np.isfinite(view.run.columns[key])
     values, at = view.run.columns[key][known], view.run.steps[known]
     if values.size < _MIN_VALIDATIONS or values.min() <= 0:  # A quotient of losses needs them positive.

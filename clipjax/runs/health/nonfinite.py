@@ -11,7 +11,7 @@ from clipjax.runs.health.view import View
 from clipjax.runs.health.words import restore
 from clipjax.runs.kinds import Bools, Ints
 from clipjax.runs.norms import column, rejected
-from clipjax.runs.roles import keys_with
+from clipjax.runs.roles import Role, keys_with
 from clipjax.runs.schema import key_of
 from clipjax.runs.sources import MIXED_PRECISION
 
@@ -40,10 +40,8 @@ def nonfinite_norm(view: View) -> Iterator[Finding]:
     advice = f"Look at the {view.batches(bad)}. If a loss scale did it, push it: loss_scale=scale."
     yield Finding("WARN", "nonfinite-dropped", message, advice, "none may occur", steps=steps, leaves=leaves)
     return
-  advice = (
-    f"{restore(bad)} Look at the {view.batches(bad[:1])}, and chain skip_steps around the optimizer, which drops "
-  )
-  advice += "such steps."
+  advice = f"{restore(bad)} Look at the {view.batches(bad[:1])}, and chain" if bad.size else "Chain"
+  advice += " skip_steps around the optimizer, which drops such steps."
   if not layers:
     advice += " clipjax.watch() first in the chain records which layer it was."
   yield Finding("FAIL", "nonfinite", message, advice, _RULE, steps=steps, leaves=leaves)
@@ -62,7 +60,7 @@ def _zeroed(view: View) -> Bools:
 def _lowered_scale(view: View, bad: Ints) -> str | None:
   """The loss scale that was lower after each of these steps than before."""
   rows = np.searchsorted(view.run.steps, bad)
-  for key in keys_with(view.run.columns, "scale"):
+  for key in keys_with(view.run.columns, Role.SCALE):
     scale = column(view.run, key)
     before, after = scale[np.maximum(rows - 1, 0)], scale[np.minimum(rows + 1, scale.size - 1)]
     # It may be pushed before the step or after it; nothing is known of the first row and the last.
@@ -73,7 +71,7 @@ def _lowered_scale(view: View, bad: Ints) -> str | None:
 
 def nonfinite_loss(view: View) -> Iterator[Finding]:
   """FAIL for a loss of inf or NaN, WARN where each of these steps was rejected."""
-  for key in keys_with(view.run.columns, "loss", "validation"):
+  for key in keys_with(view.run.columns, Role.LOSS, Role.VALIDATION):
     at = view.run.flags.get(key)
     if at is None or not at.any():
       continue

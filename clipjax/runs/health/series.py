@@ -15,11 +15,11 @@ from clipjax.runs.schema import key_of, name_of
 
 # What a spike is, by role. Norms vary by factors, parameters hardly at all, and a loss that is nearly 0 may triple.
 KINDS: dict[Role, Kind] = {
-  "norm": Kind(ratio=3, jump=2),
-  "update": Kind(ratio=3, jump=2),
-  "parameters": Kind(ratio=1.5, jump=1.2),
-  "loss": Kind(ratio=1, jump=1, share=0.15),
-  "validation": Kind(ratio=1, jump=1, share=0.15),
+  Role.NORM: Kind(ratio=3, jump=2),
+  Role.UPDATE: Kind(ratio=3, jump=2),
+  Role.PARAMETERS: Kind(ratio=1.5, jump=1.2),
+  Role.LOSS: Kind(ratio=1, jump=1, share=0.15),
+  Role.VALIDATION: Kind(ratio=1, jump=1, share=0.15),
 }
 
 
@@ -46,7 +46,7 @@ def series_of(run: Run) -> list[Series]:
   out: list[Series] = []
   states = judged_states(run)
   for key in [*(key_of(name, NORM) for name in states), *keys_with(run.columns, *KINDS)]:
-    role = role_of(key) or "norm"
+    role = role_of(key) or Role.NORM
     if any(key == other.key for other in out) or role not in KINDS:
       continue
     series = _series(run, key, role)
@@ -56,11 +56,11 @@ def series_of(run: Run) -> list[Series]:
 
 
 def _series(run: Run, key: str, role: Role) -> Series:
-  if role == "norm":
+  if role == Role.NORM:
     norms = norms_of_run(run, name_of(key), 0)
     return Series(key, role, norms.steps[norms.finite], norms.values[norms.finite])
   known = np.isfinite(run.columns[key])
-  if role in ("update", "parameters"):
+  if role in (Role.UPDATE, Role.PARAMETERS):
     known &= ~unseen(run, name_of(key))
   return Series(key, role, run.steps[known], run.columns[key][known])
 

@@ -12,7 +12,7 @@ from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
 from clipjax.runs.health.words import in_batches, restore, told
 from clipjax.runs.norms import column
-from clipjax.runs.roles import keys_with, role_of
+from clipjax.runs.roles import Role, keys_with, role_of
 from clipjax.runs.schema import key_of
 from clipjax.runs.sources import HAMPEL, OLMO_2
 from clipjax.runs.words import number
@@ -40,7 +40,7 @@ def update_spikes(view: View) -> Iterator[Finding]:
   if not found:
     return
   message = _words(view, found, "began with the update, not the gradient")
-  for key in keys_with(view.run.columns, "rate"):
+  for key in keys_with(view.run.columns, Role.RATE):
     message += _rate_words(view, key, found[0])
   advice = "Look at the learning rate and its schedule at these steps."
   if bad := [event for event in found if event.is_recovered is False]:
@@ -60,9 +60,7 @@ def spike_rate(view: View) -> Iterator[Finding]:
 def is_of_rate(event: Event) -> bool:
   """Whether the update moved first, and neither norm nor loss with it: the learning rate did."""
   roles = {role_of(move.key) for move in event.moves if move.step == event.first.step}
-  return (
-    bool(roles & {"update", "parameters"}) and not roles & {"norm", "loss"} and role_of(event.first.key) is not None
-  )
+  return not roles.isdisjoint({Role.UPDATE, Role.PARAMETERS}) and roles.isdisjoint({Role.NORM, Role.LOSS, None})
 
 
 def size(event: Event) -> float:
@@ -98,7 +96,7 @@ def _advice(view: View, events: Sequence[Event]) -> str:
   batches = in_batches(worst.batches) if worst.batches else f"the batches of steps {worst.start} to {worst.end}"
   if worst.start == worst.end and not worst.batches:
     batches = f"the batch of step {worst.start}"
-  if all(role_of(move.key) in ("loss", "validation") for event in events for move in event.moves):
+  if all(role_of(move.key) in (Role.LOSS, Role.VALIDATION) for event in events for move in event.moves):
     back = restore([worst.start]) if lost else "The norm was as usual, so a clip cannot help."
     return f"{back} Look at {batches}."
   text = f"Nothing needs to be restored. Look at {batches}."

@@ -11,7 +11,7 @@ from clipjax.runs.health.view import View
 from clipjax.runs.health.words import restore
 from clipjax.runs.kinds import Bools, Ints
 from clipjax.runs.norms import column, rejected, unseen
-from clipjax.runs.roles import keys_with, update_states
+from clipjax.runs.roles import Role, keys_with, update_states
 from clipjax.runs.schema import SKIP, key_of
 from clipjax.runs.words import percent
 
@@ -80,7 +80,7 @@ def _all_nonfinite(view: View) -> _End | None:
 
 
 def _no_rate(view: View) -> _End | None:
-  for key in keys_with(view.run.columns, "rate"):
+  for key in keys_with(view.run.columns, Role.RATE):
     rate = column(view.run, key)
     known = np.isfinite(rate)
     if known.any() and (step := _since(view, rate == 0, known, len(view.run) + 1)) is not None:

@@ -19,7 +19,7 @@ from clipjax.runs.health.leaves import Grown, grown
 from clipjax.runs.health.series import Spike, spikes_of
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import Norms, column, norms_of_run
-from clipjax.runs.roles import judged_states, main_loss, role_of
+from clipjax.runs.roles import Role, judged_states, main_loss, role_of
 from clipjax.runs.run import Run, rows_before
 from clipjax.runs.schema import key_of, name_of
 from clipjax.runs.words import at_steps
@@ -195,4 +195,4 @@ def _grew(view: View, name: str, events: tuple[Event, ...]) -> dict[int, Grown]:
 
 def _states_of(event: Event) -> list[str]:
   """The states whose norms moved in an event."""
-  return [name_of(move.key) for move in event.moves if role_of(move.key) == "norm"]
+  return [name_of(move.key) for move in event.moves if role_of(move.key) == Role.NORM]

@@ -14,6 +14,7 @@ from clipjax.runs.health.findings import HealthLimits
 from clipjax.runs.health.series import detector
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import acted, column, main_name, norms_of_run, rejected, unseen
+from clipjax.runs.roles import Role
 from clipjax.runs.run import Run
 from clipjax.runs.schema import UNITS, key_of, name_of
 from clipjax.runs.words import Stack, in_stacks, plain
@@ -75,7 +76,7 @@ def norm_series(run: Run, limits: HealthLimits | None = None, warmup_steps: int 
   norm[at] = np.where(norms.finite, norms.values, np.nan)
   bad[at] = ~norms.finite
   clipped[at] = acted(run, name, norms) & ~norms.rejected
-  spikes[at[norms.finite]] = detector("norm", limits).feed(norms.values[norms.finite]).is_spike
+  spikes[at[norms.finite]] = detector(Role.NORM, limits).feed(norms.values[norms.finite]).is_spike
   key = key_of(name, MAX_NORM)
   blocks = [key_of(f"{name}{unit}", MAX_NORM) for unit in UNITS]
   by_block = any(by in run.vectors for by in blocks) or any(other.startswith(f"{key}/") for other in run.columns)
