@@ -201,13 +201,20 @@ def test_what_comes_after_the_end_of_a_training_is_not_judged():
 
 
 def test_what_ends_a_training_first_is_its_cause():
-  columns, flags = spoiled([350, 360])
+  columns, flags = spoiled(np.arange(350, N))
   columns["loss"] = since(200, 50.0, LOSS) * NOISE
   report = clipjax.runs.diagnose(run_of(columns, flags=flags))
   assert [(f.name, f.steps) for f in report if f.level != "INFO"] == [("diverged", (201,))]
-  columns, flags = spoiled([150])
+  columns, flags = spoiled(np.arange(150, N))
   columns["loss"] = since(160, 50.0, LOSS) * NOISE
   assert bad(clipjax.runs.diagnose(run_of(columns, flags=flags))) == ["nonfinite"]
+
+
+def test_a_training_that_went_on_is_judged_on():
+  columns, flags = spoiled([150])
+  columns["loss"] = since(300, 50.0, LOSS) * NOISE
+  report = clipjax.runs.diagnose(run_of(columns, flags=flags))
+  assert [(f.name, f.steps) for f in report if f.level != "INFO"] == [("nonfinite", (151,)), ("diverged", (301,))]
 
 
 # Several states -----------------------------------------------------------------------------------------------------

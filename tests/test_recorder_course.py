@@ -383,6 +383,53 @@ def test_leaves_are_written_where_the_loss_spikes(path):
   assert 160 in clipjax.runs.read_run(path).vectors["grad/norm"][0]
 
 
+def leafy(path, change, n=200, every=500):
+  """A run whose gradient of "b" `change` makes; what was found on the way."""
+  tx, rng, seen = clipjax.watch(), np.random.default_rng(0), []
+  state, update = tx.init(PARAMS), jax.jit(tx.update)
+  with clipjax.runs.Recorder(path, every=every, on_finding=seen.append) as recorder:
+    for step in range(1, n + 1):
+      scale = float(rng.uniform(0.9, 1.1))
+      _, state = update({"w": 100 * scale * PARAMS["w"], "b": change(step) * scale * PARAMS["b"]}, state)
+      recorder.push(step, state)
+      if step % 50 == 0:
+        recorder.flush()
+  return clipjax.runs.read_run(path), seen
+
+
+def test_a_leaf_that_dies_is_named_with_its_step(path):
+  run, seen = leafy(path, lambda step: 0.0 if step >= 120 else 1.0)
+  assert 120 in run.vectors["grad/norm"][0]
+  run, seen = leafy(path.with_suffix(".more"), lambda step: 0.0 if step >= 120 else 1.0, 700, 100)
+  report = clipjax.runs.diagnose(run)
+  assert [(f.name, f.steps, f.leaves) for f in report if f.level != "INFO"] == [("zero-gradient", (120,), ("b",))]
+  assert [(f.name, f.steps) for f in seen] == [("zero-gradient", (120,))]
+
+
+def test_a_leaf_that_has_a_spike_of_its_own_gets_a_row_there(path):
+  run, _ = leafy(path, lambda step: 100.0 if step == 150 else 1.0)
+  assert run.vectors["grad/norm"][0].tolist() == [1, 150]
+
+
+def test_a_finding_says_what_the_verdict_on_the_file_says_at_that_time(path):
+  tx, told = clipjax.watch(), []
+  state, update = tx.init(PARAMS), jax.jit(tx.update)
+
+  def compare(finding):
+    recorder.flush()
+    told.append((finding, clipjax.runs.diagnose(clipjax.runs.read_run(path), warmup_steps=0)))
+
+  rng = np.random.default_rng(0)
+  with clipjax.runs.Recorder(path, every=10, on_finding=compare) as recorder:
+    for step in range(1, 500):
+      loss = 3 * np.exp(-step / 100) + 1 if step < 400 else 9.0
+      _, state = update(PARAMS, state)
+      recorder.push(step, state, loss=loss * rng.uniform(0.95, 1.05) + (8 if 200 <= step < 203 else 0))
+  assert [(f.name, f.steps) for f, _ in told] == [("spikes", (200,)), ("diverged", (400,))]
+  for finding, report in told:
+    assert (finding.name, finding.level, finding.steps) in [(f.name, f.level, f.steps) for f in report]
+
+
 def test_findings_are_told_once_a_kind_within_a_batch(path):
   seen = []
   run = spiky(path, {150: 1.0, 170: jnp.nan, 171: jnp.nan, 190: 1.0}, on_finding=lambda f: seen.append((len(seen), f)))

@@ -31,8 +31,9 @@ LEVELS = ("FAIL", "WARN", "INFO")
 
 Check: TypeAlias = Callable[[View], Iterator[Finding]]
 
-# What ends a training: all that comes after it is its aftermath, and is not judged.
+# What may end a training: all that comes after that is its aftermath, and is not judged.
 ENDS: tuple[Check, ...] = (nonfinite_norm, nonfinite_loss, diverged, stopped)
+NONFINITE = frozenset({"nonfinite", "nonfinite-loss"})
 # Of the rows before that, the strongest first. Those of `OF_STATES` are made of each state that is judged.
 DEFECTS: tuple[Check, ...] = (
   zero_gradient, skipped, update_spikes, spikes, not_learning, rising_loss, clipped_often, update_ratio, layer_spread,
@@ -193,9 +194,11 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
 
 def judged(view: View, warmup_steps: int | None, defects: Sequence[Check], facts: Sequence[Check]) -> list[Finding]:
   """What is found in a run: its end, then the defects of the rows before that, then facts of the whole."""
-  ends = _first_end(_found(ENDS, view))
-  end = next((f.steps[0] for f in ends if f.level == "FAIL" and f.steps), None)
-  findings = [*ends, *_found(defects, view if end is None else before(view, end, warmup_steps)), *_found(facts, view)]
+  found = [(finding, _end(view, finding)) for finding in _found(ENDS, view)]
+  end = min((step for _, step in found if step is not None), default=None)
+  cause = next((finding for finding, step in found if step == end), None)
+  ended = [finding for finding, step in found if step is None or finding is cause]
+  findings = [*ended, *_found(defects, view if end is None else before(view, end, warmup_steps)), *_found(facts, view)]
   explained = set().union(*(CONSEQUENCES.get(f.name, frozenset()) for f in findings if f.level != "INFO"))
   kept = [finding for finding in findings if finding.name not in explained or finding.level == "INFO"]
   return sorted(kept, key=lambda finding: LEVELS.index(finding.level))
@@ -206,15 +209,16 @@ def _found(checks: Sequence[Check], view: View) -> list[Finding]:
   return [f for check in checks for v in (states if check in OF_STATES else states[:1]) for f in check(v)]
 
 
-def _first_end(findings: list[Finding]) -> list[Finding]:
-  """Of findings that end a training the first; those of lower levels stay."""
-  fatal = [finding for finding in findings if finding.level == "FAIL"]
-  first = min(fatal, key=_begin, default=None)
-  return [finding for finding in findings if finding.level != "FAIL" or finding is first]
-
-
-def _begin(finding: Finding) -> float:
-  return finding.steps[0] if finding.steps else -np.inf
+def _end(view: View, finding: Finding) -> int | None:
+  """The step at which a training ended by what was found; None where it went on."""
+  if finding.level != "FAIL" or not finding.steps:
+    return None
+  if finding.name not in NONFINITE:
+    return finding.steps[0]
+  rows = np.searchsorted(view.run.steps, finding.steps)
+  if rows[-1] < len(view.run) - 1:
+    return None  # Numbers were finite again.
+  return finding.steps[int(np.flatnonzero(np.diff(rows, prepend=-2) > 1)[-1])]
 
 
 def check_arguments(run: Any, limits: Any, warmup_steps: Any) -> None:
