@@ -98,9 +98,14 @@ def test_leaves_have_spikes_of_their_own():
   rng = np.random.default_rng(0)
   norms = np.exp(rng.normal(0, 0.3, (200, 3))) * [1.0, 1e-6, 0.0]
   norms[150, 1], norms[160] = 1e-4, np.nan
-  detector = LeafDetector(Limits())
-  found = [np.flatnonzero(detector.feed(row)).tolist() for row in norms]
-  assert {i: leaves for i, leaves in enumerate(found) if leaves} == {150: [1]}
+  spikes, usual = LeafDetector(Limits()).feed(norms)
+  assert np.argwhere(spikes).tolist() == [[150, 1]]
+  np.testing.assert_allclose(usual[150, 1], np.median(norms[128 - 64 : 128, 1]), rtol=1e-3)
+  for parts in ([1] * 200, [7] * 28 + [4], [100, 100]):
+    detector, ends = LeafDetector(Limits()), np.cumsum([0, *parts])
+    got = [detector.feed(norms[a:b]) for a, b in itertools.pairwise(ends)]
+    np.testing.assert_array_equal(np.concatenate([spikes for spikes, _ in got]), spikes)
+    np.testing.assert_array_equal(np.concatenate([medians for _, medians in got]), usual)
 
 
 # Events -------------------------------------------------------------------------------------------------------------

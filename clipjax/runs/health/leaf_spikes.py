@@ -13,49 +13,56 @@ from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of
 
 _RATIO = 5.0  # How many times its median a spike of a leaf is at least; there are many leaves to be wrong about.
-_BLOCK = 16  # Rows that share a median.
+_BLOCK = 32  # Rows that share a median.
+_FIRST = 16  # Rows before the second one.
 
 
 class LeafDetector:
-  """As `SpikeDetector`, for rows of shape (leaves,), by their logarithms; the rows of a block of 16 share a window."""
+  """As `SpikeDetector`, for rows of shape (leaves,), by their logarithms; the rows of a block of 32 share a window."""
 
   def __init__(self, limits: HealthLimits):
     self._sigma = limits.spike_sigma
     self._window = limits.spike_window
     self._count = 0
-    self._logs: Floats | None = None  # A ring of the last rows, shape (window, leaves); -inf for 0.
+    self._logs: Floats = np.empty((0, 0))  # A ring of the last rows, shape (window, leaves); -inf for 0.
     self._limit: Floats | None = None
     self._usual: Floats | None = None
 
-  @property
-  def usual(self) -> Floats | None:
-    """The medians of the leaves as they were before the last row."""
-    return self._usual
+  def feed(self, norms: Floats) -> tuple[Bools, Floats]:
+    """Which entries of the next rows, shape (n, leaves), are spikes, and the medians before them.
 
-  def feed(self, norms: Floats) -> Bools:
-    """Which leaves of the next row are spikes; a row that is not finite is none and counts for nothing."""
-    is_spike = np.zeros(norms.shape, np.bool_)
-    if not np.isfinite(norms).all():
-      return is_spike
-    if self._logs is None or self._logs.shape[1] != norms.size:
-      self._logs, self._count, self._limit = np.empty((self._window, norms.size)), 0, None
+    A row that is not finite has none and counts for nothing.
+    """
+    if norms.shape[1] != self._logs.shape[1]:
+      self._logs, self._count, self._limit = np.empty((self._window, norms.shape[1])), 0, None
+    spikes, usual = np.zeros(norms.shape, np.bool_), np.full(norms.shape, np.nan)
+    finite = np.flatnonzero(np.isfinite(norms).all(axis=1))
     with np.errstate(divide="ignore"):
-      logs = np.log(norms)
-    if self._count >= FEWEST and (self._count % _BLOCK == 0 or self._limit is None):
-      self._learn()
-    if self._limit is not None:
-      is_spike = logs > self._limit
-    self._logs[self._count % self._window] = logs
-    self._count += 1
-    return is_spike
+      logs = np.log(norms[finite])
+    at = 0
+    while at < finite.size:
+      stop = min(at + self._until_median(), finite.size)
+      if self._limit is not None and self._usual is not None:
+        spikes[finite[at:stop]] = logs[at:stop] > self._limit
+        usual[finite[at:stop]] = self._usual
+      self._logs[(self._count + np.arange(stop - at)) % self._window] = logs[at:stop]
+      self._count += stop - at
+      at = stop
+      if self._count in (FEWEST, _FIRST) or self._count % _BLOCK == 0:
+        self._learn()
+    return spikes, usual
+
+  def _until_median(self) -> int:
+    """How many rows there are until the next median."""
+    ends = (FEWEST, _FIRST, (self._count // _BLOCK + 1) * _BLOCK)
+    return min(*(end - self._count for end in ends if end > self._count), self._window)
 
   def _learn(self) -> None:
-    assert self._logs is not None
     known = self._logs[: self._count]
     with np.errstate(invalid="ignore"):  # Of leaves that were mostly 0 nothing is known.
       middle = np.median(known, axis=0)
       deviation = NORMAL * np.median(np.abs(known - middle), axis=0)
-      least = np.log(_RATIO) * (1 if self._count >= self._window // 4 else 2)
+      least = np.log(_RATIO) * (1 if self._count >= _FIRST else 2)
       limit = middle + np.maximum(self._sigma * deviation, least)
     self._limit = np.where(np.isfinite(limit), limit, np.inf)
     self._usual = np.exp(middle)
@@ -66,9 +73,8 @@ def leaf_spikes(run: Run, name: str, limits: HealthLimits) -> Iterator[Spike]:
   vector = key_of(name, NORM)
   if vector not in run.vectors:
     return
-  detector, leaves = LeafDetector(limits), run.leaves[name]
   steps, values = run.vectors[vector]
-  for step, row in zip(steps.tolist(), values, strict=True):
-    for i in np.flatnonzero(detector.feed(row)).tolist():
-      assert detector.usual is not None
-      yield Spike(key_of(name, NORM, leaves[i]), step, float(row[i]), float(detector.usual[i]))
+  spikes, usual = LeafDetector(limits).feed(values)
+  for row, leaf in zip(*(found.tolist() for found in np.nonzero(spikes)), strict=True):
+    key = key_of(name, NORM, run.leaves[name][leaf])
+    yield Spike(key, int(steps[row]), float(values[row, leaf]), float(usual[row, leaf]))

@@ -21,7 +21,7 @@ from clipjax.runs.health.series import KINDS, Spike, detector
 from clipjax.runs.health.spikes import spikes, update_spikes
 from clipjax.runs.health.verdict import judged
 from clipjax.runs.health.view import Extent, Loss, loss_of, view_with
-from clipjax.runs.kinds import Bools, Floats
+from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.reading.read import run_of_rows
 from clipjax.runs.roles import Role, role_of
 from clipjax.runs.run import Run
@@ -61,10 +61,11 @@ class Live:
         found = series.spikes([step for step, _ in known], [value for _, value in known])
         self._spikes += found
         out |= {spike.step for spike in found}
-    for row, by_leaf in zip(rows, vectors, strict=True):
-      for key, norms in by_leaf.items():
-        if role_of(key) == Role.NORM and self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(norms):
-          out.add(row[STEP])
+    for key in dict.fromkeys(key for by_leaf in vectors for key in by_leaf if role_of(key) is Role.NORM):
+      steps = [row[STEP] for row, by_leaf in zip(rows, vectors, strict=True) if key in by_leaf]
+      norms = np.array([by_leaf[key] for by_leaf in vectors if key in by_leaf], np.float64)
+      are_marked = self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(norms)
+      out |= {step for step, is_marked in zip(steps, are_marked.tolist(), strict=True) if is_marked}
     return out
 
   def findings(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
@@ -148,20 +149,20 @@ class _Leaves:
 
   def __init__(self, limits: HealthLimits):
     self._detector = LeafDetector(limits)
-    self._was_zero: Bools | None = None
-    self._onsets: Any = None
+    self._was_zero: Bools = np.ones(0, np.bool_)
+    self._onsets: Ints = np.zeros(0, np.int64)
 
-  def are_marked(self, norms: Floats) -> bool:
-    norms = np.asarray(norms, np.float64)
+  def are_marked(self, norms: Floats) -> Bools:
+    """Whether each of the next rows, shape (n, leaves), is."""
     is_zero = norms == 0
-    began = np.zeros(is_zero.shape, np.bool_)
-    if self._was_zero is not None and self._was_zero.shape == is_zero.shape:
-      began = is_zero & ~self._was_zero & (self._onsets < _ONSETS)
-      self._onsets += began
-    else:
-      self._onsets = np.zeros(is_zero.shape, np.int64)
-    self._was_zero = is_zero
-    return bool(self._detector.feed(norms).any() or began.any())
+    if self._was_zero.shape != is_zero.shape[1:]:  # What is 0 from the first row on did not become it.
+      self._was_zero, self._onsets = np.ones(is_zero.shape[1:], np.bool_), np.zeros(is_zero.shape[1:], np.int64)
+    began = is_zero & ~np.concatenate([self._was_zero[None], is_zero[:-1]])
+    counts = self._onsets + np.cumsum(began, axis=0)
+    self._was_zero, self._onsets = is_zero[-1], counts[-1]
+    spikes, _ = self._detector.feed(norms)
+    marked: Bools = (spikes | (began & (counts <= _ONSETS))).any(axis=1)
+    return marked
 
 
 def _courses(rows: Sequence[Row]) -> list[list[Row]]:
