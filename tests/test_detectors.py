@@ -31,7 +31,7 @@ def spikes_by_hand(values, sigma, window, kind):
     usual[i] = np.median(before)
     y = np.log(before) if min(before) > 0 else before
     limit = np.median(y) + sigma * 1.4826 * np.median(np.abs(y - np.median(y)))
-    limit = np.exp(limit) if min(before) > 0 else limit
+    limit = min(np.exp(limit), 30 * np.median(before)) if min(before) > 0 else limit
     ratio = kind.ratio if len(before) >= window / 4 else kind.ratio**2
     floor = (ratio - 1) * abs(usual[i]) + kind.share * np.median(np.abs(values[:8]))
     just = max(values[max(i - 4, 0) : i])
@@ -86,6 +86,13 @@ def test_a_level_that_rises_bit_by_bit_is_no_spike_and_one_that_jumps_is():
   assert spikes[0] == 100 and spikes[-1] < 140  # Then it is the usual level.
 
 
+def test_thirty_times_the_median_is_a_spike_among_values_that_vary():
+  values = np.exp(np.random.default_rng(3).normal(0, 1.5, 300))
+  values[200] = 40 * np.median(values[128:192])
+  assert values[200] < np.exp(6 * 1.5)
+  assert 200 in np.flatnonzero(SpikeDetector(6.0, 64, KINDS[Role.NORM]).feed(values).is_spike)
+
+
 def test_a_small_loss_may_triple():
   loss = np.full(200, 1e-3)
   loss[:8], loss[150] = 2.0, 3e-3
@@ -111,10 +118,10 @@ def test_leaves_have_spikes_of_their_own():
 # Events -------------------------------------------------------------------------------------------------------------
 
 
-def event_of(**changes):
+def event_of(columns=("loss", "grad/norm", "update/norm"), **changes):
   """The one event of a run of 400 calm rows; a change is a column and its values by row."""
   rng = np.random.default_rng(1)
-  columns = {key: np.exp(rng.normal(0, 0.05, 400)) for key in ("loss", "grad/norm", "update/norm")}
+  columns = {key: np.exp(rng.normal(0, 0.05, 400)) for key in columns}
   for key, values in changes.items():
     for row, value in values.items():
       columns.setdefault(key, np.ones(400))[row] = value
@@ -143,7 +150,9 @@ def test_an_event_is_caught_where_neither_the_clipped_norm_nor_the_update_moved(
   ones = {**dict.fromkeys(range(400), 1.0), 200: 0.03}
   clip = {"grad/norm": {200: 40.0}, "grad/max_norm": {0: 1.0}, "grad/scale": ones}
   assert event_of(**clip, **{"grad/norm_clipped": {200: 1.2}}).is_caught
-  assert not event_of(**clip, **{"grad/norm_clipped": {200: 30.0}}).is_caught
+  assert not event_of(**clip, **{"grad/norm_clipped": {200: 1.2}, "loss": {201: 9.0}}).is_caught
+  assert event_of(("grad/norm",), **clip, **{"grad/norm_clipped": {200: 1.2}}).is_caught
+  assert not event_of(("grad/norm",), **clip, **{"grad/norm_clipped": {200: 30.0}}).is_caught
   assert not event_of(**clip, **{"grad/norm_clipped": {200: 1.2}, "update/norm": {200: 9.0}}).is_caught
 
 

@@ -132,11 +132,17 @@ def test_the_leaf_that_holds_the_norm_is_named_where_no_usual_norm_is_known():
 
 
 def test_a_leaf_may_have_a_spike_of_its_own():
-  values = np.tile([5.0, 0.01], (40, 1)) * np.exp(np.random.default_rng(0).normal(0, 0.1, (40, 2)))
+  values = np.tile([0.9, 0.01], (40, 1)) * np.exp(np.random.default_rng(0).normal(0, 0.1, (40, 2)))
   values[25, 1] = 1.0
-  finding = only(clipjax.runs.diagnose(run_of(healthy(), **layered(values))), "spikes")
-  assert (finding.steps, finding.leaves) == ((251,), ("out/w",))
-  assert "At step 251 'grad/norm/out/w' rose to 1, " in finding.message
+  report = clipjax.runs.diagnose(run_of(healthy(), **layered(values)))
+  finding = only(report, "spikes-of-leaves")
+  assert (finding.level, finding.steps, finding.leaves) == ("INFO", (251,), ("out/w",))
+  assert (
+    "1 time a leaf had a spike while the norm was as usual, the largest at step 251 in 'out/w', " in finding.message
+  )
+  columns = healthy(**{"update/norm": np.where(np.arange(N) == 250, 0.5, 0.01)})
+  (event,) = clipjax.runs.diagnose(run_of(columns, **layered(values))).events
+  assert [move.key for move in event.moves] == ["grad/norm/out/w", "update/norm"] and event.leaves == ("out/w",)
 
 
 def test_groups_have_their_spikes_named_too():

@@ -179,7 +179,6 @@ def test_every_finding_has_its_rule_and_what_to_do():
   columns |= {
     "grad/scale": np.ones(N),
     "skip/fraction": np.full(N, 0.2),
-    "grad/zero_fraction": np.full(N, 0.9),
     "aux_loss": np.where(np.arange(N) == 350, np.nan, 1.0),
   }
   columns["grad/norm"] *= np.exp(np.linspace(0, 9, N))
@@ -187,7 +186,7 @@ def test_every_finding_has_its_rule_and_what_to_do():
   flags = {"aux_loss": np.arange(N) == 350}
   report = clipjax.runs.diagnose(run_of(columns, flags=flags, **layered(values, ("a", "b", "c"))))
   judged = [f for f in report.findings if f.level != "INFO"]
-  assert {f.name for f in judged} == {"nonfinite-loss", "spikes", "layer-spread", "rising-norm", "zeros", "skipped"}
+  assert {f.name for f in judged} == {"nonfinite-loss", "spikes", "layer-spread", "rising-norm", "skipped"}
   for finding in judged:
     assert finding.rule and finding.advice.endswith("."), finding
     assert not finding.rule.endswith(".") and "Rule" not in finding.message, finding

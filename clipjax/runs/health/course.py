@@ -78,8 +78,9 @@ def _noise(values: Floats, best: float) -> float:
 
 
 def _left(steps: Ints, values: Floats, first: float, best: float, last: float, noise: float) -> int | None:
-  """The step after the last one at which the loss was within a fifth of what it ends above its best."""
-  level = best + max(4 * noise, 0.2 * (min(last, max(first, best + 0.1 * abs(best))) - best))
+  """The step after the last one at which the loss was near its best: within a half of it, and a tenth of the start."""
+  near = max(4 * noise, 0.5 * abs(best), 0.1 * abs(first))
+  level = best + min(near, 0.5 * (last - best))
   inside = np.flatnonzero(values <= level)
   if last <= level or not inside.size or inside[-1] + 1 >= values.size:
     return None

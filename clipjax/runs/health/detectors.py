@@ -19,6 +19,7 @@ NORMAL = 1.4826  # Standard deviation of normal values over their MAD.
 FEWEST = 8  # Values before the first one that is judged.
 BLOCK = 8  # Values that share a median: a median of each window of a long run would take minutes.
 _BLOCKS = 8192  # Blocks at a time, which bounds the memory that a long run takes.
+_MOST = 30.0  # Times the median: so far above it a positive value is a spike, however much those before vary.
 _EARLY = 4  # Until a window is a quarter full, limits are wider.
 _JUST = 4  # Values before it that the first value of a spike must exceed: a level that rises is no spike.
 
@@ -111,6 +112,7 @@ class SpikeDetector:
     usual = np.median(before, axis=1)
     is_positive = before.min(axis=1) > 0
     limit = np.exp(_robust(np.log(np.where(is_positive[:, None], before, 1)), self._sigma))
+    limit = np.minimum(limit, _MOST * usual)
     if not is_positive.all():
       limit = np.where(is_positive, limit, _robust(before, self._sigma))
     ratio = self._kind.ratio if _EARLY * count >= self._window else self._kind.ratio**2

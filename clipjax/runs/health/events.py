@@ -7,14 +7,16 @@ import numpy as np
 
 from clipjax.quantities import NORM, NORM_CLIPPED
 from clipjax.runs.health.detectors import NORMAL
-from clipjax.runs.health.series import KINDS, Spike
+from clipjax.runs.health.series import Spike
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import acted, column, norms_of_run
-from clipjax.runs.roles import Role, main_loss, role_of
+from clipjax.runs.roles import Role, main_loss, role_of, update_states
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of, name_of
 
 _GAP = 3  # Rows between two spikes of one event, at most.
+_LARGE = 3.0  # Times its median, above which a norm after a clip, or an update, is not as usual.
+_UPDATES = 64  # Updates before an event that say how large one is.
 _BEFORE = 16  # Losses before an event that say where the loss was.
 _AFTER, _BACK = 100, 5  # Rows in which a loss may come back, and how many of them must agree.
 _ORDER: tuple[Role, ...] = (
@@ -57,8 +59,8 @@ class Event(NamedTuple):
     moves: how each series moved, what moved first in front.
     leaves: the leaves or groups whose norm grew most, the strongest first; empty where none was recorded.
     batches: what the caller calls the batches of these steps; empty where they have no names.
-    is_caught: whether nothing of it reached the parameters: the clip brought the norm down to the usual one, or
-      `skip_steps` or a clip dropped the step.
+    is_caught: whether a clip or `skip_steps` kept it from the parameters: it acted, and the update was as usual, or
+      where updates were not recorded, the norm after the clip.
     is_recovered: whether the loss came back to where it was before; None where no loss was recorded.
 
   Example:
@@ -92,7 +94,7 @@ def events_of(run: Run, spikes: Sequence[Spike], states: Sequence[str]) -> tuple
 
   Args:
     run: the run.
-    spikes: of its series; those of single leaves make an event only where no other series had a spike.
+    spikes: of its series, and of single leaves: these make no event, and join that of their step.
     states: the names of the states that are judged.
   """
   reached = {name: _reached(run, name) for name in states}
@@ -100,35 +102,43 @@ def events_of(run: Run, spikes: Sequence[Spike], states: Sequence[str]) -> tuple
   for group in _together(run.steps, spikes):
     moves = _moves(group)
     start, end = min(s.step for s in group), max(s.step for s in group)
-    is_caught = _is_caught(group, moves, reached)
+    is_caught = _is_caught(run, group, moves, reached)
     out.append(Event(start, end, moves, (), _batches(run, start, end), is_caught, _is_recovered(run, start, end)))
   return tuple(out)
 
 
 def _together(steps: Ints, spikes: Sequence[Spike]) -> list[list[Spike]]:
-  """Spikes whose rows follow each other."""
+  """Spikes whose rows follow each other, and those of leaves at these rows."""
   ordered = sorted(spikes, key=lambda spike: spike.step)
   rows = np.searchsorted(steps, [spike.step for spike in ordered]).tolist()
   groups: list[list[Spike]] = []
   last = -np.inf
   for spike, row in zip(ordered, rows, strict=True):
+    if leaf_of(spike.key) is not None:
+      continue
     if row - last > _GAP:
       groups.append([])
     groups[-1].append(spike)
     last = row
-  return groups
+  by_step: dict[int, list[Spike]] = {}
+  for spike in spikes:
+    if leaf_of(spike.key) is not None:
+      by_step.setdefault(spike.step, []).append(spike)
+  return [group + [leaf for step in {s.step for s in group} for leaf in by_step.get(step, ())] for group in groups]
 
 
 def _moves(spikes: Sequence[Spike]) -> tuple[Move, ...]:
-  """How each series moved. Of leaves the one that grew most, and that only where no series moved."""
+  """How each series moved, and of the leaves that with the largest norm, where no norm of all leaves moved."""
   by_key: dict[str, list[Spike]] = {}
   for spike in spikes:
     by_key.setdefault(spike.key, []).append(spike)
   moves = [Move(key, some[0].step, max(s.value for s in some), some[0].usual) for key, some in by_key.items()]
-  of_series = [move for move in moves if role_of(move.key) is not None]
-  if not of_series:
-    return (max(moves, key=lambda move: move.peak / move.usual),)
-  return tuple(sorted(of_series, key=lambda move: (move.step, _ORDER.index(role_of(move.key) or Role.NORM))))
+  leaves = [move for move in moves if leaf_of(move.key) is not None]
+  moves = [move for move in moves if leaf_of(move.key) is None]
+  if leaves and not any(role_of(move.key) is Role.NORM for move in moves):
+    first = min(move.step for move in leaves)
+    moves.append(max((move for move in leaves if move.step == first), key=lambda move: move.peak))
+  return tuple(sorted(moves, key=lambda move: (move.step, _ORDER.index(role_of(move.key) or Role.NORM))))
 
 
 def _batches(run: Run, start: int, end: int) -> tuple[Any, ...]:
@@ -141,29 +151,46 @@ def _batches(run: Run, start: int, end: int) -> tuple[Any, ...]:
 # What became of it --------------------------------------------------------------------------------------------------
 
 
-def _reached(run: Run, name: str) -> tuple[Ints, Bools]:
-  """For each norm of a state its step, and whether it reached the optimizer larger than is usual.
+def _reached(run: Run, name: str) -> tuple[Ints, Bools, Bools]:
+  """For each norm of a state its step, whether a clip left it alone, and whether it came out larger than is usual.
 
-  It did not where the step was rejected, or where a clip brought it down to what is usual after the clip.
+  Neither is so where the step was rejected.
   """
   norms = norms_of_run(run, name, 0)
   clipped = column(run, key_of(name, NORM_CLIPPED))[np.searchsorted(run.steps, norms.steps)]
   known = clipped[np.isfinite(clipped)]
   usual = float(np.median(known)) if known.size else np.inf
-  is_down = acted(run, name, norms) & ~(clipped > KINDS[Role.NORM].ratio * usual)
-  return norms.steps, ~(norms.rejected | is_down)
+  is_free = ~acted(run, name, norms) & ~norms.rejected
+  return norms.steps, is_free, is_free | (~norms.rejected & (clipped > _LARGE * usual))
 
 
-def _is_caught(spikes: Sequence[Spike], moves: Sequence[Move], reached: dict[str, tuple[Ints, Bools]]) -> bool:
-  """Whether every norm that moved was brought down, and no update moved."""
-  norms = [spike for spike in spikes if role_of(spike.key) == Role.NORM]
+def _is_caught(
+  run: Run, spikes: Sequence[Spike], moves: Sequence[Move], reached: dict[str, tuple[Ints, Bools, Bools]]
+) -> bool:
+  """Whether a clip or `skip_steps` acted on every norm that moved, and the update was as usual, and the loss after it.
+
+  Where updates were not recorded, the norm after the clip has to be as usual instead.
+  """
+  norms = [spike for spike in spikes if role_of(spike.key) is Role.NORM]
   if not norms or any(role_of(move.key) in (Role.UPDATE, Role.PARAMETERS) for move in moves):
     return False
+  if any(role_of(spike.key) is Role.LOSS and spike.step > norms[-1].step for spike in spikes):
+    return False  # A batch may have a large loss by itself; the one after it has not.
+  updates = [column(run, key_of(name, NORM)) for name in update_states(run)]
   for spike in norms:
-    steps, has_reached = reached[name_of(spike.key)]
-    if has_reached[steps == spike.step].any():
+    steps, is_free, is_large = reached[name_of(spike.key)]
+    row = int(np.searchsorted(run.steps, spike.step))
+    was_large = any(_is_large(values, row) for values in updates) if updates else is_large[steps == spike.step].any()
+    if is_free[steps == spike.step].any() or was_large:
       return False
   return True
+
+
+def _is_large(values: Floats, row: int) -> bool:
+  """Whether a value is far above the median of those just before it."""
+  before = values[max(row - _UPDATES, 0) : row]
+  before = before[np.isfinite(before)]
+  return bool(before.size and values[row] > _LARGE * np.median(before))
 
 
 def _is_recovered(run: Run, start: int, end: int) -> bool | None:

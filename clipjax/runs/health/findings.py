@@ -46,8 +46,8 @@ class HealthLimits(NamedTuple):
     min_steps: finite norms after the warm-up that statistics need.
     spike_sigma: deviations, each 1.4826 median absolute deviations, above the median from which on a value is a spike.
     spike_window: over how many values before it.
-    lost: share of what was learned whose loss at the end is a FAIL.
-    rising_loss: the same share for a WARN; and by how much of its first value a loss that ends above it has diverged.
+    lost: share of what was learned that is lost at the end, for a FAIL.
+    rising_loss: the same share for a WARN.
     learned: the fall of a loss, over its first value, below which nothing was learned.
     stopped: share of the run at its end in which nothing trains.
     clip_fraction: share of steps that are clipped; the tuning playbook calls more than 0.5 "extremely aggressive".
@@ -74,7 +74,7 @@ class HealthLimits(NamedTuple):
   spike_sigma: float = 6.0
   spike_window: int = 64
   lost: float = 0.8
-  rising_loss: float = 0.25
+  rising_loss: float = 0.1
   learned: float = 0.1
   stopped: float = 0.05
   clip_fraction: float = 0.5
@@ -82,7 +82,7 @@ class HealthLimits(NamedTuple):
   rise: float = 3.0
   ratio_low: float = 1e-4
   ratio_high: float = 1e-2
-  spread: float = 1e3
+  spread: float = 300.0
   norm_low: float = 1e-5
   norm_high: float = 100.0
   skip_fraction: float = 0.05

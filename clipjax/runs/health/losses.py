@@ -19,6 +19,9 @@ _MIN_VALIDATIONS = 10
 _MIN_LEARNING = 50  # Losses without which nothing is said of what was learned.
 _NEAR = 5  # Rows between an event and the step at which a loss left, at most, where the one made the other.
 _FAR = 100  # The same where the loss did not come back from the event.
+_OVER = 0.25  # Over its start, where a loss that ends above it has diverged.
+_ABOVE = 0.5  # Over its best, by which a loss ends.
+_ROSE, _HALF = 3.0, 0.5  # A loss that rose to so many times its start has to fall to this part of it.
 _EXPLODED = 100.0  # By how much norms have risen where no loss says whether the run diverged.
 
 
@@ -43,7 +46,7 @@ def diverged(view: View) -> Iterator[Finding]:
 
 def _has_diverged(view: View, course: Course) -> bool:
   noise = 6 * course.noise
-  if course.last - course.first > max(noise, view.limits.rising_loss * abs(course.first)):
+  if course.last - course.first > max(noise, _OVER * abs(course.first)):
     return True
   has_learned = course.fall > max(noise, view.limits.learned * abs(course.first))
   return has_learned and course.loss > max(noise, view.limits.lost * course.fall)
@@ -95,33 +98,54 @@ def not_learning(view: View) -> Iterator[Finding]:
   is_begun = (
     view.extent.first_step > view.extent.rows
   )  # Of a run that was recorded from the middle on, the start is not known.
-  if is_begun or course.fall > view.limits.learned * abs(course.first):
+  highest = float(view.loss.values.max())
+  has_risen = highest > _ROSE * abs(course.first)
+  if is_begun or course.fall > (_HALF if has_risen else view.limits.learned) * abs(course.first):
     return
-  message = f"{key!r} hardly fell: {number(course.first)} at the start, {number(course.best)} at best, over "
+  message = f"{key!r} hardly fell: {number(course.first)} at the start, "
+  message += f"{f'{number(highest)} at most, ' if has_risen else ''}{number(course.best)} at best, over "
   message += f"{view.loss.total} steps."
-  rule = f"a fall of {percent(view.limits.learned)} or more, a limit of clipjax"
+  rule = f"a fall of {percent(_HALF if has_risen else view.limits.learned)} or more, a limit of clipjax"
   advice = "Look whether labels belong to inputs and the loss reaches all layers; then try other learning rates, ten "
   advice += "times lower and higher. Fine where a trained model is tuned further."
   yield Finding("WARN", "not-learning", message, advice, rule)
 
 
 def rising_loss(view: View) -> Iterator[Finding]:
-  """WARN where a part of what was learned is lost at the end, and no event says since when."""
-  course = None if view.loss is None else view.loss.course()
-  if view.loss is None or course is None or not view.enough(view.loss.total, parts=4):
+  """WARN where a part of what was learned is lost at the end."""
+  if (course := _lost(view)) is None or view.loss is None:
     return
-  if any(event.is_recovered is False for event in view.events):
-    return
-  key, lost = view.loss.key, course.loss
-  if lost <= max(6 * course.noise, view.limits.rising_loss * max(course.fall, abs(course.best))):
-    return
-  message = (
-    f"{key!r} rose from {number(course.best)}, its best, near step {course.best_step}, to {number(course.last)}."
-  )
+  event = lost_with(view)
+  if event is None and any(event.is_recovered is False for event in view.events):
+    return  # `spikes` tells it.
+  step = course.best_step if event is None else event.start
+  message = f"{view.loss.key!r} was {number(course.best)} at best, near step {course.best_step}, and ends at "
+  message += f"{number(course.last)}."
+  if event is not None:
+    message += f" At step {step} {moved(event.first)}."
   rule = f"at most {percent(view.limits.rising_loss)} of what was learned, a limit of clipjax"
   advice = f"Keep the checkpoint near step {course.best_step}; decay the learning rate earlier, or lower it."
-  steps = (course.best_step,)
-  yield Finding("WARN", "rising-loss", message, advice, rule, steps=steps)
+  if event is not None:
+    advice = f"{restore([step])} Look at the {view.batches(np.array([step]))}."
+  leaves = () if event is None else event.leaves
+  yield Finding("WARN", "rising-loss", message, advice, rule, steps=(step,), leaves=leaves)
+
+
+def _lost(view: View) -> Course | None:
+  """The course of a loss that ends above its best; None of one that does not."""
+  course = None if view.loss is None else view.loss.course()
+  if view.loss is None or course is None or not view.enough(view.loss.total, parts=4):
+    return None
+  least = max(6 * course.noise, view.limits.rising_loss * course.fall, _ABOVE * abs(course.best))
+  return course if course.loss > least else None
+
+
+def lost_with(view: View) -> Event | None:
+  """The event that `rising_loss` tells as its cause, where it is the only one that reached the parameters."""
+  course = _lost(view)
+  event = None if course is None or course.left is None else _cause(view, course.left)
+  free = [event for event in view.events if not event.is_caught]
+  return event if event is not None and event.is_recovered is False and len(free) == 1 else None
 
 
 def overfit(view: View) -> Iterator[Finding]:

@@ -13,11 +13,11 @@ from clipjax.runs.roles import Role, judged_states, keys_with, role_of
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of, name_of
 
-# What a spike is, by role. Norms vary by factors, parameters hardly at all, and a loss that is nearly 0 may triple.
+# What a spike is, by role. Updates of Adam vary by several times, and a loss that is nearly 0 may triple.
 KINDS: dict[Role, Kind] = {
-  Role.NORM: Kind(ratio=3, jump=2),
-  Role.UPDATE: Kind(ratio=3, jump=2),
-  Role.PARAMETERS: Kind(ratio=1.5, jump=1.2),
+  Role.NORM: Kind(ratio=5, jump=2),
+  Role.UPDATE: Kind(ratio=8, jump=3),
+  Role.PARAMETERS: Kind(ratio=3, jump=3),
   Role.LOSS: Kind(ratio=1, jump=1, share=0.15),
   Role.VALIDATION: Kind(ratio=1, jump=1, share=0.15),
 }

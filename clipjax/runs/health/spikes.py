@@ -5,10 +5,12 @@ from itertools import chain
 
 import numpy as np
 
-from clipjax.quantities import CLIP_FRACTION, MAX_NORM
+from clipjax.quantities import CLIP_FRACTION, MAX_NORM, NORM
 from clipjax.runs.health.detectors import NORMAL
-from clipjax.runs.health.events import Event
+from clipjax.runs.health.events import Event, leaf_of
 from clipjax.runs.health.findings import Finding
+from clipjax.runs.health.leaf_spikes import leaf_spikes
+from clipjax.runs.health.losses import lost_with
 from clipjax.runs.health.view import View
 from clipjax.runs.health.words import in_batches, restore, told
 from clipjax.runs.norms import column
@@ -17,6 +19,8 @@ from clipjax.runs.schema import key_of
 from clipjax.runs.sources import HAMPEL, OLMO_2
 from clipjax.runs.words import number
 
+_DOUBLE = 2  # Of the usual, below which a spike of another loss than the one that is trained is none.
+_PART = 0.1  # Of the norm, that a leaf with a spike holds at least.
 _FAR = 3  # Times the 90th percentile: a limit above that catches little.
 _TOLD = 3  # Events that a message tells; of more, their number.
 
@@ -24,7 +28,9 @@ _TOLD = 3  # Events that a message tells; of more, their number.
 def spikes(view: View) -> Iterator[Finding]:
   """WARN for events that reached the parameters, INFO for those that a clip or `skip_steps` caught."""
   caught = [event for event in view.events if event.is_caught]
-  free = [event for event in view.events if not event.is_caught and not is_of_rate(event)]
+  lost = lost_with(view)
+  free = [event for event in view.events if not (event.is_caught or is_of_rate(event) or event is lost)]
+  free = [event for event in free if not _is_aside(view, event)]
   if free:
     message = _words(view, free, "reached the parameters")
     advice = _advice(view, free)
@@ -48,6 +54,25 @@ def update_spikes(view: View) -> Iterator[Finding]:
   yield Finding("WARN", "update-spike", message, advice, _rule(view), str(HAMPEL), _steps(found))
 
 
+def spikes_of_leaves(view: View) -> Iterator[Finding]:
+  """INFO for spikes of leaves that hold a part of the norm, where the norm was as usual."""
+  found: list[tuple[float, int, str]] = []
+  for name in view.names:
+    norms = dict(zip(view.run.steps.tolist(), column(view.run, key_of(name, NORM)).tolist(), strict=True))
+    for spike in leaf_spikes(view.run, name, view.limits):
+      inside = any(event.start <= spike.step <= event.end for event in view.events)
+      if not inside and spike.value > _PART * norms[spike.step]:
+        found.append((spike.value / spike.usual, spike.step, str(leaf_of(spike.key))))
+  if not found:
+    return
+  times, step, leaf = max(found)
+  message = f"{len(found)} time{'s' if len(found) > 1 else ''} a leaf had a spike while the norm was as usual, the largest at step {step} in {leaf!r}, "
+  message += f"{number(times)} times its usual."
+  steps = tuple(sorted({step for _, step, _ in found}))
+  leaves = tuple(dict.fromkeys(leaf for *_, leaf in sorted(found, reverse=True)))
+  yield Finding("INFO", "spikes-of-leaves", message, "", _rule(view), str(HAMPEL), steps, leaves)
+
+
 def spike_rate(view: View) -> Iterator[Finding]:
   """INFO: how often there are events, as large runs watch it."""
   if not view.events or not view.enough(len(view.run)):
@@ -61,6 +86,14 @@ def is_of_rate(event: Event) -> bool:
   """Whether the update moved first, and neither norm nor loss with it: the learning rate did."""
   roles = {role_of(move.key) for move in event.moves if move.step == event.first.step}
   return not roles.isdisjoint({Role.UPDATE, Role.PARAMETERS}) and roles.isdisjoint({Role.NORM, Role.LOSS, None})
+
+
+def _is_aside(view: View, event: Event) -> bool:
+  """Whether an event is of losses alone that are not the one that is trained, and of less than their double."""
+  main = None if view.loss is None else view.loss.key
+  roles = {role_of(move.key) for move in event.moves}
+  is_other = roles <= {Role.LOSS, Role.VALIDATION} and all(move.key != main for move in event.moves)
+  return is_other and size(event) < _DOUBLE
 
 
 def size(event: Event) -> float:

@@ -19,7 +19,7 @@ from clipjax.runs.health.layers import layer_spread, zero_gradient, zeros
 from clipjax.runs.health.losses import diverged, loss_course, not_learning, overfit, rising_loss
 from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
 from clipjax.runs.health.norm import norm_percentiles, norm_scale, rising_norm
-from clipjax.runs.health.spikes import spike_rate, spikes, update_spikes
+from clipjax.runs.health.spikes import spike_rate, spikes, spikes_of_leaves, update_spikes
 from clipjax.runs.health.stopped import skipped, stopped
 from clipjax.runs.health.updates import update_ratio
 from clipjax.runs.health.view import View, before, view_of, views_of
@@ -41,18 +41,24 @@ DEFECTS: tuple[Check, ...] = (
 )  # fmt: skip
 OF_STATES = frozenset({nonfinite_norm, zero_gradient, layer_spread, rising_norm, zeros})
 FACTS: tuple[Check, ...] = (
-  too_few, not_judged, left_out, spike_rate, norm_percentiles, norm_scale, clipped, loss_course, parameters, step_time
+  too_few, not_judged, left_out, spikes_of_leaves, spike_rate, norm_percentiles, norm_scale, clipped, loss_course,
+  parameters, step_time,
 )  # fmt: skip
 
 # One cause, one advice: where a finding is there, these are its consequences, or the same in other words.
 CONSEQUENCES: dict[str, frozenset[str]] = {
   "nonfinite": frozenset({"nonfinite-loss", "stopped", "skipped"}),
-  "diverged": frozenset({"rising-loss", "rising-norm", "not-learning", "update-ratio", "clipped-often", "zeros"}),
+  "diverged": frozenset(
+    {"zero-gradient", "rising-loss", "rising-norm", "not-learning", "update-ratio", "clipped-often", "zeros"}
+  ),
   "stopped": frozenset({"nonfinite-dropped", "skipped", "not-learning", "update-ratio", "rising-loss"}),
   "skipped": frozenset({"nonfinite-dropped"}),
   "zero-gradient": frozenset({"zeros", "layer-spread"}),
   "clipped-often": frozenset({"not-learning", "update-ratio"}),
-  "update-ratio": frozenset({"not-learning"}),
+  "update-ratio": frozenset({"not-learning", "zeros"}),
+  "update-spike": frozenset({"zeros"}),
+  "spikes": frozenset({"zeros"}),
+  "not-learning": frozenset({"zeros"}),
   "layer-spread": frozenset({"not-learning"}),
 }
 

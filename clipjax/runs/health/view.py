@@ -180,8 +180,8 @@ def _with_leaves(view: View, events: tuple[Event, ...]) -> tuple[Event, ...]:
     found = [grew[name] for name in _states_of(event) if name in grew]
     steps = [step for step in sorted(set().union(*found)) if event.start <= step <= event.end]
     leaves = [grown.leaf for step in steps[:1] for by_step in found if (grown := by_step.get(step)) is not None]
-    own = leaf_of(event.first.key)
-    out.append(event._replace(leaves=(own,) if own is not None else tuple(dict.fromkeys(leaves))))
+    leaves += [leaf for move in event.moves if (leaf := leaf_of(move.key)) is not None]
+    out.append(event._replace(leaves=tuple(dict.fromkeys(leaves))))
   return tuple(out)
 
 
