@@ -97,13 +97,13 @@ def events_of(run: Run, spikes: Sequence[Spike], states: Sequence[str]) -> tuple
     spikes: of its series, and of single leaves: these make no event, and join that of their step.
     states: the names of the states that are judged.
   """
-  reached = {name: _reached(run, name) for name in states}
+  reached, losses = {name: _reached(run, name) for name in states}, _losses(run)
   out = []
   for group in _together(run.steps, spikes):
     moves = _moves(group)
     start, end = min(s.step for s in group), max(s.step for s in group)
     is_caught = _is_caught(run, group, moves, reached)
-    out.append(Event(start, end, moves, (), _batches(run, start, end), is_caught, _is_recovered(run, start, end)))
+    out.append(Event(start, end, moves, (), _batches(run, start, end), is_caught, _is_recovered(losses, start, end)))
   return tuple(out)
 
 
@@ -179,9 +179,8 @@ def _is_caught(
   updates = [column(run, key_of(name, NORM)) for name in update_states(run)]
   for spike in norms:
     steps, is_free, is_large = reached[name_of(spike.key)]
-    row = int(np.searchsorted(run.steps, spike.step))
-    was_large = any(_is_large(values, row) for values in updates) if updates else is_large[steps == spike.step].any()
-    if is_free[steps == spike.step].any() or was_large:
+    at, row = (int(np.searchsorted(x, spike.step)) for x in (steps, run.steps))
+    if is_free[at] or (any(_is_large(values, row) for values in updates) if updates else is_large[at]):
       return False
   return True
 
@@ -193,14 +192,21 @@ def _is_large(values: Floats, row: int) -> bool:
   return bool(before.size and values[row] > _LARGE * np.median(before))
 
 
-def _is_recovered(run: Run, start: int, end: int) -> bool | None:
-  """Whether the main loss was once again where it was before."""
-  key = main_loss(run.columns)
-  if key is None:
+def _losses(run: Run) -> tuple[Ints, Floats] | None:
+  """The steps and the finite values of the loss that is trained; None where none was recorded."""
+  if (key := main_loss(run.columns)) is None:
     return None
   known = np.isfinite(run.columns[key])
-  steps, loss = run.steps[known], run.columns[key][known]
-  before, after = loss[steps < start][-_BEFORE:], loss[steps > end][:_AFTER]
+  return run.steps[known], run.columns[key][known]
+
+
+def _is_recovered(losses: tuple[Ints, Floats] | None, start: int, end: int) -> bool | None:
+  """Whether the loss was once again where it was before."""
+  if losses is None:
+    return None
+  steps, loss = losses
+  first, next_one = np.searchsorted(steps, start), np.searchsorted(steps, end, side="right")
+  before, after = loss[max(first - _BEFORE, 0) : first], loss[next_one : next_one + _AFTER]
   if not before.size or not after.size:
     return None
   middle = float(np.median(before))

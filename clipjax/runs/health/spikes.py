@@ -66,7 +66,8 @@ def spikes_of_leaves(view: View) -> Iterator[Finding]:
   if not found:
     return
   times, step, leaf = max(found)
-  message = f"{len(found)} time{'s' if len(found) > 1 else ''} a leaf had a spike while the norm was as usual, the largest at step {step} in {leaf!r}, "
+  count = f"{len(found)} times" if len(found) > 1 else "Once"
+  message = f"{count} a leaf had a spike while the norm was as usual, the largest at step {step} in {leaf!r}, "
   message += f"{number(times)} times its usual."
   steps = tuple(sorted({step for _, step, _ in found}))
   leaves = tuple(dict.fromkeys(leaf for *_, leaf in sorted(found, reverse=True)))

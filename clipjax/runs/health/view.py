@@ -178,7 +178,8 @@ def _with_leaves(view: View, events: tuple[Event, ...]) -> tuple[Event, ...]:
   grew = {name: _grew(view, name, events) for name in view.names}
   for event in events:
     found = [grew[name] for name in _states_of(event) if name in grew]
-    steps = [step for step in sorted(set().union(*found)) if event.start <= step <= event.end]
+    inside = view.run.steps[slice(*np.searchsorted(view.run.steps, (event.start, event.end + 1)))].tolist()
+    steps = [step for step in inside if any(step in by_step for by_step in found)]
     leaves = [grown.leaf for step in steps[:1] for by_step in found if (grown := by_step.get(step)) is not None]
     leaves += [leaf for move in event.moves if (leaf := leaf_of(move.key)) is not None]
     out.append(event._replace(leaves=tuple(dict.fromkeys(leaves))))
@@ -187,9 +188,8 @@ def _with_leaves(view: View, events: tuple[Event, ...]) -> tuple[Event, ...]:
 
 def _grew(view: View, name: str, events: tuple[Event, ...]) -> dict[int, Grown]:
   """The leaf of a state that grew most at each step of the events, by step."""
-  inside = np.zeros(len(view.run), np.bool_)
-  for event in events:
-    inside |= (view.run.steps >= event.start) & (view.run.steps <= event.end)
+  rows = [np.searchsorted(view.run.steps, ends) for event in events for ends in ((event.start, event.end),)]
+  inside = np.concatenate([np.arange(first, last + 1) for first, last in rows]) if rows else np.zeros(0, np.int64)
   return {leaf.step: leaf for leaf in grown(view.run, name, view.run.steps[inside], view.norms.begin)}
 
 
