@@ -137,9 +137,7 @@ def test_a_leaf_may_have_a_spike_of_its_own():
   report = clipjax.runs.diagnose(run_of(healthy(), **layered(values)))
   finding = only(report, "spikes-of-leaves")
   assert (finding.level, finding.steps, finding.leaves) == ("INFO", (251,), ("out/w",))
-  assert (
-    "1 time a leaf had a spike while the norm was as usual, the largest at step 251 in 'out/w', " in finding.message
-  )
+  assert finding.message.startswith("Once a leaf had a spike while the norm was as usual, the largest at step 251 in")
   columns = healthy(**{"update/norm": np.where(np.arange(N) == 250, 0.5, 0.01)})
   (event,) = clipjax.runs.diagnose(run_of(columns, **layered(values))).events
   assert [move.key for move in event.moves] == ["grad/norm/out/w", "update/norm"] and event.leaves == ("out/w",)

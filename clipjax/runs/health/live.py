@@ -5,6 +5,7 @@ rows are kept, and what the detectors need of those before, so the spikes are th
 run.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,10 +63,11 @@ class Live:
         self._spikes += found
         out |= {spike.step for spike in found}
     for key in dict.fromkeys(key for by_leaf in vectors for key in by_leaf if role_of(key) is Role.NORM):
-      steps = [row[STEP] for row, by_leaf in zip(rows, vectors, strict=True) if key in by_leaf]
-      norms = np.array([by_leaf[key] for by_leaf in vectors if key in by_leaf], np.float64)
-      are_marked = self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(norms)
-      out |= {step for step, is_marked in zip(steps, are_marked.tolist(), strict=True) if is_marked}
+      known = [(row[STEP], by_leaf[key]) for row, by_leaf in zip(rows, vectors, strict=True) if key in by_leaf]
+      for _, same in itertools.groupby(known, lambda pair: len(pair[1])):  # The model may change on the way.
+        steps, norms = zip(*same, strict=True)
+        are_marked = self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(np.array(norms, np.float64))
+        out |= {step for step, is_marked in zip(steps, are_marked.tolist(), strict=True) if is_marked}
     return out
 
   def findings(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:

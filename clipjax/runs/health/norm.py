@@ -15,7 +15,8 @@ _STEADY = 0.7  # Share of these parts that are above the one before.
 
 def rising_norm(view: View) -> Iterator[Finding]:
   """WARN for a norm that ends far above an earlier part of the run, and rose to there bit by bit."""
-  typical = view.norms.typical
+  kept = view.norms.judged & ~view.norms.rejected
+  typical = view.norms.values[kept]
   if not view.enough(typical.size, parts=_PARTS):
     return
   medians = [float(np.median(part)) for part in np.array_split(typical, _PARTS)]
@@ -25,7 +26,7 @@ def rising_norm(view: View) -> Iterator[Finding]:
   if last <= view.limits.rise * medians[low] or rises.mean() < _STEADY:
     return
   growth = f"{number(last / medians[low])} times" if medians[low] > 0 else "from 0"
-  step = int(np.array_split(view.norms.steps[view.norms.judged], _PARTS)[low][0])
+  step = int(np.array_split(view.norms.steps[kept], _PARTS)[low][0])
   message = (
     f"The norm{view.of} rose {growth}: median {number(medians[low])} from step {step} on, {number(last)} in the "
   )

@@ -18,8 +18,8 @@ KINDS: dict[Role, Kind] = {
   Role.NORM: Kind(ratio=5, jump=2),
   Role.UPDATE: Kind(ratio=8, jump=3),
   Role.PARAMETERS: Kind(ratio=3, jump=3),
-  Role.LOSS: Kind(ratio=1, jump=1, share=0.15),
-  Role.VALIDATION: Kind(ratio=1, jump=1, share=0.15),
+  Role.LOSS: Kind(ratio=1.25, jump=1, share=0.1),
+  Role.VALIDATION: Kind(ratio=1.25, jump=1, share=0.1),
 }
 
 

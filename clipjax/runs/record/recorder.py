@@ -67,9 +67,9 @@ class Recorder:
       and others, or functions `(step, values)`; docs/loggers.md of the project has all. A pair `(logger, "leaves")` is
       given the numbers by leaf as well. Each is called in a thread of its own, but for wandb, to which each push hands
       on a row. They are flushed, but not closed.
-    on_finding: called with a `Finding` when a norm was a spike that nothing caught, or a norm or the loss was not
-      finite, once for each kind, by the first `push` after the rows were written, so within about `every` pushes. What
-      it raises, `push` raises.
+    on_finding: called with each FAIL or WARN of `diagnose` that names a step: what is not finite, a run that diverged
+      or in which nothing trains, a layer that died, spikes that reached the parameters; once for each kind, by the
+      first `push` after the rows were written, so within about `every` pushes. What it raises, `push` raises.
     limits: where these findings begin, as in `diagnose`.
 
   Raises:
