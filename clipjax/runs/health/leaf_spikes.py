@@ -24,7 +24,8 @@ class LeafDetector:
     self._sigma = limits.spike_sigma
     self._window = limits.spike_window
     self._count = 0
-    self._logs: Floats = np.empty((limits.spike_window, 0))  # A ring of the last rows, shape (window, leaves); -inf for 0.
+    # A ring of the last rows, shape (window, leaves); -inf for 0.
+    self._logs: Floats = np.empty((limits.spike_window, 0))
     self._limit: Floats | None = None
     self._usual: Floats | None = None
 

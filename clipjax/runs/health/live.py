@@ -63,11 +63,12 @@ class Live:
         self._spikes += found
         out |= {spike.step for spike in found}
     for key in dict.fromkeys(key for by_leaf in vectors for key in by_leaf if role_of(key) is Role.NORM):
-      known = [(row[STEP], by_leaf[key]) for row, by_leaf in zip(rows, vectors, strict=True) if key in by_leaf]
-      for _, same in itertools.groupby(known, lambda pair: len(pair[1])):  # The model may change on the way.
-        steps, norms = zip(*same, strict=True)
-        are_marked = self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(np.array(norms, np.float64))
-        out |= {step for step, is_marked in zip(steps, are_marked.tolist(), strict=True) if is_marked}
+      by_step = [(row[STEP], by_leaf[key]) for row, by_leaf in zip(rows, vectors, strict=True) if key in by_leaf]
+      for _, same in itertools.groupby(by_step, lambda pair: len(pair[1])):  # The model may change on the way.
+        pairs = list(same)
+        norms = np.array([vector for _, vector in pairs], np.float64)
+        are_marked = self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(norms)
+        out |= {step for (step, _), is_marked in zip(pairs, are_marked.tolist(), strict=True) if is_marked}
     return out
 
   def findings(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
