@@ -8,7 +8,7 @@ from clipjax.runs.health.course import Course
 from clipjax.runs.health.events import Event
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
-from clipjax.runs.health.words import moved, restore
+from clipjax.runs.health.words import moved, rates_at, restore
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.roles import Role, keys_with
 from clipjax.runs.run import Run
@@ -35,10 +35,11 @@ def diverged(view: View) -> Iterator[Finding]:
     return
   event = _cause(view, course.left)
   step = course.left if event is None else min(course.left, event.start)
-  message = f"{key!r} left for good at step {step}: it was {number(course.first)} at the start, {number(course.best)} "
-  message += f"at best, near step {course.best_step}, and ends at {number(course.last)}."
+  message = f"{key!r} diverged at step {step} and did not come back: {number(course.first)} at the start, "
+  message += f"{number(course.best)} at its best, near step {course.best_step}, and {number(course.last)} at the end."
   if event is not None and event.first.key != key:
     message += f" First {moved(event.first)}."
+  message += rates_at(view.run, step)
   rule = f"at most {percent(view.limits.lost)} of what was learned may be lost at the end, a limit of clipjax"
   leaves = event.leaves if event is not None else ()
   yield Finding("FAIL", "diverged", message, _remedy(view, event, course, step), rule, steps=(step,), leaves=leaves)
@@ -103,7 +104,7 @@ def not_learning(view: View) -> Iterator[Finding]:
   if is_begun or course.fall > (_HALF if has_risen else view.limits.learned) * abs(course.first):
     return
   message = f"{key!r} hardly fell: {number(course.first)} at the start, "
-  message += f"{f'{number(highest)} at most, ' if has_risen else ''}{number(course.best)} at best, over "
+  message += f"{f'{number(highest)} at most, ' if has_risen else ''}{number(course.best)} at its best, over "
   message += f"{view.loss.total} steps."
   rule = f"a fall of {percent(_HALF if has_risen else view.limits.learned)} or more, a limit of clipjax"
   advice = "Look whether labels belong to inputs and the loss reaches all layers; then try other learning rates, ten "
@@ -119,8 +120,8 @@ def rising_loss(view: View) -> Iterator[Finding]:
   if event is None and any(event.is_recovered is False for event in view.events):
     return  # `spikes` tells it.
   step = course.best_step if event is None else event.start
-  message = f"{view.loss.key!r} was {number(course.best)} at best, near step {course.best_step}, and ends at "
-  message += f"{number(course.last)}."
+  message = f"{view.loss.key!r} ends at {number(course.last)}, after a best of {number(course.best)} near step "
+  message += f"{course.best_step}."
   if event is not None:
     message += f" At step {step} {moved(event.first)}."
   rule = f"at most {percent(view.limits.rising_loss)} of what was learned, a limit of clipjax"

@@ -12,9 +12,9 @@ from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaf_spikes import leaf_spikes
 from clipjax.runs.health.losses import lost_with
 from clipjax.runs.health.view import View
-from clipjax.runs.health.words import in_batches, restore, told
+from clipjax.runs.health.words import in_batches, rates_at, restore, told
 from clipjax.runs.norms import column
-from clipjax.runs.roles import Role, keys_with, role_of
+from clipjax.runs.roles import Role, role_of
 from clipjax.runs.schema import key_of
 from clipjax.runs.sources import HAMPEL, OLMO_2
 from clipjax.runs.words import number
@@ -46,8 +46,7 @@ def update_spikes(view: View) -> Iterator[Finding]:
   if not found:
     return
   message = _words(view, found, "began with the update, not the gradient")
-  for key in keys_with(view.run.columns, Role.RATE):
-    message += _rate_words(view, key, found[0])
+  message += rates_at(view.run, found[0].first.step)
   advice = "Look at the learning rate and its schedule at these steps."
   if bad := [event for event in found if event.is_recovered is False]:
     advice += f" {restore([bad[0].start])}"
@@ -110,17 +109,6 @@ def _words(view: View, events: Sequence[Event], fate: str) -> str:
   steps = view.at(np.array([event.start for event in events]))
   text = f"1 spike {fate}." if count == 1 else f"{count} spikes {fate}, {steps}. The largest:"
   return " ".join([text, *(told(event, among) for event in shown)])
-
-
-def _rate_words(view: View, key: str, event: Event) -> str:
-  """What the learning rate did at the step of an event."""
-  rates, row = column(view.run, key), int(np.searchsorted(view.run.steps, event.first.step))
-  before = rates[:row][np.isfinite(rates[:row])]
-  if not before.size or not np.isfinite(rates[row]) or not rates[row] > 1.1 * before[-1] > 0:
-    return ""
-  return (
-    f" {key!r} was {number(float(rates[row]))} there, {number(float(rates[row] / before[-1]))} times the one before."
-  )
 
 
 def _advice(view: View, events: Sequence[Event]) -> str:

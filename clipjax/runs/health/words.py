@@ -3,9 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from clipjax.runs.health.events import Event, Move, leaf_of
 from clipjax.runs.kinds import Ints
+from clipjax.runs.norms import column
+from clipjax.runs.roles import Role, keys_with
+from clipjax.runs.run import Run
 from clipjax.runs.words import at_steps, number, several
+
+_RISE = 1.5  # A learning rate over the one before; less is a schedule.
 
 
 def restore(steps: "Ints | Sequence[int]") -> str:
@@ -52,3 +59,15 @@ def in_batches(batches: Sequence[Any]) -> str:
   if len(flat) == 1:
     return f"batch {flat[0]!r}"
   return f"batches {flat[0]!r} to {flat[-1]!r}"
+
+
+def rates_at(run: Run, step: int) -> str:
+  """What the learning rates did at a step, where they rose, as a sentence behind another one."""
+  out, row = "", int(np.searchsorted(run.steps, step))
+  for key in keys_with(run.columns, Role.RATE):
+    rates = column(run, key)
+    before = rates[:row][np.isfinite(rates[:row])]
+    if before.size and np.isfinite(rates[row]) and rates[row] > _RISE * before[-1] > 0:
+      times = number(float(rates[row] / before[-1]))
+      out += f" {key!r} was {number(float(rates[row]))} there, {times} times the one before."
+  return out
