@@ -42,14 +42,9 @@ def told(event: Event, among: Sequence[str], *, with_fate: bool = True) -> str:
 
 
 def _when(event: Event) -> str:
-  batches: list[Any] | None = None
-  if event.batches:
-    batches = [event.batches[0]]
-  if event.end == event.start or not batches:
-    place = at_steps([event.start], batches)
-    place += f" to {event.end}" if event.end > event.start else ""
-  else:
-    place = f"at steps {event.start} to {event.end} ({in_batches(event.batches)})"
+  place = at_steps([event.start], event.batches[:1] or None)
+  if event.end > event.start:
+    place = f"at steps {event.start} to {event.end}{f' ({in_batches(event.batches)})' if event.batches else ''}"
   return place[0].upper() + place[1:]
 
 
