@@ -1,14 +1,11 @@
 """Strict promotion, eight CPU devices and no warnings, for every test."""
 
-import atexit
 import os
-import shutil
-import tempfile
+
+from compiled import cache_folder
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-if "CLIPJAX_TESTS_CACHE" not in os.environ:  # The workers of xdist inherit it.
-  os.environ["CLIPJAX_TESTS_CACHE"] = tempfile.mkdtemp(prefix="clipjax-tests-")
-  atexit.register(shutil.rmtree, os.environ["CLIPJAX_TESTS_CACHE"], ignore_errors=True)
+os.environ.setdefault("CLIPJAX_TESTS_CACHE", cache_folder())  # The workers of xdist inherit it.
 
 import jax
 import pytest
@@ -16,7 +13,7 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Each program is compiled once in a run, not once in each worker and each test.
+# Each program is compiled once on a machine, not once in each run, worker and test.
 jax.config.update("jax_compilation_cache_dir", os.environ["CLIPJAX_TESTS_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

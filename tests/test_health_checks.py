@@ -1,7 +1,9 @@
 """Each condition of a run gives its finding of `diagnose`, at its step and with its leaf, and no other defect."""
 
 import dataclasses
+import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -119,6 +121,17 @@ def test_a_condition_has_its_finding_and_no_other(columns, vectors, want):
     assert finding.leaves == leaves
     assert steps is None or finding.steps == steps, finding
     assert finding.rule and finding.advice.endswith("."), finding
+
+
+def test_no_verdict_contradicts_itself():
+  """Two conditions at once, of all pairs."""
+  for one, other in itertools.combinations(CONDITIONS.values(), 2):
+    report = clipjax.runs.diagnose(run_of(healthy(**(one[0] | other[0]))))
+    advice = " ".join(finding.advice for finding in report)
+    assert not ("Raise the learning rate" in advice and "Lower the learning rate" in advice), str(report)
+    assert len(re.findall("Restore a checkpoint", advice)) <= 1, str(report)
+    names = [finding.name for finding in report if finding.level != "INFO"]
+    assert len(names) == len(set(names))
 
 
 # What is not finite -------------------------------------------------------------------------------------------------
