@@ -1,0 +1,151 @@
+"""The heat map in numbers: layers by time, each column where its steps are, and layers by depth.
+
+Numbers by leaf are recorded once in so many steps, and at the steps that a finding names. A row of the first kind
+stands for the steps around it, up to half way to its neighbours; one of the second kind for its own step alone. What
+lies between and was not recorded stays empty.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from clipjax.runs.health.events import Event
+from clipjax.runs.kinds import Bools, Floats, Ints
+from clipjax.runs.report.series import Vectors, medians
+from clipjax.runs.words import Stack, in_stacks
+
+_FEW = 4  # Rows, of which a median says little.
+_MOST_NAMED = 3  # Layers of an event.
+
+
+class Grid(NamedTuple):
+  """Layers by time: `values` (L, columns), the columns of equal width between the steps `start` and `stop`.
+
+  NaN is what was not recorded, inf what was not finite.
+  """
+
+  start: float
+  stop: float
+  values: Floats
+
+
+class Steps(NamedTuple):
+  """An axis of steps: from `first` to `last`, `unit` apart, as they usually are in the run."""
+
+  first: int
+  last: int
+  unit: float
+
+  @property
+  def span(self) -> tuple[int, int]:
+    """The first and the last step."""
+    return self.first, self.last
+
+
+def steps_of(steps: Ints, span: tuple[int, int] | None = None) -> Steps:
+  """The axis of a run with these steps, or of the part `span` of it."""
+  unit = float(np.median(np.diff(steps))) if steps.size > 1 else 1.0
+  first, last = span if span is not None else (int(steps[0]), int(steps[-1])) if steps.size else (0, 0)
+  return Steps(first, last, unit)
+
+
+def time_grid(found: Vectors, axis: Steps, bins: int, alone: Bools | None = None) -> Grid:
+  """At most `bins` columns, none finer than a step; each holds the greatest values recorded in it.
+
+  A column without a record has those of the nearest regular row, where that is at most half a gap away.
+
+  Args:
+    found: numbers by layer.
+    axis: what the columns span.
+    bins: how many columns there may be.
+    alone: bool, of the rows: which stand for their own step only; None: those that are not in the rhythm of the rest.
+  """
+  count = int(np.clip(round((axis.last - axis.first) / axis.unit) + 1, 1, bins))
+  start, stop = axis.first - axis.unit / 2, axis.last + axis.unit / 2
+  width = (stop - start) / count
+  grid = np.full((found.values.shape[1], count), np.nan)
+  regular, gap = rhythm(found.steps, alone)
+  if regular.any():
+    steps, centres = found.steps[regular], start + width * (np.arange(count) + 0.5)
+    after = np.searchsorted(steps, centres).clip(1, max(steps.size - 1, 1))
+    near = np.where(centres - steps[after - 1] <= np.abs(steps[after % steps.size] - centres), after - 1, after)
+    near = near.clip(0, steps.size - 1)
+    known = np.abs(steps[near] - centres) <= gap / 2
+    grid[:, known] = found.values[regular][near[known]].T
+  inside = (found.steps > start) & (found.steps < stop)
+  if inside.any():
+    which = np.minimum(((found.steps[inside] - start) / width).astype(np.int64), count - 1)
+    columns, first = np.unique(which, return_index=True)
+    grid[:, columns] = np.fmax.reduceat(found.values[inside], first, axis=0).T
+  return Grid(start, stop, grid)
+
+
+def rhythm(steps: Ints, alone: Bools | None = None) -> tuple[Bools, int]:
+  """`(regular, gap)`: the rows that were recorded once in `gap` steps, and that gap; ascending steps.
+
+  Where less than half of the rows keep to one gap, all of them count as regular.
+  """
+  kept = np.ones(steps.size, np.bool_) if alone is None else ~alone
+  if kept.sum() < 2:
+    return np.zeros(steps.size, np.bool_), 1
+  gap = max(round(float(np.median(np.diff(steps[kept])))), 1)
+  regular = kept & (np.isin(steps - gap, steps) | np.isin(steps + gap, steps))
+  return (regular if 2 * regular.sum() >= kept.sum() else kept), gap
+
+
+def usual(found: Vectors, alone: Bools | None = None) -> Floats | None:
+  """The median norm of each layer over the regular rows, NaN without one above 0; None where there are few rows."""
+  regular, _ = rhythm(found.steps, alone)
+  if regular.sum() < _FEW:
+    return None
+  values = found.values[regular]
+  return medians(np.where(values > 0, values, np.nan))
+
+
+def over_usual(found: Vectors, alone: Bools | None = None) -> Vectors | None:
+  """Each norm over the usual one of its layer, 0 for 0; None where too few rows tell what is usual."""
+  middle = usual(found, alone)
+  if middle is None:
+    return None
+  with np.errstate(over="ignore"):
+    return found._replace(values=np.where(found.values == 0, 0.0, found.values / middle))
+
+
+def jumps(found: Vectors, events: Iterable[Event]) -> list[tuple[int, int]]:
+  """`(step, layer)` of the layers that an event names, at the step of their largest norm in it."""
+  out = []
+  for event in events:
+    rows = np.flatnonzero((found.steps >= event.start) & (found.steps <= event.end))
+    for name in event.leaves[:_MOST_NAMED]:
+      if rows.size and name in found.names:
+        layer = found.names.index(name)
+        largest = int(np.argmax(np.nan_to_num(found.values[rows, layer], nan=-1.0)))
+        out.append((int(found.steps[rows[largest]]), layer))
+  return out
+
+
+class Depth(NamedTuple):
+  """Layers as the lines of a map: `values` (lines, columns), each line the greatest of `per` layers of one stack.
+
+  `stacks` have their place among the lines in `start`, and the number of their layers in `size`; `lines` (L,) is where
+  each layer is.
+  """
+
+  values: Floats
+  stacks: tuple[Stack, ...]
+  per: int
+  lines: Ints
+
+
+def by_depth(names: tuple[str, ...], values: Floats, most: int) -> Depth:
+  """Values (L, columns) with neighbouring layers of a stack in one line where there are more than about `most`."""
+  stacks = in_stacks(names)
+  per = math.ceil(len(names) / most)
+  firsts = [range(stack.start, stack.start + stack.size, per) for stack in stacks]
+  starts = np.cumsum([0, *map(len, firsts)]).tolist()
+  first = np.concatenate(firsts)
+  values = np.fmax.reduceat(values, first, axis=0)  # What is known of them.
+  places = tuple(s._replace(start=start) for s, start in zip(stacks, starts, strict=False))
+  return Depth(values, places, per, np.searchsorted(first, np.arange(len(names)), side="right") - 1)
