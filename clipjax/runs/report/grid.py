@@ -17,6 +17,7 @@ from clipjax.runs.report.series import Vectors, medians
 from clipjax.runs.words import Stack, in_stacks
 
 _FEW = 4  # Rows, of which a median says little.
+_OFTEN = 3  # Times that a gap between rows comes back in a rhythm.
 _MOST_NAMED = 3  # Layers of an event.
 
 
@@ -85,14 +86,18 @@ def time_grid(found: Vectors, axis: Steps, bins: int, alone: Bools | None = None
 def rhythm(steps: Ints, alone: Bools | None = None) -> tuple[Bools, int]:
   """`(regular, gap)`: the rows that were recorded once in `gap` steps, and that gap; ascending steps.
 
-  Where less than half of the rows keep to one gap, all of them count as regular.
+  The gap is the one that covers most steps of those that come back, as a few rows between shorten some. Where none
+  comes back, every row counts as regular, and the gap is the median.
   """
   kept = np.ones(steps.size, np.bool_) if alone is None else ~alone
   if kept.sum() < 2:
     return np.zeros(steps.size, np.bool_), 1
-  gap = max(round(float(np.median(np.diff(steps[kept])))), 1)
-  regular = kept & (np.isin(steps - gap, steps) | np.isin(steps + gap, steps))
-  return (regular if 2 * regular.sum() >= kept.sum() else kept), gap
+  gaps, counts = np.unique(np.diff(steps[kept]), return_counts=True)
+  common = counts >= min(_OFTEN, kept.sum() - 1)
+  if not common.any():
+    return kept, max(round(float(np.median(np.diff(steps[kept])))), 1)
+  gap = int(gaps[np.argmax(np.where(common, gaps * counts, 0))])
+  return kept & (np.isin(steps - gap, steps) | np.isin(steps + gap, steps)), gap
 
 
 def usual(found: Vectors, alone: Bools | None = None) -> Floats | None:

@@ -34,7 +34,12 @@ def layers(found: Vectors, width: float = WIDE, axis: Steps | None = None, alone
 
 def height_of(found: Vectors, width: float) -> float:
   """Inches of the map, in which the layers have lines of text as far as there is room."""
-  return float(np.clip(0.16 * len(found.names) + 0.2, 0.9, 7.0 if is_wide(width) else 5.5))
+  return float(np.clip(_line(width) * len(found.names) + 0.2, 0.9, 7.0 if is_wide(width) else 6.2))
+
+
+def _line(width: float) -> float:
+  """Inches of a line of text."""
+  return 0.155 if is_wide(width) else 0.165
 
 
 def draw_over_usual(
@@ -117,8 +122,8 @@ def _colour_bar(axes: Axes, image: Any, label: str, width: float) -> None:
 
 def _label_layers(axes: Axes, depth: Depth, height: float, width: float, named: dict[int, str]) -> None:
   """At most one label for each line of text, those of `named` lines in bold, and a line between stacks."""
-  line, size = (0.15, 7.5) if is_wide(width) else (0.165, 8.5)
-  room = len(depth.values) / max(1, int(height / line))
+  size = 7.5 if is_wide(width) else 8.5
+  room = len(depth.values) / max(1, int(height / _line(width)))
   labels = layer_labels(depth, room, 22 if is_wide(width) else 14, named)
   axes.set_yticks(list(labels), list(labels.values()), parse_math=False, fontsize=size)
   for place, text in zip(labels, axes.get_yticklabels(), strict=True):

@@ -158,6 +158,6 @@ def _needs_matplotlib() -> Iterator[None]:
 
 
 def _without_matplotlib(error: ModuleNotFoundError) -> ImportError:
-  if error.name != "matplotlib":
+  if (error.name or "").partition(".")[0] != "matplotlib":
     return error
   return ImportError("a report needs matplotlib: pip install 'clipjax[report]'", name="matplotlib")
