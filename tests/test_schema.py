@@ -24,14 +24,13 @@ WORDS = {
   "health/nonfinite.py": {"nonfinite"},
   "report/axes.py": {"scale", "step"},
   "report/build.py": {"max_norm"},
-  "report/course.py": {"loss", "scale"},
   "report/data.py": {"version", "parameters", "leaves", "steps", "nonfinite", "weights"},
   "report/figures.py": {"steps"},
   "report/happened.py": {"batch", "nonfinite", "norm", "steps"},
   "report/heatmap.py": {"norm"},
-  "report/sections.py": {"loss", "parameters", "steps", "update"},
+  "report/sections.py": {"parameters", "steps", "update"},
   "report/timeline.py": {"norm"},
-  "roles.py": {"batch", "loss", "norm", "scale", "step", "update", "parameters"},
+  "roles.py": {"batch", "scale", "step"},
   "suggest.py": {"max_norm"},
 }
 

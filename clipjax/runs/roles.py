@@ -4,44 +4,61 @@ Names of states follow `clipjax.quantities`. What the caller pushes is told by t
 "train/loss", "val_loss" or "lr".
 """
 
+import enum
+import functools
+import itertools
 import re
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
 
 from clipjax.quantities import NORM, PARAM_NORM
 from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, LOSS, SKIP, UPDATES, key_of, names_with
 
-Role: TypeAlias = Literal["loss", "validation", "rate", "scale", "norm", "update", "parameters"]
+
+class Role(enum.Enum):
+  """What a column is."""
+
+  LOSS = enum.auto()
+  VALIDATION = enum.auto()  # A loss that is not trained.
+  RATE = enum.auto()  # A learning rate.
+  SCALE = enum.auto()  # That of a loss, as for float16.
+  NORM = enum.auto()  # Of a gradient.
+  UPDATE = enum.auto()  # The norm of an update.
+  PARAMETERS = enum.auto()  # The norm of the parameters.
+
 
 _LOSSES = {LOSS, "losses", "nll", "xent", "cost", "mse", "perplexity", "ppl"}
+_SCALE = {"scale", "scaling"}
 _VALIDATION = {"val", "valid", "validation", "eval", "evaluation", "dev", "test"}
 # Words beside "loss" with which a column is still the loss that is trained.
 _PLAIN = {"train", "training", "total", "mean", "avg", "average", "batch", "step", "full"}
 
 
+@functools.lru_cache(4096)  # A recorder asks of every key of every row.
 def role_of(key: str) -> Role | None:
   """What a column is; None for what is not judged, as counters are."""
   if (name := _state(key, NORM)) is not None:
-    return None if name == SKIP else "update" if _is_update(name) else "norm"
+    return None if name == SKIP else Role.UPDATE if _is_update(name) else Role.NORM
   if _state(key, PARAM_NORM) is not None:
-    return "parameters"
-  if key.startswith(f"{SKIP}/"):
-    return None
-  words = _words(key)
-  if "loss" in words and ({"scale", "scaling"} & set(words)):
-    return "scale"
-  if "lr" in words or ("learning", "rate") in zip(words, words[1:], strict=False):
-    return "rate"
+    return Role.PARAMETERS
+  return None if key.startswith(key_of(SKIP, "")) else _role_of_words(_words(key))
+
+
+def _role_of_words(words: tuple[str, ...]) -> Role | None:
+  """What the caller means by these words."""
+  if "lr" in words or ("learning", "rate") in itertools.pairwise(words):
+    return Role.RATE
+  if LOSS in words and not _SCALE.isdisjoint(words):
+    return Role.SCALE
   if not words or not (words[-1] in _LOSSES or words[-2:] == ("cross", "entropy")):
     return None
-  return "validation" if _VALIDATION & set(words) else "loss"
+  return Role.LOSS if _VALIDATION.isdisjoint(words) else Role.VALIDATION
 
 
 def main_loss(keys: Iterable[str]) -> str | None:
   """The loss that is trained: "loss", else one such as "train/loss" or "total_loss", else the only one there is."""
-  losses = keys_with(keys, "loss")
-  plain = [key for key in losses if LOSS in (words := set(_words(key))) and words <= _PLAIN | {LOSS}]
+  losses = keys_with(keys, Role.LOSS)
+  plain = [key for key in losses if {LOSS} <= set(_words(key)) <= _PLAIN | {LOSS}]
   if LOSS in losses:
     return LOSS
   return plain[0] if plain else losses[0] if len(losses) == 1 else None

@@ -15,7 +15,7 @@ from clipjax.runs.report.page import code, text
 from clipjax.runs.report.series import Curve, NormSeries, Vectors, curves, medians, short, vectors
 from clipjax.runs.report.shown import Missing, Section, Shown, distribution, section, share, span_words
 from clipjax.runs.report.timeline import Timeline, timeline
-from clipjax.runs.roles import keys_with, main_loss, update_states
+from clipjax.runs.roles import Role, keys_with, main_loss, update_states
 from clipjax.runs.run import Run
 from clipjax.runs.schema import UPDATES, key_of
 from clipjax.runs.words import in_stacks, number, several
@@ -35,8 +35,8 @@ def timeline_of(shown: Shown) -> Timeline:
       layers.append((series.key, found))
   return Timeline(
     losses=curves(run, losses_drawn(run), events),
-    rates=curves(run, keys_with(run.columns, "rate")[:_MOST_CURVES], events),
-    scales=curves(run, keys_with(run.columns, "scale")[:_MOST_CURVES], events),
+    rates=curves(run, keys_with(run.columns, Role.RATE)[:_MOST_CURVES], events),
+    scales=curves(run, keys_with(run.columns, Role.SCALE)[:_MOST_CURVES], events),
     norms=shown.norms[:_MOST_STATES],
     updates=updates,
     band=None if is_norm else (shown.limits.ratio_low, shown.limits.ratio_high),
@@ -49,7 +49,7 @@ def timeline_of(shown: Shown) -> Timeline:
 
 def losses_drawn(run: Run) -> list[str]:
   """The loss that is trained, then those of validation; all where it is not known which is trained."""
-  losses, validated = keys_with(run.columns, "loss"), keys_with(run.columns, "validation")
+  losses, validated = keys_with(run.columns, Role.LOSS), keys_with(run.columns, Role.VALIDATION)
   main = main_loss(run.columns)
   return [*([main] if main is not None else losses), *validated][:_MOST_CURVES]
 

@@ -25,7 +25,7 @@ from clipjax.runs.report.shown import (
   section,
   span_words,
 )
-from clipjax.runs.roles import keys_with, main_loss
+from clipjax.runs.roles import Role, keys_with, main_loss
 from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, TIME, UPDATES, key_of
 from clipjax.runs.speed import Speed, seconds_per_step, throughput
@@ -125,7 +125,7 @@ def _ratios(run: Run, band: tuple[float, float]) -> Section:
 def _other_losses(run: Run) -> Section:
   """Losses that are not in the timeline, as parts of the one that is trained."""
   drawn = losses_drawn(run)
-  others = curves(run, [key for key in keys_with(run.columns, "loss", "validation") if key not in drawn])
+  others = curves(run, [key for key in keys_with(run.columns, Role.LOSS, Role.VALIDATION) if key not in drawn])
   if not others:
     return ""
   said = "; ".join(f"{short(curve.key, 60)} {course_words(curve)}" for curve in others)
