@@ -88,8 +88,8 @@ def train(
   for i in range(1, steps + 1):
     state, loss = step(state, max_norm, learning_rate, i)
     if recorder is not None:
-      pushed = {"loss": loss, "learning_rate": learning_rate, "tokens": model.BATCH * model.LENGTH}
-      recorder.push(i, state[1], params=state[0], **pushed)
+      tokens = model.BATCH * model.LENGTH
+      recorder.push(i, state[1], params=state[0], loss=loss, learning_rate=learning_rate, tokens=tokens)
     losses.append(loss)
   return [float(loss) for loss in jax.device_get(losses)]
 
