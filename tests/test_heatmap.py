@@ -54,15 +54,30 @@ def test_a_column_of_many_steps_has_the_greatest_value_and_what_was_not_finite()
   assert (grid[0, 2:] == 1).all() and not np.isnan(grid[1]).any()
 
 
-def test_one_row_and_rows_without_a_rhythm():
+def test_one_row():
   assert time_grid(rows([7], [4.0]), steps_of(np.array([7])), 50) == (6.5, 7.5, [[4.0]])
   grid = time_grid(rows([7], [4.0]), Steps(5, 9, 1.0), 50).values
   np.testing.assert_array_equal(grid, [[np.nan, np.nan, 4, np.nan, np.nan]])
+
+
+def test_the_rhythm_is_that_of_the_recorder_among_rows_of_another_cause():
+  due = list(range(1, 500, 50))
+  for between in ([], [2, 3, 4, 7, 77], [*range(300, 401)], [*range(2, 51), 444]):
+    steps = np.array(sorted({*due, *between}))
+    regular, gap = rhythm(steps)
+    assert gap == 50 and steps[regular].tolist() == due
+    assert steps[rhythm(steps, steps == 151)[0]].tolist() == [step for step in due if step != 151]
+  assert rhythm(np.arange(5, 100))[1] == 1 and rhythm(np.arange(5, 100))[0].all()
+  lost = np.delete(np.arange(0, 1000, 10), [40, 41])  # As where a process was killed.
+  assert rhythm(lost)[1] == 10 and rhythm(lost)[0].all()
+
+
+def test_without_a_rhythm_every_row_is_regular_and_the_gap_is_the_median():
   regular, gap = rhythm(np.array([1, 4, 20, 22, 90, 300]))
   assert regular.all() and gap == 16
-  between = [*range(12, 19), 44, 45, 46, 47, 48, 52]  # More than the rest, as where the norm rises.
-  regular, gap = rhythm(np.array(sorted([*range(1, 92, 10), *between])))
-  assert gap == 10 and regular.sum() == 10
+  regular, gap = rhythm(np.array([1, 7]))
+  assert regular.all() and gap == 6
+  assert rhythm(np.array([1, 7]), np.array([True, True])) == (pytest.approx(np.array([False, False])), 1)
 
 
 def test_the_usual_norm_is_that_of_the_regular_rows():

@@ -74,7 +74,7 @@ def _when(run: Run) -> str:
 def _worst(shown: Shown) -> str:
   """The worst step of each judged state."""
   found = "".join(filter(None, (worst_of(shown.run, series, shown.report) for series in shown.norms)))
-  is_bad = shown.report.events or any(series.nonfinite.any() for series in shown.norms)
+  is_bad = shown.report.events or any(finding.level != "INFO" for finding in shown.report)
   title = "Worst step" if is_bad else "Largest norm"
   return f"<section><h2>{title}</h2>{found}</section>" if found else ""
 

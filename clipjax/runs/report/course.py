@@ -118,7 +118,7 @@ def _caption(shown: Shown, found: Timeline) -> str:
     said.append(_mark_words(found.marks))
   if any(series.by_block for series in found.norms):
     said.append("Leaves or groups are clipped by thresholds of their own; the dashed line is the smallest of them.")
-  if any(series.rejected.any() for series in found.norms):
+  if any((series.rejected & ~series.nonfinite).any() for series in found.norms):
     said.append(f"Squares are steps that {code('skip_steps')} rejected; their norm is the one that it saw.")
   if found.layers:
     said.append(

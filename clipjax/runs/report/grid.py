@@ -17,7 +17,8 @@ from clipjax.runs.report.series import Vectors, medians
 from clipjax.runs.words import Stack, in_stacks
 
 _FEW = 4  # Rows, of which a median says little.
-_OFTEN = 3  # Times that a gap between rows comes back in a rhythm.
+_CHAIN, _WHOLE = 3, 0.9  # Rows of a rhythm at least, and the share of them that is there, as some may be lost.
+_CANDIDATES = 200  # Rows from the first on that may be its second.
 _MOST_NAMED = 3  # Layers of an event.
 
 
@@ -86,18 +87,20 @@ def time_grid(found: Vectors, axis: Steps, bins: int, alone: Bools | None = None
 def rhythm(steps: Ints, alone: Bools | None = None) -> tuple[Bools, int]:
   """`(regular, gap)`: the rows that were recorded once in `gap` steps, and that gap; ascending steps.
 
-  The gap is the one that covers most steps of those that come back, as a few rows between shorten some. Where none
-  comes back, every row counts as regular, and the gap is the median.
+  The gap is the least one at which rows follow each other from the first to the last row, as a recorder writes them;
+  rows between, which it writes for a finding or a new largest norm, are not regular. Where there is no such gap, as
+  where two records of one run differ in it, every row counts as regular, and the gap is the median.
   """
   kept = np.ones(steps.size, np.bool_) if alone is None else ~alone
-  if kept.sum() < 2:
+  if steps.size < 2:
     return np.zeros(steps.size, np.bool_), 1
-  gaps, counts = np.unique(np.diff(steps[kept]), return_counts=True)
-  common = counts >= min(_OFTEN, kept.sum() - 1)
-  if not common.any():
-    return kept, max(round(float(np.median(np.diff(steps[kept])))), 1)
-  gap = int(gaps[np.argmax(np.where(common, gaps * counts, 0))])
-  return kept & (np.isin(steps - gap, steps) | np.isin(steps + gap, steps)), gap
+  for gap in (steps[1:_CANDIDATES] - steps[0]).tolist():
+    chain = np.arange(steps[0], steps[-1] + 1, gap)
+    if chain.size < _CHAIN:
+      break
+    if np.isin(chain, steps).mean() >= _WHOLE:
+      return kept & ((steps - steps[0]) % gap == 0), gap
+  return kept, max(round(float(np.median(np.diff(steps[kept])))), 1) if kept.sum() > 1 else 1
 
 
 def usual(found: Vectors, alone: Bools | None = None) -> Floats | None:

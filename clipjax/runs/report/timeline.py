@@ -185,6 +185,7 @@ def _draw_curves(curves: Sequence[Curve], axes: Axes, axis: Steps, width: float,
       style["label"] = label_of(curve.key, 30 if is_wide(width) else 18)
     line(axes, curve.steps, curve.values, bins, **style)
     rings(axes, curve.steps, curve.values, curve.spikes, bins)
+  for curve in shown:
     bad = np.ones(curve.bad.size, np.bool_)
     edge_marks(axes, curve.bad, bad, bins, 0.97, marker="x", color=VERMILION, label="not finite")
   return shown
