@@ -35,6 +35,14 @@ def test_a_row_of_an_event_stands_for_its_own_step_though_it_is_in_the_rhythm():
   assert (np.flatnonzero(np.isnan(grid[:296])) + 1).tolist() == [197, 198, 199, 200, 202, 203, 204, 205]
 
 
+def test_what_comes_after_a_jump_does_not_stand_for_what_was_before():
+  # The norm jumps at step 192 and is still large at step 200, which was due.
+  found = rows([0, 50, 100, 150, *range(192, 199), 200, 250, 300], [1] * 4 + [90] * 7 + [9, 1, 1])
+  grid = time_grid(found, Steps(0, 300, 1.0), 1000, (found.steps > 190) & (found.steps < 199)).values[0]
+  assert np.flatnonzero(grid > 1).tolist() == list(range(192, 226))
+  assert np.flatnonzero(np.isnan(grid)).tolist() == list(range(176, 192))
+
+
 def test_what_was_not_recorded_is_empty():
   grid = time_grid(rows([*range(10, 110, 10), *range(500, 610, 10)]), Steps(1, 700, 1.0), 1000).values[0]
   assert (np.flatnonzero(np.isfinite(grid)) + 1).tolist() == [*range(5, 106), *range(495, 606)]

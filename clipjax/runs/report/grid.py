@@ -1,8 +1,8 @@
 """The heat map in numbers: layers by time, each column where its steps are, and layers by depth.
 
 Numbers by leaf are recorded once in so many steps, and at the steps that a finding names. A row of the first kind
-stands for the steps around it, up to half way to its neighbours; one of the second kind for its own step alone. What
-lies between and was not recorded stays empty.
+stands for the steps around it, up to half way to the next row; one of the second kind for its own step alone. What lies
+between and was not recorded stays empty.
 """
 
 import math
@@ -56,7 +56,7 @@ def steps_of(steps: Ints, span: tuple[int, int] | None = None) -> Steps:
 def time_grid(found: Vectors, axis: Steps, bins: int, alone: Bools | None = None) -> Grid:
   """At most `bins` columns, none finer than a step; each holds the greatest values recorded in it.
 
-  A column without a record has those of the nearest regular row, where that is at most half a gap away.
+  A column without a record has those of the regular row beside it, where that is at most half a gap away.
 
   Args:
     found: numbers by layer.
@@ -68,20 +68,32 @@ def time_grid(found: Vectors, axis: Steps, bins: int, alone: Bools | None = None
   start, stop = axis.first - axis.unit / 2, axis.last + axis.unit / 2
   width = (stop - start) / count
   grid = np.full((found.values.shape[1], count), np.nan)
-  regular, gap = rhythm(found.steps, alone)
-  if regular.any():
-    steps, centres = found.steps[regular], start + width * (np.arange(count) + 0.5)
-    after = np.searchsorted(steps, centres).clip(1, max(steps.size - 1, 1))
-    near = np.where(centres - steps[after - 1] <= np.abs(steps[after % steps.size] - centres), after - 1, after)
-    near = near.clip(0, steps.size - 1)
-    known = np.abs(steps[near] - centres) <= gap / 2
-    grid[:, known] = found.values[regular][near[known]].T
+  centres: Floats = start + width * (np.arange(count, dtype=np.float64) + 0.5)
+  row = _row_for(found.steps, centres, alone)
+  grid[:, row >= 0] = found.values[row[row >= 0]].T
   inside = (found.steps > start) & (found.steps < stop)
   if inside.any():
     which = np.minimum(((found.steps[inside] - start) / width).astype(np.int64), count - 1)
     columns, first = np.unique(which, return_index=True)
     grid[:, columns] = np.fmax.reduceat(found.values[inside], first, axis=0).T
   return Grid(start, stop, grid)
+
+
+def _row_for(steps: Ints, places: Floats, alone: Bools | None) -> Ints:
+  """The regular row that stands for each of some places, -1 for none.
+
+  It is at most half a gap away, and no other row is between: what comes after a jump says nothing of what was before.
+  """
+  regular, gap = rhythm(steps, alone)
+  after = np.searchsorted(steps, places)
+  near = []
+  for row in (after - 1, after):
+    at = row.clip(0, steps.size - 1)
+    far = np.abs(steps[at] - places)
+    near.append((at, np.where((row == at) & regular[at] & (far <= gap / 2), far, np.inf)))
+  (left, far_left), (right, far_right) = near
+  row = np.where(far_left <= far_right, left, right)
+  return np.where(np.minimum(far_left, far_right) < np.inf, row, -1)
 
 
 def rhythm(steps: Ints, alone: Bools | None = None) -> tuple[Bools, int]:
