@@ -16,7 +16,7 @@ from clipjax.runs.health.events import Event, Move
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.verdict import HealthReport
 from clipjax.runs.report import axes as report_axes
-from clipjax.runs.report import build, course, happened, marks
+from clipjax.runs.report import build, course, happened, marks, sections
 from clipjax.runs.report.grid import Steps, steps_of
 from clipjax.runs.report.shown import shown_of
 from clipjax.runs.report.timeline import timeline
@@ -59,32 +59,41 @@ def labels(axes):
 # The first screen ---------------------------------------------------------------------------------------------------
 
 
+def said(findings, events=()):
+  """The first screen without its tags."""
+  return re.sub("<[^>]*>", "", happened.first_screen(HealthReport(tuple(findings), "", 300, 0, tuple(events))))
+
+
 def test_the_page_begins_with_what_happened_and_what_to_do():
-  page = judged(full(), [DIVERGED, SPIKE, INFO], [event()])
-  begin = page.text.split("Timeline")[0]
-  said = [
+  begin = judged(full(), [DIVERGED, SPIKE, INFO], [event()]).text.split("Timeline")[0]
+  parts = [
     "FAIL The loss left at step 200.What to do: Go back.Marked diverged in the timeline.",
     "WARN The norm rose 50 times at step 151.What to do: Leave out batch 7.Marked 1 in the timeline.",
     "steps300",
   ]
-  assert [begin.index(text) for text in said] == sorted(begin.index(text) for text in said)
+  assert [begin.index(text) for text in parts] == sorted(begin.index(text) for text in parts)
   assert "p50 1." not in begin and "Nothing wrong" not in begin
+
+
+def test_a_finding_says_all_that_it_is_marked_with():
+  assert said([DIVERGED], [event(190, 210)]).endswith("Marked diverged, 1 in the timeline.")
+  assert said([SPIKE], [event(1, 2), event(), event(150, 155)]).endswith("Marked 2, 3 in the timeline.")
+  assert said([SPIKE._replace(steps=())]).endswith("What to do: Leave out batch 7.")
 
 
 def test_three_findings_are_said_and_the_rest_is_in_the_verdict():
   found = [Finding("WARN", f"name-{i}", f"message {i}") for i in range(5)]
-  page = judged(full(), found)
-  begin, end = page.text.split("Timeline", 1)
-  assert [f"message {i}" in begin for i in range(5)] == [True] * 3 + [False] * 2
-  assert "2 more findings of FAIL and WARN: the whole verdict." in begin
-  assert all(f"message {i}" in end for i in range(5))
+  assert said(found) == "".join(f"WARN message {i}" for i in range(3)) + (
+    "2 more findings of FAIL and WARN: the whole verdict."
+  )
+  assert "1 more finding of FAIL" in said(found[:4]) and "more finding" not in said(found[:3])
+  page = judged(run_of({"loss": [1.0, 2.0]}), found)
+  assert all(f"message {i}" in page.text.split("Verdict: 0 FAIL, 5 WARN")[1] for i in range(5))
   assert '<a href="#verdict">' in page.source and '<h2 id="verdict">Verdict: 0 FAIL, 5 WARN, 0 INFO</h2>' in page.source
-  assert "1 more finding of FAIL" in judged(full(), found[:4]).text
-  assert "more finding" not in judged(full(), found[:3]).text
 
 
 def test_where_nothing_is_wrong_it_says_so():
-  assert "Nothing wrong was found." in judged(full(), [INFO]).text.split("Timeline")[0]
+  assert said([INFO]) == "Nothing wrong was found."
 
 
 # Marks --------------------------------------------------------------------------------------------------------------
@@ -205,9 +214,8 @@ def test_each_state_has_its_panel_and_the_caption_says_what_is_not_drawn():
   assert titles(figure)[2:5] == ["Gradient norm", "Gradient norm, d/norm", "Gradient norm, e/norm"]
   page = judged(run)
   assert "Not drawn: f/norm." in page.text and "d/norm after the warm-up" in page.alt("Timeline")
-  assert "Not drawn" not in judged(full()).text
   run.columns["d/norm"][3], run.flags["d/norm"] = np.nan, np.arange(300) == 3
-  assert "not finite2" in judged(run).text  # Of both states.
+  assert "<dt>not finite</dt><dd>2</dd>" in sections.summary(shown(run))  # Of both states.
 
 
 def test_updates_are_norms_and_where_there_are_none_ratios_with_their_band():
@@ -304,8 +312,7 @@ def test_of_many_events_the_strongest_have_a_row():
   assert "30 events, of which the 20 strongest are in the table" in happened.events_table(events)
   assert "1 event, in the order" in happened.events_table(events[:1])
   assert happened.events_table([]) == ""
-  page = judged(full(), [], events)
-  assert "events30" in page.text
+  assert "<dt>events</dt><dd>30</dd>" in sections.summary(shown(full(), (), events))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from clipjax.runs.health.events import Event, Move
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.verdict import HealthReport
 from clipjax.runs.report import page
-from clipjax.runs.report.marks import MOST, numbered, times, told_by
+from clipjax.runs.report.marks import MOST, begins, numbered, times, told_by
 from clipjax.runs.report.page import code, text
 from clipjax.runs.report.series import NormSeries
 from clipjax.runs.report.worst import Layer, worst_step
@@ -28,25 +28,28 @@ def first_screen(report: HealthReport) -> str:
   if not found:
     return '<p class="lead">Nothing wrong was found.</p>'
   events = numbered(report.events)
-  said = "".join(_said(finding, events) for finding in found[:_MOST_SAID])
+  said = "".join(_said(finding, _marked(finding, report, events)) for finding in found[:_MOST_SAID])
   if (left := len(found) - _MOST_SAID) > 0:
     more = f"{left} more finding{'s' if left > 1 else ''} of FAIL and WARN"
     said += f'<p class="soft">{more}: <a href="#verdict">the whole verdict</a>.</p>'
   return said
 
 
-def _said(finding: Finding, events: dict[int, Event]) -> str:
+def _said(finding: Finding, marked: Sequence[str]) -> str:
   level = text(finding.level)
   body = f'<p class="lead"><span class="level {level}">{level}</span> {text(finding.message)}</p>'
   if finding.advice:
     body += f"<p><strong>What to do:</strong> {text(finding.advice)}</p>"
-  told = told_by(finding, events)
-  if told:
-    which = ", ".join(map(str, told))
-    body += f'<p class="soft">Marked <strong>{which}</strong> in the timeline.</p>'
-  elif finding.steps:
-    body += f'<p class="soft">Marked <strong>{text(finding.name)}</strong> in the timeline.</p>'
+  if marked:
+    which = ", ".join(f"<strong>{text(mark)}</strong>" for mark in marked)
+    body += f'<p class="soft">Marked {which} in the timeline.</p>'
   return f'<div class="said {level}">{body}</div>'
+
+
+def _marked(finding: Finding, report: HealthReport, events: dict[int, Event]) -> list[str]:
+  """What a finding is marked with: its name, and the numbers of events."""
+  is_named = any(finding is one for one in begins(report.events, report.findings))
+  return [*([finding.name] if is_named else []), *map(str, told_by(finding, events))]
 
 
 def events_table(events: Sequence[Event]) -> str:
