@@ -78,6 +78,8 @@ def test_the_rhythm_is_that_of_the_recorder_among_rows_of_another_cause():
   assert rhythm(np.arange(5, 100))[1] == 1 and rhythm(np.arange(5, 100))[0].all()
   lost = np.delete(np.arange(0, 1000, 10), [40, 41])  # As where a process was killed.
   assert rhythm(lost)[1] == 10 and rhythm(lost)[0].all()
+  examples = np.array([1, 2, 3, *range(10**12, 10**15, 10**12)])  # Steps may be counts of examples.
+  assert rhythm(examples)[1] == 10**12
 
 
 def test_without_a_rhythm_every_row_is_regular_and_the_gap_is_the_median():

@@ -205,7 +205,7 @@ def test_labels_of_layers_do_not_touch(count, width):
   boxes = [label.get_window_extent() for label in labels]
   assert all(below.y1 < above.y0 for above, below in itertools.pairwise(boxes))
   assert min(box.x0 for box in boxes) >= 0
-  assert len(boxes) >= min(count, 40 if width == report_axes.WIDE else 30)
+  assert len(boxes) >= min(count, 40 if width == report_axes.WIDE else 36)
 
 
 def test_subnormal_norms_have_a_page(tmp_path):

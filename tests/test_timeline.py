@@ -228,6 +228,29 @@ def test_updates_are_norms_and_where_there_are_none_ratios_with_their_band():
   assert "Update over parameters" not in titles(drawn(run))
 
 
+def test_numbers_near_the_largest_float_are_drawn():
+  huge = {"loss": np.tile([-1.7e308, 1.7e308], 150), "learning_rate": np.full(300, 1.7e308), "val_loss": np.ones(300)}
+  figure = drawn(full(**huge))
+  assert panel(figure, "Loss").get_yscale() == "linear"
+  assert panel(figure, "Learning rate").get_ylim() == (0, 1.06e306)
+  assert panel(drawn(full(learning_rate=np.zeros(300))), "Learning rate").get_ylim() == (0, 1)
+
+
+def test_parts_of_a_record_that_have_no_number_are_left_out():
+  run = full(names=("a", "b"))
+  run.columns["d/norm"] = run.columns["lr"] = np.full(300, np.nan)  # Nothing was measured.
+  run.vectors["grad/norm"][1][:] = np.inf
+  run.vectors["d/norm"] = np.zeros(0, np.int64), np.zeros((0, 2))
+  run.columns["grad/max_norm/a"] = np.ones(300)
+  page = judged(run)
+  assert (
+    "Leaves or groups are clipped by thresholds of their own; the dashed line is the smallest of them." in page.text
+  )
+  assert "2 layers of grad/norm at 31 recorded steps. 2 layers were not finite at some step" in page.alt("Timeline")
+  assert "d/norm after the warm-up, from step 31: no finite value. No threshold." in page.alt("Timeline")
+  assert page.text.count("grad/norm 50.") == 1 and "d/norm not" not in page.text  # Of the worst steps.
+
+
 # The close-up -------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +281,10 @@ def test_a_close_up_draws_its_steps_alone():
   (image,) = panel(figure, "Layers").images
   assert image.get_extent()[:2] == [940.5, 1062.5]
   assert image.get_array().shape[1] == 122
+  # A loss of validation that has no number there is not in the legend either, and a rate may have none.
+  run.columns["val_loss"][900:1100] = run.columns["learning_rate"][900:1100] = np.nan
+  figure = drawn(run, [SPIKE], [event(1001, 1002)], axis=Steps(941, 1062, 1.0))
+  assert labels(panel(figure, "Loss")) == ["loss"]
 
 
 # Events -------------------------------------------------------------------------------------------------------------

@@ -119,13 +119,17 @@ def log_axis(axes: Axes, values: Floats, which: str = "y", most: int = 7) -> Non
     axes.text(0.5, 0.45, "no finite value above 0", ha="center", transform=axes.transAxes)
 
 
-def plain_axis(axes: Axes, values: Floats) -> None:
-  """A linear axis with few ticks; around values so large that matplotlib's own limits would overflow."""
+def plain_axis(axes: Axes, values: Floats, *, is_from_zero: bool = False) -> None:
+  """A linear axis with few ticks around the finite values, from 0 on where these are not below it."""
+  known = values[np.isfinite(values)].clip(-1e306, 1e306)
+  low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+  if is_from_zero and low >= 0:
+    low = 0.0
+  room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+  axes.set_autoscaley_on(False)  # Which overflows for values near the largest float.
+  axes.set_ylim(low if low == 0 and is_from_zero else low - room, high + room)
   axes.yaxis.set_major_locator(MaxNLocator(4))
   axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
-  known = values[np.isfinite(values)]
-  if known.size and (edge := float(np.abs(known).max())) > 1e300:
-    axes.set_ylim(-min(edge, 1e307), min(edge, 1e307))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:

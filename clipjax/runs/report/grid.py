@@ -106,12 +106,14 @@ def rhythm(steps: Ints, alone: Bools | None = None) -> tuple[Bools, int]:
   kept = np.ones(steps.size, np.bool_) if alone is None else ~alone
   if steps.size < 2:
     return np.zeros(steps.size, np.bool_), 1
-  for gap in (steps[1:_CANDIDATES] - steps[0]).tolist():
-    chain = np.arange(steps[0], steps[-1] + 1, gap)
-    if chain.size < _CHAIN:
+  first, last = int(steps[0]), int(steps[-1])
+  for gap in (steps[1:_CANDIDATES] - first).tolist():
+    count = (last - first) // gap + 1
+    if count < _CHAIN:
       break
-    if np.isin(chain, steps).mean() >= _WHOLE:
-      return kept & ((steps - steps[0]) % gap == 0), gap
+    # A longer chain cannot be whole, and steps may be counts of examples, which have no end.
+    if count * _WHOLE <= steps.size and np.isin(first + gap * np.arange(count), steps).mean() >= _WHOLE:
+      return kept & ((steps - first) % gap == 0), gap
   return kept, max(round(float(np.median(np.diff(steps[kept])))), 1) if kept.sum() > 1 else 1
 
 

@@ -34,7 +34,7 @@ def layers(found: Vectors, width: float = WIDE, axis: Steps | None = None, alone
 
 def height_of(found: Vectors, width: float) -> float:
   """Inches of the map, in which the layers have lines of text as far as there is room."""
-  return float(np.clip(_line(width) * len(found.names) + 0.2, 0.9, 7.0 if is_wide(width) else 6.2))
+  return float(np.clip(_line(width) * len(found.names) + 0.2, 0.9, 7.0 if is_wide(width) else 6.8))
 
 
 def _line(width: float) -> float:

@@ -154,10 +154,7 @@ def draw_losses(curves: Sequence[Curve], axes: Axes, axis: Steps, width: float) 
 def _draw_rates(curves: Sequence[Curve], axes: Axes, axis: Steps, width: float) -> None:
   """Learning rates on a linear axis from 0."""
   shown = _draw_curves(curves, axes, axis, width, always_named=len(curves) > 1)
-  together = _together(shown)
-  plain_axis(axes, together)
-  if together.size and together.min() >= 0:
-    axes.set_ylim(bottom=0, top=1.15 * float(together.max()) or 1.0)
+  plain_axis(axes, _together(shown), is_from_zero=True)
 
 
 def _draw_positive(
