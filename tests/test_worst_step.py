@@ -117,7 +117,7 @@ def test_an_event_that_reached_the_parameters_comes_before_a_larger_norm_that_wa
   assert worst(run, (event(3, 5), caught)).step == 4
   assert worst(run, (caught,)).step == 6
   page = judged(run, [], [event(3, 5), caught])
-  assert "Worst stepStep 4, the largest norm that reached the parameters: grad/norm 8." in page.text
+  assert "Worst stepStep 4, the largest norm in an event that reached the parameters: grad/norm 8." in page.text
   assert "Largest normStep 6, the largest norm: grad/norm 99." in judged(run).text
 
 

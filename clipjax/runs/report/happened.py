@@ -115,7 +115,7 @@ def worst_of(run: Run, series: NormSeries, report: HealthReport) -> str:
   is_finite = math.isfinite(worst.norm)
   which = "the largest norm" if is_finite else "the first that was not finite"
   if is_finite and worst.norm < np.nanmax(series.norm):
-    which = "the largest norm that reached the parameters"
+    which = "the largest norm in an event that reached the parameters"
   size = number(worst.norm) if is_finite else "not finite"
   body = f"<p>Step <strong>{worst.step:,}</strong>, {which}: {code(series.key)} {size}.</p>"
   if worst.layers:
