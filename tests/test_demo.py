@@ -18,6 +18,7 @@ import clipjax
 from clipjax import cli
 from clipjax.demo import compare as demo
 from clipjax.demo import model, picture, training
+from clipjax.runs.words import number
 
 STEPS = 12
 FORCES_A_TERMINAL = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")  # What rich takes for one.
@@ -303,6 +304,7 @@ def test_demo_in_ascii_without_a_terminal(tmp_path):
   run = clipjax.runs.read_run(out / "clipjax_demo_run.jsonl")
   suggested = clipjax.runs.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.0, model="rnn")
   assert str(suggested) in text
+  assert f">max_norm = {number(suggested.max_norm)}<" in (out / "clipjax_demo_run.html").read_text()
   assert "With it, at a rate of 2, the loss went from " in text
   assert text.endswith(f"the report {out / 'clipjax_demo_run.html'}\n")
   assert len(text.splitlines()) < 60

@@ -1,35 +1,31 @@
 """The report of a run: what is said, what is drawn, what is escaped. Browsers are not part of the tests."""
 
+import dataclasses
 import functools
 import html
-import itertools
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib import style
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from pages import full, judged, make, written
 
 import clipjax
-from clipjax.runs import sources, speed, words
+from clipjax.runs import sources, words
 from clipjax.runs.health import verdict
-from clipjax.runs.report import build as report_build
-from clipjax.runs.report import figures as report_figures
+from clipjax.runs.health.events import Event, Move
+from clipjax.runs.report import data as report_data
 from clipjax.runs.report import page as report_page
 from clipjax.runs.report import sections as report_sections
-from clipjax.runs.report import series as report_series
 from clipjax.runs.report import write as report_write
+from clipjax.runs.report.shown import shown_of
 from clipjax.runs.run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
-VOID = {"meta", "link", "wbr", "br", "path", "use", "rect", "image", "line", "circle"}
 EVIL = (
   "params/<script>alert(1)</script>/kernel",
   "quote\"'&amp;",
@@ -43,100 +39,6 @@ EVIL = (
   "https://evil.example/a",
   "fill: #0072b2",
 )
-
-
-class Page(HTMLParser):
-  """What the tests ask of a page: its tags with their attributes, its text, its data; it must be well nested."""
-
-  def __init__(self, source):
-    super().__init__(convert_charrefs=True)
-    self.source, self.tags, self.open, self.words, self.data, self.css = source, [], [], [], "", ""
-    self.feed(source)
-    self.close()
-    assert self.open == []
-
-  def handle_starttag(self, tag, attrs):
-    assert len(attrs) == len(dict(attrs))
-    self.tags.append((tag, dict(attrs)))
-    if tag not in VOID:
-      self.open.append(tag)
-
-  def handle_startendtag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-
-  def handle_endtag(self, tag):
-    if tag not in VOID:
-      assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if self.open and self.open[-1] == "script":
-      self.data += data
-    elif self.open and self.open[-1] == "style":
-      self.css += data
-    else:
-      self.words.append(data)
-
-  @property
-  def text(self):
-    return "".join(self.words)
-
-  def all(self, tag):
-    return [attrs for name, attrs in self.tags if name == tag]
-
-  def alt(self, start):
-    (text,) = {attrs["aria-label"] for attrs in self.all("svg") if attrs["aria-label"].startswith(start)}
-    return text
-
-
-def make(norm, *, bad=(), limit=2.0, names=(), every=10, path="runs/demo.jsonl", **columns):
-  """A run with these norms, of which those at `bad` (indices) were not finite, and with all else that a page shows."""
-  norm = np.array(norm, np.float64)
-  n = norm.size
-  steps = np.arange(1, n + 1)
-  flag = np.isin(np.arange(n), bad)
-  norm[flag] = np.nan
-  with np.errstate(divide="ignore"):
-    scale = np.minimum(1.0, limit / norm)
-  data = {"grad/norm": norm, "grad/max_norm": np.broadcast_to(np.float64(limit), n).copy(), "grad/scale": scale}
-  data |= {key: np.array(values, np.float64) for key, values in columns.items()}
-  flags = {"grad/norm": flag} if flag.any() else {}
-  vectors, weights = {}, None
-  if names and n:
-    at = np.unique(np.append(np.arange(0, n, every), np.flatnonzero(flag)))
-    values = np.outer(np.nan_to_num(norm[at], nan=1.0), np.arange(1, len(names) + 1) / len(names))
-    values[flag[at], 0] = np.inf
-    vectors = {"grad/norm": (steps[at], values), "update/ratio": (steps[at], np.full(values.shape, 2e-3))}
-    counts = np.outer(np.arange(1, at.size + 1), [0.0, 3.0, 5.0, 1.0])
-    weights = steps[at], np.linspace(-4, 0, 5), counts
-  leaves = {"grad": tuple(names), "update": tuple(names)} if names else {}
-  return Run(path, steps, data, flags, leaves, vectors, weights, 1234567 if names else None)
-
-
-def full(n=300, names=("embed", "layers/0/w", "layers/1/w"), **kwargs):
-  """A run with everything, that has a spike at the middle and a nonfinite step after it."""
-  rng = np.random.default_rng(0)
-  norm = np.exp(rng.normal(0, 0.2, n))
-  norm[n // 2 : n // 2 + 1] = 50.0
-  columns = {
-    "time": 1.79e9 + np.arange(n) * 0.125,
-    "loss": np.linspace(5, 2, n),
-    "val_loss": np.where(np.arange(n) % 10 == 0, 3.0, np.nan),
-    "tokens": np.full(n, 1000.0),
-    "update/ratio": np.full(n, 1e-3),
-  }
-  return make(norm, **({"bad": [n // 2 + 1], "names": names} | columns | kwargs))
-
-
-def shown(run):
-  """What the sections of a run are made of."""
-  return report_sections.Shown(run, report_series.norm_series(run), speed.speed(run), clipjax.runs.HealthLimits())
-
-
-def written(run, tmp_path, **options):
-  path = tmp_path / "report.html"
-  assert clipjax.runs.write_report(run, str(path), **options) == path
-  assert list(tmp_path.iterdir()) == [path]
-  return Page(path.read_text(encoding="ascii"))
 
 
 CASES = {
@@ -175,16 +77,18 @@ def test_every_page_is_whole_and_needs_nothing_else(case, page_of):
   for tag, attrs in page.tags:
     assert not [key for key in attrs if key.startswith("on")]
     for key in ("href", "src", "xlink:href"):
-      assert re.match("https://" if tag == "a" else "#|data:", attrs.get(key, "#" if tag != "a" else "https://"))
+      assert re.match("https://|#" if tag == "a" else "#|data:", attrs.get(key, "#"))
   assert "url(" not in page.css
   assert "@import" not in page.css
-  hosts = {attrs["href"].split("/")[2] for attrs in page.all("a")}
+  hosts = {attrs["href"].split("/")[2] for attrs in page.all("a") if attrs["href"][0] != "#"}
   assert hosts <= {"github.com", "cs231n.github.io", "arxiv.org", "doi.org"}
   # Every reference inside has one aim, and no two elements have one name.
   names = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
   assert len(names) == len(set(names))
   aims = re.findall(r'url\(#(\w+)\)|[" ]href="#(\w+)"', page.source)
-  assert {a or b for a, b in aims} <= set(names)
+  assert {a or b for a, b in aims} | {attrs["href"][1:] for attrs in page.all("a") if attrs["href"][0] == "#"} <= set(
+    names
+  )
   # Figures stand twice, each with its alt text.
   assert {attrs["role"] for attrs in page.all("svg")} <= {"img"}
   assert all(len(attrs["aria-label"]) > 40 for attrs in page.all("svg"))
@@ -214,57 +118,81 @@ def test_the_data_are_those_of_the_run(case, page_of):
     np.testing.assert_allclose(got["weights"]["counts"], run.weights[2])
 
 
-def test_names_are_shown_and_are_no_markup(tmp_path, monkeypatch):
-  evil = verdict.Finding("FAIL", "<i>name</i>", f"<script>{EVIL[0]}", "</td><td>", "<b>rule</b>", '"><i>source')
-  findings = [evil, *[verdict.Finding("INFO", *"abc")] * 2]
-  report = verdict.HealthReport(tuple(findings), "", 0, 0)
-  monkeypatch.setattr(report_build, "diagnose", lambda run, limits, warmup_steps: report)
+def test_names_are_shown_and_are_no_markup():
+  evil = verdict.Finding("FAIL", "<i>name</i>", f"<script>{EVIL[0]}", "</td><td>", "<b>rule</b>", '"><i>source', (7,))
+  moves = tuple(Move(key, 20, 9.0, 1.0) for key in ("loss", '"><b>'))
+  event = Event(20, 21, moves, EVIL, ('" onload="x', ("<b>", 3)), is_recovered=False)
   run = full(names=EVIL, path="</title><script>x<&.jsonl")
-  losses = ("<b>loss</b>", '" onload="x loss', "loss $a_1$ $b$", "_loss")
+  losses = ("val <b> loss", 'val " onload="x loss', "val $a_1$ $b$ loss", "_val_loss")
   run.columns.update(dict.fromkeys(losses, run.columns["loss"]))
-  page = written(run, tmp_path)
+  page = judged(run, [evil, *[verdict.Finding("INFO", *"abc")] * 2], [event])
   assert not page.all("b") + page.all("i")
   assert f"Training run {os.path.basename(run.path)}" in page.text
+  assert f"FAIL <script>{EVIL[0]}What to do: </td><td>" in page.text
   assert f'<script>{EVIL[0]}Rule: <b>rule</b>. Source: "><i>source.</td><td>' in page.text
   for name in EVIL:
     assert words.plain(name) in page.text
   assert "a\\u2028b\\u2029c\\nd\\u202ee" in page.text
   assert "\\ud800" in page.text
-  assert "<b>loss</b> from 5 to 2, lowest 2" in page.alt("Line chart of the losses")
+  assert "val <b> loss from 5 to 2, lowest 2" in page.alt("Timeline")
   assert "cost $a_1$ \\$" in "".join(page.words)
-  assert page.source.count(">fill: #0072b2</text>") == 2  # Labels, whose text is no colour of the page.
+  assert page.source.count(">fill: #0072b2</text>") == 6  # Labels of three maps, whose text is no colour of the page.
   assert json.loads(page.data)["leaves"]["grad"] == list(EVIL)
   assert not set("<>&") & set(page.data)
   for name in (EVIL[5], *losses[2:]):  # No mathematics in a label, and none left out.
-    assert len(re.findall(rf"> ?{re.escape(name)}</text>", page.source)) == 2
-  assert all("onload" not in attrs for attrs in page.all("svg"))
+    assert len(re.findall(rf"> ?{re.escape(name)}</text>", page.source)) >= 2
+  assert all("onload" not in attrs for _, attrs in page.tags)
   assert "Verdict: 1 FAIL, 0 WARN, 2 INFO" in page.text
 
 
 def test_the_words_of_a_run(page_of):
   page = page_of("3 layers")
-  norm = full().columns["grad/norm"]
+  run = full()
+  norm = run.columns["grad/norm"][30:]  # After the warm-up.
   norm = norm[np.isfinite(norm)]
   p50, p90, p99 = (f"{x:.3g}" for x in np.percentile(norm, [50, 90, 99]))
-  assert page.alt("Line chart of grad/norm") == (
-    f"Line chart of grad/norm, steps 1 to 300, log axis: median {p50}, 90th percentile {p90}, 99th percentile {p99}, "
-    f"smallest {norm.min():.3g}, largest 50. Threshold 2. 1 of 300 (0.333%) steps clipped. 1 of 300 (0.333%) steps not "
-    "finite, the first is step 152. 1 spikes."
-  )
+  alt = page.alt("Timeline, steps 1 to 300.")
+  assert (
+    f"grad/norm after the warm-up, from step 31: median {p50}, 90th percentile {p90}, 99th percentile {p99}, smallest "
+    f"{norm.min():.3g}, largest 50. Threshold 2. 1 of 300 (0.333%) steps clipped. 1 of 300 (0.333%) steps not finite, "
+    "the first is step 152."
+  ) in alt
+  assert "loss from 5 to 2, lowest 2. val_loss from 3 to 3, lowest 3. learning_rate from 0.0003 to 0.0003" in alt
+  assert "1 layers were not finite at some step: embed." in alt
   assert page.alt("Histogram of log10 of grad/norm") == (
-    f"Histogram of log10 of grad/norm over 299 finite steps: p50 {p50}, p90 {p90}, p99 {p99}."
+    f"Histogram of log10 of grad/norm over 269 finite steps after the warm-up: p50 {p50}, p90 {p90}, p99 {p99}."
   )
-  assert "1 layers were not finite at some step: embed." in page.alt("Heat map")
-  assert page.alt("Line chart of the losses").endswith("loss from 5 to 2, lowest 2; val_loss from 3 to 3, lowest 3.")
   assert "The median of 3 of 3 layers lies in 0.0001 to 0.01." in page.alt("Line chart of update")
   assert page.alt("Histogram of log10 of the size of the weights").endswith("0.0316 at step 1 and 0.0316 at step 291.")
   assert page.alt("Line chart of the time").endswith(
     "time of a step: 125 ms, the median of parts of the run; from push to push median 125 ms, 99th percentile 125 ms; "
     "8 steps per second, 37.4 s in all; 8,000 tokens per second."
   )
+  assert "2026-09-21 14:13 UTC, 37.4 s. Step 1 to 300. Written by clipjax" in page.text
   assert "parameters1,234,567" in page.text
-  assert "Step 152, the first that was not finite: norm not finite.layernormembednot finitelayers/1/w1" in page.text
+  assert "Step 152, the first that was not finite: grad/norm not finite.layernorm" in page.text
   assert "Not in this report" not in page.text
+
+
+def test_the_page_has_one_p90_and_one_median(page_of):
+  # The verdict's: without the warm-up, in which the norms are far larger here.
+  norm = np.exp(np.random.default_rng(0).normal(0, 0.2, 300))
+  norm[:30] = 1000.0
+  page = judged(run := make(norm), verdict.diagnose(run))
+  (message,) = [finding.message for finding in verdict.diagnose(run) if finding.name == "norms"]
+  p50, p90, p99 = re.match(r"p50 ([\d.]+), p90 ([\d.]+), p99 ([\d.]+)", message).groups()
+  assert f"median {p50}, 90th percentile {p90}, 99th percentile {p99}" in page.alt("Timeline")
+  assert f"p50 {p50}, p90 {p90}, p99 {p99}." in page.alt("Histogram")
+  assert f"median norm{p50}" in page.text
+  assert page.source.count(f">p90 {p90}</text>") == 2  # The legend, for a screen and a phone.
+  assert set(re.findall(r"p90 ([\d.]+\d)", page.text)) == {p90}
+
+
+def test_the_head_has_the_optimizer_and_leaves_out_a_time_that_is_none():
+  run = dataclasses.replace(full(20), optimizer=("ScaleByAdamState", "<b>"))
+  assert "Optimizer states: ScaleByAdamState, <b>. Written" in judged(run).text
+  run.columns["time"][:] = 1e300
+  assert "Training run demo.jsonl\nStep 1 to 20. Optimizer" in judged(run).text
 
 
 def test_verdict_and_suggestion_are_those_of_the_library(page_of):
@@ -276,11 +204,26 @@ def test_verdict_and_suggestion_are_those_of_the_library(page_of):
     rule = f"Rule: {finding.rule}." if finding.rule else ""
     rule += f" Source: {source}." if source else ""
     assert f"{finding.level}{finding.name}{finding.message}{rule}{finding.advice}" in page.text
+    said = f"{finding.level} {finding.message}" + f"What to do: {finding.advice}" * bool(finding.advice)
+    assert (said in page.text) == (finding.level != "INFO")
   assert any(finding.source for finding in findings)
   suggestion = clipjax.runs.suggest_max_norm(run)
   assert f"max_norm = {words.number(suggestion.max_norm)}{suggestion.reason}" in page.text
   assert "".join(f"Source: {sources.BY_TEXT[source].title}" for source in suggestion.sources) in page.text
   assert f"(suggested){words.percent(suggestion.clip_fraction)}" in page.text
+
+
+def test_the_suggestion_of_the_caller_is_that_of_the_page(tmp_path):
+  run = full()
+  given = clipjax.runs.suggest_max_norm(run, learning_rate=0.1, new_learning_rate=0.8)
+  text = written(run, tmp_path, suggestion=given).text
+  assert f"max_norm = {words.number(given.max_norm)}{given.reason}" in text
+  assert f"max_norm = {words.number(clipjax.runs.suggest_max_norm(run).max_norm)}" not in text
+  with pytest.raises(TypeError, match="must be") as error:
+    clipjax.runs.write_report(run, tmp_path / "x.html", suggestion=0.5)
+  assert str(error.value) == (
+    "`suggestion` must be a Suggestion, got 0.5 (float): pass what clipjax.runs.suggest_max_norm gives."
+  )
 
 
 def test_sources_are_links_and_nothing_else_is():
@@ -292,12 +235,10 @@ def test_sources_are_links_and_nothing_else_is():
   assert report_page.source("<b>") == "&lt;b&gt;"
 
 
-def test_the_words_of_a_finding_are_never_links(tmp_path, monkeypatch):
+def test_the_words_of_a_finding_are_never_links():
   words = f"{sources.PLAYBOOK} {sources.PLAYBOOK.address} arXiv 1211.5063"
   finding = verdict.Finding("WARN", "name", words, words, words, str(sources.OLMO_2))
-  report = verdict.HealthReport((finding,), "", 0, 0)
-  monkeypatch.setattr(report_build, "diagnose", lambda run, limits, warmup_steps: report)
-  page = written(Run("x", np.arange(1, 4), {}, {}, {}, {}, None, None), tmp_path)
+  page = judged(CASES["nothing"](), [finding])
   assert [attrs["href"] for attrs in page.all("a")] == [sources.OLMO_2.address]
 
 
@@ -313,14 +254,17 @@ def test_what_was_not_recorded_is_one_line_each(tmp_path, page_of):
   left_out = page.text[page.text.index("Not in this report") : page.text.index("Data")]
   assert left_out == (
     "Not in this report"
-    "Layers over time: chain clipjax.watch() before the clip; the norm of every layer is then read."
-    'Size of the updates: chain clipjax.watch(name="update") last, after the optimizer, and give params to update.'
     "Loss: give the losses to push, as in recorder.push(step, opt_state, loss=loss, val_loss=val_loss)."
+    "Learning rate: give it to push, as in recorder.push(step, opt_state, learning_rate=schedule(step))."
+    "Layers over time: chain clipjax.watch() before the clip; the norm of every layer is then read."
+    'Norm of the update: chain clipjax.watch(name="update") last, after the optimizer.'
+    'Size of the updates: chain clipjax.watch(name="update") last, after the optimizer, and give params to update.'
     "Size of the weights: give the parameters to push, as in recorder.push(step, opt_state, params=params)."
     "Speed: two calls of recorder.push or more give the time of a step.\n"
   )
   nothing = page_of("nothing").text
   assert "Gradient norm: chain clipjax.clip_by_global_norm(max_norm) or clipjax.watch() before the opt" in nothing
+  assert "Timeline: call recorder.push after each step." in page_of("no steps").text
 
 
 def test_a_large_run_is_a_file_that_opens(tmp_path, page_of):
@@ -330,7 +274,7 @@ def test_a_large_run_is_a_file_that_opens(tmp_path, page_of):
   page = written(run, tmp_path)
   assert len(page.source) < 10_000_000
   assert "Lines are thinned for drawing" in page.text
-  text, omitted = report_build.to_json(run, 2_000_000)
+  text, omitted = report_data.to_json(run, 2_000_000)
   assert len(text) < 2_010_000
   kept = json.loads(text)
   assert len(kept["columns"]["grad/norm"]) == 50_000
@@ -341,273 +285,9 @@ def test_a_large_run_is_a_file_that_opens(tmp_path, page_of):
 
 
 def test_a_page_names_what_is_left_out_of_its_data(tmp_path, monkeypatch):
-  monkeypatch.setattr(report_build, "_LARGEST_DATA", 4000)
+  monkeypatch.setattr(report_data, "LARGEST", 4000)
   text = written(full(), tmp_path).text
   assert "Left out of the JSON for its size: grad/norm, time, loss, " in text
-
-
-# Numbers and thinning -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [1, 2, 20, 21, 1000, 1001])
-def test_thinning_keeps_ends_extremes_and_gaps(n):
-  values = np.random.default_rng(n).normal(size=n)
-  values[n // 3] = 100.0
-  values[n // 2 : n // 2 + n // 5] = np.nan
-  kept = report_series.thin(values, 10)
-  assert (np.diff(kept) > 0).all()
-  assert {0, n - 1} <= set(kept.tolist())
-  assert kept.size <= 22
-  assert np.nanmin(values[kept]) == np.nanmin(values)
-  assert np.nanmax(values[kept]) == np.nanmax(values)
-  assert np.isnan(values[kept]).any() == np.isnan(values).any()
-  if n > 20:
-    for part in np.array_split(np.arange(n), 1):
-      assert np.nanmax(values[part]) in values[kept]
-
-
-def test_thinning_keeps_the_extremes_of_every_part():
-  values = np.random.default_rng(3).normal(size=1000)
-  kept = set(values[report_series.thin(values, 10)].tolist())
-  for part in values.reshape(10, 100):
-    assert {part.min(), part.max()} <= kept
-  assert report_series.thin(np.full(1000, np.nan), 10).size == 11
-
-
-def test_thinned_marks_leave_no_part_out():
-  mask = np.zeros(1000, np.bool_)
-  mask[[3, 4, 555, 999]] = True
-  assert report_series.thin_mask(mask, 10).tolist() == [3, 555, 999]
-  assert report_series.thin_mask(mask[:3], 10).tolist() == []
-
-
-def test_a_spike_of_one_step_in_many_is_drawn():
-  norm = np.ones(50_000)
-  norm[31_234] = 77.0
-  (axes,) = clipjax.runs.plot_norms(make(norm, bad=[40_000])).axes
-  lines = {line.get_label(): line for line in axes.lines}
-  assert lines["norm before the clip"].get_ydata().max() == 77.0
-  assert lines["norm before the clip"].get_xdata().size < 2000
-  assert lines["clipped"].get_xdata().tolist() == [31_235]
-  assert lines["not finite"].get_xdata().tolist() == [40_001]
-  assert lines["threshold 2"].get_ydata() == [2.0, 2.0]
-
-
-def test_the_heat_map_keeps_extremes_and_what_was_not_finite():
-  steps = np.arange(0, 5000, 10) + 1
-  values = np.ones((500, 3))
-  values[321, 1], values[123, 2] = 9.0, np.inf
-  values[:25, 0] = values[300:302, 1] = np.nan  # They were not recorded.
-  start, stop, grid = report_series.time_grid(steps, values, 50)
-  assert (start, stop) == (-4, 4996)
-  assert grid.shape == (3, 50)
-  assert grid[1].argmax() == 321 // 10
-  assert np.flatnonzero(np.isinf(grid[2])).tolist() == [123 // 10]
-  assert np.isnan(grid[0]).tolist() == [True] * 2 + [False] * 48
-  assert (grid[0, 2:] == 1).all() and not np.isnan(grid[1]).any()
-
-
-def test_the_heat_map_holds_what_was_last_recorded():
-  grid = report_series.time_grid(np.array([1, 2, 3, 6]), np.array([[1.0], [2.0], [3.0], [6.0]]), 50).values
-  assert grid.tolist() == [[1, 2, 3, 3, 3, 6]]
-  assert report_series.time_grid(np.array([7]), np.array([[4.0]]), 50) == (6.5, 7.5, [[4.0]])
-
-
-def test_clipped_steps_are_known_with_and_without_a_scale():
-  run = make([1.0, 3.0, 5.0, 1.0])
-  run.columns["grad/scale"][:] = [1.0, 0.5, np.nan, np.nan]
-  assert report_series.norm_series(run).clipped.tolist() == [False, True, True, False]
-
-
-def test_a_rejected_step_has_the_norm_that_skip_steps_saw():
-  run = make([1.0, 3.0, 3.0, 1.5], **{"grad/steps": [1, 2, 2, 3], "skip/consecutive": [0, 0, 1, 0]})
-  run.columns["skip/norm"] = np.array([1.0, 3.0, 400.0, 1.5])
-  series = report_series.norm_series(run)
-  assert series.norm.tolist() == [1.0, 3.0, 400.0, 1.5]
-  assert series.rejected.tolist() == [False, False, True, False]
-  assert series.clipped.tolist() == [False, True, False, False]
-  assert "1 of 4 (25%) steps rejected by skip_steps." in report_sections.norm_words(series)
-
-
-def test_a_step_that_only_adds_to_a_larger_one_is_neither_rejected_nor_clipped():
-  # As of optax.MultiSteps inside skip_steps: the clip sees one step in two.
-  run = make([0.0, 3.0, 3.0, 5.0], **{"grad/steps": [0, 1, 1, 2], "skip/consecutive": [0, 0, 0, 0]})
-  run.columns["skip/norm"] = np.array([2.0, 4.0, 7.0, 3.0])
-  series = report_series.norm_series(run)
-  np.testing.assert_array_equal(series.norm, [np.nan, 3, np.nan, 5])
-  assert not series.rejected.any() and not series.nonfinite.any()
-  assert series.clipped.tolist() == [False, True, False, True]
-
-
-def test_a_norm_out_of_the_history_of_a_watch_is_clipped_by_the_threshold_of_the_next_push():
-  run = make([1.0, 5.0, 1.0, 9.0])
-  run.columns["grad/max_norm"] = np.array([2.0, np.nan, np.nan, 4.0])
-  run.columns["grad/scale"] = np.array([1.0, np.nan, np.nan, 0.5])
-  assert report_series.norm_series(run).clipped.tolist() == [False, True, False, True]
-
-
-def test_worst_step_by_layer():
-  run = make([1.0, 9.0, 2.0], names=("a", "b"), every=1)
-  worst = report_series.worst_step(run, report_series.norm_series(run))
-  assert worst == (2, 9.0, (("b", 9.0), ("a", 4.5)))
-  # Recorded only later, by the watch, which keeps the norms of its worst step.
-  run.vectors.clear()
-  run.columns["grad/worst_step"] = np.array([1.0, np.nan, 2.0])
-  run.vectors["grad/worst_norm"] = np.array([1, 3]), np.array([[1.0, 1.0], [7.0, 3.0]])
-  assert report_series.worst_step(run, report_series.norm_series(run)).layers == (("a", 7.0), ("b", 3.0))
-  run.columns["grad/worst_step"][:] = 1.0
-  assert report_series.worst_step(run, report_series.norm_series(run)).layers == ()
-
-
-def test_time_of_a_step_and_throughput():
-  run = make([1.0] * 5, time=[10.0, 10.5, np.nan, 11.5, 11.0], tokens=[7.0, 8.0, 7.0, 9.0, 7.0])
-  steps, seconds = speed.seconds_per_step(run)
-  assert (steps.tolist(), seconds.tolist()) == ([2, 4], [0.5, 0.5])  # Two steps in a second; a clock set back.
-
-
-def test_the_time_of_a_step_is_that_of_parts_of_the_run():
-  # Pushes come in pairs, 1 ms apart, as the host waits for the device at every other step; a step takes 0.5 s.
-  time = np.arange(1001) * 0.5
-  time[1::2] -= 0.499
-  run = make(np.ones(1001), time=time, tokens=np.where(np.arange(1001) % 2, np.nan, 8.0))
-  assert speed.speed(run).step_time == pytest.approx(0.5, rel=0.03)
-  at, rate = speed.throughput(run, "tokens")
-  assert at.size == 50
-  np.testing.assert_allclose(rate, 16.0, rtol=0.06)
-  assert speed.speed(make([1.0])) is None
-  assert speed.throughput(make([1.0, 1.0], time=[1.0, 1.0], tokens=[1.0, 1.0]), "tokens")[0].size == 0
-
-
-def test_the_speed_of_the_verdict_is_that_of_its_section(tmp_path):
-  # Slow and short steps in the warm-up, and a clock that was set back in the middle.
-  time = np.cumsum(np.where(np.arange(200) < 20, 9.0, 0.5)) - np.where(np.arange(200) < 100, 0.0, 60.0)
-  run = make(np.ones(200), time=time, tokens=np.where(np.arange(200) < 20, 1.0, 50.0))
-  words = " ".join(written(run, tmp_path).words)
-  assert "500 ms a step, the median of 19 parts of the run; from push to push median 500 ms, p99 500 ms." in words
-  assert "100 tokens a second at that step time." in words
-  assert "500 ms, the median of parts of the run; from push to push median 500 ms, 99th percentile 500 ms;" in words
-  assert "; 100 tokens per second." in words
-
-
-def test_thresholds_by_group_are_named_as_such():
-  run = make([1.0, 3.0])
-  assert not report_series.norm_series(run).by_block
-  run.columns["grad/max_norm/decoder"] = np.ones(2)
-  assert "Smallest threshold of a leaf or group 2." in report_sections.norm_words(report_series.norm_series(run))
-  assert clipjax.runs.plot_norms(run).axes[0].lines[-1].get_label() == "smallest threshold 2"
-
-
-def test_a_threshold_that_moves_is_a_line_and_zeros_and_rejected_steps_are_told(tmp_path):
-  run = make([0.0, 1.0, 9.0, 2.0, 0.0], **{"skip/consecutive": [0, 0, 1, 0, 0]})
-  run.columns["grad/max_norm"] = np.array([1.0, 2.0, 4.0, 3.0, 3.0])
-  page = written(run, tmp_path)
-  assert "Threshold between 1 and 4, 3 in the end." in page.alt("Line chart of grad/norm")
-  assert "1 of 5 (20%) steps rejected by skip_steps." in page.alt("Line chart of grad/norm")
-  assert "Squares are steps that skip_steps rejected; their norm is the one that it saw." in page.text
-  assert "2 steps of norm 0 cannot be drawn on a log axis." in page.text
-  (line,) = [line for line in clipjax.runs.plot_norms(run).axes[0].lines if line.get_label() == "threshold"]
-  assert list(line.get_ydata()) == [1.0, 2.0, 4.0, 3.0, 3.0]
-
-
-def test_a_run_without_a_finite_norm_has_no_histogram(tmp_path):
-  text = written(make([1.0, 2.0], bad=[0, 1]), tmp_path).text
-  assert "no step had a finite norm above 0, so there is nothing to draw." in text
-
-
-def test_layers_of_a_rejected_step_are_not_known(tmp_path):
-  run = make([1.0, 9.0, 2.0], names=("a", "b"), **{"skip/consecutive": [0, 1, 0]})
-  text = written(run, tmp_path).text
-  assert "Step 2, the largest norm: norm 9.skip_steps rejected it, so that a clipjax.watch() inside did not" in text
-
-
-@pytest.mark.parametrize(
-  ("names", "want"),
-  [
-    (("p/l0/w", "p/l1/w"), ("l0", "l1")),
-    (("p/l0/w", "p/l1/b"), ("l0/w", "l1/b")),
-    (("a/a", "a/a"), ("a", "a")),
-    (("a", "a/b"), ("a", "a/b")),
-    (("a/b",), ("a/b",)),
-    ((), ()),
-  ],
-)
-def test_labels_leave_out_what_all_share(names, want):
-  assert report_series.without_common(names) == want
-
-
-@pytest.mark.parametrize(
-  ("x", "text"), [(0.001, "0.001"), (2000.0, "2,000"), (1e6, "1e6"), (1e-5, "1e-5"), (0.5, "0.5"), (1e-300, "1e-300")]
-)
-def test_ticks_are_short(x, text):
-  assert report_figures._tick(x) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.0123, "12.3 ms"), (60.0, "60 s"), (120.0, "2 min"), (1e5, "27.8 h")])
-def test_long_times_have_a_long_unit(seconds, text):
-  assert report_sections._total(seconds) == text
-
-
-def test_short_names_keep_both_ends():
-  assert report_series.short("params/layers_12/attention/kernel", 18) == "params/lay…/kernel"
-  assert report_series.short("a" * 18, 18) == "a" * 18
-  assert len(report_series.short("x" * 200, 36)) == 36
-
-
-# Figures ------------------------------------------------------------------------------------------------------------
-
-
-def test_plot_norms_is_a_figure_with_the_norm_on_a_log_axis():
-  figure = clipjax.runs.plot_norms(full())
-  assert type(figure) is Figure
-  (axes,) = figure.axes
-  assert (axes.get_yscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "step", "grad/norm")
-
-
-@pytest.mark.parametrize("width", [report_figures.WIDE, report_figures.NARROW])
-@pytest.mark.parametrize("count", [1, 3, 40, 300])
-def test_labels_of_layers_do_not_touch(count, width):
-  names = tuple(f"params/layers_{i}/kernel" for i in range(count))
-  figure = report_figures.layers(report_series.vectors(full(names=names), "grad/norm"), width)
-  FigureCanvasAgg(figure).draw()
-  labels = figure.axes[0].get_yticklabels()
-  wanted = "layers_0" if count > 1 else report_series.short(names[0], 36 if width == report_figures.WIDE else 18)
-  assert labels[0].get_text() == wanted
-  boxes = [label.get_window_extent() for label in labels]
-  assert all(below.y1 < above.y0 for above, below in itertools.pairwise(boxes))
-  assert min(box.x0 for box in boxes) >= 0
-  assert len(boxes) >= min(count, 40)
-
-
-def test_subnormal_norms_have_a_page(tmp_path):
-  assert clipjax.runs.write_report(make([5e-324] * 4, limit=5e-324), tmp_path / "x.html").exists()
-
-
-@pytest.mark.parametrize("low", [1e-300, 1e-9, 0.3, 1.0, 7.0, 1e30, 1e300])
-@pytest.mark.parametrize("span", [1.0, 1.5, 20.0, 1e8])
-def test_log_axes_have_a_few_labels_around_the_data(low, span):
-  axes = Figure().add_subplot()
-  report_figures._log_axis(axes, np.array([low, np.nan, low * span]))
-  bottom, top = axes.get_ylim()
-  ticks = [x for x in axes.get_yticks() if bottom <= x <= top]
-  assert bottom < low <= min(low * span, 1e307) <= top
-  assert 1 <= len(ticks) <= 8
-
-
-def test_colours_of_the_page_are_variables(page_of):
-  page = page_of("3 layers")
-  drawn = page.source[page.source.index("<svg") : page.source.rindex("</svg>")]
-  assert report_page.INK not in drawn
-  assert "var(--blue)" in drawn
-  assert "currentColor" in drawn
-  assert set(re.findall(r"var\(--(\w+)\)", page.source)) <= set(re.findall(r"--(\w+):", page.css))
-  assert "prefers-color-scheme:dark" in page.css
-
-
-def test_the_page_does_not_depend_on_the_style_of_the_caller(tmp_path, page_of):
-  plain = page_of("3 layers").source
-  with style.context(["dark_background", {"axes.linewidth": 9, "legend.fontsize": 30}]):
-    assert written(full(), tmp_path).source == plain  # And from one run comes one file, to the byte.
-    assert clipjax.runs.plot_norms(full()).get_facecolor()[:3] == (0, 0, 0)
 
 
 # Files and errors ---------------------------------------------------------------------------------------------------
@@ -690,11 +370,12 @@ def test_matplotlib_is_loaded_at_the_call_and_named_where_it_is_missing(call):
 
 def test_clipped_steps_are_those_that_the_clip_counted_where_rows_do_not_tell():
   run = full()
+  report = verdict.diagnose(run)
   marked = int(np.sum(run["grad/scale"] < 1))
   assert 0 < marked < 250
-  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", report_sections.summary(shown(run)))
+  assert re.search(rf"clipped steps</dt>\s*<dd>{marked}<", report_sections.summary(shown_of(run, report)))
   run.columns["grad/clipped_steps"] = np.append(np.full(len(run) - 2, np.nan), [249.0, 250.0])
-  assert re.search(r"clipped steps</dt>\s*<dd>250<", report_sections.summary(shown(run)))
+  assert re.search(r"clipped steps</dt>\s*<dd>250<", report_sections.summary(shown_of(run, report)))
 
 
 @pytest.mark.parametrize("call", [lambda run, path: clipjax.runs.plot_norms(run), clipjax.runs.write_report])

@@ -1,4 +1,4 @@
-"""The report has the limits and the warm-up of the verdict, steps as they were pushed, and spares other files."""
+"""The report has the limits and the warm-up of the verdict, and spares other files."""
 
 import os
 import pathlib
@@ -9,8 +9,8 @@ import pytest
 from synthetic import N, healthy, layered, run_of, with_spikes
 
 import clipjax
-from clipjax.runs.report import figures, mark, series
-from clipjax.runs.report.series import norm_series, worst_step
+from clipjax.runs.health.events import Event, Move
+from clipjax.runs.report import figures, mark, series, write
 
 Limits = clipjax.runs.HealthLimits
 
@@ -40,10 +40,10 @@ def test_the_verdict_of_the_page_has_the_limits(tmp_path):
 def test_the_speed_of_the_page_leaves_out_the_same_warm_up(tmp_path):
   time = np.cumsum(np.where(np.arange(N) < 300, 9.0, 0.5))
   run = run_of(healthy(time=time))
-  assert "time of a step9 s" in text_of(run, tmp_path)
+  assert "step time9 s" in text_of(run, tmp_path)
   text = text_of(run, tmp_path, warmup_steps=300)
   assert "Line chart of the time of a step: 500 ms, the median of parts of the run" in text
-  assert "time of a step500 ms" in text and "500 ms a step" in text
+  assert "step time500 ms" in text and "500 ms a step" in text
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,20 @@ def test_the_words_of_the_ratio_have_the_limits_too(tmp_path):
   assert "usual, 0.001 to 0.1" in text_of(run, tmp_path, limits=limits)
 
 
-def test_spikes_are_ringed_by_the_rule_of_the_verdict():
-  run = run_of(with_spikes())
-  rings = lines_of(clipjax.runs.plot_norms(run).axes[0])["spike"]
+def test_spikes_are_ringed_by_the_rule_of_the_verdict(monkeypatch):
+  run, given = run_of(with_spikes()), []
+  moves = (Move("loss", 300, 9.0, 2.0), Move("grad/norm", 301, 30.0, 1.0))
+  events = (Event(201, 203, (Move("grad/norm", 201, 30.0, 1.0),)), Event(300, 301, moves), Event(50, 60, moves[:1]))
+
+  def diagnose(run, **options):
+    given.append(options)
+    return clipjax.runs.HealthReport((), "", N, 40, events)
+
+  monkeypatch.setattr(write, "diagnose", diagnose)
+  limits = Limits(rise=3.0)
+  rings = lines_of(clipjax.runs.plot_norms(run, limits=limits, warmup_steps=7).axes[0])["spike"]
   assert rings.get_xdata().tolist() == [201, 301] and rings.get_ydata().tolist() == [30.0, 30.0]
-  assert "spike" not in lines_of(clipjax.runs.plot_norms(run, limits=Limits(spike_sigma=1e6)).axes[0])
-  assert norm_series(run).spikes.nonzero()[0].tolist() == [200, 300]
+  assert given == [{"limits": limits, "warmup_steps": 7}]
 
 
 def test_the_warm_up_is_shaded():
@@ -104,80 +112,6 @@ def test_wrong_limits_are_told_as_by_diagnose(function):
   with pytest.raises(ValueError, match=r"^`warmup_steps` must be >= 0, got -1: "):
     function(run, warmup_steps=-1)
   assert not pathlib.Path("x").exists()
-
-
-# Steps --------------------------------------------------------------------------------------------------------------
-
-
-def watched(steps, counts, worst, norm, rows, values):
-  """A run of a watch that recorded norms by leaf at its worst step alone, in these rows."""
-  columns = {"grad/norm": norm, "grad/steps": counts, "grad/worst_step": worst}
-  at = np.array(rows), np.array(values, np.float64)
-  return run_of(columns, steps=steps, leaves={"grad": ("a", "b")}, vectors={"grad/worst_norm": at})
-
-
-def layers(run):
-  return worst_step(run, norm_series(run))
-
-
-def test_the_worst_step_is_the_one_that_was_pushed():
-  run = watched([100, 200, 300], [1, 2, 3], [1, 2, 2], [1.0, 9.0, 2.0], [100, 300], [[1, 0], [8, 4]])
-  assert layers(run) == (200, 9.0, (("a", 8.0), ("b", 4.0)))
-  # By the number of the step alone, none would be found, or that of another step.
-  other = watched([2, 3, 4], [1, 2, 3], [1, 1, 1], [1.0, 9.0, 2.0], [2, 4], [[1, 0], [1, 0]])
-  assert layers(other) == (3, 9.0, ())
-  far = watched([2, 3, 4], [11, 12, 13], [2, 2, 2], [9.0, 1.0, 2.0], [2, 4], [[1, 0], [1, 0]])
-  assert layers(far) == (2, 9.0, ())
-
-
-def test_the_worst_step_may_be_one_out_of_the_history_of_a_watch():
-  nan = np.nan
-  run = watched(
-    [101, 102, 103, 104, 108], [nan, nan, nan, 4, 8], [nan, nan, nan, 2, 2], [1, 9, 1, 1, 1], [104], [[8.0, 4.0]]
-  )
-  assert layers(run) == (102, 9.0, (("a", 8.0), ("b", 4.0)))
-
-
-def test_the_worst_step_of_a_new_state_is_not_that_of_the_one_before():
-  # The second state, from step 130 on, had its worst step as its second, and the largest norm of all.
-  run = watched(
-    [110, 120, 130, 140, 150], [1, 2, 1, 2, 3], [1, 2, 1, 2, 2], [1, 5, 1, 9, 1], [120, 150], [[5, 1], [9, 2]]
-  )
-  assert layers(run) == (140, 9.0, (("a", 9.0), ("b", 2.0)))
-  first = watched([110, 120, 130, 140, 150], [1, 2, 1, 2, 3], [1, 2, 1, 2, 2], [1, 9, 1, 5, 1], [150], [[5.0, 1.0]])
-  assert layers(first) == (120, 9.0, ())
-
-
-def test_a_rejected_step_has_no_layers_though_the_one_before_has_its_count():
-  nan = np.nan
-  columns = {
-    "grad/norm": [1.0, 9.0, nan, 1.0],
-    "grad/steps": [1, 2, 2, 3],
-    "grad/worst_step": [1, 2, 2, 2],
-    "skip/norm": [1.0, 9.0, 700.0, 1.0],
-    "skip/consecutive": [0, 0, 1, 0],
-  }
-  vectors = {"grad/worst_norm": (np.array([20, 30, 40]), np.array([[9.0, 1.0]] * 3))}
-  run = run_of(columns, steps=[10, 20, 30, 40], leaves={"grad": ("a", "b")}, vectors=vectors)
-  assert layers(run) == (30, 700.0, ())
-
-
-def test_layers_that_were_not_recorded_at_the_worst_step_are_left_out_and_bad_ones_come_first():
-  run = run_of({"grad/norm": [1.0, 9.0]}, leaves={"grad": ("a", "b", "c")})
-  run.vectors["grad/norm"] = np.array([2]), np.array([[3.0, np.nan, np.inf]])
-  assert layers(run).layers == (("c", np.inf), ("a", 3.0))
-
-
-def test_leaves_that_were_not_recorded_are_no_colour_of_the_map():
-  values = np.ones((40, 2))
-  values[:20, 0], values[30, 1] = np.nan, np.inf
-  run = run_of(healthy(), **layered(values))
-  (image,) = figures.layers(series.vectors(run, "grad/norm")).axes[0].images
-  _, high = image.get_clim()
-  drawn = image.get_array()
-  assert drawn.mask[0, :20].all() and not drawn.mask[0, 20:].any() and not drawn.mask[1].any()
-  assert (drawn[1] > high).nonzero()[0].tolist() == [30]
-  assert tuple(image.cmap(np.ma.masked)) == (0, 0, 0, 0)
 
 
 # Files --------------------------------------------------------------------------------------------------------------

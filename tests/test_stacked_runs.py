@@ -14,9 +14,12 @@ from synthetic import N, bad, healthy, layered, only, run_of
 
 import clipjax
 from clipjax.runs import text
-from clipjax.runs.report import figures as report_figures
+from clipjax.runs.health.verdict import HealthReport
+from clipjax.runs.report import axes as report_axes
+from clipjax.runs.report import grid, heatmap
 from clipjax.runs.report import sections as report_sections
 from clipjax.runs.report import series as report_series
+from clipjax.runs.report.shown import shown_of
 from clipjax.runs.words import Stack, in_stacks, several
 
 LAYERS, ARRAYS = 200, 12
@@ -282,12 +285,12 @@ def run_of_stacks(leaves, layers, rows=8):
   return run_of({"grad/norm": norm}, **found)
 
 
-@pytest.mark.parametrize("width", [report_figures.WIDE, report_figures.NARROW])
+@pytest.mark.parametrize("width", [report_axes.WIDE, report_axes.NARROW])
 @pytest.mark.parametrize(("arrays", "layers"), [(1, 24), (6, 24), (12, 200), (100, 24)])
 def test_labels_of_stacks_do_not_touch_and_go_by_depth(arrays, layers, width):
   leaves = [f"blocks/mlp_{i}" for i in range(arrays)]
   found = report_series.vectors(run_of_stacks(leaves, layers), "grad/norm")
-  figure = report_figures.layers(found, width)
+  figure = heatmap.layers(found, width)
   FigureCanvasAgg(figure).draw()
   labels = figure.axes[0].get_yticklabels()
   boxes = [label.get_window_extent() for label in labels]
@@ -307,9 +310,7 @@ def test_labels_of_stacks_do_not_touch_and_go_by_depth(arrays, layers, width):
 
 
 def test_every_stack_keeps_its_label_beside_whole_leaves():
-  labels = report_figures._layer_labels(
-    report_series.by_depth(("a", *layers_of("w", size=30)), np.ones((31, 1)), 99), 3, 36
-  )
+  labels = heatmap.layer_labels(grid.by_depth(("a", *layers_of("w", size=30)), np.ones((31, 1)), 99), 3, 36, {})
   assert labels == {1: "w[0..29]", **{1 + i: f"[{i}]" for i in (5, 10, 15, 20, 25)}}
 
 
@@ -318,18 +319,19 @@ def test_neighbours_of_a_stack_share_a_line_where_there_are_many():
   values = np.arange(30.0).reshape(15, 2)
   values[9] = np.inf
   values[4] = np.nan  # It was not recorded.
-  lines, stacks, per = report_series.by_depth(names, values, 5)
+  lines, stacks, per, places = grid.by_depth(names, values, 5)
   assert per == 3
+  assert places.tolist() == [0, 1, 1, 1, 2, 2, 2, 3, 4, 4, 4, 5, 5, 5, 6]
   assert stacks == (Stack("embed", 0, 1), Stack("w", 1, 7), Stack("v", 4, 7))
   np.testing.assert_array_equal(lines[:, 0], [0, 6, 12, 14, np.inf, 26, 28])
-  np.testing.assert_array_equal(report_series.by_depth(names, values, 15).values[:9], values[:9])
+  np.testing.assert_array_equal(grid.by_depth(names, values, 15).values[:9], values[:9])
 
 
 def test_a_spike_of_one_layer_in_thousands_is_drawn():
   found = report_series.vectors(run_of_stacks([f"b/{i}" for i in range(12)], 200), "grad/norm")
-  (image,) = report_figures.layers(found).axes[0].images
+  (image,) = heatmap.layers(found).axes[0].images
   assert image.get_array().max() == 3
-  assert image.get_array().shape[0] <= report_figures.MOST_LINES + 14
+  assert image.get_array().shape[0] <= heatmap.MOST_LINES + 14
 
 
 def test_the_page_of_stacks_says_layers_by_name(tmp_path):
@@ -339,8 +341,8 @@ def test_the_page_of_stacks_says_layers_by_name(tmp_path):
   text = page.replace("<wbr>", "").replace("<code>", "").replace("</code>", "")
   assert "2 layers were not finite at some step: layer 3 of all 2 stacks." in page.replace("&#x27;", "'")
   assert "One row for each of 50 layers" in page
-  assert "<tr><td>blocks/v[1]</td>" in text[text.index("Worst step") : text.index("Size of the updates")]
-  table = text[text.index("All layers") :]
+  assert "<tr><td>blocks/v[1]</td>" in text[text.index("Largest norm") : text.index("Suggested threshold")]
+  table = text[text.index("All layers") : text.index("Verdict: ")]
   medians = [f"{np.median(j * 0.9 ** np.arange(24)):.3g}" for j in (1, 2)]
   for name, median, largest, wrong in (
     ("embed", "0.5", "0.5", 0),
@@ -357,8 +359,8 @@ def test_the_page_of_stacks_says_layers_by_name(tmp_path):
 
 def test_many_layers_share_rows_of_the_map_and_the_caption_says_so():
   run = run_of_stacks([f"b/{i}" for i in range(12)], 200)
-  (section,) = report_sections._layers(run, "grad")
+  (section,) = report_sections._layers(shown_of(run, HealthReport((), "", len(run), 0)), "grad")
   assert "2,402 layers, the first on top; of a stack, each row has the largest of 7 neighbours. " in section
   run.leaves["grad"] = tuple(f"w{i}" for i in range(2402))  # Without a stack each has a row of its own.
-  (section,) = report_sections._layers(run, "grad")
+  (section,) = report_sections._layers(shown_of(run, HealthReport((), "", len(run), 0)), "grad")
   assert "One row for each of 2,402 layers, the first on top. " in section

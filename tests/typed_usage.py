@@ -44,7 +44,7 @@ def record(path: str) -> tuple[float, list[str], str]:
   suggestion = clipjax.runs.suggest_max_norm(run, learning_rate=0.1, new_learning_rate=0.2, model="rnn")
   steps, norms = state[0].last_norms()
   assert len(steps) == len(norms)
-  page = clipjax.runs.write_report(run, path + ".html")
+  page = clipjax.runs.write_report(run, path + ".html", suggestion=suggestion)
   return suggestion.max_norm, [finding.name for finding in report.findings], str(page)
 
 

@@ -51,6 +51,7 @@ def run(out: Path, steps: int, seed: int) -> None:
     f"{STABLE_RATE:g}, {steps} steps; {_course(losses)}.\n"
   )
   run = clipjax.runs.read_run(record)
+  suggestion = None
   try:
     suggestion = clipjax.runs.suggest_max_norm(
       run, learning_rate=STABLE_RATE, new_learning_rate=model.LEARNING_RATE, model="rnn"
@@ -61,7 +62,7 @@ def run(out: Path, steps: int, seed: int) -> None:
     console.print(str(suggestion), soft_wrap=True)
     losses = train(start, step, steps, suggestion.max_norm, model.LEARNING_RATE)
     console.print(f"\nWith it, at a rate of {model.LEARNING_RATE:g}, {_course(losses)}.")
-  clipjax.runs.write_report(run, page)
+  clipjax.runs.write_report(run, page, suggestion=suggestion)
   written = f"\nWrote {plain(str(record))} and the report {plain(str(page))}"
   console.print(written.encode(console.encoding, "backslashreplace").decode(console.encoding), soft_wrap=True)
 
@@ -87,7 +88,8 @@ def train(
   for i in range(1, steps + 1):
     state, loss = step(state, max_norm, learning_rate, i)
     if recorder is not None:
-      recorder.push(i, state[1], params=state[0], loss=loss, tokens=model.BATCH * model.LENGTH)
+      tokens = model.BATCH * model.LENGTH
+      recorder.push(i, state[1], params=state[0], loss=loss, learning_rate=learning_rate, tokens=tokens)
     losses.append(loss)
   return [float(loss) for loss in jax.device_get(losses)]
 

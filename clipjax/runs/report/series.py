@@ -1,27 +1,26 @@
-"""What a report takes out of a `Run`, in numpy: the main series, the layers over time, the worst step.
+"""What a report takes out of a `Run`, in numpy: norms, other columns, and numbers by layer.
 
-Numbers are always of all steps. Only what is drawn is thinned, by `thin`, `thin_mask` and `time_grid`, and each of
-them keeps the extremes. As in a `Run`, NaN stands for what is absent; by leaf, inf for what was not finite.
+Numbers are always of all steps. Only what is drawn is thinned, by `thin` and `thin_mask`, and each of them keeps the
+extremes. As in a `Run`, NaN stands for what is absent; by leaf, inf for what was not finite.
 """
 
-import math
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import MAX_NORM, NORM, SCALE, SO_FAR, STEPS, WORST_NORM, WORST_STEP
-from clipjax.runs.health.findings import HealthLimits
-from clipjax.runs.health.series import detector
+from clipjax.quantities import MAX_NORM, NORM, SCALE, SO_FAR
+from clipjax.runs.health.events import Event
 from clipjax.runs.kinds import Bools, Floats, Ints
-from clipjax.runs.norms import acted, column, main_name, norms_of_run, rejected, unseen
-from clipjax.runs.roles import Role
+from clipjax.runs.norms import acted, column, flag, norms_of_run, rejected, unseen
 from clipjax.runs.run import Run
 from clipjax.runs.schema import UNITS, key_of, name_of
-from clipjax.runs.words import Stack, in_stacks, plain
+from clipjax.runs.words import plain
 
 
 class NormSeries(NamedTuple):
-  """The norm before the clip, step by step; each array has the shape (n,) of `Run.steps`.
+  """The norm of a state before the clip, step by step; each array has the shape (n,) of `Run.steps`.
 
   Attributes:
     name: of the state: "grad" where there is one.
@@ -32,7 +31,7 @@ class NormSeries(NamedTuple):
     nonfinite: bool, where the norm was inf or NaN.
     rejected: bool, where `skip_steps` rejected the step; its norm is the one that `skip_steps` saw.
     by_block: whether leaves or groups have thresholds of their own, of which `limit` is the smallest.
-    spikes: bool, where the norm was a spike.
+    spikes: bool, the largest norm of each event in which the norm moved.
     begin: the first step after the warm-up.
   """
 
@@ -47,6 +46,41 @@ class NormSeries(NamedTuple):
   spikes: Bools
   begin: int
 
+  @property
+  def key(self) -> str:
+    """That of the column."""
+    return key_of(self.name, NORM)
+
+  @property
+  def typical(self) -> Floats:
+    """The finite norms after the warm-up, of which the verdict tells the percentiles."""
+    return self.norm[np.isfinite(self.norm) & (self.steps >= self.begin)]
+
+  def within(self, span: tuple[int, int]) -> "NormSeries":
+    """The steps from the first to the last of `span`."""
+    kept = (self.steps >= span[0]) & (self.steps <= span[1])
+    parts: dict[str, Any] = {name: x[kept] for name, x in self._asdict().items() if isinstance(x, np.ndarray)}
+    return self._replace(**parts)
+
+
+class Curve(NamedTuple):
+  """A column: `values` at the `steps` at which it was finite, and the steps at which it was inf or NaN.
+
+  `spikes` are the largest values of each event in which it moved.
+  """
+
+  key: str
+  steps: Ints
+  values: Floats
+  bad: Ints
+  spikes: Bools
+
+  def within(self, span: tuple[int, int]) -> "Curve":
+    """The steps from the first to the last of `span`."""
+    kept = (self.steps >= span[0]) & (self.steps <= span[1])
+    bad = self.bad[(self.bad >= span[0]) & (self.bad <= span[1])]
+    return Curve(self.key, self.steps[kept], self.values[kept], bad, self.spikes[kept])
+
 
 class Vectors(NamedTuple):
   """One quantity by leaf or group: `steps` (m,), `values` (m, L), inf for nonfinite, NaN for absent, and L `names`."""
@@ -56,33 +90,46 @@ class Vectors(NamedTuple):
   names: tuple[str, ...]
 
 
-class Worst(NamedTuple):
-  """The first step that was not finite, else the one of the largest norm; `layers` are of that step, worst first."""
-
-  step: int
-  norm: float
-  layers: tuple[tuple[str, float], ...]
-
-
-def norm_series(run: Run, limits: HealthLimits | None = None, warmup_steps: int | None = None) -> NormSeries | None:
-  """The main norm of `run`; None where no norm was recorded. The limits are those of `diagnose`."""
-  limits = limits or HealthLimits()
-  name = main_name(run)
-  if name is None:
-    return None
+def norm_series(run: Run, name: str, warmup_steps: int | None = None, events: Iterable[Event] = ()) -> NormSeries:
+  """The norm of the state `name`; the warm-up and the events are those of `diagnose`."""
   norms = norms_of_run(run, name, warmup_steps)
   at = np.searchsorted(run.steps, norms.steps)
-  norm, bad, clipped, spikes = np.full(len(run), np.nan), *(np.zeros(len(run), np.bool_) for _ in range(3))
+  norm, bad, clipped = np.full(len(run), np.nan), *(np.zeros(len(run), np.bool_) for _ in range(2))
   norm[at] = np.where(norms.finite, norms.values, np.nan)
   bad[at] = ~norms.finite
   clipped[at] = acted(run, name, norms) & ~norms.rejected
-  spikes[at[norms.finite]] = detector(Role.NORM, limits).feed(norms.values[norms.finite]).is_spike
   key = key_of(name, MAX_NORM)
   blocks = [key_of(f"{name}{unit}", MAX_NORM) for unit in UNITS]
   by_block = any(by in run.vectors for by in blocks) or any(other.startswith(f"{key}/") for other in run.columns)
   if by_block:  # A norm without a scale does not tell which of them acted.
     clipped &= np.isfinite(column(run, key_of(name, SCALE)))
+  spikes = _peaks(events, key_of(name, NORM), run.steps, norm)
   return NormSeries(name, run.steps, norm, column(run, key), clipped, bad, rejected(run), by_block, spikes, norms.begin)
+
+
+def curve(run: Run, key: str, events: Iterable[Event] = ()) -> Curve | None:
+  """A column of `run`; None where it has no number, finite or not."""
+  values, bad = column(run, key), run.steps[flag(run, key)]
+  known = np.isfinite(values)
+  if not known.any() and not bad.size:
+    return None
+  return Curve(key, run.steps[known], values[known], bad, _peaks(events, key, run.steps[known], values[known]))
+
+
+def curves(run: Run, keys: Iterable[str], events: Iterable[Event] = ()) -> tuple[Curve, ...]:
+  """The columns of some keys that have numbers."""
+  return tuple(filter(None, (curve(run, key, events) for key in keys)))
+
+
+def _peaks(events: Iterable[Event], key: str, steps: Ints, values: Floats) -> Bools:
+  """The largest value within each event in which `key` moved."""
+  out = np.zeros(steps.size, np.bool_)
+  for event in events:
+    first, last = np.searchsorted(steps, [event.start, event.end + 1])
+    inside = values[first:last]
+    if any(move.key == key for move in event.moves) and np.isfinite(inside).any():
+      out[first + int(np.nanargmax(inside))] = True
+  return out
 
 
 def vectors(run: Run, key: str) -> Vectors | None:
@@ -103,48 +150,12 @@ def vectors(run: Run, key: str) -> Vectors | None:
   return Vectors(steps, values, (*names, *(f"leaf {i}" for i in range(len(names), values.shape[1]))))
 
 
-def worst_step(run: Run, series: NormSeries) -> Worst | None:
-  """The worst step of `series`, with its layers where they were recorded; None where nothing was measured."""
-  if series.nonfinite.any():
-    at = int(np.argmax(series.nonfinite))
-  elif np.isfinite(series.norm).any():
-    at = int(np.nanargmax(series.norm))
-  else:
-    return None
-  layers = _layers_at(vectors(run, key_of(series.name, NORM)), run.steps[at : at + 1])
-  # The watch keeps the norms of its worst step, so that later rows have them too.
-  layers = layers or _layers_at(vectors(run, key_of(series.name, WORST_NORM)), _steps_of_worst(run, series.name, at))
-  return Worst(int(series.steps[at]), float(series.norm[at]), layers)
-
-
-def _layers_at(found: Vectors | None, steps: Ints) -> tuple[tuple[str, float], ...]:
-  """The layers of the first row of one of these steps, the worst first; none where none was recorded."""
-  rows = np.flatnonzero(np.isin(found.steps, steps)) if found is not None else np.zeros(0, np.int64)
-  if found is None or not rows.size:
-    return ()
-  values = found.values[rows[0]]
-  order = np.argsort(-np.where(np.isnan(values), -np.inf, values), kind="stable")
-  return tuple((found.names[i], float(values[i])) for i in order if not np.isnan(values[i]))
-
-
-def _steps_of_worst(run: Run, name: str, at: int) -> Ints:
-  """The steps from the row `at` on whose worst step, so far, is that of this row.
-
-  A state says which one it was by its own count. Rows out of the history of a watch have no count: it is that of the
-  push after them, less one for each step between. A new state counts from the start again.
-  """
-  counts, worst = column(run, key_of(name, STEPS)), column(run, key_of(name, WORST_STEP))
-  if not np.isfinite(counts).any():
-    same: Ints = run.steps[worst == run.steps[at]]
-    return same
-  counted = at + np.flatnonzero(np.isfinite(counts[at:]))
-  if not counted.size or unseen(run, name)[at]:
-    return run.steps[:0]
-  count = counts[counted[0]] - (run.steps[counted[0]] - run.steps[at])
-  fell = np.flatnonzero(np.diff(counts[counted]) < 0)
-  end = counted[fell[0] + 1] if fell.size else len(run)
-  later: Ints = run.steps[at:end][worst[at:end] == count]
-  return later
+def medians(values: Floats) -> Floats:
+  """The median of the finite numbers of each column, NaN where a column has none."""
+  known = np.isfinite(values)
+  if known.all() and values.size:
+    return np.asarray(np.median(values, axis=0), np.float64)
+  return np.array([np.median(values[known[:, i], i]) if known[:, i].any() else np.nan for i in range(values.shape[1])])
 
 
 # Thinning, for drawing only -----------------------------------------------------------------------------------------
@@ -174,53 +185,6 @@ def thin_mask(mask: Bools, bins: int) -> Ints:
   return at[first]
 
 
-class Grid(NamedTuple):
-  """Layers by time: `values` (L, columns), the columns of equal width between the steps `start` and `stop`."""
-
-  start: float
-  stop: float
-  values: Floats
-
-
-def time_grid(steps: Ints, values: Floats, bins: int) -> Grid:
-  """At most `bins` columns of time; each holds the greatest value in it, inf where one was not finite.
-
-  Where a column has no recording of a layer, it repeats the one before it: nothing newer was known.
-  """
-  gap = float(np.median(np.diff(steps))) if steps.size > 1 else 1.0
-  count = int(np.clip(round((steps[-1] - steps[0]) / gap) + 1, 1, bins))
-  start, stop = steps[0] - gap / 2, steps[-1] + gap / 2
-  which = np.minimum(((steps - start) / (stop - start) * count).astype(np.int64), count - 1)
-  grid = np.empty((values.shape[1], count))
-  for i in range(count):
-    inside = values[which == i]
-    grid[:, i] = np.fmax.reduce(inside, axis=0, initial=np.nan)
-    if i:
-      grid[:, i] = np.where(np.isnan(grid[:, i]), grid[:, i - 1], grid[:, i])
-  return Grid(start, stop, grid)
-
-
-class Depth(NamedTuple):
-  """Layers as the lines of a map: `values` (lines, columns), each line the greatest of `per` layers of one stack.
-
-  `stacks` have their place among the lines in `start`, and the number of their layers in `size`.
-  """
-
-  values: Floats
-  stacks: tuple[Stack, ...]
-  per: int
-
-
-def by_depth(names: tuple[str, ...], values: Floats, most: int) -> Depth:
-  """Values (L, columns) with neighbouring layers of a stack in one line where there are more than about `most`."""
-  stacks = in_stacks(names)
-  per = math.ceil(len(names) / most)
-  firsts = [range(stack.start, stack.start + stack.size, per) for stack in stacks]
-  starts = np.cumsum([0, *map(len, firsts)]).tolist()
-  lines: Floats = np.fmax.reduceat(values, np.concatenate(firsts), axis=0)  # What is known of them.
-  return Depth(lines, tuple(s._replace(start=start) for s, start in zip(stacks, starts, strict=False)), per)
-
-
 # Names --------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +195,13 @@ def without_common(names: tuple[str, ...]) -> tuple[str, ...]:
   head = next((i for i in range(spare) if len({part[i] for part in parts}) > 1), spare)
   tail = next((i for i in range(spare - head) if len({part[-1 - i] for part in parts}) > 1), spare - head)
   return names if len(names) < 2 else tuple("/".join(part[head : len(part) - tail]) for part in parts)
+
+
+def without_last(names: tuple[str, ...]) -> tuple[str, ...]:
+  """Paths without their last part, which is often "kernel", where what is left is that of one path alone."""
+  heads = [name.rpartition("/")[0] or name for name in names]
+  counts = Counter([*heads, *names])
+  return tuple(head if counts[head] == 1 else name for head, name in zip(heads, names, strict=True))
 
 
 def short(name: str, length: int) -> str:

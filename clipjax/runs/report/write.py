@@ -1,8 +1,8 @@
 """A recorded run as one HTML file, or its norm as one figure. It loads matplotlib at the call.
 
 The file needs no network and runs no script: the verdict, the suggestion, the figures as SVG and the raw series as JSON
-are in it. The parts: `series` takes the numbers out of the run, `figures` draws, `sections` words, `page` escapes and
-styles, `build` puts it together.
+are in it. The parts: `series` takes the numbers out of the run, `timeline`, `heatmap` and `figures` draw, `happened`,
+`course` and `sections` word, `page` escapes, `build` puts it together.
 """
 
 import contextlib
@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from clipjax.runs.health.findings import HealthLimits
-from clipjax.runs.health.verdict import check_arguments
+from clipjax.runs.health.verdict import check_arguments, diagnose
+from clipjax.runs.norms import main_name
 from clipjax.runs.reading.lines import checked_path
 from clipjax.runs.report.mark import may_be_replaced
 from clipjax.runs.report.series import norm_series
 from clipjax.runs.run import Run
+from clipjax.runs.suggest import Suggestion
+from clipjax.runs.words import described
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -51,13 +54,12 @@ def plot_norms(run: Run, *, limits: HealthLimits | None = None, warmup_steps: in
     >>> clipjax.runs.plot_norms(clipjax.runs.read_run(path)).axes[0].get_ylabel()
     'grad/norm'
   """
-  check_arguments(run, limits, warmup_steps)
-  series = norm_series(run, limits, warmup_steps)
-  if series is None:
+  report = diagnose(run, limits=limits, warmup_steps=warmup_steps)
+  if (name := main_name(run)) is None:
     raise ValueError(f"`run` must have a norm, got {sorted(run.columns)}: chain clipjax.watch() or a clip, and push.")
   with _needs_matplotlib():
     from clipjax.runs.report import figures  # noqa: PLC0415  (needs the extra)
-  return figures.norms(series)
+  return figures.norms(norm_series(run, name, warmup_steps, report.events))
 
 
 def write_report(
@@ -66,8 +68,12 @@ def write_report(
   *,
   limits: HealthLimits | None = None,
   warmup_steps: int | None = None,
+  suggestion: Suggestion | None = None,
 ) -> pathlib.Path:
-  r"""Writes a run as one HTML page that needs no network: verdict, suggested threshold, figures, raw series.
+  r"""Writes a run as one HTML page that needs no network: what happened, where, what to do, figures, raw series.
+
+  The first screen has the strongest findings. Below are the losses, learning rate, norms, updates and layers on one
+  axis of steps, on which events are marked, then the events one by one, the suggested threshold, and the whole verdict.
 
   It opens on a phone and in dark mode, runs no script, and every name is escaped. What was not recorded is left out,
   with a line that says how to get it. A long run is thinned for drawing only, and the page says so; a series
@@ -78,12 +84,15 @@ def write_report(
     path: of the file. A page that is there is replaced, at once: no reader sees half of one.
     limits: those of `clipjax.runs.diagnose`, for the verdict and the figures; None: the published ones.
     warmup_steps: how many steps from the first on to leave out, as in `diagnose`.
+    suggestion: what `clipjax.runs.suggest_max_norm` gave, for another learning rate or with other options; None: what
+      it gives for the run as it is.
 
   Returns:
     `path`, as a `pathlib.Path`.
 
   Raises:
-    TypeError: if `run` is no `Run`, `path` no path, or for a limit or a warm-up that `diagnose` refuses.
+    TypeError: if `run` is no `Run`, `path` no path, `suggestion` no `Suggestion`, or for a limit or a warm-up that
+      `diagnose` refuses.
     ValueError: if `path` is a file that is no page of clipjax, as that of the run itself, and likewise.
     OSError: if the file cannot be written; its directory must exist.
     ImportError: without matplotlib, the extra `report`.
@@ -97,6 +106,10 @@ def write_report(
     'run.html'
   """
   check_arguments(run, limits, warmup_steps)
+  if suggestion is not None and not isinstance(suggestion, Suggestion):
+    raise TypeError(
+      f"`suggestion` must be a Suggestion, got {described(suggestion)}: pass what clipjax.runs.suggest_max_norm gives."
+    )
   target = pathlib.Path(checked_path(path))
   if target.exists() and os.path.exists(run.path) and target.samefile(run.path):
     raise ValueError(f"`path` must be another file than that of the run, got {str(path)!r}: name one for the page.")
@@ -111,7 +124,9 @@ def write_report(
     raise FileNotFoundError(errno.ENOENT, "the directory of the report does not exist, make it first", str(path))
   with _needs_matplotlib():
     from clipjax.runs.report import build  # noqa: PLC0415  (needs the extra)
-  _write(target, build.whole_page(run, limits, warmup_steps).encode("ascii", "xmlcharrefreplace"))
+  report = diagnose(run, limits=limits, warmup_steps=warmup_steps)
+  page = build.whole_page(run, report, suggestion, limits, warmup_steps)
+  _write(target, page.encode("ascii", "xmlcharrefreplace"))
   return target
 
 
@@ -143,6 +158,6 @@ def _needs_matplotlib() -> Iterator[None]:
 
 
 def _without_matplotlib(error: ModuleNotFoundError) -> ImportError:
-  if error.name != "matplotlib":
+  if (error.name or "").partition(".")[0] != "matplotlib":
     return error
   return ImportError("a report needs matplotlib: pip install 'clipjax[report]'", name="matplotlib")

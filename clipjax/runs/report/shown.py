@@ -1,0 +1,93 @@
+"""What the sections of a report are made of, and the words that several of them have."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.health.verdict import HealthReport
+from clipjax.runs.kinds import Bools, Floats, Ints
+from clipjax.runs.report import page
+from clipjax.runs.report.axes import Draw
+from clipjax.runs.report.figures import PERCENTILES
+from clipjax.runs.report.marks import numbered
+from clipjax.runs.report.page import text
+from clipjax.runs.report.series import NormSeries, norm_series
+from clipjax.runs.roles import judged_states
+from clipjax.runs.run import Run
+from clipjax.runs.speed import Speed, speed
+from clipjax.runs.words import number, percent
+
+
+class Shown(NamedTuple):
+  """What a report shows.
+
+  Attributes:
+    run: the run.
+    report: its verdict.
+    limits: those of the verdict.
+    norms: of the states that are judged, the main one first.
+    speed: None where it is not known.
+  """
+
+  run: Run
+  report: HealthReport
+  limits: HealthLimits
+  norms: tuple[NormSeries, ...]
+  speed: Speed | None
+
+  @property
+  def main(self) -> NormSeries | None:
+    """The norm of the main state; None where none was recorded."""
+    return self.norms[0] if self.norms else None
+
+
+def shown_of(
+  run: Run, report: HealthReport, limits: HealthLimits | None = None, warmup_steps: int | None = None
+) -> Shown:
+  """What the report of a run shows; `limits` and `warmup_steps` are those of the verdict `report`."""
+  names = judged_states(run) if len(run) else []
+  events = numbered(report.events).values()
+  norms = tuple(norm_series(run, name, warmup_steps, events) for name in names)
+  return Shown(run, report, limits or HealthLimits(), norms, speed(run, norms[0].begin if norms else None))
+
+
+class Missing(NamedTuple):
+  """A section that is left out: its title and, as HTML, what to record."""
+
+  title: str
+  remedy: str
+
+
+Section = str | Missing
+
+
+def section(title: str, draw: Draw, alt: str, caption: str) -> str:
+  """A heading and a figure; the caption is HTML, the alt text is not, and is shown too, so that all can read it."""
+  words = f"<details><summary>The figure in words</summary><p>{text(alt)}</p></details>"
+  return f"<section><h2>{text(title)}</h2>{page.figure(draw, alt, caption)}{words}</section>"
+
+
+def percentiles(values: Floats) -> list[float]:
+  """The `PERCENTILES` of the finite values, of which there are some."""
+  return [float(x) for x in np.percentile(values[np.isfinite(values)], PERCENTILES)]
+
+
+def distribution(values: Floats) -> str:
+  """Percentiles and extremes in words."""
+  known = values[np.isfinite(values)]
+  if not known.size:
+    return "no finite value"
+  p50, p90, p99 = (number(x) for x in percentiles(known))
+  least, most = number(float(known.min())), number(float(known.max()))
+  return f"median {p50}, 90th percentile {p90}, 99th percentile {p99}, smallest {least}, largest {most}"
+
+
+def span_words(steps: Ints) -> str:
+  """From which step to which."""
+  return f"step {steps[0]:,}" if steps.size == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+
+
+def share(mask: Bools) -> str:
+  """How many, of how many, in percent."""
+  return f"{mask.sum():,} of {mask.size:,} ({percent(float(mask.mean()))})"

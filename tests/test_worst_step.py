@@ -1,0 +1,143 @@
+"""The worst step of a report: which it is, by its number as it was pushed, and its layers."""
+
+import numpy as np
+from pages import judged, make, written
+from synthetic import run_of
+
+from clipjax.runs.health.events import Event, Move
+from clipjax.runs.health.findings import Finding
+from clipjax.runs.report.series import norm_series
+from clipjax.runs.report.worst import worst_step
+
+
+def worst(run, *args):
+  return worst_step(run, norm_series(run, "grad"), *args)
+
+
+def watched(steps, counts, worst, norm, rows, values):
+  """A run of a watch that recorded norms by leaf at its worst step alone, in these rows."""
+  columns = {"grad/norm": norm, "grad/steps": counts, "grad/worst_step": worst}
+  at = np.array(rows), np.array(values, np.float64)
+  return run_of(columns, steps=steps, leaves={"grad": ("a", "b")}, vectors={"grad/worst_norm": at})
+
+
+def layers(run):
+  found = worst(run)
+  return found.step, found.norm, tuple(layer[:2] for layer in found.layers)
+
+
+def test_the_worst_step_is_the_one_that_was_pushed():
+  run = watched([100, 200, 300], [1, 2, 3], [1, 2, 2], [1.0, 9.0, 2.0], [100, 300], [[1, 0], [8, 4]])
+  assert layers(run) == (200, 9.0, (("a", 8.0), ("b", 4.0)))
+  # By the number of the step alone, none would be found, or that of another step.
+  other = watched([2, 3, 4], [1, 2, 3], [1, 1, 1], [1.0, 9.0, 2.0], [2, 4], [[1, 0], [1, 0]])
+  assert layers(other) == (3, 9.0, ())
+  far = watched([2, 3, 4], [11, 12, 13], [2, 2, 2], [9.0, 1.0, 2.0], [2, 4], [[1, 0], [1, 0]])
+  assert layers(far) == (2, 9.0, ())
+
+
+def test_the_worst_step_may_be_one_out_of_the_history_of_a_watch():
+  nan = np.nan
+  run = watched(
+    [101, 102, 103, 104, 108], [nan, nan, nan, 4, 8], [nan, nan, nan, 2, 2], [1, 9, 1, 1, 1], [104], [[8.0, 4.0]]
+  )
+  assert layers(run) == (102, 9.0, (("a", 8.0), ("b", 4.0)))
+
+
+def test_the_worst_step_of_a_new_state_is_not_that_of_the_one_before():
+  # The second state, from step 130 on, had its worst step as its second, and the largest norm of all.
+  run = watched(
+    [110, 120, 130, 140, 150], [1, 2, 1, 2, 3], [1, 2, 1, 2, 2], [1, 5, 1, 9, 1], [120, 150], [[5, 1], [9, 2]]
+  )
+  assert layers(run) == (140, 9.0, (("a", 9.0), ("b", 2.0)))
+  first = watched([110, 120, 130, 140, 150], [1, 2, 1, 2, 3], [1, 2, 1, 2, 2], [1, 9, 1, 5, 1], [150], [[5.0, 1.0]])
+  assert layers(first) == (120, 9.0, ())
+
+
+def test_a_rejected_step_has_no_layers_though_the_one_before_has_its_count():
+  nan = np.nan
+  columns = {
+    "grad/norm": [1.0, 9.0, nan, 1.0],
+    "grad/steps": [1, 2, 2, 3],
+    "grad/worst_step": [1, 2, 2, 2],
+    "skip/norm": [1.0, 9.0, 700.0, 1.0],
+    "skip/consecutive": [0, 0, 1, 0],
+  }
+  vectors = {"grad/worst_norm": (np.array([20, 30, 40]), np.array([[9.0, 1.0]] * 3))}
+  run = run_of(columns, steps=[10, 20, 30, 40], leaves={"grad": ("a", "b")}, vectors=vectors)
+  assert layers(run) == (30, 700.0, ())
+
+
+def test_layers_that_were_not_recorded_at_the_worst_step_are_left_out_and_bad_ones_come_first():
+  run = run_of({"grad/norm": [1.0, 9.0]}, leaves={"grad": ("a", "b", "c")})
+  run.vectors["grad/norm"] = np.array([2]), np.array([[3.0, np.nan, np.inf]])
+  assert layers(run)[2] == (("c", np.inf), ("a", 3.0))
+
+
+def test_worst_step_by_layer():
+  run = make([1.0, 9.0, 2.0], names=("a", "b"), every=1)
+  assert layers(run) == (2, 9.0, (("b", 9.0), ("a", 4.5)))
+  # Recorded only later, by the watch, which keeps the norms of its worst step.
+  run.vectors.clear()
+  run.columns["grad/worst_step"] = np.array([1.0, np.nan, 2.0])
+  run.vectors["grad/worst_norm"] = np.array([1, 3]), np.array([[1.0, 1.0], [7.0, 3.0]])
+  assert layers(run)[2] == (("a", 7.0), ("b", 3.0))
+  run.columns["grad/worst_step"][:] = 1.0
+  assert layers(run)[2] == ()
+
+
+def test_layers_of_a_rejected_step_are_not_known(tmp_path):
+  run = make([1.0, 9.0, 2.0], names=("a", "b"), **{"skip/consecutive": [0, 1, 0]})
+  text = written(run, tmp_path).text
+  assert (
+    "Step 2, the largest norm: grad/norm 9.skip_steps rejected it, so that a clipjax.watch() inside did not" in text
+  )
+
+
+# Which step ---------------------------------------------------------------------------------------------------------
+
+
+def event(start, end, **kwargs):
+  return Event(start, end, (Move("grad/norm", start, 9.0, 1.0),), **kwargs)
+
+
+def test_a_step_that_was_applied_and_not_finite_comes_before_any_other():
+  run = make([1.0, 50.0, 1.0, 1.0, 2.0], bad=[0, 3], names=("a", "b"), every=1)
+  assert worst(run)[:2] == (2, 50.0)  # What was dropped, as an overflow at the start, is not the worst.
+  step, norm, layers = worst(run, (), (1, 4))
+  assert (step, np.isnan(norm), layers[0].name) == (1, True, "a")
+  assert worst(run, (), (4,)).step == 4
+  assert worst(make([1.0, 1.0], bad=[0, 1])).step == 1  # There is no other.
+  assert worst(run_of({"grad/norm": [np.nan]})) is None
+
+
+def test_an_event_that_reached_the_parameters_comes_before_a_larger_norm_that_was_caught():
+  run = make([9.0, 1.0, 7.0, 8.0, 1.0, 99.0])
+  caught = event(6, 6, is_caught=True)
+  assert worst(run, (event(3, 5), caught)).step == 4
+  assert worst(run, (caught,)).step == 6
+  page = judged(run, [], [event(3, 5), caught])
+  assert "Worst stepStep 4, the largest norm in an event that reached the parameters: grad/norm 8." in page.text
+  assert "Largest normStep 6, the largest norm: grad/norm 99." in judged(run).text
+
+
+def test_layers_are_ordered_by_how_far_they_moved():
+  run = make(np.ones(100), names=("large", "small", "bad"), every=10)
+  _, values = run.vectors["grad/norm"]
+  values[:] = 100.0, 1.0, 5.0
+  values[5] = 110.0, 30.0, np.inf
+  run.columns["grad/norm"][50] = 200.0
+  assert worst(run).layers == (("bad", np.inf, np.inf), ("small", 30.0, 30.0), ("large", 110.0, 1.1))
+  # A long event has many rows, of which none tells what is usual.
+  run.vectors["grad/norm"] = np.arange(1, 101), np.ones((100, 3))
+  run.vectors["grad/norm"][1][30:95, 1] = 30.0
+  assert [layer.times for layer in worst(run, (event(31, 95),)).layers] == [30.0, 1.0, 1.0]
+
+
+def test_the_worst_step_of_the_page_is_that_of_the_finding():
+  run = make([1.0, 50.0, 1.0], bad=[0], names=("a", "b"), every=1)
+  finding = Finding("FAIL", "nonfinite", "m", steps=(1,))
+  assert (
+    "Step 1, the first that was not finite: grad/norm not finite.layernormanot finite" in judged(run, [finding]).text
+  )
+  assert "Step 2, the largest norm" in judged(run, [finding._replace(name="nonfinite-dropped")]).text
