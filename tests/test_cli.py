@@ -157,10 +157,10 @@ def test_names_that_stdout_cannot_encode_are_escaped(tmp_path):
 
 
 @pytest.fixture
-def clipped_often(tmp_path):
-  """A run whose clip acted in 70% of the steps, which is a WARN and no FAIL."""
+def mostly_zero(tmp_path):
+  """A run whose gradient is mostly 0, which is a WARN and no FAIL."""
   norms = np.exp(np.random.default_rng(0).normal(0, 0.2, 300)).tolist()
-  return write(tmp_path / "often.jsonl", norms, **{"grad/clip_fraction": [0.7] * 300})
+  return write(tmp_path / "zeros.jsonl", norms, **{"grad/zero_fraction": [0.7] * 300})
 
 
 @pytest.fixture
@@ -171,12 +171,12 @@ def failed(tmp_path):
   return write(tmp_path / "failed.jsonl", [1.0] * 300, loss=losses, nonfinite=bad)
 
 
-def test_diagnose_prints_the_verdict(clipped_often, capsys):
-  assert cli.main(["diagnose", str(clipped_often)]) == 0
-  report = clipjax.runs.diagnose(clipjax.runs.read_run(clipped_often))
-  assert "WARN  clipped-often" in str(report)
+def test_diagnose_prints_the_verdict(mostly_zero, capsys):
+  assert cli.main(["diagnose", str(mostly_zero)]) == 0
+  report = clipjax.runs.diagnose(clipjax.runs.read_run(mostly_zero))
+  assert "WARN  zeros" in str(report)
   assert capsys.readouterr() == (f"{report}\n", "")
-  assert list(clipped_often.parent.iterdir()) == [clipped_often]
+  assert list(mostly_zero.parent.iterdir()) == [mostly_zero]
 
 
 @pytest.mark.parametrize("command", ["diagnose", "report"])
@@ -189,14 +189,14 @@ def test_the_exit_status_is_1_where_a_fail_was_found(command, failed, pages, cap
 
 
 @pytest.mark.parametrize("command", ["diagnose", "report"])
-def test_limits_and_warm_up_are_those_of_the_library(command, clipped_often, pages, capsys):
-  args = ["--limit", "clip_fraction=0.9", "--limit=min_steps=5", "--limit", "norm_high=inf", "--warmup-steps", "7"]
-  assert cli.main([command, str(clipped_often), *args]) == 0
+def test_limits_and_warm_up_are_those_of_the_library(command, mostly_zero, pages, capsys):
+  args = ["--limit", "zero_fraction=0.9", "--limit=min_steps=5", "--limit", "norm_high=inf", "--warmup-steps", "7"]
+  assert cli.main([command, str(mostly_zero), *args]) == 0
   out = capsys.readouterr().out
-  limits = clipjax.runs.HealthLimits(clip_fraction=0.9, min_steps=5, norm_high=math.inf)
-  report = clipjax.runs.diagnose(clipjax.runs.read_run(clipped_often), limits=limits, warmup_steps=7)
+  limits = clipjax.runs.HealthLimits(zero_fraction=0.9, min_steps=5, norm_high=math.inf)
+  report = clipjax.runs.diagnose(clipjax.runs.read_run(mostly_zero), limits=limits, warmup_steps=7)
   assert out.startswith(f"{report}\n")
-  assert "clipped-often" not in out and "the warm-up of 7 steps" in " ".join(out.split())
+  assert "WARN  zeros" not in out and "the warm-up of 7 steps" in " ".join(out.split())
   assert [rest for _, _, *rest in pages] == [[limits, 7]] * (command == "report")
 
 
@@ -211,10 +211,10 @@ def test_a_suggestion_takes_the_warm_up(run, capsys):
   [
     ("clip_fractoin=1", "--limit must be NAME=VALUE, got 'clip_fractoin=1': a name is clip_fraction"),
     ("clip_fraction", "--limit clip_fraction must be a number, got '': pass one such as 0.5"),
-    ("rise=much", "--limit rise must be a number, got 'much': pass one such as 2.0"),
+    ("rise=much", "--limit rise must be a number, got 'much': pass one such as 3.0"),
     ("min_steps=2.5", "--limit min_steps must be a number, got '2.5': pass one such as 20"),
     ("min_steps=0", "--limit min_steps must be a whole number >= 1, got 0: pass one such as 20."),
-    ("rise=nan", "--limit rise must be a number >= 0, got nan: pass one such as 2.0."),
+    ("rise=nan", "--limit rise must be a number >= 0, got nan: pass one such as 3.0."),
     ("\x1b[31m\u202e=1", "--limit must be NAME=VALUE, got '\\x1b[31m\\u202e=1': a name is "),
   ],
 )

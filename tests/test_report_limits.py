@@ -29,10 +29,10 @@ def lines_of(axes):
 
 
 def test_the_verdict_of_the_page_has_the_limits(tmp_path):
-  run = run_of(healthy(**{"grad/clip_fraction": np.full(N, 0.7)}))
-  assert "'grad' clipped 70% of the steps." in text_of(run, tmp_path)
-  text = text_of(run, tmp_path, limits=Limits(clip_fraction=0.9), warmup_steps=123)
-  assert "'grad' clipped 70% of the steps." not in text
+  run = run_of(healthy(**{"grad/zero_fraction": np.full(N, 0.7)}))
+  assert "70% of the entries of the gradient are exactly 0" in text_of(run, tmp_path)
+  text = text_of(run, tmp_path, limits=Limits(zero_fraction=0.9), warmup_steps=123)
+  assert "of the entries of the gradient are exactly 0" not in text
   assert "after the warm-up of 123 steps" in text
   assert "(the 123 of the warm-up left out)" in text  # Of the suggestion.
 
