@@ -341,7 +341,7 @@ def test_the_page_of_stacks_says_layers_by_name(tmp_path):
   text = page.replace("<wbr>", "").replace("<code>", "").replace("</code>", "")
   assert "2 layers were not finite at some step: layer 3 of all 2 stacks." in page.replace("&#x27;", "'")
   assert "One row for each of 50 layers" in page
-  assert "<tr><td>blocks/v[1]</td>" in text[text.index("Largest norm") : text.index("Suggested threshold")]
+  assert "<tr><td>blocks/v[1]</td>" in text[text.index("Step <strong>31</strong>") : text.index("Suggested threshold")]
   table = text[text.index("All layers") : text.index("Verdict: ")]
   medians = [f"{np.median(j * 0.9 ** np.arange(24)):.3g}" for j in (1, 2)]
   for name, median, largest, wrong in (

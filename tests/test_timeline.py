@@ -241,6 +241,7 @@ def test_parts_of_a_record_that_have_no_number_are_left_out():
   run.columns["d/norm"] = run.columns["lr"] = np.full(300, np.nan)  # Nothing was measured.
   run.vectors["grad/norm"][1][:] = np.inf
   run.vectors["d/norm"] = np.zeros(0, np.int64), np.zeros((0, 2))
+  run.leaves["d"] = ("x", "y")
   run.columns["grad/max_norm/a"] = np.ones(300)
   page = judged(run)
   assert (
