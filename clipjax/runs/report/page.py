@@ -5,6 +5,7 @@ figure becomes SVG whose text stays text and whose colours are variables of the 
 reader's light or dark mode; it stands in the page twice, for a screen and for a phone, and the style sheet shows one.
 """
 
+import hashlib
 import html
 import io
 import re
@@ -84,7 +85,18 @@ def svg(draw: Callable[[float], Figure], width: float, alt: str) -> str:
   (box,) = re.findall(r'<svg [^>]*viewBox="([\d. ]+)"', source)
   body = source[source.index("</metadata>") + len("</metadata>") : source.rindex("</svg>")]
   body = re.sub(r"<style[^>]*>.*?</style>", "", body, count=1, flags=re.DOTALL)
-  return f'<svg role="img" aria-label="{text(alt)}" viewBox="{box}">{re.sub("<[^>]*>", _tag, body)}</svg>'
+  return (
+    f'<svg role="img" aria-label="{text(alt)}" viewBox="{box}">{_named(re.sub("<[^>]*>", _tag, body), shown)}</svg>'
+  )
+
+
+def _named(body: str, shown: dict[str, Any]) -> str:
+  """The figure with the names of its clip paths counted: matplotlib makes them of addresses in memory."""
+  names = dict.fromkeys(re.findall(r"url\(#(p[0-9a-f]{10})\)", body))
+  salt = hashlib.sha256(shown["svg.hashsalt"].encode()).hexdigest()[:8]
+  for i, name in enumerate(names):
+    body = body.replace(name, f"clip-{salt}-{i}")
+  return body
 
 
 def _tag(match: re.Match[str]) -> str:
