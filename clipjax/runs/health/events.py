@@ -58,10 +58,12 @@ class Event(NamedTuple):
     end: the last one.
     moves: how each series moved, what moved first in front.
     leaves: the leaves or groups whose norm grew most, the strongest first; empty where none was recorded.
-    batches: what the caller calls the batches of these steps; empty where they have no names.
+    batches: what the caller calls the batches from `start` to `high_end`; empty where they have no names.
     is_caught: whether a clip or `skip_steps` kept it from the parameters: it acted, and the update was as usual, or
       where updates were not recorded, the norm after the clip.
     is_recovered: whether the loss came back to where it was before; None where no loss was recorded.
+    high_end: the last step at which what moved first was above half of its peak: what comes later is an aftermath. None
+      stands for `end`.
 
   Example:
     >>> import clipjax
@@ -78,11 +80,18 @@ class Event(NamedTuple):
   batches: tuple[Any, ...] = ()
   is_caught: bool = False
   is_recovered: bool | None = None
+  high_end: int | None = None
 
   @property
   def first(self) -> Move:
     """What moved first."""
     return self.moves[0]
+
+  @property
+  def is_of_rate(self) -> bool:
+    """Whether the update moved first, and neither norm nor loss with it: the learning rate did."""
+    roles = {role_of(move.key) for move in self.moves if move.step == self.first.step}
+    return not roles.isdisjoint({Role.UPDATE, Role.PARAMETERS}) and roles.isdisjoint({Role.NORM, Role.LOSS, None})
 
   def moved(self, role: Role) -> Move | None:
     """The first series of a role that moved."""
@@ -102,8 +111,9 @@ def events_of(run: Run, spikes: Sequence[Spike], states: Sequence[str]) -> tuple
   for group in _together(run.steps, spikes):
     moves = _moves(group)
     start, end = min(s.step for s in group), max(s.step for s in group)
-    is_caught = _is_caught(run, group, moves, reached)
-    out.append(Event(start, end, moves, (), _batches(run, start, end), is_caught, _is_recovered(losses, start, end)))
+    is_caught, high_end = _is_caught(run, group, moves, reached), _high_end(group, moves)
+    batches, is_recovered = _batches(run, start, high_end), _is_recovered(losses, start, end)
+    out.append(Event(start, end, moves, (), batches, is_caught, is_recovered, high_end))
   return tuple(out)
 
 
@@ -139,6 +149,13 @@ def _moves(spikes: Sequence[Spike]) -> tuple[Move, ...]:
     first = min(move.step for move in leaves)
     moves.append(max((move for move in leaves if move.step == first), key=lambda move: move.peak))
   return tuple(sorted(moves, key=lambda move: (move.step, _ORDER.index(role_of(move.key) or Role.NORM))))
+
+
+def _high_end(spikes: Sequence[Spike], moves: Sequence[Move]) -> int:
+  """The last step at which what moved first, of norms before losses, was above half of its peak."""
+  first = [move for move in moves if move.step == moves[0].step]
+  move = next((move for move in first if role_of(move.key) is Role.NORM), first[0])
+  return max(spike.step for spike in spikes if spike.key == move.key and spike.value >= move.peak / 2)
 
 
 def _batches(run: Run, start: int, end: int) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from clipjax.runs.health.course import Course
 from clipjax.runs.health.events import Event
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
-from clipjax.runs.health.words import moved, rates_at, restore
+from clipjax.runs.health.words import batches_of, moved, rates_at, restore
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.roles import Role, keys_with
 from clipjax.runs.run import Run
@@ -66,8 +66,10 @@ def _remedy(view: View, event: Event | None, course: Course, step: int) -> str:
   if course.best_step <= course.steps[min(_NEAR, course.steps.size - 1)] or step <= course.steps[0] + _NEAR:
     return "Lower the learning rate, or warm it up; clip where it breaks (clipjax.runs.suggest_max_norm)."
   advice = f"{restore([step])} "
-  if event is not None and event.moved(Role.NORM) is not None and event.moved(Role.UPDATE) is not None:
-    return f"{advice}Leave out the {view.batches(np.array([step]))}, and clip just above the typical norm."
+  if event is not None and event.is_of_rate:
+    return f"{advice}Look at the learning rate and its schedule there."
+  if event is not None and event.moved(Role.NORM) is not None and not event.is_caught:
+    return f"{advice}Leave out {batches_of(event)}, and clip just above the typical norm."
   return f"{advice}Lower the learning rate from there on, or clip just above the typical norm."
 
 
@@ -127,7 +129,7 @@ def rising_loss(view: View) -> Iterator[Finding]:
   rule = f"at most {percent(view.limits.rising_loss)} of what was learned, a limit of clipjax"
   advice = f"Keep the checkpoint near step {course.best_step}; decay the learning rate earlier, or lower it."
   if event is not None:
-    advice = f"{restore([step])} Look at the {view.batches(np.array([step]))}."
+    advice = f"{restore([step])} Look at {batches_of(event)}."
   leaves = () if event is None else event.leaves
   yield Finding("WARN", "rising-loss", message, advice, rule, steps=(step,), leaves=leaves)
 

@@ -12,7 +12,7 @@ from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaf_spikes import leaf_spikes
 from clipjax.runs.health.losses import lost_with
 from clipjax.runs.health.view import View
-from clipjax.runs.health.words import in_batches, rates_at, restore, told
+from clipjax.runs.health.words import batches_of, rates_at, restore, told
 from clipjax.runs.norms import column
 from clipjax.runs.roles import Role, role_of
 from clipjax.runs.schema import key_of
@@ -29,7 +29,7 @@ def spikes(view: View) -> Iterator[Finding]:
   """WARN for events that reached the parameters, INFO for those that a clip or `skip_steps` caught."""
   caught = [event for event in view.events if event.is_caught]
   lost = lost_with(view)
-  free = [event for event in view.events if not (event.is_caught or is_of_rate(event) or event is lost)]
+  free = [event for event in view.events if not (event.is_caught or event.is_of_rate or event is lost)]
   free = [event for event in free if not _is_aside(view, event)]
   if free:
     message = _words(view, free, "reached the parameters")
@@ -42,7 +42,7 @@ def spikes(view: View) -> Iterator[Finding]:
 
 def update_spikes(view: View) -> Iterator[Finding]:
   """WARN for updates that jumped while the gradient was as usual."""
-  found = [event for event in view.events if is_of_rate(event)]
+  found = [event for event in view.events if event.is_of_rate]
   if not found:
     return
   message = _words(view, found, "began with the update, not the gradient")
@@ -82,12 +82,6 @@ def spike_rate(view: View) -> Iterator[Finding]:
   yield Finding("INFO", "spike-rate", message, "Watch it from run to run.", source=str(OLMO_2))
 
 
-def is_of_rate(event: Event) -> bool:
-  """Whether the update moved first, and neither norm nor loss with it: the learning rate did."""
-  roles = {role_of(move.key) for move in event.moves if move.step == event.first.step}
-  return not roles.isdisjoint({Role.UPDATE, Role.PARAMETERS}) and roles.isdisjoint({Role.NORM, Role.LOSS, None})
-
-
 def _is_aside(view: View, event: Event) -> bool:
   """Whether an event is of losses alone that are not the one that is trained, and of less than their double."""
   main = None if view.loss is None else view.loss.key
@@ -115,9 +109,7 @@ def _advice(view: View, events: Sequence[Event]) -> str:
   """One thing to do: to go back, where the loss did not come back; else to keep such steps out from now on."""
   lost = [event for event in events if event.is_recovered is False]
   worst = max(lost or events, key=size)
-  batches = in_batches(worst.batches) if worst.batches else f"the batches of steps {worst.start} to {worst.end}"
-  if worst.start == worst.end and not worst.batches:
-    batches = f"the batch of step {worst.start}"
+  batches = batches_of(worst)
   if all(role_of(move.key) in (Role.LOSS, Role.VALIDATION) for event in events for move in event.moves):
     back = restore([worst.start]) if lost else "The norm was as usual, so a clip cannot help."
     return f"{back} Look at {batches}."

@@ -48,6 +48,14 @@ def _when(event: Event) -> str:
   return place[0].upper() + place[1:]
 
 
+def batches_of(event: Event) -> str:
+  """The batches that made an event."""
+  if event.batches:
+    return in_batches(event.batches)
+  end = event.end if event.high_end is None else event.high_end
+  return f"the batch of step {event.start}" if end == event.start else f"the batches of steps {event.start} to {end}"
+
+
 def in_batches(batches: Sequence[Any]) -> str:
   """Names of batches, as in "batches 7 to 12", or "batch 'shard-3'"."""
   flat = [b for batch in batches for b in (batch if isinstance(batch, tuple) else (batch,))]
