@@ -138,10 +138,16 @@ def _warmup(steps: Ints, warmup_steps: int | None) -> tuple[int, int]:
   if not steps.size:
     return warmup_steps or 0, 0
   first = int(steps[0])
-  if warmup_steps is None:  # Rows, for steps may be examples, or be pushed once in a hundred.
-    begin = int(steps[min(steps.size // WARMUP_SHARE, WARMUP_MOST)])
+  if warmup_steps is None:
+    begin = default_warmup(steps)
     return begin - first, begin
   return int(warmup_steps), first + int(warmup_steps)
+
+
+def default_warmup(steps: Ints) -> int:
+  """The first step after the warm-up that is not given: a tenth of the rows, at most 100."""
+  # Rows, for steps may be examples, or be pushed once in a hundred.
+  return int(steps[min(steps.size // WARMUP_SHARE, WARMUP_MOST)])
 
 
 def check_warmup(warmup_steps: Any) -> None:
