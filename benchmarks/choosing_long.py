@@ -99,4 +99,3 @@ def percentile(norms: Array, losses: Array, way: str) -> float:
 def chosen() -> dict[str, str]:
   """The ways that `suggest_max_norm` takes, with a loss and without."""
   return {"loss": f"{phase.OF_FALL:.1%} of the fall", "norms": f"{phase.OF_SQUARES:.0%} of the squares"}
-

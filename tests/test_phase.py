@@ -39,7 +39,7 @@ def test_the_percentiles_of_a_whole_record_fall_with_its_length():
 
 
 def test_the_phase_is_data_and_is_said():
-  loss, norm = converging(2000)
+  _, norm = converging(2000)
   found = suggested(2000)
   begin, end = found.phase
   assert 200 < end < 260  # exp(-212 / 40) = 0.005
@@ -47,7 +47,9 @@ def test_the_phase_is_data_and_is_said():
   inside = norm[begin - 1 : end]
   assert found.max_norm == np.percentile(inside, 90)
   assert found.clip_fraction == (inside > found.max_norm).mean()
-  assert f"{inside.size} norms, those of steps {begin} to {end} (the {begin - 1} of the warm-up left out)" in found.reason
+  assert (
+    f"{inside.size} norms, those of steps {begin} to {end} (the {begin - 1} of the warm-up left out)" in found.reason
+  )
   (said,) = [note for note in found.notes if note.startswith("The norms fell from")]
   assert f"By step {end} the loss had made 99.5% of its fall." in said and "record changes nothing" in said
 
@@ -66,6 +68,12 @@ def test_one_spike_is_not_the_sum_of_the_squares():
   want = clipjax.runs.suggest_max_norm(norm)
   norm[30] = 1e4
   assert clipjax.runs.suggest_max_norm(norm).phase == pytest.approx(want.phase, abs=5)
+
+
+def test_large_norms_at_the_start_alone_are_not_the_phase():
+  norms = np.exp(np.random.default_rng(0).normal(0, 0.2, 300))
+  norms[:25] *= 50
+  assert clipjax.runs.suggest_max_norm(norms).phase == (30, 299)
 
 
 def test_norms_that_have_not_fallen_are_all_taken():
@@ -139,7 +147,9 @@ def test_losses_that_are_missing_in_some_steps_will_do():
   assert clipjax.runs.suggest_max_norm(run).phase[1] == pytest.approx(suggested(2000).phase[1], rel=0.15)
 
 
-@pytest.mark.parametrize("norms", [[1.0], [1.0, 2.0], [0.0, 0.0, 3.0, 3.0], [1e200] * 30, list(np.geomspace(1e300, 1, 60))])
+@pytest.mark.parametrize(
+  "norms", [[1.0], [1.0, 2.0], [0.0, 0.0, 3.0, 3.0], [1e200] * 30, list(np.geomspace(1e300, 1, 60))]
+)
 def test_short_and_extreme_records(norms):
   taken = norms_of_array(norms, None)
   found = phase.phase_of(taken, None, None)
@@ -166,6 +176,8 @@ def scanned(steps):
 def test_a_run_that_fits_its_data_is_given_a_threshold_with_which_it_would_learn():
   rates = {"learning_rate": 0.1, "new_learning_rate": 0.5}
   found = [clipjax.runs.suggest_max_norm(scanned(steps), **rates) for steps in (100, 200, 400)]
-  assert {suggestion.phase for suggestion in found} == {(3, 24)}  # It learns within a few steps: no fewer norms than 20.
+  assert {suggestion.phase for suggestion in found} == {
+    (3, 24)
+  }  # It learns within a few steps: no fewer norms than 20.
   assert all(0.05 < suggestion.max_norm < 1 for suggestion in found)
   assert np.percentile(scanned(400)["grad/norm"][40:], 75) / 5 < 1e-4
