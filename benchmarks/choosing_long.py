@@ -1,4 +1,4 @@
-"""Records of several lengths for `choosing.py`: what their advice is, and how a run at ten times the rate fares with it.
+"""Records of several lengths for `choosing.py`: their advice, and how a run at ten times the rate fares with it.
 
 A model that converges trains once without a clip for as long as the longest record, at its stable rate; shorter records
 are the first steps of that run. Each gives the advice of the whole record and that of the phase in which it learned, by
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from choosing_page import median_text, table
 from choosing_runs import OPTIMIZERS, Lane, final_loss, trainer
+from choosing_verdicts import anded, tolerance
 from small_models import Array, Model
 
 from clipjax.runs import phase, suggest
@@ -96,6 +98,78 @@ def percentile(norms: Array, losses: Array, way: str) -> float:
   return float(np.percentile(norms[found.begin : found.end + 1], suggest.BUDGET_PERCENTILE))
 
 
-def chosen() -> dict[str, str]:
-  """The ways that `suggest_max_norm` takes, with a loss and without."""
-  return {"loss": f"{phase.OF_FALL:.1%} of the fall", "norms": f"{phase.OF_SQUARES:.0%} of the squares"}
+LOSS, NORMS = f"{phase.OF_FALL:.1%} of the fall", f"{phase.OF_SQUARES:.0%} of the squares"  # Of `suggest_max_norm`.
+
+
+def cell(long: Long, way: str, length: int) -> str:
+  """The budget's percentile, and the final loss with it, in bold where it holds."""
+  text = median_text(long.final[way, length])
+  return f"{np.median(long.p75[way, length]):.3g}: " + (f"**{text}**" if holds(long, way, length) else text)
+
+
+def holds(long: Long, way: str, length: int) -> bool:
+  """Whether the final loss is within the tolerance of the best of the sweep."""
+  return bool(np.median(long.final[way, length]) <= long.best + tolerance(long.best))
+
+
+def spread(long: Long, way: str) -> float:
+  """How far the percentiles of records of several lengths are apart, as a factor."""
+  values = [float(np.median(long.p75[way, n])) for n in long.lengths]
+  return max(values) / min(values)
+
+
+def long_section(longs: Sequence[Long], old: Sequence[Long], steps: int) -> list[str]:
+  """How the advice depends on the length of the record."""
+  everything = [*longs, *old]
+  rows = []
+  for long in everything:
+    course = f"{median_text(long.first)} to {median_text(long.last)}"
+    rows += [[long.title, str(n), *(cell(long, way, n) for way in (WHOLE, LOSS, NORMS)), course] for n in long.lengths]
+  keys = [(long, n) for long in everything for n in long.lengths]
+  kept = {way: sum(holds(long, way, n) for long, n in keys) for way in (WHOLE, LOSS, NORMS)}
+  apart = {way: max(spread(long, way) for long in everything) for way in kept}
+  head = [
+    "model",
+    "steps of the record",
+    "whole record",
+    "phase, by the loss",
+    "phase, without a loss",
+    "norms of the longest",
+  ]
+  return [
+    "## A record that goes on after the run has learned",
+    "",
+    "The norms of a run that fits its data fall to nothing, and a percentile of the whole record with them. So the "
+    f"advice is of the phase in which the run learned: until the smoothed loss has made {phase.OF_FALL:.1%} of its "
+    f"fall, or without a loss until the squared norms have made {phase.OF_SQUARES:.0%} of their sum, and only where "
+    "the norms have fallen to less than half since. Records of several lengths, under SGD at the stable rate: p75, and "
+    f"the final loss of {steps} steps at {FACTOR} times the rate with p75 / {FACTOR}, in bold where it holds.",
+    "",
+    *table(head, rows, left=1),
+    f"Of {len(keys)} records the budget holds in {kept[WHOLE]} with the whole record, in {kept[LOSS]} with the phase "
+    f"by the loss, in {kept[NORMS]} without a loss. Between the lengths of a record p75 differs by up to "
+    f"{apart[WHOLE]:.3g} times, {apart[LOSS]:.2g} and {apart[NORMS]:.2g} times.",
+    "",
+  ]
+
+
+def choice_section(old: Sequence[Long]) -> list[str]:
+  """Which share of the fall, or of the squares, was chosen, and on what."""
+  if not old:
+    return []
+  rows = [
+    [way, *(cell(long, way, n) for long in old for n in long.lengths), f"{max(spread(long, way) for long in old):.3g}",
+     f"{sum(holds(long, way, n) for long in old for n in long.lengths)} of {len(old) * len(old[0].lengths)}"]
+    for way in ways()
+  ]  # fmt: skip
+  head = ["phase", *(f"{long.title.split(',')[0]}, {n}" for long in old for n in long.lengths), "apart", "hold"]
+  return [
+    "### How its end was chosen",
+    "",
+    f"On {anded([long.title for long in old])}, which belong to the models of the rule: the same for other shares. "
+    '"apart" is the largest factor between records of one model.',
+    "",
+    *table(head, rows),
+    f"Chosen: {LOSS}, and {NORMS} where there is no loss.",
+    "",
+  ]

@@ -187,7 +187,7 @@ def curve_batch(data: tuple[()], key: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Points of `x = y + 0.3 sin(2 pi y)`, where y is to be told from x (Bishop, 1994), with noise of Student's t."""
   del data
   key_y, key_noise = jax.random.split(key)
-  y = jax.random.uniform(key_y, (2 * BATCH, 1))
+  y = jax.random.uniform(key_y, (4 * BATCH, 1))
   x = y + 0.3 * jnp.sin(2 * math.pi * y) + 0.02 * jax.random.t(key_noise, TAILS, y.shape)
   return x, y
 

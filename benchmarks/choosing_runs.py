@@ -21,7 +21,7 @@ import clipjax
 
 LANES = 16  # Runs in one call.
 FINAL = 10  # The final loss is the mean over the last one in so many steps.
-SWEEP = 2.0 ** np.arange(-7, 5)  # Thresholds, in units of the power of two that is nearest to p90.
+SWEEP = 2.0 ** np.arange(-6, 5)  # Thresholds, in units of the power of two that is nearest to p90.
 FACTORS = (1, 3, 10)  # New rate over stable rate.
 MOMENTUM = 0.9
 
@@ -77,11 +77,10 @@ def typical(norms: Array) -> Array:
   return norms[norms.size // 10 :]
 
 
-def advice(record: Record, with_loss: bool = True) -> float:
+def advice(record: Record) -> float:
   """What `clipjax.runs.suggest_max_norm` says."""
-  arrays = {"grad/norm": record.norms} | ({"loss": record.losses} if with_loss else {})
   suggestion = clipjax.runs.suggest_max_norm(
-    clipjax.runs.Run.from_arrays(arrays),
+    clipjax.runs.Run.from_arrays({"grad/norm": record.norms, "loss": record.losses}),
     learning_rate=1.0,
     new_learning_rate=float(record.k),
     scale_free=record.scale_free,
@@ -91,27 +90,35 @@ def advice(record: Record, with_loss: bool = True) -> float:
 
 def percentile(record: Record, q: float) -> float:
   """A percentile of the whole record."""
-  return float(np.percentile(typical(record.norms), q))
+  return float(np.percentile(clean(record.norms), q))
 
 
-ADVICE, ROLLING, NO_CLIP, P50, AT_NEW = "advice", "rolling p50", "no clip", "p50", "2 * p90 of the new rate"
+NO_CLIP, P90, GUARD, BUDGET, ROLLING = "no clip", "p90", "2 * p90", "p75 / k", "rolling p50"
+ADVICE, HIGHER, LOWER = "advice", ("2 * advice", "3 * advice"), ("advice / 2", "advice / 3")
+P50, AT_NEW = "p50", "2 * p90 of the new rate"  # Under a scale-free optimizer alone.
 RULES: dict[str, Callable[[Record], float]] = {
   NO_CLIP: lambda record: math.inf,
   "1.0": lambda record: 1.0,
   P50: lambda record: percentile(record, 50),
-  "p90": lambda record: percentile(record, 90),
-  "2 * p90": lambda record: 2 * percentile(record, 90),
-  "p75 / k": lambda record: percentile(record, 75) / record.k,
+  P90: lambda record: percentile(record, 90),
+  GUARD: lambda record: 2 * percentile(record, 90),
+  "10 * p90": lambda record: 10 * percentile(record, 90),
+  BUDGET: lambda record: percentile(record, 75) / record.k,
   ROLLING: lambda record: math.nan,  # Its lanes have a rule of clipjax.
   AT_NEW: lambda record: 2 * float(np.percentile(at_new, 90)) if (at_new := clean(record.at_new)).size else math.inf,
   ADVICE: advice,
-  "advice, no loss recorded": lambda record: advice(record, with_loss=False),
-  "3 * advice": lambda record: 3 * advice(record),
-  "advice / 3": lambda record: advice(record) / 3,
+  HIGHER[0]: lambda record: 2 * advice(record),
+  HIGHER[1]: lambda record: 3 * advice(record),
+  LOWER[0]: lambda record: advice(record) / 2,
+  LOWER[1]: lambda record: advice(record) / 3,
 }
-GUARDS = (NO_CLIP, "1.0", "p90", "2 * p90", ROLLING, "10 * p90")  # Against poisoned batches.
-SOURCES = (-2, -1, 1)  # Steps of the grid from the stable rate, where the budget is taken from another record.
-STRETCH = (P50, "p90", "2 * p90")  # Thresholds under which the length of a step is held against the unclipped one.
+TRIED = {
+  False: (NO_CLIP, "1.0", P90, GUARD, BUDGET, ROLLING, ADVICE, *HIGHER, *LOWER),
+  True: (NO_CLIP, "1.0", P90, GUARD, BUDGET, ROLLING, AT_NEW, ADVICE, HIGHER[1], LOWER[1]),
+}  # By whether the optimizer is scale-free.
+GUARDS = (NO_CLIP, "1.0", P90, GUARD, "10 * p90", ROLLING)  # Against poisoned batches.
+SOURCES = (-2, -1)  # Steps of the grid from the stable rate, where the budget is taken from another record.
+STRETCH = (P50, P90, GUARD)  # Thresholds under which the length of a step is held against the unclipped one.
 
 
 def clean(norms: Array) -> Array:
@@ -301,23 +308,14 @@ def lanes_of(kind: Optimizer, norms: Array, losses: Array, stable: int, threshol
   lanes: dict[Any, Lane] = {}
   for k in FACTORS:
     lanes |= {("sweep", k, i): Lane(c, k * rate) for i, c in enumerate(thresholds)}
-    lanes |= {("rule", k, name): lane_of(name, record(k), k * rate) for name in rules_of(kind)}
+    lanes |= {("rule", k, name): lane_of(name, record(k), k * rate) for name in TRIED[kind.scale_free]}
     for shift in SOURCES if not kind.scale_free and k > 1 else ():
       at = min(max(stable + shift, 0), rates.size - 1)
-      # The budget is that of the rate of its own record.
-      lanes["source", k, shift] = lane_of("p75 / k", record(k * rate / rates[at], at), k * rate)
-  guards = {**RULES, "10 * p90": lambda record: 10 * percentile(record, 90)}
-  for name in GUARDS:
-    lane = lane_of(name, record(1), rate) if name in RULES else Lane(guards[name](record(1)), rate)
-    lanes["poison", name] = lane._replace(poisoned=True)
+      lanes["source", k, shift] = lane_of(ADVICE, record(k * rate / rates[at], at), k * rate)
+  lanes |= {("poison", name): lane_of(name, record(1), rate)._replace(poisoned=True) for name in GUARDS}
   if kind.scale_free:
     lanes |= {("stretch", name): Lane(RULES[name](record(1)), rate) for name in STRETCH}
   return lanes
-
-
-def rules_of(kind: Optimizer) -> list[str]:
-  """The rules that say something under an optimizer."""
-  return [name for name in RULES if name != (AT_NEW if not kind.scale_free else P50)]
 
 
 def lane_of(name: str, record: Record, rate: float) -> Lane:
@@ -331,7 +329,7 @@ def measured(rows: list[Any], thresholds: Array) -> tuple[dict[int, Cell], Poiso
   def final(*key: Any) -> Array:
     return np.array([float(final_loss(losses[key])) for _, losses, _ in rows])
 
-  rules = [name for name in RULES if ("rule", FACTORS[0], name) in rows[0][0]]
+  rules = [name for name in RULES if ("rule", FACTORS[0], name) in rows[0][0]]  # In the order of the tables.
   cells = {
     k: Cell(
       np.stack([final("sweep", k, i) for i in range(thresholds.size)], 1),

@@ -113,8 +113,8 @@ def _no_fall(case: Case) -> str:
   if case.phase.has_fallen is not False or _divergence(case):
     return ""
   return (
-    "But the loss of this run never fell: the norms of a run that does not learn are no base for a threshold. Record one "
-    "that does."
+    "But the loss of this run never fell: the norms of a run that does not learn are no base for a threshold. Record "
+    "one that does."
   )
 
 
@@ -122,8 +122,8 @@ def _late_warmup(case: Case) -> str:
   if not case.phase.is_missed:
     return ""
   return (
-    f"But the run had learned before the warm-up of {case.norms.warmup_steps} steps was over, and these are the norms of "
-    "a run that has converged: lower `warmup_steps`."
+    f"But the run had learned before the warm-up of {case.norms.warmup_steps} steps was over, and these are the norms "
+    "of a run that has converged: lower `warmup_steps`."
   )
 
 
@@ -134,8 +134,8 @@ def _budget(case: Case) -> str:
   if not case.is_other_rate or case.scale_free:
     return ""
   return (
-    "If you can afford to try: 2 to 3 times as much first, then this. Lower than this only where both break. In between "
-    "is where the best threshold was on most models of docs/choosing.md."
+    "If you can afford to try: 2 to 3 times as much first, then this. Lower than this only where both break. In "
+    "between is where the best threshold was on most models of docs/choosing.md."
   )
 
 
@@ -144,8 +144,9 @@ def _guard(case: Case) -> str:
     return ""
   text = (
     "It is for the learning rate of the record alone. It bounds what one bad batch does, whose gradient would move the "
-    "parameters at once and then stand in the second moment, where it makes about 1 / (1 - b2) later steps too small. It "
-    "does not make up for a learning rate that is too high: the optimizer divides the scale of the gradient out again."
+    "parameters at once and then stand in the second moment, where it makes about 1 / (1 - b2) later steps too small. "
+    "It does not make up for a learning rate that is too high: the optimizer divides the scale of the gradient out "
+    "again."
   )
   if case.is_other_rate:
     text += (
@@ -177,8 +178,9 @@ def _record(case: Case) -> str:
     if phase.ended_by == NORMS:
       share = f"the squared norms had made {percent(OF_SQUARES)} of their sum (no loss was recorded)"
     return text + (
-      f" By step {phase.end} {share}. The later norms, {number(phase.after)} in the middle, are left out: they are those "
-      "of a run that has converged, and with a threshold from them no run would learn. A longer record changes nothing."
+      f" By step {phase.end} {share}. The later norms, {number(phase.after)} in the middle, are left out: they are "
+      "those of a run that has converged, and with a threshold from them no run would learn. A longer record changes "
+      "nothing."
     )
   if phase.is_falling:
     return text + " The loss was still falling: record until it levels off, or for as long as the next run is to be."
@@ -207,8 +209,8 @@ def _clipped_by(case: Case) -> str:
   if blocks.clipped == GROUP:
     return f"{text} clip_by_group_norm takes these as they are."
   return text + (
-    f" clip_by_leaf_norm takes one number for all: {number(max(values.values()))}, the largest, clips none below its own. "
-    "clip_by_group_norm(thresholds, lambda path, leaf: path) takes one for each leaf."
+    f" clip_by_leaf_norm takes one number for all: {number(max(values.values()))}, the largest, clips none below its "
+    "own. clip_by_group_norm(thresholds, lambda path, leaf: path) takes one for each leaf."
   )
 
 
@@ -273,8 +275,8 @@ def _others(case: Case) -> str:
 def _rules(case: Case) -> str:
   middle = mean(case.typical)
   text = (
-    f"{PLAYBOOK.title} recommends the 90th percentile as a start. {PASCANU.title} found that half to ten times the mean "
-    f"norm can work: here {number(middle / 2)} to {number(middle * 10)}, and {number(case.max_norm)} lies "
+    f"{PLAYBOOK.title} recommends the 90th percentile as a start. {PASCANU.title} found that half to ten times the "
+    f"mean norm can work: here {number(middle / 2)} to {number(middle * 10)}, and {number(case.max_norm)} lies "
     f"{_place(case.max_norm, middle / 2, middle * 10)}."
   )
   if case.is_other_rate and not case.scale_free:
