@@ -2,8 +2,8 @@
 
 Each model first trains without a clip at 16 learning rates, of which the best is kept: the stable rate. A rule sees the
 norms and losses of that run and k, by which the rate is then multiplied, and gives the threshold. All that differs
-between the lanes of the one jitted `vmap` is the threshold, the rate and whether some batches are poisoned; every run of
-a seed has the same weights and batches.
+between the lanes of the one jitted `vmap` is the threshold, the rate and whether some batches are poisoned; every run
+of a seed has the same weights and batches.
 """
 
 import math

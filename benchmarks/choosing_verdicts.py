@@ -4,7 +4,7 @@ A cell is one model under one optimizer at one rate. Its best is the lowest medi
 the sweep and of no clip. A rule holds where its own median is above that by no more than the tolerance.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -82,11 +82,6 @@ def cells_of(studies: Iterable[Study], factors: Sequence[int]) -> list[At]:
 def hopeless(studies: Iterable[Study], factors: Sequence[int]) -> list[At]:
   """The other ones, in which no threshold trains."""
   return [at for study in studies for k in factors if not (at := At(study, k)).trains]
-
-
-def count(cells: Sequence[At], test: Callable[[At], bool]) -> str:
-  """In how many cells something is so."""
-  return f"{sum(map(test, cells))} of {len(cells)}"
 
 
 def held(cells: Sequence[At], rule: str) -> int:

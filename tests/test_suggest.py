@@ -287,6 +287,15 @@ def test_a_recorder_tells_the_optimizer(tmp_path, standard_promotion):
   assert (found.scale_free, found.max_norm) == (True, 10.0)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_states_of_this_package_tell_no_optimizer(momentum):
+  rule = clipjax.rules.percentile(50.0, window=3)
+  clips = [clipjax.watch(), clipjax.clip_by_global_norm(1.0), clipjax.clip_by_leaf_norm(rule, name="leaf")]
+  tx = clipjax.skip_steps(optax.chain(*clips, optax.sgd(0.1, momentum)), norm_rule=rule)
+  want = () if momentum is None else ("TraceState",)
+  assert optimizer_states(tx.init({"w": jnp.ones(2)})) == want
+
+
 # Clips by leaf or group ---------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Which `max_norm` to use, from the norms of a run that went well.
 
-The formula and its constants are `_threshold`. `phase` says which norms it is applied to, `suggest_notes` what else there
-is to know: how far the record carries, and how the result stands to the rules of others.
+The formula and its constants are `_threshold`. `phase` says which norms it is applied to, and `suggest_notes` what else
+there is to know: how far the record carries, and how the result stands to the rules of others.
 """
 
 import math
