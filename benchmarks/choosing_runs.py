@@ -1,9 +1,9 @@
-"""The runs of `choosing.py`: four models, unclipped and at thresholds from a sweep and from rules, 16 runs at once.
+"""The runs of `choosing.py`: models trained without a clip, at thresholds of a sweep and by rules, 16 runs at once.
 
-Each model first trains without a clip at 16 learning rates, of which the best is kept. A rule sees the norms of that
-run, its rate and a rate 3 or 10 times as high, and gives the threshold for the latter. All that differs between the
-lanes of the one jitted `vmap` is the threshold, the rate and whether some batches are poisoned; every run of a seed has
-the same weights and batches.
+Each model first trains without a clip at 16 learning rates, of which the best is kept: the stable rate. A rule sees the
+norms and losses of that run and k, by which the rate is then multiplied, and gives the threshold. All that differs
+between the lanes of the one jitted `vmap` is the threshold, the rate and whether some batches are poisoned; every run
+of a seed has the same weights and batches.
 """
 
 import math
@@ -15,66 +15,116 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from small_models import MODELS, Array, Model
+from small_models import Array, Model
 
 import clipjax
 
 LANES = 16  # Runs in one call.
-FINAL = 10  # The final loss is the mean over so many last steps.
-THRESHOLDS = 2.0 ** np.arange(-10, 6)
-FACTORS = (3, 10)  # Fast rate over stable rate.
-SGD_RATES = 2.0 ** np.arange(-7.5, 0.5, 0.5)
-ADAM_RATES = 10.0 ** np.linspace(-4, -1, LANES)
+FINAL = 10  # The final loss is the mean over the last one in so many steps.
+SWEEP = 2.0 ** np.arange(-6, 5)  # Thresholds, in units of the power of two that is nearest to p90.
+FACTORS = (1, 3, 10)  # New rate over stable rate.
 MOMENTUM = 0.9
 
 POISON_AT, POISON_WEIGHT = (0.5, 0.6, 0.7), 1000.0  # Shares of the run; the weight of the loss there.
 JUMP_WINDOW = 20  # Steps after a poisoned batch in which the loss may jump.
+ROLLING_PERCENTILE, ROLLING_WINDOW = 50.0, 100
 
-Runs = tuple[Array, Array]  # Losses and norms of some runs, each of shape (runs, steps).
-Rule = Callable[[Array, float], float]
+Runs = tuple[Array, Array, Array]  # Losses, norms and step ratios of some runs, each of shape (runs, steps).
+
+
+class Optimizer(NamedTuple):
+  """An optimizer of the study.
+
+  Attributes:
+    title: what the page calls it.
+    make: `learning_rate -> transformation`.
+    rates: the 16 among which the stable one is.
+    scale_free: whether it divides the scale of the gradient out.
+  """
+
+  title: str
+  make: Callable[[Any], optax.GradientTransformation]
+  rates: Array
+  scale_free: bool
+
+
+OPTIMIZERS = {
+  "sgd": Optimizer("SGD", lambda rate: optax.sgd(rate, momentum=MOMENTUM), 2.0 ** np.arange(-13, 3), False),
+  "adam": Optimizer("Adam", optax.adam, 10.0 ** np.linspace(-4, -0.5, LANES), True),
+  "lion": Optimizer("Lion", optax.lion, 10.0 ** np.linspace(-5, -1.5, LANES), True),
+}
+
+
+class Record(NamedTuple):
+  """What a rule may look at.
+
+  Attributes:
+    norms: of the unclipped run at the stable rate, and its losses.
+    k: new rate over the rate of the record.
+    at_new: norms of the unclipped run at the rate of the grid that is nearest to the new one.
+    scale_free: whether the optimizer is.
+  """
+
+  norms: Array
+  losses: Array
+  k: float
+  at_new: Array
+  scale_free: bool
 
 
 def typical(norms: Array) -> Array:
-  """A run without its first tenth, as `clipjax.runs.suggest_max_norm` takes it."""
+  """A record without its first tenth."""
   return norms[norms.size // 10 :]
 
 
-def late(norms: Array) -> Array:
-  """The later half of a run."""
-  return norms[norms.size // 2 :]
+def advice(record: Record) -> float:
+  """What `clipjax.runs.suggest_max_norm` says."""
+  suggestion = clipjax.runs.suggest_max_norm(
+    clipjax.runs.Run.from_arrays({"grad/norm": record.norms, "loss": record.losses}),
+    learning_rate=1.0,
+    new_learning_rate=float(record.k),
+    scale_free=record.scale_free,
+  )
+  return suggestion.max_norm
 
 
-# From the norms of an unclipped run and `k = new_learning_rate / learning_rate`; `FAMILY` needs the model's kind.
-FAMILY = "table by model family"
-RULES: dict[str, Rule] = {
-  "no clip": lambda norms, k: math.inf,
-  FAMILY: lambda norms, k: math.nan,
-  "10 * mean": lambda norms, k: 10 * norms.mean(),
-  "mean / 2": lambda norms, k: norms.mean() / 2,
-  "p90": lambda norms, k: np.percentile(norms, 90),
-  "p90 / k": lambda norms, k: np.percentile(norms, 90) / k,
-  "p75 / k": lambda norms, k: (
-    clipjax.runs.suggest_max_norm(norms, learning_rate=1.0, new_learning_rate=k, warmup_steps=0).max_norm
-  ),
-  "rms / k": lambda norms, k: math.sqrt(np.square(norms).mean()) / k,
-  "mean / k": lambda norms, k: norms.mean() / k,
-  "p50 / k": lambda norms, k: np.percentile(norms, 50) / k,
-  "p10 / k": lambda norms, k: np.percentile(norms, 10) / k,
-  "p90 of the later half / k": lambda norms, k: np.percentile(late(norms), 90) / k,
-  "p90 / k^1.5": lambda norms, k: np.percentile(norms, 90) / k**1.5,
+def percentile(record: Record, q: float) -> float:
+  """A percentile of the whole record."""
+  return float(np.percentile(clean(record.norms), q))
+
+
+NO_CLIP, P90, GUARD, BUDGET, ROLLING = "no clip", "p90", "2 * p90", "p75 / k", "rolling p50"
+ADVICE, HIGHER, LOWER = "advice", ("2 * advice", "3 * advice"), ("advice / 2", "advice / 3")
+P50, AT_NEW = "p50", "2 * p90 of the new rate"  # Under a scale-free optimizer alone.
+RULES: dict[str, Callable[[Record], float]] = {
+  NO_CLIP: lambda record: math.inf,
+  "1.0": lambda record: 1.0,
+  P50: lambda record: percentile(record, 50),
+  P90: lambda record: percentile(record, 90),
+  GUARD: lambda record: 2 * percentile(record, 90),
+  "10 * p90": lambda record: 10 * percentile(record, 90),
+  BUDGET: lambda record: percentile(record, 75) / record.k,
+  ROLLING: lambda record: math.nan,  # Its lanes have a rule of clipjax.
+  AT_NEW: lambda record: 2 * float(np.percentile(at_new, 90)) if (at_new := clean(record.at_new)).size else math.inf,
+  ADVICE: advice,
+  HIGHER[0]: lambda record: 2 * advice(record),
+  HIGHER[1]: lambda record: 3 * advice(record),
+  LOWER[0]: lambda record: advice(record) / 2,
+  LOWER[1]: lambda record: advice(record) / 3,
 }
-SUGGESTED = "p75 / k"  # What `clipjax.runs.suggest_max_norm` says; its warm-up is left out for every rule.
-SOURCES, SOURCE_RULES = (-4, -2, 1), ("p90 / k", "p75 / k", "mean / k")  # Steps of the grid from the best rate.
-GUARDS: dict[str, Rule] = {
-  "p50": lambda norms, k: np.percentile(norms, 50),
-  "p90": lambda norms, k: np.percentile(norms, 90),
-  "p99": lambda norms, k: np.percentile(norms, 99),
-  "2 * p90": lambda norms, k: clipjax.runs.suggest_max_norm(norms, scale_free=True, warmup_steps=0).max_norm,
-  "4 * p90": lambda norms, k: 4 * np.percentile(norms, 90),
-  "10 * p90": lambda norms, k: 10 * np.percentile(norms, 90),
-  "100 * p90": lambda norms, k: 100 * np.percentile(norms, 90),
-  "no clip": lambda norms, k: math.inf,
-}
+TRIED = {
+  False: (NO_CLIP, "1.0", P90, GUARD, BUDGET, ROLLING, ADVICE, *HIGHER, *LOWER),
+  True: (NO_CLIP, "1.0", P90, GUARD, BUDGET, ROLLING, AT_NEW, ADVICE, HIGHER[1], LOWER[1]),
+}  # By whether the optimizer is scale-free.
+GUARDS = (NO_CLIP, "1.0", P90, GUARD, "10 * p90", ROLLING)  # Against poisoned batches.
+SOURCES = (-2, -1)  # Steps of the grid from the stable rate, where the budget is taken from another record.
+STRETCH = (P50, P90, GUARD)  # Thresholds under which the length of a step is held against the unclipped one.
+
+
+def clean(norms: Array) -> Array:
+  """The finite norms after the first tenth."""
+  norms = typical(norms)
+  return norms[np.isfinite(norms)]
 
 
 class Lane(NamedTuple):
@@ -83,36 +133,33 @@ class Lane(NamedTuple):
   max_norm: float
   learning_rate: float
   poisoned: bool = False
+  rolling: bool = False
 
 
-class Fast(NamedTuple):
-  """What happened at one fast rate; arrays have one row for each seed.
+class Cell(NamedTuple):
+  """What happened at one rate; arrays have one row for each seed.
 
   Attributes:
     sweep: final losses, shape (seeds, thresholds).
     thresholds: of each rule, shape (seeds,).
     rules: final losses of each rule, shape (seeds,).
-    sources: of (rule, steps of the grid), from the norms of another rate than the best.
+    sources: by steps of the grid: final losses with the budget from another record.
   """
 
   sweep: Array
   thresholds: dict[str, Array]
   rules: dict[str, Array]
-  sources: dict[tuple[str, int], Array]
+  sources: dict[int, Array]
 
 
 class Poisoned(NamedTuple):
-  """What poisoned batches do at the best rate; arrays of shape (seeds,).
+  """What poisoned batches do at the stable rate; arrays of shape (seeds,).
 
   Attributes:
-    clean: final loss without poison and without a clip.
-    guarded: final loss without poison, of each guard.
     final: final loss of each guard.
     jump: largest rise of the loss after a poisoned batch, of each guard.
   """
 
-  clean: Array
-  guarded: dict[str, Array]
   final: dict[str, Array]
   jump: dict[str, Array]
 
@@ -122,36 +169,45 @@ class Study(NamedTuple):
 
   Attributes:
     title: of the model.
+    optimizer: its key in `OPTIMIZERS`.
     rates: the grid, and `grid` the final losses of its unclipped runs, shape (seeds, rates).
-    stable: index of the best rate.
-    fast: by factor; empty under Adam.
-    sweep: final losses at the best rate, shape (seeds, thresholds).
+    stable: index of the stable rate.
+    start: the loss before the first step, the median of the seeds.
+    p90: of the norms at the stable rate, shape (seeds,).
+    thresholds: of the sweep.
+    cells: by factor.
     poisoned: the spikes.
+    stretch: length of a step over that of the unclipped gradient, by threshold, shape (seeds, steps).
   """
 
   title: str
+  optimizer: str
   rates: Array
   grid: Array
   stable: int
-  fast: dict[int, Fast]
-  sweep: Array
+  start: float
+  p90: Array
+  thresholds: Array
+  cells: dict[int, Cell]
   poisoned: Poisoned
+  stretch: dict[str, Array]
 
 
 def trainer(
-  model: Model, optimizer: Callable[[jax.Array], optax.GradientTransformation], steps: int
+  model: Model, optimizer: Callable[[Any], optax.GradientTransformation], steps: int, lanes: int = LANES
 ) -> Callable[[Sequence[Lane], int], Runs]:
-  """What trains some runs, 16 at a time in one compiled function."""
+  """What trains some runs, `lanes` at a time in one compiled function."""
   spikes = jnp.asarray(spike_steps(steps))
 
-  def train(data: Any, seed: jax.Array, max_norm: jax.Array, rate: jax.Array, poisoned: jax.Array) -> Any:
-    tx = optax.chain(clipjax.clip_by_global_norm(max_norm), optimizer(rate))
+  def train(data: Any, seed: jax.Array, lane: Lane) -> Any:
+    clip = clipjax.clip_by_global_norm(fixed_or_rolling(lane.max_norm, lane.rolling))
+    plain = optimizer(lane.learning_rate)
     key_params, key_batches = jax.random.split(jax.random.key(seed))
 
     def step(carry: Any, i: jax.Array) -> Any:
-      params, state = carry
+      params, clip_state, state, beside = carry
       key = jax.random.fold_in(key_batches, i)
-      bad = poisoned & (spikes == i).any()
+      bad = lane.poisoned & (spikes == i).any()
       batch = model.batch(data, key)
       batch = jax.tree.map(lambda b, p: jnp.where(bad, p, b), batch, model.poison(batch, jax.random.fold_in(key, 1)))
 
@@ -160,26 +216,42 @@ def trainer(
         return loss * jnp.where(bad, POISON_WEIGHT, 1.0), loss
 
       grads, loss = jax.grad(weighted, has_aux=True)(params)
-      updates, state = tx.update(grads, state, params)
-      return (optax.apply_updates(params, updates), state), (loss, state[0].norm)
+      clipped, clip_state = clip.update(grads, clip_state)
+      updates, state = plain.update(clipped, state, params)
+      unclipped, beside = plain.update(grads, beside, params)  # What the whole gradient would have made of this step.
+      ratio = optax.global_norm(updates) / optax.global_norm(unclipped)
+      return (optax.apply_updates(params, updates), clip_state, state, beside), (loss, clip_state.norm, ratio)
 
     params = model.init(key_params)
-    return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))[1]
+    carry = (params, clip.init(params), plain.init(params), plain.init(params))
+    return jax.lax.scan(step, carry, jnp.arange(steps))[1]
 
-  compiled = jax.jit(jax.vmap(train, in_axes=(None, None, 0, 0, 0)))
+  compiled = jax.jit(jax.vmap(train, in_axes=(None, None, 0)))
   data = model.data()
 
-  def run(lanes: Sequence[Lane], seed: int) -> Runs:
+  def run(wanted: Sequence[Lane], seed: int) -> Runs:
     outs = []
-    for start in range(0, len(lanes), LANES):
-      chunk = list(lanes[start : start + LANES])
-      max_norm, rate, poisoned = zip(*(chunk + chunk[-1:] * (LANES - len(chunk))), strict=True)
-      out = compiled(data, jnp.uint32(seed), jnp.float32(max_norm), jnp.float32(rate), jnp.asarray(poisoned))
-      outs.append([np.asarray(x, np.float64)[: len(chunk)] for x in out])
-    losses, norms = zip(*outs, strict=True)
-    return np.concatenate(losses), np.concatenate(norms)
+    for start in range(0, len(wanted), lanes):
+      chunk = list(wanted[start : start + lanes])
+      columns = zip(*(chunk + chunk[-1:] * (lanes - len(chunk))), strict=True)
+      arrays = (np.asarray(x, np.bool_ if isinstance(x[0], bool) else np.float32) for x in columns)
+      outs.append([np.asarray(x, np.float64)[: len(chunk)] for x in compiled(data, jnp.uint32(seed), Lane(*arrays))])
+    losses, norms, ratios = zip(*outs, strict=True)
+    return np.concatenate(losses), np.concatenate(norms), np.concatenate(ratios)
 
   return run
+
+
+def fixed_or_rolling(max_norm: Any, rolling: Any) -> clipjax.rules.Rule:
+  """The rule with a fixed threshold, or where `rolling` the median of the last norms."""
+  inner = clipjax.rules.percentile(ROLLING_PERCENTILE, window=ROLLING_WINDOW)
+
+  def update(norms: jax.Array, state: Any, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    limit, _, state = inner.update(norms, state, global_norm=global_norm)
+    limit = jnp.where(rolling, limit, max_norm)
+    return limit, limit, state
+
+  return clipjax.rules.Rule(inner.init, update)
 
 
 def spike_steps(steps: int) -> Array:
@@ -188,8 +260,8 @@ def spike_steps(steps: int) -> Array:
 
 
 def final_loss(losses: Array) -> Array:
-  """Mean of the last steps of each run; inf where that is not finite."""
-  final = losses[..., -FINAL:].mean(-1)
+  """Mean of the last tenth of each run; inf where that is not finite."""
+  final = losses[..., -max(losses.shape[-1] // FINAL, 1) :].mean(-1)
   return np.where(np.isfinite(final), final, np.inf)
 
 
@@ -200,65 +272,80 @@ def largest_jump(losses: Array) -> Array:
   """
   jumps, spikes = [], [*spike_steps(losses.shape[-1]), losses.shape[-1]]
   for i, following in pairwise(spikes):
-    before = losses[..., max(0, i - FINAL) : i].mean(-1)
+    before = losses[..., max(0, i - JUMP_WINDOW) : i].mean(-1)
     jumps.append(losses[..., i + 1 : min(i + 1 + JUMP_WINDOW, following)].max(-1) - before)
   worst = np.max(jumps, axis=0)
   return np.where(np.isfinite(worst), worst, np.inf)
 
 
-def threshold(name: str, model: Model, norms: Array, k: float) -> float:
-  """What a rule gives; the table by family stands for its geometric middle."""
-  return math.sqrt(math.prod(model.family)) if name == FAMILY else float(RULES[name](norms[np.isfinite(norms)], k))
-
-
-def find_stable(run: Callable[[Sequence[Lane], int], Runs], rates: Array, seeds: int) -> tuple[Array, Array, int]:
-  """Final losses and norms of unclipped runs by seed and rate, and the rate whose worst seed ends lowest."""
-  runs = [run([Lane(math.inf, rate) for rate in rates], seed) for seed in range(seeds)]
-  finals = np.stack([final_loss(losses) for losses, _ in runs])
-  return finals, np.stack([norms for _, norms in runs]), int(finals.max(0).argmin())
-
-
-def study(name: str, adam: bool, steps: int, seeds: int) -> Study:
+def study(model: Model, optimizer: str, steps: int, seeds: int) -> Study:
   """Trains one model under one optimizer in every way."""
-  model, rates = MODELS[name], ADAM_RATES if adam else SGD_RATES
-  run = trainer(model, optax.adam if adam else lambda rate: optax.sgd(rate, momentum=MOMENTUM), steps)
-  grid, norms, stable = find_stable(run, rates, seeds)
-  rate = rates[stable]
-  sources = {} if adam else {shift: min(max(stable + shift, 0), rates.size - 1) for shift in SOURCES}
-  guards = GUARDS if adam else {name: GUARDS[name] for name in ("p90", "no clip")}
+  kind = OPTIMIZERS[optimizer]
+  run, rates = trainer(model, kind.make, steps), kind.rates
+  free = [run([Lane(math.inf, rate) for rate in rates], seed) for seed in range(seeds)]
+  grid = np.stack([final_loss(losses) for losses, _, _ in free])
+  stable = int(grid.max(0).argmin())
+  p90 = np.array([np.percentile(typical(norms[stable]), 90) for _, norms, _ in free])
+  start = float(np.median([losses[stable, 0] for losses, _, _ in free]))
+  thresholds = SWEEP * 2.0 ** np.round(np.log2(np.median(p90)))
   rows = []
-  for seed in range(seeds):
-    clean = typical(norms[seed, stable])
-    lanes = {("guard", g, bad): Lane(f(clean, 1.0), rate, bad) for g, f in guards.items() for bad in (True, False)}
-    lanes |= {("sweep", c): Lane(c, rate) for c in THRESHOLDS if adam}
-    for k in FACTORS if not adam else ():
-      lanes |= {("fast", k, c): Lane(c, k * rate) for c in THRESHOLDS}
-      lanes |= {("rule", k, r): Lane(threshold(r, model, clean, k), k * rate) for r in RULES}
-      for shift, i in sources.items():
-        lanes |= {
-          ("source", k, r, shift): Lane(threshold(r, model, typical(norms[seed, i]), k * rate / rates[i]), k * rate)
-          for r in SOURCE_RULES
-        }
-    losses, _ = run(list(lanes.values()), seed)
-    rows.append((lanes, dict(zip(lanes, final_loss(losses), strict=True)), dict(zip(lanes, losses, strict=True))))
+  for seed, (losses, norms, _) in enumerate(free):
+    lanes = lanes_of(kind, norms, losses, stable, thresholds)
+    trained, _, ratios = run(list(lanes.values()), seed)
+    rows.append((lanes, dict(zip(lanes, trained, strict=True)), dict(zip(lanes, ratios, strict=True))))
+  return Study(model.title, optimizer, rates, grid, stable, start, p90, thresholds, *measured(rows, thresholds))
+
+
+def lanes_of(kind: Optimizer, norms: Array, losses: Array, stable: int, thresholds: Array) -> dict[Any, Lane]:
+  """All runs of one seed, by what they are for."""
+  rates = kind.rates
+  rate = float(rates[stable])
+
+  def record(k: float, at: int = stable) -> Record:
+    new = int(np.abs(np.log(rates / (k * rates[at]))).argmin())
+    return Record(norms[at], losses[at], k, norms[new], kind.scale_free)
+
+  lanes: dict[Any, Lane] = {}
+  for k in FACTORS:
+    lanes |= {("sweep", k, i): Lane(c, k * rate) for i, c in enumerate(thresholds)}
+    lanes |= {("rule", k, name): lane_of(name, record(k), k * rate) for name in TRIED[kind.scale_free]}
+    for shift in SOURCES if not kind.scale_free and k > 1 else ():
+      at = min(max(stable + shift, 0), rates.size - 1)
+      lanes["source", k, shift] = lane_of(ADVICE, record(k * rate / rates[at], at), k * rate)
+  lanes |= {("poison", name): lane_of(name, record(1), rate)._replace(poisoned=True) for name in GUARDS}
+  if kind.scale_free:
+    lanes |= {("stretch", name): Lane(RULES[name](record(1)), rate) for name in STRETCH}
+  return lanes
+
+
+def lane_of(name: str, record: Record, rate: float) -> Lane:
+  """The run that a rule of `RULES` gives."""
+  return Lane(math.inf if name == ROLLING else RULES[name](record), rate, rolling=name == ROLLING)
+
+
+def measured(rows: list[Any], thresholds: Array) -> tuple[dict[int, Cell], Poisoned, dict[str, Array]]:
+  """The runs of all seeds as the fields of a `Study`."""
 
   def final(*key: Any) -> Array:
-    return np.array([finals[key] for _, finals, _ in rows])
+    return np.array([float(final_loss(losses[key])) for _, losses, _ in rows])
 
-  fast = {
-    k: Fast(
-      np.stack([final("fast", k, c) for c in THRESHOLDS], 1),
-      {r: np.array([lanes["rule", k, r].max_norm for lanes, _, _ in rows]) for r in RULES},
-      {r: final("rule", k, r) for r in RULES},
-      {(r, shift): final("source", k, r, shift) for shift in sources for r in SOURCE_RULES},
+  rules = [name for name in RULES if ("rule", FACTORS[0], name) in rows[0][0]]  # In the order of the tables.
+  cells = {
+    k: Cell(
+      np.stack([final("sweep", k, i) for i in range(thresholds.size)], 1),
+      {name: np.array([lanes["rule", k, name].max_norm for lanes, _, _ in rows]) for name in rules},
+      {name: final("rule", k, name) for name in rules},
+      {shift: final("source", k, shift) for shift in SOURCES if ("source", k, shift) in rows[0][0]},
     )
-    for k in (() if adam else FACTORS)
+    for k in FACTORS
   }
   poisoned = Poisoned(
-    grid[:, stable],
-    {g: final("guard", g, False) for g in guards},
-    {g: final("guard", g, True) for g in guards},
-    {g: np.array([largest_jump(losses["guard", g, True]) for _, _, losses in rows]) for g in guards},
+    {name: final("poison", name) for name in GUARDS},
+    {name: np.array([float(largest_jump(losses["poison", name])) for _, losses, _ in rows]) for name in GUARDS},
   )
-  sweep = np.stack([final("sweep", c) for c in THRESHOLDS], 1) if adam else np.zeros((seeds, 0))
-  return Study(model.title, rates, grid, stable, fast, sweep, poisoned)
+  stretch = {
+    name: np.stack([ratios["stretch", name] for _, _, ratios in rows])
+    for name in STRETCH
+    if ("stretch", name) in rows[0][0]
+  }
+  return cells, poisoned, stretch

@@ -136,8 +136,8 @@ def _add_suggest(commands: _Commands) -> None:
   parser = commands.add_parser(
     "suggest",
     help="which max_norm to use, from the norms of a recorded run",
-    description="Prints what clipjax.runs.suggest_max_norm says of a recorded run: a threshold, why, and what others "
-    "would have clipped.",
+    description="Prints what clipjax.runs.suggest_max_norm says of a recorded run: a threshold, why, over which steps, "
+    "and what others would have clipped.",
   )
   _add_run(parser)
   parser.add_argument(
@@ -146,7 +146,10 @@ def _add_suggest(commands: _Commands) -> None:
   parser.add_argument("--learning-rate", type=float, metavar="X", help="the one of the run, for SGD at another one")
   parser.add_argument("--new-learning-rate", type=float, metavar="Y", help="the one that the threshold is for")
   parser.add_argument(
-    "--scale-free", action="store_true", help="for Adam and others that divide the scale of the gradient out"
+    "--scale-free",
+    action=argparse.BooleanOptionalAction,
+    help="whether it is for Adam or another optimizer that divides the scale of the gradient out (default: as the run "
+    "says, no where it does not)",
   )
   _add_warmup(parser)
   parser.set_defaults(command=_suggest)

@@ -115,7 +115,13 @@ def _walk(tree: Any, prefix: tuple[Any, ...], accumulators: tuple[Any, ...]) -> 
 
 def optimizer_states(tree: Any) -> tuple[str, ...]:
   """The classes of the states of other transformations in a tree, each once, as in `("ScaleByAdamState",)`."""
-  return tuple(dict.fromkeys(type(x).__name__ for x in _namedtuples(tree) if not isinstance(x, (*_OURS, *_SHELLS))))
+  others = [x for x in _namedtuples(tree) if not isinstance(x, _SHELLS) and not _is_ours(x)]
+  return tuple(dict.fromkeys(type(x).__name__ for x in others))
+
+
+def _is_ours(x: Any) -> bool:
+  """Whether this package made it: a state of a clip, or of a rule inside one."""
+  return type(x).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _namedtuples(x: Any) -> Iterator[Any]:

@@ -526,7 +526,7 @@ JUDGED = {
   ),
   "scale_free as a number": (
     lambda run: clipjax.runs.suggest_max_norm(run, scale_free=1),
-    TypeError, "`scale_free` must be True or False, got 1 (int): pass one of them.",
+    TypeError, "`scale_free` must be True, False or None, got 1 (int): pass one of them.",
   ),
   "plot of a path": (
     lambda run: clipjax.runs.plot_norms(pathlib.PurePosixPath("a")),

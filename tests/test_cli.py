@@ -71,6 +71,16 @@ def test_suggest_hands_every_option_on(run, capsys):
   assert capsys.readouterr().out == f"{want}\n"
 
 
+@pytest.mark.parametrize(("args", "scale_free"), [([], None), (["--scale-free"], True), (["--no-scale-free"], False)])
+def test_suggest_takes_the_optimizer_from_the_run_unless_told(args, scale_free, tmp_path, capsys):
+  header = HEADER.replace('"leaves"', '"optimizer": ["ScaleByAdamState"], "leaves"')
+  run = write(tmp_path / "run.jsonl", [1.0] * 60, header)
+  assert cli.main(["suggest", str(run), *args]) == 0
+  want = clipjax.runs.suggest_max_norm(clipjax.runs.read_run(run), scale_free=scale_free)
+  assert capsys.readouterr().out == f"{want}\n"
+  assert want.scale_free is (scale_free is not False)
+
+
 @pytest.mark.parametrize(
   ("args", "text"),
   [

@@ -13,6 +13,7 @@ KEYS = {value for module in (quantities, schema) for name, value in vars(module)
 KEYS = {value for value in KEYS if isinstance(value, str)}
 # Words that are no key where they stand: a label, the name of a finding or of an argument, a field of the page's JSON.
 WORDS = {
+  "blocks.py": {"leaf"},
   "arrays.py": {"steps", "parameters", "leaves", "weights"},
   "loggers/kinds.py": {"leaves", "step"},
   "record/pushes.py": {"step"},

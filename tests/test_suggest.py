@@ -1,14 +1,19 @@
 """`suggest_max_norm`: the formula, which norms it is applied to, what it says, and what it refuses."""
 
+import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 from synthetic import healthy, run_of
 
 import clipjax
 from clipjax.runs import suggest
+from clipjax.state_search import optimizer_states
 
 NORMS = np.exp(np.random.default_rng(0).normal(1, 0.4, 500))
 typical = NORMS[50:]
@@ -23,13 +28,12 @@ def test_the_formula_is_p90_and_for_another_rate_a_budget_of_p75():
   assert clipjax.runs.suggest_max_norm(NORMS, learning_rate=1, new_learning_rate=1).max_norm == p90
 
 
-def test_a_scale_free_optimizer_gets_a_guard_above_the_typical_norm_whatever_its_rate():
+def test_a_scale_free_optimizer_gets_a_guard_above_the_typical_norm():
   found = clipjax.runs.suggest_max_norm(NORMS, scale_free=True)
   assert found.max_norm == pytest.approx(2 * np.percentile(typical, 90))
   assert 0 < found.clip_fraction < 0.1
   same = clipjax.runs.suggest_max_norm(NORMS, scale_free=True, learning_rate=1e-3, new_learning_rate=1e-2)
   assert same.max_norm == found.max_norm
-  assert "rates do not enter" in str(same)
   # A few poisoned batches leave it where it was, and are clipped.
   poisoned = NORMS.copy()
   poisoned[60::50] = 1e4
@@ -136,9 +140,9 @@ def test_the_text_has_number_reason_alternatives_and_sources():
 def test_the_rules_of_others_are_for_the_rate_of_the_record():
   said = "Both are for the learning rate that the norms were recorded at."
   rates = {"learning_rate": 0.1, "new_learning_rate": 1.0}
-  assert said in clipjax.runs.suggest_max_norm(NORMS, **rates).notes[0]
+  assert said_of(clipjax.runs.suggest_max_norm(NORMS, **rates), said)
   for options in ({}, {"learning_rate": 0.1, "new_learning_rate": 0.1}, {**rates, "scale_free": True}):
-    assert said not in clipjax.runs.suggest_max_norm(NORMS, **options).notes[0]
+    assert not said_of(clipjax.runs.suggest_max_norm(NORMS, **options), said)
 
 
 @pytest.mark.parametrize("value", [1e-300, 1e-30, 0.1, 2.0, 1e30, 1e300])
@@ -175,7 +179,7 @@ BAD_OPTIONS = {
   "scale": (
     {"scale_free": "adam"},
     TypeError,
-    "`scale_free` must be True or False, got 'adam' (str): pass one of them.",
+    "`scale_free` must be True, False or None, got 'adam' (str): pass one of them.",
   ),
   "warm-up": ({"warmup_steps": 2.5}, TypeError, "`warmup_steps` must be a whole number or None, got 2.5 (float): pass"),
   "all warm-up": ({"warmup_steps": 500}, ValueError, "warm-up of 500 steps, got none of 500 (500 finite in all)"),
@@ -201,3 +205,240 @@ def test_wrong_options(case):
   with pytest.raises(kind) as error:
     clipjax.runs.suggest_max_norm(NORMS, **options)
   assert text in str(error.value)
+
+
+# The optimizer ------------------------------------------------------------------------------------------------------
+
+
+def updates(tx, scale):
+  """What an optimizer makes of some steps whose gradients are all scaled."""
+  params = {"w": jnp.full((4, 4), 0.3), "b": jnp.ones(4)}
+  state, rng = tx.init(params), np.random.default_rng(0)
+  for _ in range(12):
+    grads = jax.tree.map(lambda p: scale * (p + jnp.asarray(rng.normal(0, 0.3, p.shape), p.dtype)), params)
+    out, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, out)
+  return params, optimizer_states(state)
+
+
+OPTIMIZERS = {
+  "sgd": (lambda: optax.sgd(1e-5), False),
+  "momentum": (lambda: optax.sgd(1e-5, momentum=0.9), False),
+  "adam": (lambda: optax.adam(1e-2), True),
+  "adamw": (lambda: optax.adamw(1e-2), True),
+  "amsgrad": (lambda: optax.amsgrad(1e-2), True),
+  "adan": (lambda: optax.adan(1e-2), True),
+  "adabelief": (lambda: optax.adabelief(1e-2), True),
+  "adadelta": (lambda: optax.adadelta(1.0, eps=1e-12), True),
+  "adafactor": (lambda: optax.adafactor(1e-2), True),
+  "adagrad": (lambda: optax.adagrad(1e-2, initial_accumulator_value=1e-8), True),
+  "lion": (lambda: optax.lion(1e-2), True),
+  "novograd": (lambda: optax.novograd(1e-2), True),
+  "rmsprop": (lambda: optax.rmsprop(1e-2), True),
+  "rmsprop, centered": (lambda: optax.rmsprop(1e-2, centered=True, momentum=0.9), True),
+  "rmsprop, bias correction": (lambda: optax.rmsprop(1e-2, bias_correction=True), True),
+  "rprop": (lambda: optax.rprop(1e-2), True),
+  "sm3": (lambda: optax.sm3(1e-2), True),
+  "muon": (lambda: optax.contrib.muon(1e-2), True),
+  "schedule-free AdamW": (lambda: optax.contrib.schedule_free_adamw(1e-2), True),
+  "schedule-free SGD": (lambda: optax.contrib.schedule_free_sgd(1e-5), False),
+  "in MultiSteps": (lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(), True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_which_optimizers_divide_the_scale_out(name, standard_promotion):
+  make, is_free = OPTIMIZERS[name]
+  (small, states), (large, _) = updates(make(), 1.0), updates(make(), 100.0)
+  moved = max(float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (small, large)), strict=True))
+  far = float(jnp.abs(small["b"] - 1).max())
+  assert (moved < 0.01 * far) == is_free  # It is what we say.
+  run = dataclasses.replace(run_of(healthy()), optimizer=states)
+  found = clipjax.runs.suggest_max_norm(run)
+  assert found.scale_free == is_free
+  assert ("The record says that the optimizer divides the scale" in str(found)) == is_free
+
+
+def said_of(found, text):
+  return any(text in note for note in found.notes)
+
+
+def test_the_optimizer_is_that_of_the_record_unless_told():
+  run = dataclasses.replace(run_of(healthy()), optimizer=("ScaleByLionState", "EmptyState"))
+  found = clipjax.runs.suggest_max_norm(run)
+  assert found == clipjax.runs.suggest_max_norm(run, scale_free=True)._replace(notes=found.notes)
+  assert said_of(found, "(ScaleByLionState): pass scale_free=False")
+  told = clipjax.runs.suggest_max_norm(run, scale_free=False)
+  assert (told.scale_free, told.max_norm) == (False, found.max_norm / 2)
+  sgd = clipjax.runs.suggest_max_norm(dataclasses.replace(run, optimizer=("TraceState",)))
+  assert said_of(sgd, "The record has no such optimizer as Adam (TraceState): the number is for SGD")
+  assert said_of(clipjax.runs.suggest_max_norm(NORMS), "The record does not say which optimizer it was")
+
+
+def test_a_recorder_tells_the_optimizer(tmp_path, standard_promotion):
+  tx = optax.chain(clipjax.clip_by_global_norm(1.0), optax.adam(1e-3))
+  grads = {"w": jnp.array([3.0, 4.0])}
+  state = tx.init(grads)
+  with clipjax.runs.Recorder(tmp_path / "run.jsonl") as recorder:
+    for step in range(25):
+      _, state = tx.update(grads, state)
+      recorder.push(step, state)
+  found = clipjax.runs.suggest_max_norm(clipjax.runs.read_run(tmp_path / "run.jsonl"))
+  assert (found.scale_free, found.max_norm) == (True, 10.0)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_states_of_this_package_tell_no_optimizer(momentum):
+  rule = clipjax.rules.percentile(50.0, window=3)
+  clips = [clipjax.watch(), clipjax.clip_by_global_norm(1.0), clipjax.clip_by_leaf_norm(rule, name="leaf")]
+  tx = clipjax.skip_steps(optax.chain(*clips, optax.sgd(0.1, momentum)), norm_rule=rule)
+  want = () if momentum is None else ("TraceState",)
+  assert optimizer_states(tx.init({"w": jnp.ones(2)})) == want
+
+
+# Clips by leaf or group ---------------------------------------------------------------------------------------------
+
+
+def blocks_of_run(clip, **options):
+  """A recorded run with a clip by blocks; norms of the leaves a/w, a/b, b are 4, 3 and 1 times a random number."""
+  rng, columns = np.random.default_rng(0), []
+  grads = {"a": {"w": jnp.array([4.0]), "b": jnp.array([3.0])}, "b": jnp.array([1.0])}
+  update = jax.jit(clip.update)
+  state = clip.init(grads)
+  for _ in range(120):
+    scale = float(np.exp(rng.normal(0, 0.3)))
+    _, state = update(jax.tree.map(lambda x: x * scale, grads), state)  # noqa: B023
+    columns.append({key: float(x) for key, x in clipjax.metrics(state, per_leaf=True).items()})
+  return clipjax.runs.Run.from_arrays({key: np.array([row[key] for row in columns]) for key in columns[0]}, **options)
+
+
+def test_a_run_that_was_clipped_by_leaf_gets_numbers_by_leaf():
+  run = blocks_of_run(clipjax.clip_by_leaf_norm(2.0))
+  found = clipjax.runs.suggest_max_norm(run)
+  assert found.max_norm == pytest.approx(math.sqrt(26) * found.thresholds["b"], rel=0.05)
+  assert found.thresholds["a/w"] == pytest.approx(4 * found.thresholds["b"], rel=1e-5)
+  (said,) = [note for note in found.notes if "this run was clipped by" in note]
+  assert said.startswith("max_norm is for clip_by_global_norm, but this run was clipped by leaf or group.")
+  assert f"{found.thresholds['a/w']:.3g} for 'a/w'" in said
+  assert f"one number for all: {found.thresholds['a/w']:.3g}" in said
+  # What is said can be done.
+  tx = clipjax.clip_by_group_norm(found.thresholds, lambda path, leaf: path)
+  tx.init({"a": {"w": jnp.ones(1), "b": jnp.ones(1)}, "b": jnp.ones(1)})
+
+
+def test_a_recorded_clip_by_group_gets_a_dict_for_it(tmp_path):
+  tx = optax.chain(clipjax.watch(), clipjax.clip_by_group_norm(2.0, lambda path, leaf: path[0]))
+  grads = {"a": {"w": jnp.array([4.0]), "b": jnp.array([3.0])}, "b": jnp.array([1.0])}
+  state, update = tx.init(grads), jax.jit(tx.update)
+  with clipjax.runs.Recorder(tmp_path / "run.jsonl") as recorder:
+    for step in range(40):
+      _, state = update(grads, state, grads)
+      recorder.push(step, state)
+  found = clipjax.runs.suggest_max_norm(clipjax.runs.read_run(tmp_path / "run.jsonl"), scale_free=True)
+  assert found.thresholds == pytest.approx({"a": 10.0, "b": 2.0})
+  assert said_of(found, "clipped by group. The same formula by group, in `thresholds`: 10 for 'a', 2 for 'b'.")
+  assert said_of(found, "clip_by_group_norm takes these as they are.")
+
+
+def test_too_few_norms_by_leaf_are_no_base_but_say_what_to_record(tmp_path):
+  tx = clipjax.clip_by_leaf_norm(1.0)
+  grads = {"w": jnp.array([3.0, 4.0])}
+  state = tx.init(grads)
+  for every, known in ((50, False), (5, True)):
+    path = tmp_path / f"{every}.jsonl"
+    with clipjax.runs.Recorder(path, every=every) as recorder:
+      for step in range(150):
+        _, state = tx.update(grads, state)
+        recorder.push(step, state)
+    found = clipjax.runs.suggest_max_norm(clipjax.runs.read_run(path))
+    assert bool(found.thresholds) == known
+    assert said_of(found, "clipped by leaf.")
+    assert said_of(found, "too few for numbers: record them more often, Recorder(every=5).") != known
+
+
+def test_a_global_clip_beside_a_watch_has_numbers_by_leaf_but_no_word_of_them():
+  run = blocks_of_run(clipjax.watch())
+  found = clipjax.runs.suggest_max_norm(run)
+  assert set(found.thresholds) == {"a/w", "a/b", "b"}
+  assert not said_of(found, "this run was clipped by")
+  assert clipjax.runs.suggest_max_norm(NORMS).thresholds == {}
+
+
+def test_a_leaf_without_a_gradient_gets_no_threshold():
+  columns = healthy()
+  vectors = np.stack([np.zeros(400), columns["grad/norm"]], 1)
+  run = run_of(columns, leaves={"grad": ("dead", "w")}, vectors={"grad/norm": (np.arange(1, 401), vectors)})
+  assert set(clipjax.runs.suggest_max_norm(run).thresholds) == {"w"}
+
+
+def test_spikes_which_are_recorded_more_often_by_leaf_do_not_count():
+  columns = healthy()
+  columns["grad/norm"][[100, 200, 300, 350]] = 50.0
+  rows = np.unique([*range(0, 400, 10), 100, 200, 300, 350])
+  run = run_of(columns, leaves={"grad": ("w",)}, vectors={"grad/norm": (rows + 1, columns["grad/norm"][rows][:, None])})
+  found = clipjax.runs.suggest_max_norm(run)
+  assert found.thresholds["w"] == pytest.approx(found.max_norm, rel=0.15)
+
+
+def test_many_leaves_are_a_range():
+  names = tuple(f"w{i}" for i in range(30))
+  columns = healthy()
+  values = np.arange(1, 31) * columns["grad/norm"][:, None]
+  vectors = {key: (np.arange(1, 401), values if key == "grad/norm" else values / values) for key in BY_LEAF}
+  found = clipjax.runs.suggest_max_norm(run_of(columns, leaves={"grad": names}, vectors=vectors))
+  low, high = found.thresholds["w0"], found.thresholds["w29"]
+  assert said_of(found, f"in `thresholds`: {low:.3g} to {high:.3g}. clip_by_leaf_norm")
+
+
+BY_LEAF = ("grad/norm", "grad/scale")
+
+# What else is said --------------------------------------------------------------------------------------------------
+
+RATES = {"learning_rate": 0.1, "new_learning_rate": 1.0}
+
+
+def test_at_the_rate_of_the_record_a_clip_is_an_insurance():
+  for options in ({}, {"scale_free": True}, {"learning_rate": 0.1, "new_learning_rate": 0.1}):
+    assert said_of(clipjax.runs.suggest_max_norm(NORMS, **options), "may need no clip at all: there it is an insurance")
+  assert not said_of(clipjax.runs.suggest_max_norm(NORMS, **RATES), "insurance")
+
+
+def test_a_budget_says_what_to_try_first():
+  assert clipjax.runs.suggest_max_norm(NORMS, **RATES).notes[0].startswith("If you can afford to try: 2 to 3 times as")
+  for options in ({}, {**RATES, "scale_free": True}):
+    assert not said_of(clipjax.runs.suggest_max_norm(NORMS, **options), "2 to 3 times as much")
+
+
+def test_a_guard_is_for_the_rate_of_the_record():
+  here = clipjax.runs.suggest_max_norm(NORMS, scale_free=True)
+  assert here.notes[0].startswith("It is for the learning rate of the record alone.")
+  other = clipjax.runs.suggest_max_norm(NORMS, **RATES, scale_free=True)
+  assert other.max_norm == here.max_norm
+  assert said_of(other, "record a run at the new rate") and not said_of(here, "record a run at the new rate")
+
+
+def clipped_run(limit, **columns):
+  norm = healthy()["grad/norm"]
+  scale = {"grad/max_norm": np.full(400, limit), "grad/scale": np.minimum(1, limit / norm)}
+  return run_of(healthy(**scale, **columns))
+
+
+def test_a_clip_that_acted_often_has_shaped_the_run():
+  often = clipjax.runs.suggest_max_norm(clipped_run(0.8), **RATES)
+  assert said_of(often, "of these steps, and shaped it")
+  assert said_of(often, "bounded by a threshold of 0.8: the same bound is now 0.08.")
+  here = clipjax.runs.suggest_max_norm(clipped_run(0.8))
+  assert said_of(here, "shaped it") and not said_of(here, "the same bound")
+  for run in (clipped_run(2.0), run_of({"grad/norm": NORMS})):
+    assert not said_of(clipjax.runs.suggest_max_norm(run), "shaped it")
+
+
+def test_another_optimizer_of_the_run_is_named():
+  columns = healthy()
+  run = run_of(
+    {"g/norm": columns["grad/norm"], "d/norm": columns["grad/norm"] * 2, "update/norm": columns["grad/norm"]}
+  )
+  assert said_of(
+    clipjax.runs.suggest_max_norm(run), "It is of 'g'. For 'd' pass the norms: suggest_max_norm(run['d/norm'])."
+  )
+  assert not said_of(clipjax.runs.suggest_max_norm(run_of(columns)), "pass the norms")

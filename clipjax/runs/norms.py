@@ -57,22 +57,6 @@ def main_name(run: Run) -> str | None:
   return next((name for name in [GRAD, *sorted(names, key=lambda name: name == SKIP)] if name in names), None)
 
 
-# Of optax and its contrib: they divide by a running size of the gradient, or take its sign.
-_SCALE_FREE = (
-  "adam", "ams", "belief", "adan", "lion", "sign", "rms", "yogi", "novograd", "factored", "lamb", "muon", "sophia",
-  "adopt", "ademamix", "adagrad", "rss", "dion", "soap", "shampoo", "prodigy",
-)  # fmt: skip
-
-
-def is_scale_free(run: Run) -> bool:
-  """Whether the optimizer divides the scale of the gradient out, as Adam does; False where it is not known.
-
-  Of several optimizers, whether all do: plain SGD has no state that tells.
-  """
-  names = [name.lower() for name in run.optimizer]
-  return any(word in name for name in names for word in _SCALE_FREE)
-
-
 def norms_of_run(run: Run, name: str | None, warmup_steps: int | None) -> Norms:
   """The raw norms of the state `name`, none for None. `warmup_steps` None is the default."""
   warmup, begin = _warmup(run.steps, warmup_steps)
@@ -154,10 +138,16 @@ def _warmup(steps: Ints, warmup_steps: int | None) -> tuple[int, int]:
   if not steps.size:
     return warmup_steps or 0, 0
   first = int(steps[0])
-  if warmup_steps is None:  # Rows, for steps may be examples, or be pushed once in a hundred.
-    begin = int(steps[min(steps.size // WARMUP_SHARE, WARMUP_MOST)])
+  if warmup_steps is None:
+    begin = default_warmup(steps)
     return begin - first, begin
   return int(warmup_steps), first + int(warmup_steps)
+
+
+def default_warmup(steps: Ints) -> int:
+  """The first step after the warm-up that is not given: a tenth of the rows, at most 100."""
+  # Rows, for steps may be examples, or be pushed once in a hundred.
+  return int(steps[min(steps.size // WARMUP_SHARE, WARMUP_MOST)])
 
 
 def check_warmup(warmup_steps: Any) -> None:

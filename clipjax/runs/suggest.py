@@ -1,7 +1,7 @@
 """Which `max_norm` to use, from the norms of a run that went well.
 
-The formula and its constants are `_threshold`; the rest finds the norms that it is applied to, and says
-how the result stands to them and to the rules of others.
+The formula and its constants are `_threshold`. `phase` says which norms it is applied to, and `suggest_notes` what else
+there is to know: how far the record carries, and how the result stands to the rules of others.
 """
 
 import math
@@ -10,27 +10,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipjax.runs.blocks import Blocks, blocks_of
 from clipjax.runs.kinds import Floats
-from clipjax.runs.norms import FEW, Norms, check_warmup, main_name, mean, norms_of_array, norms_of_run
+from clipjax.runs.norms import FEW, Norms, check_warmup, main_name, norms_of_array, norms_of_run
+from clipjax.runs.optimizers import scale_free_states
+from clipjax.runs.phase import Phase, losses_of, phase_of
 from clipjax.runs.run import Run
-from clipjax.runs.schema import LOSS
 from clipjax.runs.sources import PASCANU, PLAYBOOK
+from clipjax.runs.suggest_notes import FAMILIES, Case, Rates, notes_of, warnings_of
 from clipjax.runs.words import described, number, percent
 
-FAMILIES = {
-  "feed-forward": (5.0, 10.0),
-  "cnn": (1.0, 5.0),
-  "rnn": (0.25, 1.0),
-  "lstm": (0.25, 1.0),
-  "transformer": (0.5, 2.0),
-}
 _ALTERNATIVES = (50, 75, 90, 99)
 _PERCENTILE = 90  # The start that the tuning playbook recommends, for the rate of the run itself.
-# For another rate: measured on four models at 3 and 10 times the rate, docs/choosing.md. p90 works there too, nearer to
-# the side on which training breaks.
-_BUDGET_PERCENTILE = 75
-_GUARD = 2.0  # Above nearly all norms that are no spike; under Adam anything from p50 to 10 p90 did, the same page.
-_DIVERGED_NORM, _DIVERGED_LOSS, _DIVERGED_SHARE = 100.0, 1.5, 0.05
+# For another rate: measured at 3 and 10 times the rate, docs/choosing.md. p90 works there too, nearer to the side on
+# which training breaks.
+BUDGET_PERCENTILE = 75
+_GUARD = 2.0  # Above nearly all norms that are no spike; the same page.
+_SPIKE_PERCENTILE = 99  # Norms by leaf are recorded at spikes too, more often than these come: they are left out.
 _WIDTH = 100
 
 
@@ -39,17 +35,20 @@ class Suggestion(NamedTuple):
 
   Attributes:
     max_norm: the threshold, for `clip_by_global_norm`.
-    clip_fraction: share of the norms, finite and after the warm-up, that are above it.
+    clip_fraction: share of the norms of the phase that are above it.
     reason: where it comes from, in a few sentences with numbers.
     alternatives: pairs `(max_norm, clip_fraction)` for p50, p75, p90 and p99 of these norms.
-    notes: what else to know: how it stands to the rules of others, and what it holds for.
+    notes: what else to know: what to try first, how far the record carries, how it stands to the rules of others.
     sources: where the rules of others come from, title and address each.
+    phase: the first and the last step of the norms that the percentile is of.
+    scale_free: whether it is for an optimizer that divides the scale of the gradient out.
+    thresholds: the same by leaf or group, for `clip_by_group_norm`; empty where too few of their norms were recorded.
 
   Example:
     >>> import clipjax
     >>> suggestion = clipjax.runs.suggest_max_norm([float(norm) for norm in range(1, 102)], warmup_steps=0)
-    >>> suggestion.max_norm, suggestion.alternatives[0]
-    (91.0, (51.0, 0.49504950495049505))
+    >>> suggestion.max_norm, suggestion.alternatives[0], suggestion.phase
+    (91.0, (51.0, 0.49504950495049505), (0, 100))
   """
 
   max_norm: float
@@ -57,7 +56,10 @@ class Suggestion(NamedTuple):
   reason: str
   alternatives: tuple[tuple[float, float], ...]
   notes: tuple[str, ...]
-  sources: tuple[str, ...] = ()
+  sources: tuple[str, ...]
+  phase: tuple[int, int]
+  scale_free: bool
+  thresholds: dict[str, float]
 
   def __str__(self) -> str:
     rows = [("suggested", self.max_norm, self.clip_fraction)]
@@ -78,7 +80,7 @@ def suggest_max_norm(
   *,
   learning_rate: float | None = None,
   new_learning_rate: float | None = None,
-  scale_free: bool = False,
+  scale_free: bool | None = None,
   model: str | None = None,
   warmup_steps: int | None = None,
 ) -> Suggestion:
@@ -86,9 +88,13 @@ def suggest_max_norm(
 
   The budget is `p75(norms) * learning_rate / new_learning_rate`: `learning_rate * max_norm` bounds the length of a step
   of SGD (times `1 / (1 - momentum)`), and is kept where the rate changes. An optimizer that divides the scale of the
-  gradient out, such as Adam, Adafactor, Lion or Muon, gets a guard against spikes instead, `2 * p90`: its steps are as
-  long with one threshold as with another. Percentiles are of the raw norms, before any clip, without those that are
-  not finite and without the warm-up. How the rules fare on four models: docs/choosing.md of the project.
+  gradient out, such as Adam, Adafactor, Lion or Muon, gets a guard against spikes instead, `2 * p90(norms)`, for the
+  rate of the record alone: for another rate, record there.
+
+  The percentiles are of the raw norms, before any clip, of the phase in which the run learned: from the end of the
+  warm-up until the loss had made 99.5% of its fall. What follows is left out where the norms have fallen to less than
+  half, as they do in a run that has converged. Without a loss, the phase holds 98% of the sum of squared norms. How the
+  rules fare on ten models: docs/choosing.md of the project.
 
   Norms of inf and NaN are left out. Norms of 0 in nine steps of ten or more are an error, as 0 would stop the
   training. Norms of a run that diverged are no base for a threshold, which the reason then says.
@@ -98,9 +104,11 @@ def suggest_max_norm(
       or JAX array. Of a run the norms of "grad", else of the first state that is recorded.
     learning_rate: the one that the norms were recorded at, > 0.
     new_learning_rate: the one that the threshold is for, > 0; both or neither.
-    scale_free: whether the optimizer divides the scale of the gradient out.
+    scale_free: whether the optimizer divides the scale of the gradient out; None: as the record says, False where it
+      does not.
     model: "feed-forward", "cnn", "rnn", "lstm" or "transformer", to compare with the rule of thumb for it.
-    warmup_steps: how many steps from the first on to leave out; None: those of a tenth of the rows, at most 100 rows.
+    warmup_steps: how many steps from the first on to leave out; None: those of a tenth of the rows of the phase, at
+      most 100 rows.
 
   Returns:
     A `Suggestion`: a threshold > 0, the share of the recorded norms above it, and why.
@@ -129,23 +137,29 @@ def suggest_max_norm(
   check_warmup(warmup_steps)
   run = norms_or_run if isinstance(norms_or_run, Run) else None
   norms = norms_of_array(norms_or_run, warmup_steps) if run is None else _norms(run, warmup_steps)
-  typical = _checked(norms)
+  _check(norms)
   rates = None if learning_rate is None or new_learning_rate is None else (learning_rate, new_learning_rate)
-  max_norm, formula = _threshold(typical, rates, scale_free)
-  if not 0 < max_norm < math.inf:
-    named, got, remedy = "`norms_or_run`", "", "look at the norms."
-    if rates is not None and not scale_free:
-      named, got, remedy = "`learning_rate` and `new_learning_rate`", f"{rates} and ", "check the two rates."
-    raise ValueError(f"{named} must give a threshold > 0 and finite, got {got}{max_norm:g}: {remedy}")
+  states = () if run is None else scale_free_states(run)
+  is_free = bool(states) if scale_free is None else scale_free
   with np.errstate(over="ignore"):  # Medians of norms near the largest float64 are inf, which is told.
-    warnings = [_few(typical), _divergence(norms, run)]
+    phase = phase_of(norms, None if run is None else losses_of(run), warmup_steps)
+    typical = norms.values[norms.finite & (norms.steps >= phase.begin) & (norms.steps <= phase.end)]
+    max_norm, formula = _threshold(typical, rates, is_free)
+    _check_result(max_norm, rates, is_free)
+    blocks = None if run is None else blocks_of(run, main_name(run))
+    thresholds = {} if blocks is None else _by_block(blocks, norms, phase, rates, is_free)
+    case = Case(run, norms, typical, phase, max_norm, rates, is_free, scale_free, states, model, blocks, thresholds)
+    warnings, notes = warnings_of(case), notes_of(case)
   return Suggestion(
     max_norm=max_norm,
     clip_fraction=_share_above(typical, max_norm),
-    reason=" ".join([formula.format(norms=_counted(norms)), *filter(None, warnings)]),
+    reason=" ".join([formula.format(norms=_counted(norms, typical, phase)), *warnings]),
     alternatives=tuple((float(value), _share_above(typical, value)) for value in np.percentile(typical, _ALTERNATIVES)),
-    notes=tuple(_notes(typical, max_norm, rates, scale_free, model)),
+    notes=tuple(notes),
     sources=(str(PLAYBOOK), str(PASCANU)),
+    phase=(int(phase.begin), int(phase.end)),
+    scale_free=is_free,
+    thresholds=thresholds,
   )
 
 
@@ -153,31 +167,54 @@ def _norms(run: Run, warmup_steps: int | None) -> Norms:
   return norms_of_run(run, main_name(run), warmup_steps)
 
 
-def _threshold(typical: Floats, rates: tuple[float, float] | None, scale_free: bool) -> tuple[float, str]:
+def _threshold(typical: Floats, rates: Rates, scale_free: bool) -> tuple[float, str]:
   """The threshold, and where it comes from as a text in which `{norms}` says which norms."""
   p90 = float(np.percentile(typical, _PERCENTILE))
   text = f"90th percentile of {{norms}} is {number(p90)}"
   if scale_free:
-    return _GUARD * p90, (
-      f"The {text}, and {_GUARD:g} times that lies just above the typical norm: it clips spikes and little else. The "
-      "optimizer divides the scale of the gradient out, so that the threshold hardly matters but for spikes."
-    )
+    return _GUARD * p90, f"The {text}, and {_GUARD:g} times that is a guard: it clips spikes and little else."
   if rates is None or rates[0] == rates[1]:
     return p90, f"The {text}."
   old, new = rates
-  p75 = float(np.percentile(typical, _BUDGET_PERCENTILE))
+  p75 = float(np.percentile(typical, BUDGET_PERCENTILE))
   return p75 * (old / new), (
     f"The 75th percentile of {{norms}} is {number(p75)}, times {old:g} / {new:g} for the new learning rate: under SGD "
     f"learning_rate * max_norm bounds the length of a step, and that stays at {number(p75 * old)}."
   )
 
 
+def _by_block(blocks: Blocks, norms: Norms, phase: Phase, rates: Rates, scale_free: bool) -> dict[str, float]:
+  """The threshold of each leaf or group that has norms enough and is not 0 nearly throughout."""
+  inside = norms.finite & (norms.steps >= phase.begin) & (norms.steps <= phase.end)
+  usual = norms.values <= np.percentile(norms.values[inside], _SPIKE_PERCENTILE)
+  rows = np.isin(blocks.steps, norms.steps[inside & usual])
+  out = {}
+  for label, column in zip(blocks.labels, blocks.norms[rows].T, strict=True):
+    known = column[np.isfinite(column)]
+    if known.size >= FEW and (threshold := _threshold(known, rates, scale_free)[0]) > 0:
+      out[label] = threshold
+  return out
+
+
 def _share_above(typical: Floats, max_norm: float) -> float:
   return float(np.mean(typical > max_norm))
 
 
-def _checked(norms: Norms) -> Floats:
-  """The finite norms after the warm-up, of which there are some, not nearly all of them 0."""
+def _counted(norms: Norms, typical: Floats, phase: Phase) -> str:
+  """Which norms the percentiles are of."""
+  inside = (norms.steps >= phase.begin) & (norms.steps <= phase.end)
+  nonfinite = int(np.sum(inside)) - typical.size
+  left_out = [f"the {phase.warmup} of the warm-up"] if phase.warmup else []
+  left_out += [f"{nonfinite} nonfinite"] if nonfinite else []
+  which = f", those of steps {phase.begin} to {phase.end}" if phase.ended_by else ""
+  return f"{typical.size} norms{which}" + (f" ({' and '.join(left_out)} left out)" if left_out else "")
+
+
+# Checks -------------------------------------------------------------------------------------------------------------
+
+
+def _check(norms: Norms) -> None:
+  """Raises unless there are finite norms after the warm-up, not nearly all of them 0."""
   typical = norms.typical
   if typical.size == 0:
     raise ValueError(
@@ -190,86 +227,16 @@ def _checked(norms: Norms) -> Floats:
       f"`norms_or_run` must have norms above 0, got 0 in {percent(float(np.mean(typical == 0)))} of {typical.size}: "
       "look why the gradient is zero before you clip it."
     )
-  return typical
 
 
-def _counted(norms: Norms) -> str:
-  """Which norms the percentiles are of."""
-  in_warmup = int(np.sum(norms.steps < norms.begin))
-  nonfinite = norms.values.size - in_warmup - norms.typical.size
-  left_out = [f"the {in_warmup} of the warm-up"] if in_warmup else []
-  left_out += [f"{nonfinite} nonfinite"] if nonfinite else []
-  return f"{norms.typical.size} norms" + (f" ({' and '.join(left_out)} left out)" if left_out else "")
-
-
-def _few(typical: Floats) -> str:
-  if typical.size >= FEW:
-    return ""
-  return f"These are fewer than {FEW} norms, too few to rely on: record more steps."
-
-
-def _divergence(norms: Norms, run: Run | None) -> str:
-  """Why the run is no base for a threshold; an empty text where it is one."""
-  # The warm-up too: a run that diverges in its first steps may be level afterwards.
-  finite, signs = norms.values[norms.finite], []
-  nonfinite = 1 - finite.size / norms.values.size
-  if nonfinite > _DIVERGED_SHARE:
-    signs.append(f"{percent(nonfinite)} of its norms are not finite")
-  elif not norms.finite[-1]:
-    signs.append("its last norm is not finite")
-  medians = [float(np.median(part)) for part in np.array_split(finite, min(20, finite.size))]
-  if finite.size >= FEW and medians[-1] > _DIVERGED_NORM * min(medians):
-    signs.append(f"its norms rose from {number(min(medians))} to {number(medians[-1])}")
-  loss = np.zeros(0) if run is None else run.columns.get(LOSS, np.zeros(0))
-  loss = loss[np.isfinite(loss)]
-  if loss.size >= FEW:
-    first, last = float(loss[:3].max()), float(np.median(loss[-(loss.size // 10) :]))
-    if first > 0 and last > _DIVERGED_LOSS * first:
-      signs.append(f"its loss rose from {number(first)} to {number(last)}")
-  if not signs:
-    return ""
-  return (
-    f"But the run diverged ({', '.join(signs)}): such norms are no base for a threshold. Record a run at a learning "
-    "rate at which it trains, and go from there with learning_rate= and new_learning_rate=."
-  )
-
-
-def _notes(
-  typical: Floats, max_norm: float, rates: tuple[float, float] | None, scale_free: bool, model: str | None
-) -> list[str]:
-  middle = mean(typical)
-  notes = [
-    f"{PLAYBOOK.title} recommends the 90th percentile as a start. {PASCANU.title} found that half to "
-    f"ten times the mean norm can work: here {number(middle / 2)} to {number(middle * 10)}, and "
-    f"{number(max_norm)} lies {_place(max_norm, middle / 2, middle * 10)}."
-  ]
-  if rates is not None and rates[0] != rates[1] and not scale_free:
-    notes[0] += " Both are for the learning rate that the norms were recorded at."
-  if _share_above(typical, max_norm) > 0.5:
-    notes.append(
-      "More than half of the recorded norms are above it: at the new learning rate the clip sets the length of most "
-      'steps, as it is meant to here. The playbook calls that "extremely aggressive" and would lower the learning rate '
-      "instead."
-    )
-  if model is not None:
-    low, high = FAMILIES[model.lower()]
-    notes.append(
-      f"The rule of thumb for this family of models ({model.lower()}) is {low:g} to {high:g}, and {number(max_norm)} "
-      f"lies {_place(max_norm, low, high)}. It knows neither the size of the model nor the scale of the loss: trust "
-      "the norms of the run more."
-    )
-  if rates is None and not scale_free:
-    notes.append(
-      "It is for SGD at the learning rate of this run: for another rate pass learning_rate= and new_learning_rate=, "
-      "for Adam and its like scale_free=True."
-    )
-  elif rates is not None and scale_free:
-    notes.append("Under an optimizer that divides the scale out the learning rates do not enter.")
-  return notes
-
-
-def _place(value: float, low: float, high: float) -> str:
-  return "below" if value < low else "above" if value > high else "inside"
+def _check_result(max_norm: float, rates: Rates, scale_free: bool) -> None:
+  """Raises unless the threshold is above 0 and finite."""
+  if 0 < max_norm < math.inf:
+    return
+  named, got, remedy = "`norms_or_run`", "", "look at the norms."
+  if rates is not None and not scale_free:
+    named, got, remedy = "`learning_rate` and `new_learning_rate`", f"{rates} and ", "check the two rates."
+  raise ValueError(f"{named} must give a threshold > 0 and finite, got {got}{max_norm:g}: {remedy}")
 
 
 def _check_options(learning_rate: Any, new_learning_rate: Any, scale_free: Any, model: Any) -> None:
@@ -285,7 +252,7 @@ def _check_options(learning_rate: Any, new_learning_rate: Any, scale_free: Any, 
       f"`learning_rate` and `new_learning_rate` must be given both or neither, got {learning_rate} and "
       f"{new_learning_rate}: pass the rate of the recorded run and the one that the threshold is for."
     )
-  if not isinstance(scale_free, bool):
-    raise TypeError(f"`scale_free` must be True or False, got {described(scale_free)}: pass one of them.")
+  if scale_free is not None and not isinstance(scale_free, bool):
+    raise TypeError(f"`scale_free` must be True, False or None, got {described(scale_free)}: pass one of them.")
   if model is not None and (not isinstance(model, str) or model.lower() not in FAMILIES):
     raise ValueError(f"`model` must be one of {', '.join(FAMILIES)} or None, got {described(model)}: pass the nearest.")

@@ -8,7 +8,8 @@ import numpy as np
 from clipjax.quantities import CLIP_FRACTION, NORM, NORM_CLIPPED, SCALE
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
-from clipjax.runs.norms import column, is_scale_free
+from clipjax.runs.norms import column
+from clipjax.runs.optimizers import scale_free_states
 from clipjax.runs.schema import key_of, names_with
 from clipjax.runs.sources import PLAYBOOK
 from clipjax.runs.words import percent, several
@@ -26,7 +27,7 @@ def clipped_often(view: View) -> Iterator[Finding]:
 
   Adam and its like divide the scale of the gradient out again: what a clip takes in every step, they give back.
   """
-  if is_scale_free(view.run):
+  if scale_free_states(view.run):
     return
   for name in names_with(view.run.columns, CLIP_FRACTION):
     if not view.enough(view.steps_taken(name)):
@@ -75,6 +76,6 @@ def clipped(view: View) -> Iterator[Finding]:
     what = " some leaf or group in" if view.blocks(name, SCALE)[0] else ""
     message = f"{name!r} clipped{what} {percent(share)} of {view.steps_taken(name)} steps."
     advice = ""
-    if share > view.limits.clip_fraction and is_scale_free(view.run):
+    if share > view.limits.clip_fraction and scale_free_states(view.run):
       advice = "No harm under this optimizer, which divides the scale of the gradient out."
     yield Finding("INFO", "clipped", message, advice)

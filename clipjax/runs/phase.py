@@ -1,0 +1,162 @@
+"""The phase of a record in which the run learned: the steps that a percentile of its norms is taken over.
+
+Norms fall as a run converges, down to nothing where it fits its data. A record that goes on after that would say less
+and less, so what follows the phase is left out wherever the norms have fallen by then. The constants were chosen on the
+four models of `benchmarks/small_models.py`; docs/choosing.md shows how the phase fares on others.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from clipjax.runs.kinds import Floats, Ints
+from clipjax.runs.norms import FEW, Norms, default_warmup
+from clipjax.runs.run import Run
+from clipjax.runs.schema import LOSS
+
+# The phase ends where the smoothed loss has made this share of its fall. Without a loss, where this share of the sum of
+# squared norms is reached: to first order a step of gradient descent lowers the loss by learning_rate * norm**2.
+# Both hold the budget of records of 300 and 2000 steps within the tolerance on the feed-forward net and the CNN.
+OF_FALL, OF_SQUARES = 0.995, 0.98
+_FELL = 2.0  # Only norms that have fallen by this factor are left out: else the whole record tells more.
+_MOST_OF_FALL, _LATE = 0.95, 0.75  # A loss that makes its last twentieth in the last quarter was still falling.
+_WINDOW, _FIRST, _BLOCKS = 15, 3, 20  # Steps of a running median; of the first level; parts among which the lowest is.
+_LEAST = FEW + FEW // 5  # Norms up to the end of the phase: after the warm-up they are not few.
+_CHUNK = 8192  # Windows at a time, which bounds the memory that a long run takes.
+_TRAINING = re.compile(rf"(train|training|total)[ _/.-]?{LOSS}", re.IGNORECASE)
+NORMS = "norms"  # What ended a phase that no loss did.
+
+
+class Phase(NamedTuple):
+  """The steps that the percentile is of, and what the record says beyond them.
+
+  Attributes:
+    begin: the first step, after the warm-up.
+    end: the last one.
+    ended_by: "loss" or "norms", by which the end was found; "" where it is the end of the record.
+    warmup: how many norms before `begin` are left out.
+    first: the median norm in the first tenth of the record, and `last` that in its last tenth.
+    after: the median norm after `end`; NaN where the record ends there.
+    has_fallen: whether the loss fell by more than it moves from step to step; None without a loss.
+    is_falling: whether it was still falling in the last quarter of the record.
+    is_missed: whether the warm-up that was given leaves the phase out, where norms have fallen since.
+  """
+
+  begin: int
+  end: int
+  ended_by: str
+  warmup: int
+  first: float
+  last: float
+  after: float
+  has_fallen: bool | None
+  is_falling: bool
+  is_missed: bool
+
+
+def phase_of(
+  norms: Norms,
+  losses: tuple[Ints, Floats] | None,
+  warmup_steps: int | None,
+  *,
+  of_fall: float = OF_FALL,
+  of_squares: float = OF_SQUARES,
+) -> Phase:
+  """The phase of these norms, of which some are finite.
+
+  Args:
+    norms: in the order of their steps, with the warm-up that the whole record has.
+    losses: the steps of the training loss and its values, all finite; None or none where it was not recorded.
+    warmup_steps: as it was given; None: a tenth of the rows up to the end of the phase, at most 100.
+    of_fall: the share of its fall that the loss makes in the phase.
+    of_squares: the share of the sum of squared norms that the phase has, where there is no loss.
+  """
+  steps, values = norms.steps[norms.finite], norms.values[norms.finite]
+  course = None if losses is None or losses[0].size < FEW else _Course.of(*losses)
+  fell = course is not None and course.has_fallen
+  end, by = int(steps[-1]), ""  # Of a loss that never fell.
+  if course is None:
+    end, by = _by_squares(norms, of_squares), NORMS
+  elif fell:
+    end, by = course.reached(of_fall), LOSS
+  end = max(end, int(steps[min(_LEAST, steps.size) - 1]))
+  begin = norms.begin if warmup_steps is not None else default_warmup(norms.steps[norms.steps <= end])
+  inside, after = values[(steps >= begin) & (steps <= end)], values[steps > end]
+  is_low = after.size >= FEW and _FELL * np.median(after) <= np.median(values[steps <= end])
+  is_missed = bool(is_low and inside.size < FEW and warmup_steps is not None)
+  if not by or not is_low or inside.size < FEW:
+    begin, end, by = norms.begin, int(norms.steps[-1]), ""
+  parts = np.array_split(values, min(10, values.size))
+  return Phase(
+    begin=begin,
+    end=end,
+    ended_by=by,
+    warmup=int(np.sum(norms.steps < begin)),
+    first=float(np.median(parts[0])),
+    last=float(np.median(parts[-1])),
+    after=float(np.median(after)) if by else np.nan,
+    has_fallen=None if course is None else fell,
+    is_falling=course is not None and fell and course.is_late(course.reached(_MOST_OF_FALL)),
+    is_missed=is_missed,
+  )
+
+
+def losses_of(run: Run) -> tuple[Ints, Floats]:
+  """The steps of the training loss and its values, where they are finite: "loss", or a column like "train_loss"."""
+  names = [LOSS, *filter(_TRAINING.fullmatch, run.columns)]
+  values = next((run.columns[name] for name in names if name in run.columns), np.full(len(run.steps), np.nan))
+  known = np.isfinite(values)
+  return run.steps[known], values[known]
+
+
+class _Course(NamedTuple):
+  """How a loss fell: its steps, its running median, its first level and its lowest."""
+
+  steps: Ints
+  smooth: Floats
+  first: float
+  lowest: float
+  noise: float
+
+  @classmethod
+  def of(cls, steps: Ints, loss: Floats) -> "_Course":
+    first = float(np.median(loss[:_FIRST]))
+    # The median of a part, since the lowest of many single values is chance: in a long plateau it comes late.
+    lowest = min(float(np.median(part)) for part in np.array_split(loss, min(_BLOCKS, loss.size)))
+    return cls(steps, _running_median(loss), first, lowest, float(np.median(np.abs(np.diff(loss)))))
+
+  @property
+  def has_fallen(self) -> bool:
+    return self.first - self.lowest > self.noise
+
+  def reached(self, share: float) -> int:
+    """The first step at which the loss had made a share of its fall."""
+    return int(self.steps[np.argmax(self.smooth <= self.first - share * (self.first - self.lowest))])
+
+  def is_late(self, step: int) -> bool:
+    return bool(np.searchsorted(self.steps, step) >= _LATE * self.steps.size)
+
+
+def _by_squares(norms: Norms, share: float) -> int:
+  """The step by which the squared norms, smoothed against spikes, have made most of their sum.
+
+  The last step of norms that have not fallen since the warm-up: large ones at the start alone end no phase.
+  """
+  steps, values = norms.steps[norms.finite], norms.values[norms.finite]
+  first, *_, last = np.array_split(values[steps >= norms.begin], 10)
+  largest = float(values.max())
+  if last.size == 0 or largest == 0 or _FELL * np.median(last) > np.median(first):
+    return int(steps[-1])
+  total = np.cumsum(np.square(_running_median(values) / largest))
+  return int(steps[np.searchsorted(total, share * total[-1])])
+
+
+def _running_median(values: Floats) -> Floats:
+  """The median of each value and those before it, a window in all; fewer at the start."""
+  head = [np.median(values[: i + 1]) for i in range(min(_WINDOW - 1, values.size))]
+  if values.size < _WINDOW:
+    return np.array(head)
+  windows = sliding_window_view(values, _WINDOW)
+  return np.concatenate([head, *(np.median(windows[i : i + _CHUNK], axis=1) for i in range(0, len(windows), _CHUNK))])

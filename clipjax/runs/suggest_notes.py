@@ -1,0 +1,309 @@
+"""What `suggest_max_norm` says beside the number: whether the run is a base for it, and what it holds for.
+
+Each note is a function from a `Case` to a text, empty where it does not apply. What is claimed of models in general was
+measured by `benchmarks/choosing.py` and is in docs/choosing.md.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from clipjax.quantities import MAX_NORM, NORM
+from clipjax.runs.blocks import GROUP, Blocks
+from clipjax.runs.kinds import Floats
+from clipjax.runs.norms import FEW, Norms, acted, column, main_name, mean
+from clipjax.runs.phase import NORMS, OF_FALL, OF_SQUARES, Phase, losses_of
+from clipjax.runs.run import Run
+from clipjax.runs.schema import SKIP, UPDATES, key_of, names_with
+from clipjax.runs.sources import PASCANU, PLAYBOOK
+from clipjax.runs.words import number, percent, several
+
+Rates: TypeAlias = tuple[float, float] | None
+
+FAMILIES = {
+  "feed-forward": (5.0, 10.0),
+  "cnn": (1.0, 5.0),
+  "rnn": (0.25, 1.0),
+  "lstm": (0.25, 1.0),
+  "transformer": (0.5, 2.0),
+}
+_DIVERGED_NORM, _DIVERGED_LOSS, _DIVERGED_SHARE = 100.0, 1.5, 0.05
+_SHAPED = 0.25  # A clip that acts in more of the steps has shaped the run, and with it the norms.
+_NAMED = 12  # Leaves or groups whose threshold is said; of more, the range.
+
+
+class Case(NamedTuple):
+  """All that a note may look at.
+
+  Attributes:
+    run: None for an array of norms.
+    norms: all of them; `typical` those that the percentile is of, in `phase`.
+    max_norm: the threshold.
+    rates: of the record, and the new one.
+    scale_free: what was decided, `given` what was asked for, `states` what the record has of such optimizers.
+    model: the family of the model.
+    blocks: norms by leaf or group; `thresholds` the threshold of each.
+  """
+
+  run: Run | None
+  norms: Norms
+  typical: Floats
+  phase: Phase
+  max_norm: float
+  rates: Rates
+  scale_free: bool
+  given: bool | None
+  states: tuple[str, ...]
+  model: str | None
+  blocks: Blocks | None
+  thresholds: dict[str, float]
+
+  @property
+  def is_other_rate(self) -> bool:
+    """Whether the threshold is for another rate than that of the record."""
+    return self.rates is not None and self.rates[0] != self.rates[1]
+
+
+def warnings_of(case: Case) -> list[str]:
+  """Why the number is not to be relied on; nothing where it is."""
+  return [text for check in (_few, _divergence, _no_fall, _late_warmup) if (text := check(case))]
+
+
+def notes_of(case: Case) -> list[str]:
+  """What else to know, what to do first in front."""
+  notes = (_budget, _guard, _insurance, _record, _clipped_by, _shaped, _optimizer, _others, _rules, _half, _family)
+  return [text for note in notes if (text := note(case))]
+
+
+# Whether the run is a base ------------------------------------------------------------------------------------------
+
+
+def _few(case: Case) -> str:
+  if case.typical.size >= FEW:
+    return ""
+  return f"These are fewer than {FEW} norms, too few to rely on: record more steps."
+
+
+def _divergence(case: Case) -> str:
+  # The warm-up too: a run that diverges in its first steps may be level afterwards.
+  norms = case.norms
+  finite, signs = norms.values[norms.finite], []
+  nonfinite = 1 - finite.size / norms.values.size
+  if nonfinite > _DIVERGED_SHARE:
+    signs.append(f"{percent(nonfinite)} of its norms are not finite")
+  elif not norms.finite[-1]:
+    signs.append("its last norm is not finite")
+  medians = [float(np.median(part)) for part in np.array_split(finite, min(20, finite.size))]
+  if finite.size >= FEW and medians[-1] > _DIVERGED_NORM * min(medians):
+    signs.append(f"its norms rose from {number(min(medians))} to {number(medians[-1])}")
+  loss = np.zeros(0) if case.run is None else losses_of(case.run)[1]
+  if loss.size >= FEW:
+    first, last = float(loss[:3].max()), float(np.median(loss[-(loss.size // 10) :]))
+    if first > 0 and last > _DIVERGED_LOSS * first:
+      signs.append(f"its loss rose from {number(first)} to {number(last)}")
+  if not signs:
+    return ""
+  return (
+    f"But the run diverged ({', '.join(signs)}): such norms are no base for a threshold. Record a run at a learning "
+    "rate at which it trains, and go from there with learning_rate= and new_learning_rate=."
+  )
+
+
+def _no_fall(case: Case) -> str:
+  if case.phase.has_fallen is not False or _divergence(case):
+    return ""
+  return (
+    "But the loss of this run never fell: the norms of a run that does not learn are no base for a threshold. Record "
+    "one that does."
+  )
+
+
+def _late_warmup(case: Case) -> str:
+  if not case.phase.is_missed:
+    return ""
+  return (
+    f"But the run had learned before the warm-up of {case.norms.warmup_steps} steps was over, and these are the norms "
+    "of a run that has converged: lower `warmup_steps`."
+  )
+
+
+# What to do first ---------------------------------------------------------------------------------------------------
+
+
+def _budget(case: Case) -> str:
+  if not case.is_other_rate or case.scale_free:
+    return ""
+  return (
+    "If you can afford to try: 2 to 3 times as much first, then this. Lower than this only where both break. In "
+    "between is where the best threshold was on most models of docs/choosing.md."
+  )
+
+
+def _guard(case: Case) -> str:
+  if not case.scale_free:
+    return ""
+  text = (
+    "It is for the learning rate of the record alone. It bounds what one bad batch does, whose gradient would move the "
+    "parameters at once and then stand in the second moment, where it makes about 1 / (1 - b2) later steps too small. "
+    "It does not make up for a learning rate that is too high: the optimizer divides the scale of the gradient out "
+    "again."
+  )
+  if case.is_other_rate:
+    text += (
+      " At another rate the norms are others, and no number from this record is known to hold there: record a run at "
+      "the new rate."
+    )
+  return text
+
+
+def _insurance(case: Case) -> str:
+  if case.is_other_rate and not case.scale_free:
+    return ""
+  return (
+    "At the rate of the record a run may need no clip at all: there it is an insurance, against a batch whose gradient "
+    "is many times the usual one, and costs little or nothing where none comes."
+  )
+
+
+# How far the record carries -----------------------------------------------------------------------------------------
+
+
+def _record(case: Case) -> str:
+  phase = case.phase
+  course = "fell" if phase.last < phase.first else "rose" if phase.last > phase.first else "stayed"
+  change = f"from {number(phase.first)} to {number(phase.last)}" if course != "stayed" else f"at {number(phase.last)}"
+  text = f"The norms {course} {change}, medians of the first and the last tenth of the record."
+  if phase.ended_by:
+    share = f"the loss had made {percent(OF_FALL)} of its fall"
+    if phase.ended_by == NORMS:
+      share = f"the squared norms had made {percent(OF_SQUARES)} of their sum (no loss was recorded)"
+    return text + (
+      f" By step {phase.end} {share}. The later norms, {number(phase.after)} in the middle, are left out: they are "
+      "those of a run that has converged, and with a threshold from them no run would learn. A longer record changes "
+      "nothing."
+    )
+  if phase.is_falling:
+    return text + " The loss was still falling: record until it levels off, or for as long as the next run is to be."
+  if phase.has_fallen is None:
+    return text + " Without a loss in the record nobody can tell whether the run had learned: push loss=."
+  return text + " The loss had levelled off: the record is long enough."
+
+
+def _clipped_by(case: Case) -> str:
+  blocks = case.blocks
+  if blocks is None or not blocks.labels:
+    return ""
+  if not blocks.clipped:
+    return ""
+  text = f"max_norm is for clip_by_global_norm, but this run was clipped by {blocks.clipped}."
+  if not case.thresholds:
+    return text + (
+      f" It has norms by {blocks.clipped} at fewer than {FEW} steps of these, too few for numbers: record them more "
+      "often, Recorder(every=5)."
+    )
+  values = case.thresholds
+  said = ", ".join(f"{number(value)} for {several([label], blocks.labels)}" for label, value in values.items())
+  if len(values) > _NAMED:
+    said = f"{number(min(values.values()))} to {number(max(values.values()))}"
+  text += f" The same formula by {blocks.clipped}, in `thresholds`: {said}."
+  if blocks.clipped == GROUP:
+    return f"{text} clip_by_group_norm takes these as they are."
+  return text + (
+    f" clip_by_leaf_norm takes one number for all: {number(max(values.values()))}, the largest, clips none below its "
+    "own. clip_by_group_norm(thresholds, lambda path, leaf: path) takes one for each leaf."
+  )
+
+
+def _shaped(case: Case) -> str:
+  if case.run is None:
+    return ""
+  name = main_name(case.run)
+  inside = (case.norms.steps >= case.phase.begin) & (case.norms.steps <= case.phase.end)
+  share = float(np.mean(acted(case.run, name, case.norms)[inside]))
+  if share <= _SHAPED:
+    return ""
+  text = (
+    f"The clip of this run acted in {percent(share)} of these steps, and shaped it: without it the norms, and this "
+    "number, would be others."
+  )
+  limits = column(case.run, key_of(str(name), MAX_NORM))
+  limits = limits[np.isfinite(limits)]
+  if case.rates is not None and case.is_other_rate and not case.scale_free and limits.size:
+    old, new = case.rates
+    kept = float(np.median(limits)) * (old / new)
+    text += (
+      f" Its steps were bounded by a threshold of {number(np.median(limits))}: the same bound is now {number(kept)}."
+    )
+  return text
+
+
+# What it is for -----------------------------------------------------------------------------------------------------
+
+
+def _optimizer(case: Case) -> str:
+  if case.given is None and case.states:
+    return (
+      f"The record says that the optimizer divides the scale of the gradient out ({', '.join(case.states)}): pass "
+      "scale_free=False if the threshold is for another one."
+    )
+  if case.scale_free or case.rates is not None:
+    return ""
+  known = "" if case.run is None else ", ".join(case.run.optimizer)
+  said = (
+    f"The record has no such optimizer as Adam ({known})" if known else "The record does not say which optimizer it was"
+  )
+  return (
+    f"{said}: the number is for SGD at the learning rate of this run. For another rate pass learning_rate= and "
+    "new_learning_rate=, for Adam and its like scale_free=True."
+  )
+
+
+def _others(case: Case) -> str:
+  if case.run is None:
+    return ""
+  name = main_name(case.run)
+  others = [x for x in names_with(case.run.columns, NORM) if x not in (name, SKIP, UPDATES)]
+  if not others:
+    return ""
+  key = key_of(others[0], NORM)
+  return f"It is of {name!r}. For {several(others, others)} pass the norms: suggest_max_norm(run[{key!r}])."
+
+
+# The rules of others ------------------------------------------------------------------------------------------------
+
+
+def _rules(case: Case) -> str:
+  middle = mean(case.typical)
+  text = (
+    f"{PLAYBOOK.title} recommends the 90th percentile as a start. {PASCANU.title} found that half to ten times the "
+    f"mean norm can work: here {number(middle / 2)} to {number(middle * 10)}, and {number(case.max_norm)} lies "
+    f"{_place(case.max_norm, middle / 2, middle * 10)}."
+  )
+  if case.is_other_rate and not case.scale_free:
+    text += " Both are for the learning rate that the norms were recorded at."
+  return text
+
+
+def _half(case: Case) -> str:
+  if np.mean(case.typical > case.max_norm) <= 0.5:
+    return ""
+  return (
+    "More than half of the recorded norms are above it: at the new learning rate the clip sets the length of most "
+    'steps, as it is meant to here. The playbook calls that "extremely aggressive" and would lower the learning rate '
+    "instead."
+  )
+
+
+def _family(case: Case) -> str:
+  if case.model is None:
+    return ""
+  low, high = FAMILIES[case.model.lower()]
+  return (
+    f"The rule of thumb for this family of models ({case.model.lower()}) is {low:g} to {high:g}, and "
+    f"{number(case.max_norm)} lies {_place(case.max_norm, low, high)}. It knows neither the size of the model nor the "
+    "scale of the loss: trust the norms of the run more."
+  )
+
+
+def _place(value: float, low: float, high: float) -> str:
+  return "below" if value < low else "above" if value > high else "inside"
