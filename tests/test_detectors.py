@@ -7,7 +7,7 @@ import pytest
 from synthetic import run_of
 
 import clipjax
-from clipjax.runs.health.course import course_of
+from clipjax.runs.course import course_of
 from clipjax.runs.health.detectors import Kind, SpikeDetector
 from clipjax.runs.health.leaf_spikes import LeafDetector
 from clipjax.runs.health.series import KINDS

@@ -5,7 +5,6 @@ and less, so what follows the phase is left out wherever the norms have fallen b
 four models of `benchmarks/small_models.py`; docs/choosing.md shows how the phase fares on others.
 """
 
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import FEW, Norms, default_warmup
+from clipjax.runs.roles import main_loss
 from clipjax.runs.run import Run
 from clipjax.runs.schema import LOSS
 
@@ -25,7 +25,6 @@ _MOST_OF_FALL, _LATE = 0.95, 0.75  # A loss that makes its last twentieth in the
 _WINDOW, _FIRST, _BLOCKS = 15, 3, 20  # Steps of a running median; of the first level; parts among which the lowest is.
 _LEAST = FEW + FEW // 5  # Norms up to the end of the phase: after the warm-up they are not few.
 _CHUNK = 8192  # Windows at a time, which bounds the memory that a long run takes.
-_TRAINING = re.compile(rf"(train|training|total)[ _/.-]?{LOSS}", re.IGNORECASE)
 NORMS = "norms"  # What ended a phase that no loss did.
 
 
@@ -104,9 +103,9 @@ def phase_of(
 
 
 def losses_of(run: Run) -> tuple[Ints, Floats]:
-  """The steps of the training loss and its values, where they are finite: "loss", or a column like "train_loss"."""
-  names = [LOSS, *filter(_TRAINING.fullmatch, run.columns)]
-  values = next((run.columns[name] for name in names if name in run.columns), np.full(len(run.steps), np.nan))
+  """The steps of the loss that is trained and its values, where they are finite."""
+  key = main_loss(run.columns)
+  values = np.full(len(run.steps), np.nan) if key is None else run.columns[key]
   known = np.isfinite(values)
   return run.steps[known], values[known]
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from clipjax.quantities import MAX_NORM, NORM
 from clipjax.runs.blocks import GROUP, Blocks
+from clipjax.runs.course import course_of, has_diverged
 from clipjax.runs.kinds import Floats
 from clipjax.runs.norms import FEW, Norms, acted, column, main_name, mean
 from clipjax.runs.phase import NORMS, OF_FALL, OF_SQUARES, Phase, losses_of
@@ -27,7 +28,7 @@ FAMILIES = {
   "lstm": (0.25, 1.0),
   "transformer": (0.5, 2.0),
 }
-_DIVERGED_NORM, _DIVERGED_LOSS, _DIVERGED_SHARE = 100.0, 1.5, 0.05
+_DIVERGED_NORM, _DIVERGED_SHARE = 100.0, 0.05
 _SHAPED = 0.25  # A clip that acts in more of the steps has shaped the run, and with it the norms.
 _NAMED = 12  # Leaves or groups whose threshold is said; of more, the range.
 
@@ -93,14 +94,13 @@ def _divergence(case: Case) -> str:
     signs.append(f"{percent(nonfinite)} of its norms are not finite")
   elif not norms.finite[-1]:
     signs.append("its last norm is not finite")
+  course = None if case.run is None else course_of(*losses_of(case.run))
   medians = [float(np.median(part)) for part in np.array_split(finite, min(20, finite.size))]
-  if finite.size >= FEW and medians[-1] > _DIVERGED_NORM * min(medians):
+  if course is None and finite.size >= FEW and medians[-1] > _DIVERGED_NORM * min(medians):
     signs.append(f"its norms rose from {number(min(medians))} to {number(medians[-1])}")
-  loss = np.zeros(0) if case.run is None else losses_of(case.run)[1]
-  if loss.size >= FEW:
-    first, last = float(loss[:3].max()), float(np.median(loss[-(loss.size // 10) :]))
-    if first > 0 and last > _DIVERGED_LOSS * first:
-      signs.append(f"its loss rose from {number(first)} to {number(last)}")
+  if course is not None and has_diverged(course):
+    low = course.best if course.fall > 0 else course.first
+    signs.append(f"its loss rose from {number(low)} to {number(course.last)}")
   if not signs:
     return ""
   return (

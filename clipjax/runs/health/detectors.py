@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from clipjax.runs.course import NORMAL
 from clipjax.runs.kinds import Bools, Floats
 
-NORMAL = 1.4826  # Standard deviation of normal values over their MAD.
 FEWEST = 8  # Values before the first one that is judged.
 BLOCK = 8  # Values that share a median: a median of each window of a long run would take minutes.
 _BLOCKS = 8192  # Blocks at a time, which bounds the memory that a long run takes.

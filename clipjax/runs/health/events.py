@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipjax.quantities import NORM, NORM_CLIPPED
-from clipjax.runs.health.detectors import NORMAL
+from clipjax.runs.course import NORMAL
 from clipjax.runs.health.series import Spike
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import acted, column, norms_of_run

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipjax.runs.course import LEARNED, LOST
 from clipjax.runs.words import described
 
 
@@ -73,9 +74,9 @@ class HealthLimits(NamedTuple):
   min_steps: int = 20
   spike_sigma: float = 6.0
   spike_window: int = 64
-  lost: float = 0.8
+  lost: float = LOST
   rising_loss: float = 0.1
-  learned: float = 0.1
+  learned: float = LEARNED
   stopped: float = 0.05
   clip_fraction: float = 0.5
   clip_left: float = 0.05

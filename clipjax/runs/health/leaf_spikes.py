@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from clipjax.quantities import NORM
-from clipjax.runs.health.detectors import FEWEST, NORMAL
+from clipjax.runs.course import NORMAL
+from clipjax.runs.health.detectors import FEWEST
 from clipjax.runs.health.findings import HealthLimits
 from clipjax.runs.health.series import Spike
 from clipjax.runs.kinds import Bools, Floats

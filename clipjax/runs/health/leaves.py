@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipjax.quantities import NONFINITE, NORM
-from clipjax.runs.health.blocks import blocks_of
+from clipjax.runs.blocks import numbers_by_block
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.run import Run
 from clipjax.runs.words import number, percent, several
@@ -52,7 +52,7 @@ def first_bad(run: Run, name: str | None, steps: Ints) -> Bad | None:
 
 
 def _bad(run: Run, name: str, quantity: str, steps: Ints) -> Bad | None:
-  names, at, values = blocks_of(run, name, quantity)
+  names, at, values = numbers_by_block(run, name, quantity)
   bad = np.isinf(values) | (values > 0) if quantity == NONFINITE else np.isinf(values)
   rows = np.flatnonzero(np.isin(at, steps) & bad.any(axis=1))
   if not rows.size:
@@ -73,7 +73,7 @@ def grown(run: Run, name: str, steps: Ints, begin: int) -> list[Grown]:
   It is one of those that hold a hundredth of the square of the norm: what is nearly 0 grows by chance. Where too few
   other steps are known, it is the one that holds the most. `begin` is the first step after the warm-up.
   """
-  names, at, values = blocks_of(run, name, NORM)
+  names, at, values = numbers_by_block(run, name, NORM)
   inside = np.isin(at, steps)
   usual = _usual(names, at, values[~inside], ~inside, begin)
   found = []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.quantities import CONSECUTIVE, NORM
-from clipjax.runs.health.course import FEWEST, WINDOW
+from clipjax.runs.course import FEWEST, WINDOW
 from clipjax.runs.health.detectors import BLOCK
 from clipjax.runs.health.findings import Finding, HealthLimits
 from clipjax.runs.health.layers import zero_gradient

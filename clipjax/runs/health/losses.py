@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax.runs.health.course import Course
+from clipjax.runs.course import Course, has_diverged
 from clipjax.runs.health.events import Event
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
@@ -19,7 +19,6 @@ _MIN_VALIDATIONS = 10
 _MIN_LEARNING = 50  # Losses without which nothing is said of what was learned.
 _NEAR = 5  # Rows between an event and the step at which a loss left, at most, where the one made the other.
 _FAR = 100  # The same where the loss did not come back from the event.
-_OVER = 0.25  # Over its start, where a loss that ends above it has diverged.
 _ABOVE = 0.5  # Over its best, by which a loss ends.
 _ROSE, _HALF = 3.0, 0.5  # A loss that rose to so many times its start has to fall to this part of it.
 _EXPLODED = 100.0  # By how much norms have risen where no loss says whether the run diverged.
@@ -31,7 +30,8 @@ def diverged(view: View) -> Iterator[Finding]:
     yield from _exploded(view)
     return
   key, course = view.loss.key, view.loss.course()
-  if course is None or not _has_diverged(view, course) or course.left is None:
+  limits = view.limits
+  if course is None or course.left is None or not has_diverged(course, learned=limits.learned, lost=limits.lost):
     return
   event = _cause(view, course.left)
   step = course.left if event is None else min(course.left, event.start)
@@ -43,14 +43,6 @@ def diverged(view: View) -> Iterator[Finding]:
   rule = f"at most {percent(view.limits.lost)} of what was learned may be lost at the end, a limit of clipjax"
   leaves = event.leaves if event is not None else ()
   yield Finding("FAIL", "diverged", message, _remedy(view, event, course, step), rule, steps=(step,), leaves=leaves)
-
-
-def _has_diverged(view: View, course: Course) -> bool:
-  noise = 6 * course.noise
-  if course.last - course.first > max(noise, _OVER * abs(course.first)):
-    return True
-  has_learned = course.fall > max(noise, view.limits.learned * abs(course.first))
-  return has_learned and course.loss > max(noise, view.limits.lost * course.fall)
 
 
 def _cause(view: View, left: int) -> Event | None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from clipjax.quantities import NORM, STEPS
-from clipjax.runs.health.blocks import blocks_of
-from clipjax.runs.health.course import Course, course_of
+from clipjax.runs.blocks import numbers_by_block
+from clipjax.runs.course import Course, course_of
 from clipjax.runs.health.events import Event, events_of, leaf_of
 from clipjax.runs.health.findings import HealthLimits
 from clipjax.runs.health.leaf_spikes import leaf_spikes
@@ -109,8 +109,8 @@ class View(NamedTuple):
     return "batches of these steps"
 
   def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
-    """As `blocks_of`, of the run."""
-    return blocks_of(self.run, name, quantity)
+    """As `numbers_by_block`, of the run."""
+    return numbers_by_block(self.run, name, quantity)
 
 
 def view_of(run: Run, limits: HealthLimits, warmup_steps: int | None) -> View:

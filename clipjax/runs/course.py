@@ -5,9 +5,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from clipjax.runs.health.detectors import NORMAL
 from clipjax.runs.kinds import Floats, Ints
 
+NORMAL = 1.4826  # Standard deviation of normal values over their median absolute deviation (MAD).
+LEARNED, LOST = 0.1, 0.8  # See `has_diverged`; `HealthLimits` has other values where they are asked for.
+OVER = 0.25  # Over its start, where a loss that ends above it has diverged.
 FEWEST = 8  # Losses of which a course can be told.
 FIRST = 3  # Losses whose median is the start.
 WINDOW = 9  # Losses whose median counts: single batches are noisy.
@@ -63,6 +65,23 @@ def course_of(steps: Ints, values: Floats, count: int | None = None) -> Course |
   noise = _noise(values, best)
   left = _left(steps, values, first, best, last, noise)
   return Course(steps, first, best, int(steps[best_at + width // 2]), last, noise, left)
+
+
+def has_diverged(course: Course, *, learned: float = LEARNED, lost: float = LOST) -> bool:
+  """Whether a loss left for good: it ends above its start, or has lost most of what it learned.
+
+  Args:
+    course: of the loss that is trained.
+    learned: the fall of a loss, over its first value, below which nothing was learned.
+    lost: the share of the fall whose loss counts.
+  """
+  if course.left is None:
+    return False
+  noise = 6 * course.noise
+  if course.last - course.first > max(noise, OVER * abs(course.first)):
+    return True
+  has_learned = course.fall > max(noise, learned * abs(course.first))
+  return has_learned and course.loss > max(noise, lost * course.fall)
 
 
 def _noise(values: Floats, best: float) -> float:
