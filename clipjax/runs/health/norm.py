@@ -6,7 +6,7 @@ import numpy as np
 
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
-from clipjax.runs.sources import OLMO_2, PLAYBOOK
+from clipjax.runs.sources import OLMO_2
 from clipjax.runs.words import number
 
 _PARTS = 8  # Of a run, whose medians are compared.
@@ -46,8 +46,10 @@ def norm_percentiles(view: View) -> Iterator[Finding]:
   p50, p90, p99 = (number(float(p)) for p in percentiles)
   message = f"p50 {p50}, p90 {p90}, p99 {p99}, largest {number(float(typical.max()))}, of {typical.size} finite norms "
   message += f"after the warm-up of {view.norms.warmup_steps} steps."
-  advice = "clipjax.runs.suggest_max_norm gives a threshold from them." if percentiles[1] > 0 else ""
-  yield Finding("INFO", "norms", message, advice, "p90 is a start for max_norm", str(PLAYBOOK))
+  advice = ""
+  if percentiles[1] > 0:
+    advice = "clipjax.runs.suggest_max_norm gives a threshold, from the steps in which the run learned."
+  yield Finding("INFO", "norms", message, advice)
 
 
 def norm_scale(view: View) -> Iterator[Finding]:
