@@ -1,7 +1,7 @@
 """The conditions of `verdicts.py`: what is done to a training, and what is therefore true of it.
 
-`healthy` and `sick` are the two tables. The pieces are here: what a condition is, the rates and limits at which
-the models train well, and rows of knobs.
+`verdicts_healthy.py` and `verdicts_sick.py` are the two tables. The pieces are here: what a condition is, the rates and
+limits at which the models train well, and rows of knobs.
 """
 
 import zlib
@@ -41,6 +41,15 @@ RATES = {
   "gan64": {"adam": 0.001},
   "coder32": {"adam": 0.003},
 }
+# How many times as high the rate must be for a run to get out of hand; the net of mlp and cnn is dead then.
+TOO_FAST = {
+  "rnn": {"sgd": 16, "momentum": 64, "adam": 256, "lion": 256},
+  "autoencoder": {"sgd": 8, "lion": 128},
+  "mlp": {"sgd": 16, "momentum": 32},
+  "gru": {"sgd": 16, "momentum": 64, "adam": 256, "lion": 256},
+  "residual": {"momentum": 32, "lion": 500},
+  "cnn": {"sgd": 16, "momentum": 64, "adam": 32},
+}
 NORMS = {
   "rnn": 0.8, "transformer": 0.7, "biased": 0.7, "mlp": 1.3, "autoencoder": 6.0, "zero": 1.3,
   "gru": 0.5, "vit": 2.5, "cnn": 1.6, "residual": 3.3, "linear": 0.3,
@@ -58,6 +67,9 @@ LAYERS = {
   "residual": ("blocks/1/down", "blocks/1/gain", "blocks/1/shift", "blocks/1/up"),
   **dict.fromkeys(("gan", "coder", "gan64", "coder32"), ("latent/b", "latent/w")),
 }
+
+
+Settings = tuple[Setting, ...]
 
 
 class Draw(NamedTuple):
@@ -81,6 +93,11 @@ class Draw(NamedTuple):
   def rate(self) -> float:
     """The rate at which it trains well."""
     return RATES[self.setting.model][self.setting.optimizer]
+
+  @property
+  def too_fast(self) -> float:
+    """A rate at which it gets out of hand."""
+    return self.rate * TOO_FAST[self.setting.model][self.setting.optimizer]
 
   @property
   def norm(self) -> float:
@@ -138,7 +155,7 @@ class Condition(NamedTuple):
 
   name: str
   said: str
-  settings: dict[str, tuple[Setting, ...]]
+  settings: dict[str, Settings]
   make: Callable[[Draw], Made]
   is_healthy: bool = False
 
@@ -152,14 +169,14 @@ class Condition(NamedTuple):
     return out
 
 
-def of(models: str, optimizers: str, **options: Any) -> tuple[Setting, ...]:
+def of(models: str, optimizers: str, **options: Any) -> Settings:
   """Settings of models and optimizers that go together: `of("mlp rnn", "sgd adam")`."""
   names, kinds = models.split(), optimizers.split()
   kinds = kinds * len(names) if len(kinds) == 1 else kinds
   return tuple(Setting(model, kind, **options) for model, kind in zip(names, kinds, strict=True))
 
 
-def halves(tune: tuple[Setting, ...], held_out: tuple[Setting, ...]) -> dict[str, tuple[Setting, ...]]:
+def halves(tune: Settings, held_out: Settings) -> dict[str, Settings]:
   """The settings of both halves."""
   return {"tune": tune, "held-out": held_out}
 

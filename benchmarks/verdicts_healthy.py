@@ -121,7 +121,13 @@ HEALTHY: tuple[Condition, ...] = tuple(
       of("mlp transformer", "adam momentum", around="multi"),
       of("vit residual", "adam momentum", around="multi"),
     ),
-    ("zero start", "the output starts at 0; or all parameters", plain, of("zero zero", "sgd adam"), of("linear", "sgd")),
+    (
+      "zero start",
+      "the output, or all of it, starts at 0",
+      plain,
+      of("zero zero", "sgd adam"),
+      of("linear", "sgd"),
+    ),
     (
       "key bias",
       "attention with a bias for keys, whose gradient is rounding noise",
@@ -176,7 +182,7 @@ HEALTHY: tuple[Condition, ...] = tuple(
       "a validation loss that falls as well",
       validated,
       of("transformer autoencoder", "adam momentum"),
-      of("gru vit", "adam momentum"),
+      of("gru linear", "adam sgd"),
     ),
   )
 )

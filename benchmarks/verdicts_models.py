@@ -7,6 +7,7 @@ for its keys, a deep sigmoid net, a net that is large for sixty images, a start 
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -201,7 +202,7 @@ def shrunk(init: Callable[[jax.Array], Params], last: float) -> Callable[[jax.Ar
 
 def layers(*sizes: int) -> Callable[[jax.Array], Params]:
   """Dense layers from size to size."""
-  return init_layers(tuple(zip(sizes[:-1], sizes[1:], strict=True)))
+  return init_layers(tuple(pairwise(sizes)))
 
 
 def digits(title: str, init: Any, loss: Any, poison: Any = relabel) -> Model:

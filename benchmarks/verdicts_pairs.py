@@ -1,4 +1,4 @@
-"""Two optimizers in one run, for `verdicts.py`: GANs on the digits, and an autoencoder with a classifier of its codes."""
+"""Two optimizers in one run, for `verdicts.py`: a GAN on the digits, or an autoencoder and a classifier of codes."""
 
 import math
 from collections.abc import Callable

@@ -1,284 +1,67 @@
-"""The conditions of `verdicts.py` that a verdict must name: what is planted, where, and what it is called."""
+"""The conditions of `verdicts.py` that a verdict must name, each with its models.
+
+The text of each is what the page says of it: what was done, and what that is called. `verdicts_faults.py` does it.
+"""
 
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
-from verdicts_conditions import STEPS, Condition, Draw, Made, at, halves, leaves, of, since
-from verdicts_training import MICRO
-from verdicts_truth import GRADUAL, NATURAL, Expected
-
-# What a run that is out of hand shows beside.
-WILD = (
-  "spikes", "update-spike", "rising-norm", "rising-loss", "update-ratio", "not-learning", "layer-spread", "zeros",
-  "zero-gradient", "diverged", "nonfinite", "nonfinite-loss", "overfit",
-)  # fmt: skip
-AFTER = ("spikes", "update-spike")  # What one bad step shows beside.
-STUCK = ("not-learning", "update-ratio", "layer-spread")
-
-
-# Out of hand --------------------------------------------------------------------------------------------------------
-
-
-def too_fast(*factors: float) -> Callable[[Draw], Made]:
-  """A rate that is so many times too high from the start, one factor for each setting."""
-
-  def make(draw: Draw) -> Made:
-    rate = draw.rate * factors[draw.place % len(factors)]
-    return Made(draw.train({"rate": rate}), also=WILD, course="leaves", near=NATURAL)
-
-  return make
-
-
-def ramp(draw: Draw) -> Made:
-  """A rate that rises evenly from half the good one to 60 times that."""
-  rate = draw.rate * np.geomspace(0.5, 60.0, STEPS)
-  return Made(draw.train({"rate": rate}), also=WILD, course="leaves", near=GRADUAL)
-
-
-def jump(draw: Draw) -> Made:
-  """The rate is 100 times as high from a step on."""
-  step = draw.step()
-  training = draw.train({"rate": draw.rate * since(step, 100.0, 1.0)})
-  return Made(training, _diverged(step), WILD, "leaves")
-
-
-def jump_once(draw: Draw) -> Made:
-  """The rate is 100 times as high at one step."""
-  step = draw.step()
-  training = draw.train({"rate": draw.rate * at(step, 100.0, 1.0)})
-  return Made(training, (Expected("update-spike", (step,)),), AFTER)
-
-
-def forgets(draw: Draw) -> Made:
-  """Targets by chance from a step on; in the other half noise on the parameters."""
-  step = draw.step()
-  spoils = {"poison": since(step, 1.0, 0.0)} if draw.half == "tune" else {"noise": since(step, 0.05, 0.0)}
-  expected = (Expected("diverged", (step,)), Expected("rising-loss", (step,)))
-  return Made(draw.train(spoils), expected, WILD, "leaves")
-
-
-def renamed(*factors: float) -> Callable[[Draw], Made]:
-  """A rate that is too high, and a loss that is called "train/loss"."""
-
-  def make(draw: Draw) -> Made:
-    knobs = {"rate": draw.rate * factors[draw.place % len(factors)]}
-    training = draw.train(knobs, loss="train/loss", pushes=frozenset())
-    return Made(training, also=WILD, course="leaves", near=NATURAL)
-
-  return make
-
-
-# Spikes -------------------------------------------------------------------------------------------------------------
-
-
-def bad_batch(max_norm: float = np.inf, weight: float = 100.0) -> Callable[[Draw], Made]:
-  """A batch whose targets are drawn by chance and whose loss weighs more, under a limit in usual norms."""
-
-  def make(draw: Draw) -> Made:
-    step = draw.step()
-    knobs = {"weight": at(step, weight, 1.0), "poison": at(step, 1.0, 0.0), "max_norm": max_norm * draw.norm}
-    return Made(draw.train(knobs), _spikes(draw, step), AFTER)
-
-  return make
-
-
-def early(low: int, high: int) -> Callable[[Draw], Made]:
-  """A bad batch near the start."""
-
-  def make(draw: Draw) -> Made:
-    step = int(draw.rng.integers(low, high + 1))
-    knobs = {"weight": at(step, 100.0, 1.0), "poison": at(step, 1.0, 0.0)}
-    return Made(draw.train(knobs), _spikes(draw, step), AFTER)
-
-  return make
-
-
-def bad_batches(draw: Draw) -> Made:
-  """Three bad batches."""
-  steps = [draw.step(low, low + 0.15) for low in (0.3, 0.5, 0.7)]
-  knobs = {"weight": at(steps, 60.0, 1.0), "poison": at(steps, 1.0, 0.0)}
-  return Made(draw.train(knobs), _spikes(draw, *steps), AFTER)
-
-
-def loss_alone(draw: Draw) -> Made:
-  """The loss is higher for four steps, while the gradient is as usual."""
-  step = draw.step()
-  knobs = {"shown": at(step, 8.0, 0.0, 4)}
-  return Made(draw.train(knobs), (Expected("spikes", (step,)),), AFTER)
-
-
-def one_leaf(draw: Draw) -> Made:
-  """The gradient of one matrix is 100 times as large at one step."""
-  step, leaf = draw.step(), draw.layer[-1]
-  knobs = leaves(draw, at(step, 100.0, 1.0), (leaf,))
-  return Made(draw.train(knobs), (Expected("spikes", (step,), leaves=(leaf,), batches=draw.batches(step)),), AFTER)
-
-
-def _spikes(draw: Draw, *steps: int) -> tuple[Expected, ...]:
-  return (Expected("spikes", steps, batches=draw.batches(*steps)),)
-
-
-def _diverged(step: int) -> tuple[Expected, ...]:
-  return (Expected("diverged", (step,)), Expected("nonfinite", (step,)), Expected("nonfinite-loss", (step,)))
-
-
-# Not learning -------------------------------------------------------------------------------------------------------
-
-
-def random_labels(draw: Draw) -> Made:
-  """Targets by chance throughout."""
-  return Made(draw.train({"poison": 1.0}), (Expected("not-learning"),), STUCK, "flat")
-
-
-def stuck(*factors: float) -> Callable[[Draw], Made]:
-  """A rate so high that the net is dead after a few steps."""
-
-  def make(draw: Draw) -> Made:
-    rate = draw.rate * factors[draw.place % len(factors)]
-    return Made(draw.train({"rate": rate}), (Expected("not-learning"), Expected("zero-gradient")), WILD, "flat")
-
-  return make
-
-
-def too_slow(draw: Draw) -> Made:
-  """A ten-thousandth of the good rate."""
-  expected = Expected("not-learning"), Expected("update-ratio")
-  return Made(draw.train({"rate": 1e-4 * draw.rate}), expected, STUCK, "flat")
-
-
-def vanishing(draw: Draw) -> Made:
-  """A deep net of sigmoids."""
-  lowest = tuple(f"{i}/{name}" for i in range(3) for name in "bw")
-  return Made(draw.train({}), (Expected("layer-spread", leaves=lowest),), STUCK, "")
-
-
-def dead(draw: Draw) -> Made:
-  """A layer has no gradient throughout."""
-  return Made(draw.train(leaves(draw, 0.0)), (Expected("zero-gradient", leaves=draw.layer),), ("zeros",))
-
-
-def dies(draw: Draw) -> Made:
-  """A layer has no gradient from a step on."""
-  step = draw.step()
-  knobs = leaves(draw, since(step, 0.0, 1.0))
-  return Made(draw.train(knobs), (Expected("zero-gradient", (step,), leaves=draw.layer),), ("zeros",))
-
-
-def low_clip(draw: Draw) -> Made:
-  """A clip at a hundredth of the usual norm, under an optimizer whose steps scale with it."""
-  training = draw.train({"max_norm": 0.01 * draw.norm})
-  return Made(training, (Expected("clipped-often"),), STUCK, "")
-
-
-def overfits(draw: Draw) -> Made:
-  """Sixty images and a large net."""
-  return Made(draw.train({}, validate=10), (Expected("overfit"),))
-
-
-def rising(draw: Draw) -> Made:
-  """The loss weighs more and more, in the gradient alone: Adam does not see it, the norm does."""
-  return Made(draw.train({"weight": np.geomspace(1.0, 20.0, STEPS)}), (Expected("rising-norm"),))
-
-
-# Stopped and dropped ------------------------------------------------------------------------------------------------
-
-
-def rate_zero(pushes: frozenset[str]) -> Callable[[Draw], Made]:
-  """The rate is 0 from a step on."""
-
-  def make(draw: Draw) -> Made:
-    step = draw.step()
-    training = draw.train({"rate": draw.rate * since(step, 0.0, 1.0)}, pushes=pushes)
-    return Made(training, (Expected("stopped", (step,)),), ("update-ratio",))
-
-  return make
-
-
-def rejects_all(draw: Draw) -> Made:
-  """`skip_steps` rejects every step from one on: gradients of NaN, or a limit below all norms."""
-  step = draw.step()
-  is_nan = draw.place % 2 == 0
-  knobs = {"weight": since(step, np.nan, 1.0)} if is_nan else {"max_norm": since(step, 1e-6, np.inf)}
-  return Made(draw.train(knobs), (Expected("stopped", (step,)),), ("skipped", "nonfinite-dropped"))
-
-
-def drops_many(draw: Draw) -> Made:
-  """40% of the steps are dropped by `skip_steps`: their norm is far above its limit."""
-  is_bad = draw.rng.random(STEPS) < 0.4
-  knobs = {"weight": np.where(is_bad, 1e5, 1.0), "max_norm": 20 * draw.norm}
-  return Made(draw.train(knobs), (Expected("skipped"),))
-
-
-def frozen(draw: Draw) -> Made:
-  """One NaN, which `optax.MultiSteps` keeps in its accumulator: what is inside rejects every later update."""
-  step = draw.step()
-  landed = step // MICRO * MICRO + MICRO - 1
-  training = draw.train({"weight": at(step, np.nan, 1.0)})
-  return Made(training, (Expected("stopped", (landed,), near=MICRO),), ("skipped", "nonfinite-dropped"))
-
-
-# Not finite ---------------------------------------------------------------------------------------------------------
-
-
-def nan_gradient(draw: Draw) -> Made:
-  """The gradient of one leaf is NaN at one step, and nothing stops it."""
-  step, leaf = draw.step(), draw.layer[-1]
-  training = draw.train(leaves(draw, at(step, np.nan, 1.0), (leaf,)))
-  return Made(training, (Expected("nonfinite", (step,), leaves=(leaf,)),), WILD, "")
-
-
-def nan_loss(draw: Draw) -> Made:
-  """The loss that is recorded is NaN at three steps, the gradient is not."""
-  step = draw.step()
-  return Made(draw.train({"shown": at(step, np.nan, 0.0, 3)}), (Expected("nonfinite-loss", (step,)),))
-
-
-def nan_dropped(draw: Draw) -> Made:
-  """A NaN batch that `skip_steps` drops."""
-  step = draw.step()
-  training = draw.train({"weight": at(step, np.nan, 1.0)})
-  return Made(training, (Expected("nonfinite-dropped", (step,), batches=draw.batches(step)),))
-
-
-def inf_zeroed(draw: Draw) -> Made:
-  """A gradient of inf, of which `on_nonfinite="zero"` makes a step of zeros."""
-  step = draw.step()
-  training = draw.train({**leaves(draw, at(step, np.inf, 1.0)), "max_norm": draw.norm})
-  return Made(training, (Expected("nonfinite-dropped", (step,)),))
-
-
-def nan_in_second(draw: Draw) -> Made:
-  """Two optimizers, and one leaf of the second has a gradient of NaN at one step."""
-  step, leaf = draw.step(), draw.layer[-1]
-  training = draw.train(leaves(draw, at(step, np.nan, 1.0), (leaf,)), pushes=frozenset({"batch"}))
-  return Made(training, (Expected("nonfinite", (step,), leaves=(leaf,)),), WILD, "")
-
-
-def _sick(name: str, said: str, make: Callable[[Draw], Made], tune: Any, held_out: Any) -> Condition:
+from verdicts_conditions import Condition, Draw, Made, Settings, halves, of
+from verdicts_faults import (
+  bad_batch,
+  bad_batches,
+  dead,
+  dies,
+  drops_many,
+  early,
+  forgets,
+  frozen,
+  high_clip,
+  inf_zeroed,
+  jump,
+  jump_once,
+  loss_alone,
+  low_clip,
+  nan_dropped,
+  nan_gradient,
+  nan_in_second,
+  nan_loss,
+  one_leaf,
+  overfits,
+  ramp,
+  random_labels,
+  rate_zero,
+  rejects_all,
+  renamed,
+  rising,
+  stuck,
+  too_fast,
+  too_slow,
+  vanishing,
+)
+
+
+def _sick(name: str, said: str, make: Callable[[Draw], Made], tune: Settings, held_out: Settings) -> Condition:
   return Condition(name, said, halves(tune, held_out), make)
 
-
-FULL = frozenset({"learning_rate", "batch"})
 
 SICK: tuple[Condition, ...] = (
   _sick(
     "too fast, SGD",
     "a rate that is far too high from the start: `diverged`",
-    too_fast(64, 8, 16),
+    too_fast,
     of("rnn autoencoder rnn", "momentum sgd sgd"),
     of("gru residual gru", "momentum momentum sgd"),
   ),
   _sick(
     "too fast, Adam and Lion",
     "the same with steps of a given size: `diverged`",
-    too_fast(256, 128, 256),
+    too_fast,
     of("rnn autoencoder rnn", "adam lion lion"),
-    of("gru vit gru", "adam lion lion"),
+    of("gru residual gru", "adam lion lion"),
   ),
   _sick(
     "ramp",
-    "a rate that rises until it is far too high: `diverged`",
+    "a rate that rises to 100 times the good one within 40 steps: `diverged`",
     ramp,
     of("rnn mlp", "momentum momentum"),
     of("gru residual", "momentum momentum"),
@@ -307,21 +90,21 @@ SICK: tuple[Condition, ...] = (
   _sick(
     "train/loss",
     "too fast, and the loss is called that: `diverged`",
-    renamed(64, 8),
+    renamed,
     of("rnn autoencoder", "momentum sgd"),
     of("gru residual", "momentum momentum"),
   ),
   _sick(
     "bad batch",
-    "one batch with targets by chance and 100 times the weight, no clip: `spikes`",
-    bad_batch(),
+    "one batch with targets by chance and 10, 30 or 100 times the weight, no clip: `spikes`",
+    bad_batch,
     of("mlp transformer autoencoder", "adam"),
     of("residual gru cnn", "adam"),
   ),
   _sick(
     "bad batch, high clip",
-    "the same under a clip at 50 times the usual norm: `spikes`",
-    bad_batch(50.0),
+    "the same with 100 times the weight, under a clip at 50 times the usual norm: `spikes`",
+    high_clip,
     of("mlp transformer", "adam adamw", clip=True),
     of("residual gru", "momentum adamw", clip=True),
   ),
@@ -330,7 +113,7 @@ SICK: tuple[Condition, ...] = (
     "three bad batches: `spikes`",
     bad_batches,
     of("transformer autoencoder", "adam"),
-    of("gru residual", "adam"),
+    of("gru gru", "adam adamw"),
   ),
   _sick(
     "spike at 17",
@@ -370,7 +153,7 @@ SICK: tuple[Condition, ...] = (
   _sick(
     "stuck",
     "a rate with which the net is dead after a few steps: `not-learning` or `zero-gradient`",
-    stuck(32, 16, 32),
+    stuck,
     of("mlp mlp", "momentum sgd"),
     of("cnn cnn cnn", "momentum sgd adam"),
   ),
@@ -426,7 +209,7 @@ SICK: tuple[Condition, ...] = (
   _sick(
     "rate 0",
     "the rate is 0 from a step on, and recorded: `stopped`",
-    rate_zero(FULL),
+    rate_zero(frozenset({"learning_rate", "batch"})),
     of("transformer mlp", "adam momentum"),
     of("gru residual", "adam momentum"),
   ),

@@ -185,7 +185,7 @@ def program_of(setting: Setting) -> Program:
       return carry.scale * knobs["weight"] * loss, loss
 
     grads, loss = jax.grad(scaled, has_aux=True)(carry.params)
-    grads = spoiled(jax.tree.map(lambda g: (g / carry.scale.astype(g.dtype)), grads), knobs)
+    grads = spoiled(jax.tree.map(lambda g: g / carry.scale.astype(g.dtype), grads), knobs)
     tx = optimizer_of(setting, knobs["rate"], knobs["max_norm"])
     updates, state = tx.update(grads, carry.state, carry.params, value=loss)
     params = optax.apply_updates(carry.params, updates)
@@ -240,7 +240,7 @@ def _in_numbers(loss: Callable[[Any, Any], jax.Array], numbers: str) -> Callable
   """The loss with parameters and images cast for the model."""
   if numbers == "float32":
     return loss
-  dtype = jnp.dtype(numbers.split()[0])
+  dtype = jnp.dtype(numbers.split(maxsplit=1)[0])
 
   def cast(x: jax.Array) -> jax.Array:
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x

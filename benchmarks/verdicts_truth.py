@@ -6,6 +6,7 @@ the step comes from the recorded loss, by the rule of `departure`. Nothing here 
 
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,7 +70,8 @@ class Truth(NamedTuple):
   @property
   def file(self) -> str:
     """The name of its file."""
-    return f"{self.half}/{self.condition}--{self.model}-{self.optimizer}--{self.seed}.jsonl"
+    condition = re.sub("[^a-zA-Z0-9]+", "-", self.condition)
+    return f"{self.half}/{condition}--{self.model}-{self.optimizer}--{self.seed}.jsonl"
 
 
 class Outcome(NamedTuple):
