@@ -33,6 +33,7 @@ from clipjax.runs import Run
 CONDITIONS: dict[str, Condition] = {condition.name: condition for condition in (*HEALTHY, *SICK)}
 QUICK = ("sgd", "stuck", "spike at 17")
 TRUTHS = "truth.json"
+USUAL = 30  # Steps whose median is what is usual.
 # Half the time of compiling, and small programs run as fast.
 FLAGS = "--xla_llvm_disable_expensive_passes=true"
 
@@ -100,8 +101,23 @@ def judged(truths: Sequence[Truth], folder: pathlib.Path, peers: Iterable[str]) 
       run = clipjax.runs.read_run(folder / truth.file)
       report = clipjax.runs.diagnose(run)
       others = {name: outcome_of(name, run, truth, pathlib.Path(scratch)) for name in peers}
-      results.append(Result(truth, judge(truth, report.findings), report.findings, others))
+      results.append(Result(truth, judge(truth, report.findings), report.findings, others, seen_at(run, truth)))
   return results
+
+
+def seen_at(run: Run, truth: Truth) -> dict[str, float]:
+  """How many times the median of the steps before it each series has at the first step that is to be named."""
+  steps = [step for expected in truth.expected for step in expected.steps]
+  if not steps or (place := int(np.searchsorted(run.steps, min(steps)))) >= len(run.steps) or place < 2:
+    return {}
+  out = {}
+  for key in ("loss", "train/loss", "grad/norm", "update/norm"):
+    if key in run:
+      values = run[key][max(0, place - USUAL) : place + 1]
+      usual = np.nanmedian(values[:-1]) if np.isfinite(values[:-1]).any() else np.nan
+      if np.isfinite(values[-1]) and usual > 0:
+        out[key] = float(values[-1] / usual)
+  return out
 
 
 def in_order(truths: Iterable[Truth]) -> list[Truth]:

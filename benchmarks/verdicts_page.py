@@ -27,12 +27,14 @@ class Result(NamedTuple):
     outcome: how the verdict compares with that.
     findings: of the verdict.
     peers: how other doctors compare, by name; empty where none was asked.
+    seen: how many times its usual value each series has at the step that is to be named; empty where there is none.
   """
 
   truth: Truth
   outcome: Outcome
   findings: tuple[Finding, ...]
   peers: dict[str, Outcome]
+  seen: dict[str, float] = {}  # noqa: RUF012  (nobody changes it)
 
 
 class Sums(NamedTuple):
@@ -96,8 +98,8 @@ def _head(kept: Sequence[Result], said: dict[str, str], is_quick: bool) -> str:
     "# The verdict, measured",
     "",
     "Does `clipjax.runs.diagnose` name what went wrong, at which step and in which leaf, and does it leave a healthy "
-    f"run alone? Small models are trained into {len(said)} known conditions, {sum(known.values())} of them healthy, on "
-    f"real data, with {seeds} seeds each, and recorded as a user would. What is true of a run is how it was made.",
+    f"run alone? Small models are trained into {len(known)} known conditions, {sum(known.values())} of them healthy, "
+    f"on real data, with {seeds} seeds each, and recorded as a user would. What is true of a run is how it was made.",
     "",
     "The limits of the verdict were chosen on one half of the runs. The other half has other models, other seeds and "
     "other steps, and is the result.",
@@ -191,7 +193,9 @@ def _missed(kept: Sequence[Result], halves: Sequence[str]) -> str:
 def _wrong(result: Result) -> str:
   wanted = " or ".join(_answer(expected) for expected in result.truth.expected)
   said = [_finding(f) for f in result.findings if f.level in LEVELS]
-  return f"right would be {wanted}; the verdict says {' and '.join(said) if said else 'nothing'}."
+  there = ", ".join(f"{factor:.3g} times its usual {key}" for key, factor in result.seen.items())
+  there = f" At that step the record has {there}." if there else ""
+  return f"right would be {wanted}; the verdict says {' and '.join(said) if said else 'nothing'}.{there}"
 
 
 def _answer(expected: Expected) -> str:

@@ -24,13 +24,13 @@ from clipjax.runs.schema import GRAD, key_of
 COLUMNS = {key_of(GRAD, NORM): "grad_norm", "learning_rate": "lr"}
 NOT_GIVEN = (
   "norms by leaf, the size of the updates, the limit of a clip, which steps were dropped, a second optimizer's norms, "
-  "the loss scale and the names of batches: none of the three has a place for them"
+  "the loss scale and the names of batches: none of them has a place for these"
 )
 # Found on PyPI as well, and why they are not beside the others.
 TRIED = {
-  "trainscope 1.8.1": "records from inside a PyTorch training and reads its own Arrow files alone",
-  "training-doctor 0.1.0": "has no command; its reader of tables takes the losses alone",
-  "trainpulse 0.4.0": "has no reader: it wants to be called in the loop",
+  "trainscope 1.8.1": "records from inside a PyTorch training, and reports on what it has recorded there",
+  "training-doctor 0.1.0": "installs no command: it is called from Python",
+  "trainpulse 0.4.0": "installs no command either",
 }
 
 _NOT_FINITE = ("nonfinite", "nonfinite-loss", "nonfinite-dropped", "diverged")

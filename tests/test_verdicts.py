@@ -160,6 +160,7 @@ def results():
       outcome(False, ("zeros",)),
       (said("zeros", (7,), ("w",)), said("loss", level="INFO")),
       {"runmedic": outcome(False)},
+      {"grad/norm": 1.25},
     ),
   ]
   for seed, alarms in ((100, ()), (101, ("rising-norm",))):
@@ -178,6 +179,7 @@ def test_the_page_says_what_its_results_say():
   )
   assert "| one leaf | one is larger: `spikes` | 3/4 | 3/4 | – | – | 3/4 | zeros 1 |" in text  # noqa: RUF001
   assert "- one leaf (gru, adam, seed 103): right would be `spikes` at step 50; the verdict says WARN `zeros`" in text
+  assert "at step 7 in `w`. At that step the record has 1.25 times its usual grad/norm." in text
   assert "- sgd (gru, adam, seed 101): WARN `rising-norm`: The norm rose." in text
   assert "| runmedic 0.1.1 | 1 of 4 (25%) | 1 of 4 (25%) | 1 of 2 (50%) |" in text
   assert "left out: one leaf (gru, adam, seed 104), held-out." in text
@@ -252,4 +254,6 @@ def test_one_condition_from_training_to_page(tmp_path):
   assert run[f"grad/norm/{leaf}"][step] > 0.99 * run["grad/norm"][step]
   assert run.batches[step] == truth.expected[0].batches[0]
   assert result.outcome.is_right
+  assert result.seen["grad/norm"] > 5
+  assert result.seen["loss"] < 5
   assert "| one leaf |" in verdicts_page.render([result], {"one leaf": condition.said}, {})
