@@ -1,0 +1,247 @@
+"""What is done to a training of `verdicts.py` that a verdict must name: what, where, and what is therefore true."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from verdicts_conditions import STEPS, Draw, Made, at, leaves, since
+from verdicts_training import MICRO
+from verdicts_truth import GRADUAL, NATURAL, Expected
+
+# What a run that is out of hand shows beside.
+WILD = (
+  "spikes", "update-spike", "rising-norm", "rising-loss", "update-ratio", "not-learning", "layer-spread", "zeros",
+  "zero-gradient", "diverged", "nonfinite", "nonfinite-loss", "overfit",
+)  # fmt: skip
+RAMP = 40  # Steps in which a rate rises.
+WEIGHTS = (100.0, 30.0, 10.0)  # Of a bad batch, for each seed.
+AFTER = ("spikes", "update-spike")  # What one bad step shows beside.
+STUCK = ("not-learning", "update-ratio", "layer-spread")
+
+
+# Out of hand --------------------------------------------------------------------------------------------------------
+
+
+def too_fast(draw: Draw) -> Made:
+  """A rate that is too high from the start."""
+  return Made(draw.train({"rate": draw.too_fast}), also=WILD, course="leaves", near=NATURAL)
+
+
+def renamed(draw: Draw) -> Made:
+  """A rate that is too high, and a loss that is called "train/loss"."""
+  training = draw.train({"rate": draw.too_fast}, loss="train/loss", pushes=frozenset())
+  return Made(training, also=WILD, course="leaves", near=NATURAL)
+
+
+def ramp(draw: Draw) -> Made:
+  """A rate that rises evenly to 100 times the good one within so many steps, and stays there."""
+  start = draw.step()
+  factor = 100.0 ** np.clip((np.arange(STEPS) - start) / RAMP, 0.0, 1.0)
+  return Made(draw.train({"rate": draw.rate * factor}), also=WILD, course="leaves", near=GRADUAL)
+
+
+def jump(draw: Draw) -> Made:
+  """The rate is 100 times as high from a step on."""
+  step = draw.step()
+  training = draw.train({"rate": draw.rate * since(step, 100.0, 1.0)})
+  return Made(training, _diverged(step), WILD, "leaves")
+
+
+def jump_once(draw: Draw) -> Made:
+  """The rate is 100 times as high at one step."""
+  step = draw.step()
+  training = draw.train({"rate": draw.rate * at(step, 100.0, 1.0)})
+  return Made(training, (Expected("update-spike", (step,)),), AFTER)
+
+
+def forgets(draw: Draw) -> Made:
+  """Targets by chance from a step on; in the other half noise on the parameters."""
+  step = draw.step()
+  spoils = {"poison": since(step, 1.0, 0.0)} if draw.half == "tune" else {"noise": since(step, 0.05, 0.0)}
+  expected = (Expected("diverged", (step,)), Expected("rising-loss", (step,)))
+  return Made(draw.train(spoils), expected, WILD, "leaves")
+
+
+# Spikes -------------------------------------------------------------------------------------------------------------
+
+
+def bad_batch(draw: Draw) -> Made:
+  """A batch whose targets are drawn by chance and whose loss weighs more."""
+  step = draw.step()
+  return Made(draw.train(_bad(step, WEIGHTS[draw.place])), _spikes(draw, step), AFTER)
+
+
+def high_clip(draw: Draw) -> Made:
+  """The same under a clip at 50 times the usual norm."""
+  step = draw.step()
+  return Made(draw.train({**_bad(step, 100.0), "max_norm": 50 * draw.norm}), _spikes(draw, step), AFTER)
+
+
+def early(low: int, high: int) -> Callable[[Draw], Made]:
+  """A bad batch near the start."""
+
+  def make(draw: Draw) -> Made:
+    step = int(draw.rng.integers(low, high + 1))
+    return Made(draw.train(_bad(step, WEIGHTS[draw.place])), _spikes(draw, step), AFTER)
+
+  return make
+
+
+def bad_batches(draw: Draw) -> Made:
+  """Three bad batches."""
+  steps = [draw.step(low, low + 0.15) for low in (0.3, 0.5, 0.7)]
+  return Made(draw.train(_bad(steps, 30.0)), _spikes(draw, *steps), AFTER)
+
+
+def loss_alone(draw: Draw) -> Made:
+  """The loss is higher for four steps, while the gradient is as usual."""
+  step = draw.step()
+  knobs = {"shown": at(step, 8.0, 0.0, 4)}
+  return Made(draw.train(knobs), (Expected("spikes", (step,)),), AFTER)
+
+
+def one_leaf(draw: Draw) -> Made:
+  """The gradient of one matrix is 100 times as large at one step."""
+  step, leaf = draw.step(), draw.layer[-1]
+  knobs = leaves(draw, at(step, 100.0, 1.0), (leaf,))
+  return Made(draw.train(knobs), (Expected("spikes", (step,), leaves=(leaf,), batches=draw.batches(step)),), AFTER)
+
+
+def _bad(steps: int | list[int], weight: float) -> dict[str, Any]:
+  return {"weight": at(steps, weight, 1.0), "poison": at(steps, 1.0, 0.0)}
+
+
+def _spikes(draw: Draw, *steps: int) -> tuple[Expected, ...]:
+  return (Expected("spikes", steps, batches=draw.batches(*steps)),)
+
+
+def _diverged(step: int) -> tuple[Expected, ...]:
+  return (Expected("diverged", (step,)), Expected("nonfinite", (step,)), Expected("nonfinite-loss", (step,)))
+
+
+# Not learning -------------------------------------------------------------------------------------------------------
+
+
+def random_labels(draw: Draw) -> Made:
+  """Targets by chance throughout."""
+  return Made(draw.train({"poison": 1.0}), (Expected("not-learning"),), STUCK, "flat")
+
+
+def stuck(draw: Draw) -> Made:
+  """A rate so high that the net is dead after a few steps."""
+  expected = Expected("not-learning"), Expected("zero-gradient")
+  return Made(draw.train({"rate": draw.too_fast}), expected, WILD, "flat")
+
+
+def too_slow(draw: Draw) -> Made:
+  """A ten-thousandth of the good rate."""
+  expected = Expected("not-learning"), Expected("update-ratio")
+  return Made(draw.train({"rate": 1e-4 * draw.rate}), expected, STUCK, "flat")
+
+
+def vanishing(draw: Draw) -> Made:
+  """A deep net of sigmoids."""
+  lowest = tuple(f"{i}/{name}" for i in range(3) for name in "bw")
+  return Made(draw.train({}), (Expected("layer-spread", leaves=lowest),), STUCK, "")
+
+
+def dead(draw: Draw) -> Made:
+  """A layer has no gradient throughout."""
+  return Made(draw.train(leaves(draw, 0.0)), (Expected("zero-gradient", leaves=draw.layer),), ("zeros",))
+
+
+def dies(draw: Draw) -> Made:
+  """A layer has no gradient from a step on."""
+  step = draw.step()
+  knobs = leaves(draw, since(step, 0.0, 1.0))
+  return Made(draw.train(knobs), (Expected("zero-gradient", (step,), leaves=draw.layer),), ("zeros",))
+
+
+def low_clip(draw: Draw) -> Made:
+  """A clip at a hundredth of the usual norm, under an optimizer whose steps scale with it."""
+  training = draw.train({"max_norm": 0.01 * draw.norm})
+  return Made(training, (Expected("clipped-often"),), STUCK, "")
+
+
+def overfits(draw: Draw) -> Made:
+  """Sixty images and a large net."""
+  return Made(draw.train({}, validate=10), (Expected("overfit"),))
+
+
+def rising(draw: Draw) -> Made:
+  """The loss weighs more and more, in the gradient alone: Adam does not see it, the norm does."""
+  return Made(draw.train({"weight": np.geomspace(1.0, 20.0, STEPS)}), (Expected("rising-norm"),))
+
+
+# Stopped and dropped ------------------------------------------------------------------------------------------------
+
+
+def rate_zero(pushes: frozenset[str]) -> Callable[[Draw], Made]:
+  """The rate is 0 from a step on."""
+
+  def make(draw: Draw) -> Made:
+    step = draw.step()
+    training = draw.train({"rate": draw.rate * since(step, 0.0, 1.0)}, pushes=pushes)
+    return Made(training, (Expected("stopped", (step,)),), ("update-ratio",))
+
+  return make
+
+
+def rejects_all(draw: Draw) -> Made:
+  """`skip_steps` rejects every step from one on: gradients of NaN, or a limit below all norms."""
+  step = draw.step()
+  is_nan = draw.place % 2 == 0
+  knobs = {"weight": since(step, np.nan, 1.0)} if is_nan else {"max_norm": since(step, 1e-6, np.inf)}
+  return Made(draw.train(knobs), (Expected("stopped", (step,)),), ("skipped", "nonfinite-dropped"))
+
+
+def drops_many(draw: Draw) -> Made:
+  """40% of the steps are dropped by `skip_steps`: their norm is far above its limit."""
+  is_bad = draw.rng.random(STEPS) < 0.4
+  knobs = {"weight": np.where(is_bad, 1e5, 1.0), "max_norm": 20 * draw.norm}
+  return Made(draw.train(knobs), (Expected("skipped"),))
+
+
+def frozen(draw: Draw) -> Made:
+  """One NaN, which `optax.MultiSteps` keeps in its accumulator: what is inside rejects every later update."""
+  step = draw.step()
+  landed = step // MICRO * MICRO + MICRO - 1
+  training = draw.train({"weight": at(step, np.nan, 1.0)})
+  return Made(training, (Expected("stopped", (landed,), near=MICRO),), ("skipped", "nonfinite-dropped"))
+
+
+# Not finite ---------------------------------------------------------------------------------------------------------
+
+
+def nan_gradient(draw: Draw) -> Made:
+  """The gradient of one leaf is NaN at one step, and nothing stops it."""
+  step, leaf = draw.step(), draw.layer[-1]
+  training = draw.train(leaves(draw, at(step, np.nan, 1.0), (leaf,)))
+  return Made(training, (Expected("nonfinite", (step,), leaves=(leaf,)),), WILD, "")
+
+
+def nan_loss(draw: Draw) -> Made:
+  """The loss that is recorded is NaN at three steps, the gradient is not."""
+  step = draw.step()
+  return Made(draw.train({"shown": at(step, np.nan, 0.0, 3)}), (Expected("nonfinite-loss", (step,)),))
+
+
+def nan_dropped(draw: Draw) -> Made:
+  """A NaN batch that `skip_steps` drops."""
+  step = draw.step()
+  training = draw.train({"weight": at(step, np.nan, 1.0)})
+  return Made(training, (Expected("nonfinite-dropped", (step,), batches=draw.batches(step)),))
+
+
+def inf_zeroed(draw: Draw) -> Made:
+  """A gradient of inf, of which `on_nonfinite="zero"` makes a step of zeros."""
+  step = draw.step()
+  training = draw.train({**leaves(draw, at(step, np.inf, 1.0)), "max_norm": draw.norm})
+  return Made(training, (Expected("nonfinite-dropped", (step,)),))
+
+
+def nan_in_second(draw: Draw) -> Made:
+  """Two optimizers, and one leaf of the second has a gradient of NaN at one step."""
+  step, leaf = draw.step(), draw.layer[-1]
+  training = draw.train(leaves(draw, at(step, np.nan, 1.0), (leaf,)), pushes=frozenset({"batch"}))
+  return Made(training, (Expected("nonfinite", (step,), leaves=(leaf,)),), WILD, "")

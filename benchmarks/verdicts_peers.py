@@ -1,0 +1,183 @@
+"""Other run doctors on the same runs: what they are given, and what their findings are called here.
+
+Each is a command that reads a table of losses and norms. It is looked for on the PATH and left out where it is not
+there; the project does not depend on it. Names are mapped in its favour: where one of its checks may stand for several
+findings, the right one counts. None of them can name a leaf or a batch, so that these do not count.
+"""
+
+import csv
+import json
+import math
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from verdicts_truth import Outcome, Truth, judge
+
+from clipjax.quantities import NORM
+from clipjax.runs import Finding, Run
+from clipjax.runs.schema import GRAD, key_of
+
+# Columns that are handed on, and what they are called there; losses keep their names.
+COLUMNS = {key_of(GRAD, NORM): "grad_norm", "learning_rate": "lr"}
+NOT_GIVEN = (
+  "norms by leaf, the size of the updates, the limit of a clip, which steps were dropped, a second optimizer's norms, "
+  "the loss scale and the names of batches: none of them has a place for these"
+)
+# Found on PyPI as well, and why they are not beside the others.
+TRIED = {
+  "trainscope 1.8.1": "records from inside a PyTorch training, and reports on what it has recorded there",
+  "training-doctor 0.1.0": "installs no command: it is called from Python",
+  "trainpulse 0.4.0": "installs no command either",
+}
+
+_NOT_FINITE = ("nonfinite", "nonfinite-loss", "nonfinite-dropped", "diverged")
+_SPIKES = ("spikes", "spikes-caught", "update-spike")
+_FLAT = ("not-learning", "update-ratio", "stopped", "layer-spread", "clipped-often")
+_LEFT = ("diverged", "rising-loss")
+
+
+class Said(NamedTuple):
+  """A finding of another doctor.
+
+  Attributes:
+    check: its name there.
+    level: "FAIL", "WARN" or "INFO".
+    steps: that it names.
+  """
+
+  check: str
+  level: str
+  steps: tuple[int, ...]
+
+
+class Peer(NamedTuple):
+  """Another doctor.
+
+  Attributes:
+    arguments: of its command, before the path.
+    said: its findings, in what it prints.
+    names: what its checks may be called here; checks that are not here are hints, and do not count.
+  """
+
+  arguments: tuple[str, ...]
+  said: Callable[[Any], Iterator[Said]]
+  names: dict[str, tuple[str, ...]]
+
+
+def _runmedic(report: Any) -> Iterator[Said]:
+  levels = {"critical": "FAIL", "warning": "WARN"}
+  for run in report:
+    for f in run["findings"]:
+      yield Said(f["check"], levels.get(f["severity"], "INFO"), () if f["step"] is None else (int(f["step"]),))
+
+
+def _losslint(report: Any) -> Iterator[Said]:
+  levels = {"error": "FAIL", "warning": "WARN"}
+  for f in report["findings"]:
+    details = f["details"]
+    steps = details.get("steps") or [value for key, value in details.items() if key.endswith("step")]
+    yield Said(
+      f["check"], levels.get(f["severity"], "INFO"), tuple(int(s) for s in steps if isinstance(s, int | float))
+    )
+
+
+def _trainspotter(report: Any) -> Iterator[Said]:
+  levels = {"error": "FAIL", "warning": "WARN"}
+  for f in report["findings"]:
+    yield Said(f["detector"], levels.get(f["severity"], "INFO"), (int(f["step_start"]),))
+
+
+PEERS = {
+  "runmedic": Peer(
+    ("diagnose", "--json"),
+    _runmedic,
+    {
+      "non_finite": _NOT_FINITE,
+      "divergence": _LEFT,
+      "loss_spikes": _SPIKES,
+      "grad_spikes": (*_SPIKES, "rising-norm"),
+      "no_learning": _FLAT,
+      "overfitting": ("overfit",),
+    },
+  ),
+  "losslint": Peer(
+    ("check", "--format", "json"),
+    _losslint,
+    {
+      "nan_inf": _NOT_FINITE,
+      "divergence": _LEFT,
+      "loss_spike": _SPIKES,
+      "stagnation": _FLAT,
+      "overfit_onset": ("overfit",),
+    },
+  ),
+  "trainspotter": Peer(
+    ("analyze", "--output", "json"),
+    _trainspotter,
+    {
+      "spikes": _SPIKES,
+      "divergence": (*_LEFT, *_NOT_FINITE),
+      "grad_norm": (*_SPIKES, "rising-norm", "layer-spread", "zero-gradient"),
+      "plateau": _FLAT,
+      "overfitting": ("overfit",),
+    },
+  ),
+}
+
+
+def installed() -> dict[str, str]:
+  """The versions of those that are on the PATH."""
+  out = {}
+  for name in PEERS:
+    if (command := shutil.which(name)) is not None:
+      said = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
+      out[name] = said.split()[-1] if said.split() else "?"
+  return out
+
+
+def outcome_of(name: str, run: Run, truth: Truth, folder: pathlib.Path) -> Outcome:
+  """How what a peer says of a run compares with the truth."""
+  path = folder / "run.csv"
+  write_table(run, path)
+  peer = PEERS[name]
+  command = [shutil.which(name) or name, *peer.arguments, str(path)]
+  printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+  found = [said for said in peer.said(json.loads(printed)) if said.check in peer.names]
+  return judge(without_leaves(truth), as_findings(found, peer.names, truth))
+
+
+def write_table(run: Run, path: pathlib.Path) -> None:
+  """The losses of a run, the norm of its gradient and its rate, a row a step; "nan" and "inf" where they were that."""
+  keys = [key for key in run.columns if key in COLUMNS or key.rpartition("/")[2].endswith("loss")]
+  keys = [key for key in keys if not key.startswith("skip/")]
+  with path.open("w", newline="", encoding="utf-8") as file:
+    writer = csv.writer(file)
+    writer.writerow(["step", *(COLUMNS.get(key, key) for key in keys)])
+    for i, step in enumerate(run.steps):
+      writer.writerow([int(step), *(_cell(run, key, i) for key in keys)])
+
+
+def _cell(run: Run, key: str, i: int) -> str:
+  """A number; empty where none was recorded."""
+  value = run[key][i]
+  is_flagged = key in run.flags and bool(run.flags[key][i])
+  return repr(float(value)) if math.isfinite(value) else "nan" if is_flagged else ""
+
+
+def without_leaves(truth: Truth) -> Truth:
+  """The truth as far as losses and norms show it."""
+  return truth._replace(expected=tuple(e._replace(leaves=(), batches=()) for e in truth.expected))
+
+
+def as_findings(found: list[Said], names: dict[str, tuple[str, ...]], truth: Truth) -> list[Finding]:
+  """What was said, in the names of this package: of several the one that is right."""
+  right = [e.name for e in truth.expected]
+  out = []
+  for said in found:
+    known = names[said.check]
+    name = next((n for n in (*right, *truth.also) if n in known), known[0])
+    out.append(Finding(said.level, name, said.check, steps=said.steps))
+  return out

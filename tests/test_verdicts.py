@@ -1,0 +1,259 @@
+"""The measurement of the verdict: its truths, how findings are held against them, its page, and one run of it."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import verdicts
+import verdicts_page
+import verdicts_peers
+from verdicts_conditions import HALVES, STEPS, leaf_names
+from verdicts_page import Result
+from verdicts_training import KNOBS
+from verdicts_truth import Expected, Outcome, Truth, course_of, departure, judge, read_truths, write_truths
+
+from clipjax.runs import Finding, Run
+
+PLANTED = [condition for condition in verdicts.CONDITIONS.values() if not condition.is_healthy]
+
+
+def truth_of(*expected, also=(), is_healthy=False, **fields):
+  fields = {"half": "held-out", "condition": "one leaf", "model": "gru", "optimizer": "adam", "seed": 100} | fields
+  return Truth(**fields, is_healthy=is_healthy, expected=expected, also=also)
+
+
+def said(name, steps=(), leaves=(), level="WARN", message=""):
+  return Finding(level, name, message, steps=steps, leaves=leaves)
+
+
+# The course of a loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("losses", "left", "course"),
+  [
+    (np.linspace(2.0, 0.5, 100), None, "learns"),
+    (np.full(100, 2.0), None, "flat"),
+    (np.r_[np.full(50, 2.0), np.full(50, 3.1)], 50, "leaves"),
+    (np.r_[np.full(50, 2.0), np.full(50, 2.9)], None, "flat"),  # Less than half above the best.
+    (np.r_[np.full(50, 2.0), np.full(49, 9.0), 2.0], None, "flat"),  # It comes back.
+    (np.r_[2.0, np.full(49, 0.01), np.full(50, 0.1)], None, "learns"),  # A tenth of the start is 0.2.
+    (np.r_[2.0, np.full(49, 0.01), np.full(50, 0.3)], 50, "leaves"),
+    (np.r_[np.full(95, 2.0), np.full(5, 9.0)], None, None),  # In the last tenth nobody knows whether it comes back.
+    (np.r_[np.full(20, 2.0), np.full(80, math.nan)], 20, "leaves"),
+    (np.r_[np.full(20, 2.0), math.nan, np.full(79, 1.0)], None, "learns"),
+  ],
+)
+def test_a_loss_leaves_where_it_stays_above_its_best(losses, left, course):
+  assert departure(losses) == left
+  assert course is None or course_of(losses) == course
+
+
+# Judging ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("findings", "step", "leaf", "alarms"),
+  [
+    ([said("spikes", (50, 51), ("w",))], True, True, ()),
+    ([said("spikes", (52,), ("grad_2/w",))], True, True, ()),
+    ([said("spikes", (53,), ("w",))], False, True, ()),
+    ([said("spikes", (20, 50), ("w",))], False, True, ()),  # A step before it, which was nothing.
+    ([said("spikes", (50,), ("a", "b", "c", "w"))], True, False, ()),  # Who names all leaves names none.
+    ([said("spikes", (), ())], False, False, ()),
+    ([said("diverged", (50,), level="FAIL")], False, False, ("diverged",)),
+    ([said("update-spike", (50,)), said("loss", level="INFO")], False, False, ()),
+    ([], False, False, ()),
+  ],
+)
+def test_findings_are_held_against_step_and_leaf(findings, step, leaf, alarms):
+  outcome = judge(truth_of(Expected("spikes", (50,), leaves=("w",)), also=("update-spike",)), findings)
+  assert outcome.name is any(finding.name == "spikes" for finding in findings)
+  assert (outcome.step, outcome.leaf, outcome.alarms) == (step, leaf, alarms)
+  assert outcome.is_right is (step and leaf)
+
+
+def test_of_several_right_answers_the_nearest_counts():
+  truth = truth_of(Expected("diverged", (50,)), Expected("nonfinite", (80,)))
+  outcome = judge(truth, [said("nonfinite", (80, 81), level="FAIL"), said("diverged", (10,), level="FAIL")])
+  assert outcome.is_right
+  assert outcome.is_first
+  assert outcome.alarms == ()
+
+
+def test_every_planted_step_must_be_named():
+  truth = truth_of(Expected("spikes", (50, 90)))
+  assert judge(truth, [said("spikes", (50, 55, 91))]).step is True
+  assert judge(truth, [said("spikes", (50, 55))]).step is False
+  assert judge(truth, [said("spikes", (51,)), said("spikes", (90,))]).step is True
+
+
+def test_batches_are_looked_for_in_the_text():
+  truth = truth_of(Expected("spikes", (50,), batches=("0-00050",)))
+  assert judge(truth, [said("spikes", (50,), message="The norm jumped in batch '0-00050'.")]).batch is True
+  assert judge(truth, [said("spikes", (50,), message="The norm jumped.")]).batch is False
+
+
+def test_a_healthy_run_has_no_right_answer_and_may_have_infos():
+  outcome = judge(truth_of(is_healthy=True), [said("spikes-caught", (3,), level="INFO")])
+  assert outcome == Outcome(None, None, None, None, None, ())
+  assert judge(truth_of(is_healthy=True), [said("spikes", (3,))]).alarms == ("spikes",)
+
+
+def test_truths_come_back_from_their_file(tmp_path):
+  truths = [truth_of(Expected("spikes", (5,), leaves=("w",), batches=("b",)), also=("zeros",)), truth_of(seed=101)]
+  path = tmp_path / "truth.json"
+  for truth in truths:
+    write_truths([truth], path)
+  assert read_truths(path) == truths
+  assert truths[0].file == "held-out/one-leaf--gru-adam--100.jsonl"
+
+
+# The conditions -----------------------------------------------------------------------------------------------------
+
+
+def test_the_halves_share_no_model_and_no_seed():
+  models = {half: {s.model for c in verdicts.CONDITIONS.values() for s in c.settings[half]} for half in HALVES}
+  assert not set.intersection(*models.values())
+  assert not set.intersection(*map(set, HALVES.values()))
+  assert len(PLANTED) >= 19
+  assert len(verdicts.CONDITIONS) - len(PLANTED) >= 11
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("condition", verdicts.CONDITIONS.values(), ids=verdicts.CONDITIONS)
+def test_what_is_planted_is_where_the_truth_says(condition, half):
+  """The knobs of the row change at each step that is expected, and at none before the first."""
+  draws = condition.draws(half)
+  assert len({draw.seed for draw in draws}) == 3
+  for draw in draws:
+    made = condition.make(draw)
+    knobs = made.training.knobs
+    assert knobs.shape == (STEPS, len(KNOBS))
+    assert bool(made.expected or made.near) != condition.is_healthy or condition.name == "caught"
+    changed = 1 + np.flatnonzero((~np.equal(knobs[1:], knobs[:-1]) & ~np.isnan(knobs[:-1])).any(axis=1))
+    for expected in made.expected:
+      assert all(np.abs(changed - step).min() <= expected.near for step in expected.steps)
+      if expected.steps:
+        assert changed[0] >= min(expected.steps) - expected.near
+      assert set(expected.leaves) <= set(leaf_names(draw.setting.model))
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
+def outcome(right=True, alarms=()):
+  return Outcome(right, right, right, None, None, alarms)
+
+
+def results():
+  """Of two conditions and both halves: three of four bad runs are right, one of two healthy ones is left alone."""
+  bad = Expected("spikes", (50,))
+  out = [
+    Result(truth_of(bad), outcome(), (said("spikes", (50,)),), {"runmedic": outcome()}),
+    Result(truth_of(bad, seed=101), outcome(), (said("spikes", (50,)),), {"runmedic": outcome(False)}),
+    Result(truth_of(bad, seed=102), outcome(), (said("spikes", (50,)),), {"runmedic": outcome(False)}),
+    Result(
+      truth_of(bad, seed=103),
+      outcome(False, ("zeros",)),
+      (said("zeros", (7,), ("w",)), said("loss", level="INFO")),
+      {"runmedic": outcome(False)},
+      {"grad/norm": 1.25},
+    ),
+  ]
+  for seed, alarms in ((100, ()), (101, ("rising-norm",))):
+    findings = tuple(said(name, message="The norm rose.") for name in alarms)
+    truth = truth_of(condition="sgd", is_healthy=True, seed=seed)
+    none = Outcome(None, None, None, None, None, alarms)
+    out.append(Result(truth, none, findings, {"runmedic": none}))
+  return [*out, out[0]._replace(truth=out[0].truth._replace(is_so=False, seed=104))]
+
+
+def test_the_page_says_what_its_results_say():
+  said_of = {"one leaf": "one is larger: `spikes`", "sgd": "plain SGD"}
+  text = verdicts_page.render(results(), said_of, {"runmedic": "0.1.1"})
+  assert (
+    "| The half that is reported | 3 of 4 (75%) | 3 of 4 (75%) | 3 of 4 (75%) | 3 of 4 (75%) | 1 of 2 (50%) |" in text
+  )
+  assert "| one leaf | one is larger: `spikes` | 3/4 | 3/4 | – | – | 3/4 | zeros 1 |" in text  # noqa: RUF001
+  assert "- one leaf (gru, adam, seed 103): right would be `spikes` at step 50; the verdict says WARN `zeros`" in text
+  assert "at step 7 in `w`. At that step the record has 1.25 times its usual grad/norm." in text
+  assert "- sgd (gru, adam, seed 101): WARN `rising-norm`: The norm rose." in text
+  assert "| runmedic 0.1.1 | 1 of 4 (25%) | 1 of 4 (25%) | 1 of 2 (50%) |" in text
+  assert "left out: one leaf (gru, adam, seed 104), held-out." in text
+  assert "chosen" not in re.findall(r"^## .*$", text, re.MULTILINE)[0]
+  tables = [block for block in text.split("\n\n") if block.startswith("|")]
+  assert len(tables) == 5
+  for block in tables:
+    assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_without_peers_and_misses_the_page_says_so():
+  text = verdicts_page.render([results()[0]], {"one leaf": "x"}, {})
+  assert "Nothing: every bad run" in text
+  assert "Beside other" not in text
+
+
+# Peers --------------------------------------------------------------------------------------------------------------
+
+REPORTS = {
+  "runmedic": [{"findings": [{"check": "loss_spikes", "severity": "warning", "step": 50.0}]}],
+  "losslint": {
+    "findings": [{"check": "loss_spike", "severity": "warning", "details": {"steps": [50, 51], "count": 2}}]
+  },
+  "trainspotter": {"findings": [{"detector": "spikes", "severity": "error", "step_start": 50, "step_end": 61}]},
+}
+
+
+@pytest.mark.parametrize("name", verdicts_peers.PEERS)
+def test_what_a_peer_says_counts_in_its_favour(name):
+  peer = verdicts_peers.PEERS[name]
+  found = list(peer.said(json.loads(json.dumps(REPORTS[name]))))
+  for expected in ("spikes", "update-spike", "spikes-caught"):
+    truth = verdicts_peers.without_leaves(truth_of(Expected(expected, (50,), leaves=("w",), batches=("b",))))
+    assert judge(truth, verdicts_peers.as_findings(found, peer.names, truth)).is_right
+  healthy = truth_of(is_healthy=True)
+  assert judge(healthy, verdicts_peers.as_findings(found, peer.names, healthy)).alarms == ("spikes",)
+
+
+def test_a_peer_is_given_losses_norm_and_rate(tmp_path):
+  run = Run.from_arrays(
+    {
+      "train/loss": [1.0, math.nan, 0.5],
+      "grad/norm": [2.0, math.inf, 1.0],
+      "learning_rate": [0.1, 0.1, 0.1],
+      "update/norm": [1.0, 1.0, 1.0],
+      "val_loss": [1.0, 1.0, 1.0],
+    }
+  )
+  path = tmp_path / "run.csv"
+  verdicts_peers.write_table(run, path)
+  lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
+  columns = dict(zip(lines[0], zip(*lines[1:], strict=True), strict=True))
+  assert set(columns) == {"step", "train/loss", "val_loss", "grad_norm", "lr"}
+  assert columns["train/loss"] == ("1.0", "nan", "0.5")
+  assert columns["grad_norm"] == ("2.0", "nan", "1.0")
+
+
+# One of them --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("standard_promotion")  # Optax's Adam wants it.
+def test_one_condition_from_training_to_page(tmp_path):
+  condition = verdicts.CONDITIONS["one leaf"]
+  (truth,) = verdicts.train([condition], "tune", tmp_path, seeds=1)
+  assert truth.is_so
+  assert read_truths(tmp_path / "truth.json") == [truth]
+  (result,) = verdicts.judged([truth], tmp_path, peers=())
+  run = verdicts.clipjax.runs.read_run(tmp_path / truth.file)
+  (step,), (leaf,) = truth.expected[0].steps, truth.expected[0].leaves
+  assert run.steps.tolist() == list(range(STEPS))
+  assert run.steps[np.argmax(run["grad/norm"])] == step
+  assert run[f"grad/norm/{leaf}"][step] > 0.99 * run["grad/norm"][step]
+  assert run.batches[step] == truth.expected[0].batches[0]
+  assert result.outcome.is_right
+  assert result.seen["grad/norm"] > 5
+  assert result.seen["loss"] < 5
+  assert "| one leaf |" in verdicts_page.render([result], {"one leaf": condition.said}, {})
