@@ -147,6 +147,33 @@ def test_header(path):
   }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+  ("optimizer", "states"),
+  [
+    (optax.sgd(0.1), ()),
+    (optax.sgd(0.1, momentum=0.9), ("TraceState",)),
+    (optax.adamw(optax.constant_schedule(1e-3)), ("ScaleByAdamState", "ScaleByScheduleState")),
+    (optax.masked(optax.lion(1e-3), {"w": True, "b": False}), ("ScaleByLionState",)),
+    (optax.multi_transform({"a": optax.adam(0.1), "b": optax.sgd(0.1)}, {"w": "a", "b": "b"}), None),
+    (clipjax.skip_steps(optax.adam(0.1)), ("ScaleByAdamState",)),
+  ],
+)
+def test_the_classes_of_the_optimizer_are_in_the_record(path, optimizer, states):
+  tx = optax.chain(clipjax.zclip(), optimizer)
+  found = record(path, tx, 2).optimizer
+  assert found == states or (states is None and "ScaleByAdamState" in found)
+  with clipjax.runs.Recorder(path) as recorder:
+    recorder.push(3, optax.chain(clipjax.watch(name="d"), optax.rmsprop(0.1)).init(PARAMS))
+  assert clipjax.runs.read_run(path).optimizer[-1] == "ScaleByRmsState"  # Of the last header that says any.
+
+
+@pytest.mark.parametrize("value", ['"adam"', "[1]", "3"])
+def test_a_header_with_another_kind_of_optimizer_is_refused(path, value):
+  path.write_text(f'{{"clipjax_run": 2, "optimizer": {value}}}\n{{"step": 1, "loss": 2.0}}\n')
+  with pytest.raises(ValueError, match="rows of another kind"):
+    clipjax.runs.read_run(path)
+
+
 def test_numbers_by_leaf_once_in_every_pushes(path):
   run = record(path, optax.chain(clipjax.watch(), optax.sgd(1.0)), 1, every=3)
   steps, norms = run.vectors["grad/norm"]
