@@ -152,8 +152,8 @@ assert not [finding for finding in report.findings if finding.level == "FAIL"]
 print(report)
 
 # %% [markdown]
-# `plot_norms` draws what the file holds, and `write_report` puts verdict, threshold, figures and series on one HTML
-# page.
+# `plot_norms` draws what the file holds, and `write_report` makes one HTML page: what happened and what to do, a
+# timeline, the threshold and all the series.
 
 # %%
 clipjax.runs.write_report(run, "report.html")
@@ -163,8 +163,8 @@ Image("norms.png")
 # %% [markdown]
 # ## Ask for a threshold
 #
-# For the same learning rate the suggestion is the 90th percentile of the norms. For another rate it keeps the *step
-# budget*: the product of rate and threshold bounds how far one step can go.
+# For the same learning rate the suggestion is the 90th percentile of the norms, of the steps in which the run learned.
+# For another rate it keeps the *step budget*: the product of rate and threshold bounds how far one step can go.
 
 # %%
 print(clipjax.runs.suggest_max_norm(run, model="rnn"), end="\n\n")
@@ -261,16 +261,18 @@ Markdown("\n".join([head, "|" + "---|" * 7, *rows, "", summary]))
 # - At the base rate nearly every threshold will do that is large enough, and so will no clip at all. A rule of thumb is
 #   easily right where a clip is not needed.
 # - At ten times the rate only thresholds below 1 hold, on all four models. A table by model family cannot know that.
-# - To the left of the valley training is slow, to the right it breaks. If in doubt, go lower.
+# - To the left of the valley training is slow, to the right it breaks.
 #
-# This is one seed and SGD with momentum. The same study with five seeds, two fast rates, and Adam, under which the
-# threshold hardly matters but for spikes, is in [docs/choosing.md](../docs/choosing.md).
+# This is one seed and SGD with momentum. A larger study, on other models and with Adam, is in
+# [docs/choosing.md](../docs/choosing.md): there the best threshold is often somewhat above the suggestion, so try two
+# or three times as much first.
 #
 # ## What to do
 #
 # 1. Train for a while at a rate that works, with `clip_by_global_norm(float("inf"))` and a `Recorder`.
 # 2. Read `diagnose`. A run that diverged is no base for a threshold.
-# 3. Take `suggest_max_norm`, with both learning rates if you change the rate, or `scale_free=True` under Adam.
+# 3. Take `suggest_max_norm`, with both learning rates if you change the rate. Under Adam and its like record at the
+#    rate that you will train at: no number is known to carry over to another one.
 # 4. If it matters, try a few thresholds around it, under `vmap` if the model is small.
 #
 # From a shell: `clipjax report run.jsonl` and `clipjax suggest run.jsonl`. Thresholds that adapt by themselves:
