@@ -67,6 +67,20 @@ def course_of(steps: Ints, values: Floats, count: int | None = None) -> Course |
   return Course(steps, first, best, int(steps[best_at + width // 2]), last, noise, left)
 
 
+def began_late(steps: Ints, first: int | None = None, rows: int | None = None) -> bool:
+  """Whether a record begins so late that the start of the run is not known; its steps may count examples.
+
+  Args:
+    steps: of the rows.
+    first: the first step of the record, where these are its last rows.
+    rows: how many rows it has, where these are the last.
+  """
+  if steps.size < 2:
+    return False
+  begin, count = int(steps[0]) if first is None else first, rows or steps.size
+  return begin > count * float(np.median(np.diff(steps)))
+
+
 def has_diverged(course: Course, *, learned: float = LEARNED, lost: float = LOST) -> bool:
   """Whether a loss left for good: it ends above its start, or has lost most of what it learned.
 

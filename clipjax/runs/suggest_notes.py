@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from clipjax.quantities import MAX_NORM, NORM
+from clipjax.quantities import MAX_NORM, NORM, NORM_CLIPPED
 from clipjax.runs.blocks import GROUP, Blocks
-from clipjax.runs.course import course_of, has_diverged
-from clipjax.runs.kinds import Floats
+from clipjax.runs.course import began_late, course_of, has_diverged
+from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.norms import FEW, Norms, acted, column, main_name, mean
 from clipjax.runs.phase import NORMS, OF_FALL, OF_SQUARES, Phase, losses_of
 from clipjax.runs.run import Run
@@ -29,6 +29,8 @@ FAMILIES = {
   "transformer": (0.5, 2.0),
 }
 _DIVERGED_NORM, _DIVERGED_SHARE = 100.0, 0.05
+_DEAD = 10  # Norms at the end that are not finite, though dropped: nothing trains any more.
+_REJECTED = 0.1  # Of so many steps the norms shift a 90th percentile by much.
 _SHAPED = 0.25  # A clip that acts in more of the steps has shaped the run, and with it the norms.
 _NAMED = 12  # Leaves or groups whose threshold is said; of more, the range.
 
@@ -67,7 +69,7 @@ class Case(NamedTuple):
 
 def warnings_of(case: Case) -> list[str]:
   """Why the number is not to be relied on; nothing where it is."""
-  return [text for check in (_few, _divergence, _no_fall, _late_warmup) if (text := check(case))]
+  return [text for check in (_few, _divergence, _rejected, _no_fall, _late_warmup) if (text := check(case))]
 
 
 def notes_of(case: Case) -> list[str]:
@@ -88,12 +90,7 @@ def _few(case: Case) -> str:
 def _divergence(case: Case) -> str:
   # The warm-up too: a run that diverges in its first steps may be level afterwards.
   norms = case.norms
-  finite, signs = norms.values[norms.finite], []
-  nonfinite = 1 - finite.size / norms.values.size
-  if nonfinite > _DIVERGED_SHARE:
-    signs.append(f"{percent(nonfinite)} of its norms are not finite")
-  elif not norms.finite[-1]:
-    signs.append("its last norm is not finite")
+  finite, signs = norms.values[norms.finite], _nonfinite(case)
   course = None if case.run is None else course_of(*losses_of(case.run))
   medians = [float(np.median(part)) for part in np.array_split(finite, min(20, finite.size))]
   if course is None and finite.size >= FEW and medians[-1] > _DIVERGED_NORM * min(medians):
@@ -109,8 +106,41 @@ def _divergence(case: Case) -> str:
   )
 
 
+def _nonfinite(case: Case) -> list[str]:
+  """Norms of inf and NaN. What was dropped did no harm, unless nothing but that came in the end."""
+  norms = case.norms
+  rows = np.flatnonzero(norms.finite)
+  dropped = norms.rejected if case.run is None else norms.rejected | _zeroed(case.run, norms)
+  is_applied = ~norms.finite & ~dropped
+  share = float(np.mean(is_applied))
+  if share > _DIVERGED_SHARE:
+    return [f"{percent(share)} of its norms are not finite"]
+  last = norms.values.size - 1 - int(rows[-1])
+  if is_applied[-1] or last >= _DEAD:
+    return [f"its last {f'{last} norms are' if last > 1 else 'norm is'} not finite"]
+  return []
+
+
+def _zeroed(run: Run, norms: Norms) -> Bools:
+  """Whether the clip made a gradient of zeros of each norm that was not finite."""
+  clipped = column(run, key_of(str(main_name(run)), NORM_CLIPPED))
+  return ~norms.finite & np.isfinite(clipped[np.searchsorted(run.steps, norms.steps)])
+
+
+def _rejected(case: Case) -> str:
+  norms = case.norms
+  inside = norms.finite & (norms.steps >= case.phase.begin) & (norms.steps <= case.phase.end)
+  share = float(np.mean(norms.rejected[inside]))
+  if share < _REJECTED:
+    return ""
+  return (
+    f"But skip_steps rejected {percent(share)} of these steps, and their norms are among these: find out why first "
+    "(clipjax.runs.diagnose)."
+  )
+
+
 def _no_fall(case: Case) -> str:
-  if case.phase.has_fallen is not False or _divergence(case):
+  if case.phase.has_fallen is not False or _divergence(case) or (case.run is not None and began_late(case.run.steps)):
     return ""
   return (
     "But the loss of this run never fell: the norms of a run that does not learn are no base for a threshold. Record "

@@ -16,7 +16,7 @@ def too_few(view: View) -> Iterator[Finding]:
   count = view.norms.typical.size
   if view.name is None:
     advice = "Put clipjax.watch() or a clip with track=True into the chain, and push the whole optimizer state."
-    yield Finding("INFO", "no-norms", "No norm was recorded, so that none is judged.", advice)
+    yield Finding("INFO", "no-norms", "No norm was recorded, so none is judged.", advice)
   elif not view.enough(count):
     message = f"{count} finite norms after the warm-up of {view.norms.warmup_steps} steps are too few to judge; only "
     message += "what needs no statistics was judged."

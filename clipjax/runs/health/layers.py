@@ -14,6 +14,7 @@ from clipjax.runs.sources import CS231N_RELU, PASCANU
 from clipjax.runs.words import number, percent, several
 
 _ROWS, _SHARE = 3, 0.1  # Rows, and part of the run, in which a leaf that had a gradient has none, at least.
+_LONGER = 2  # Times the longest part before in which it had none.
 _ROUNDING = 1e-6  # Of the largest norm: below, a leaf that stands alone may be rounding alone.
 _GAP = 1e3  # How far it stands from the next.
 
@@ -45,10 +46,15 @@ def zero_gradient(view: View) -> Iterator[Finding]:
 
 
 def _died(view: View, steps: list[int], norms: Floats) -> int | None:
-  """The step since which a leaf that had a gradient has had none; None where that is a short part of the run."""
+  """The step since which a leaf that had a gradient has had none; None where that is a short part of the run.
+
+  And where it had none for as long before, as an expert that is rarely used: twice that is longer.
+  """
   known = np.flatnonzero(np.isfinite(norms))
   alive = np.flatnonzero(norms[known] > 0)
   if not alive.size or known.size - alive[-1] - 1 < _ROWS:
+    return None
+  if known.size - alive[-1] - 1 <= _LONGER * (np.diff(alive, prepend=alive[0]).max() - 1):
     return None
   first, last = steps[known[alive[-1] + 1]], int(view.run.steps[-1])
   return first if last - first >= _SHARE * (last - view.extent.first_step) else None

@@ -7,7 +7,7 @@ run.
 
 import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,26 @@ from clipjax.runs.health.detectors import BLOCK
 from clipjax.runs.health.findings import Finding, HealthLimits
 from clipjax.runs.health.layers import zero_gradient
 from clipjax.runs.health.leaf_spikes import LeafDetector
+from clipjax.runs.health.losses import lost_with, rising_loss
 from clipjax.runs.health.series import KINDS, Spike, detector
 from clipjax.runs.health.spikes import spikes, update_spikes
 from clipjax.runs.health.verdict import judged
-from clipjax.runs.health.view import Extent, Loss, loss_of, view_with
+from clipjax.runs.health.view import Extent, Loss, View, loss_of, view_with
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.reading.read import run_of_rows
 from clipjax.runs.roles import Role, role_of
 from clipjax.runs.run import Run
 from clipjax.runs.schema import BACK, SKIP, STEP, key_of
 
+
+def _lasting(view: View) -> Iterator[Finding]:
+  """The event of a loss that did not come back, which `spikes` leaves to `rising_loss`."""
+  if lost_with(view) is not None:
+    yield from rising_loss(view)
+
+
 # Those that name a step; other findings are of a whole run.
-_DEFECTS = zero_gradient, update_spikes, spikes
+_DEFECTS = zero_gradient, update_spikes, spikes, _lasting
 _ONSETS = 3  # Times that a leaf whose norm becomes 0 gets a row by leaf: that of an expert does so often.
 Row = Mapping[str, Any]
 
@@ -73,6 +81,8 @@ class Live:
 
   def findings(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
     """What `diagnose` finds in these rows, of the kinds that name a step; each kind once."""
+    if not rows:
+      return []
     first = self._extent.first_step if self._extent.rows else rows[0][STEP]
     self._extent = Extent(first, self._extent.rows + len(rows))
     self._rows.extend(rows)

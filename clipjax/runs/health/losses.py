@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax.runs.course import Course, has_diverged
+from clipjax.runs.course import Course, began_late, has_diverged
 from clipjax.runs.health.events import Event
 from clipjax.runs.health.findings import Finding
-from clipjax.runs.health.view import View
+from clipjax.runs.health.view import View, views_of
 from clipjax.runs.health.words import batches_of, moved, rates_at, restore
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.roles import Role, keys_with
@@ -27,7 +27,8 @@ _EXPLODED = 100.0  # By how much norms have risen where no loss says whether the
 def diverged(view: View) -> Iterator[Finding]:
   """FAIL for a loss that left for good: it ends above its start, or has lost most of what it learned."""
   if view.loss is None:
-    yield from _exploded(view)
+    for of_state in views_of(view):
+      yield from _exploded(of_state)
     return
   key, course = view.loss.key, view.loss.course()
   limits = view.limits
@@ -90,9 +91,7 @@ def not_learning(view: View) -> Iterator[Finding]:
   if view.loss is None or course is None or view.loss.total < max(_MIN_LEARNING, view.limits.min_steps):
     return
   key = view.loss.key
-  is_begun = (
-    view.extent.first_step > view.extent.rows
-  )  # Of a run that was recorded from the middle on, the start is not known.
+  is_begun = began_late(view.run.steps, view.extent.first_step, view.extent.rows)
   highest = float(view.loss.values.max())
   has_risen = highest > _ROSE * abs(course.first)
   if is_begun or course.fall > (_HALF if has_risen else view.limits.learned) * abs(course.first):
@@ -111,7 +110,7 @@ def rising_loss(view: View) -> Iterator[Finding]:
   if (course := _lost(view)) is None or view.loss is None:
     return
   event = lost_with(view)
-  if event is None and any(event.is_recovered is False for event in view.events):
+  if event is None and any(_is_open(event, course) for event in view.events):
     return  # `spikes` tells it.
   step = course.best_step if event is None else event.start
   message = f"{view.loss.key!r} ends at {number(course.last)}, after a best of {number(course.best)} near step "
@@ -124,6 +123,11 @@ def rising_loss(view: View) -> Iterator[Finding]:
     advice = f"{restore([step])} Look at {batches_of(event)}."
   leaves = () if event is None else event.leaves
   yield Finding("WARN", "rising-loss", message, advice, rule, steps=(step,), leaves=leaves)
+
+
+def _is_open(event: Event, course: Course) -> bool:
+  """Whether the loss did not come back from an event, or the run ends within it."""
+  return event.is_recovered is False or (event.is_recovered is None and event.start > course.best_step)
 
 
 def _lost(view: View) -> Course | None:

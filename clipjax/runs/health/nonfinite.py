@@ -40,7 +40,9 @@ def nonfinite_norm(view: View) -> Iterator[Finding]:
     advice = f"Look at the {view.batches(bad)}. If a loss scale did it, push it: loss_scale=scale."
     yield Finding("WARN", "nonfinite-dropped", message, advice, "none may occur", steps=steps, leaves=leaves)
     return
-  advice = f"{restore(bad)} Look at the {view.batches(bad[:1])}, and chain" if bad.size else "Chain"
+  advice = f"Look at the {view.batches(bad[:1])}, and chain" if bad.size else "Chain"
+  if bad.size and bad[0] > view.extent.first_step:
+    advice = f"{restore(bad)} {advice}"
   advice += " skip_steps around the optimizer, which drops such steps."
   if not layers:
     advice += " clipjax.watch() first in the chain records which layer it was."

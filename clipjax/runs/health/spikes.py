@@ -113,9 +113,11 @@ def _advice(view: View, events: Sequence[Event]) -> str:
   if all(role_of(move.key) in (Role.LOSS, Role.VALIDATION) for event in events for move in event.moves):
     back = restore([worst.start]) if lost else "The norm was as usual, so a clip cannot help."
     return f"{back} Look at {batches}."
-  text = f"Nothing needs to be restored. Look at {batches}."
+  text = f"Look at {batches}."
   if lost:
     text = f"{restore([worst.start])} Leave out {batches}."
+  elif not view.has_ended and all(event.is_recovered for event in events):
+    text = f"Nothing needs to be restored. {text}"
   return f"{text} {_clip_advice(view)}"
 
 

@@ -13,7 +13,7 @@ from clipjax.runs.kinds import Bools, Ints
 from clipjax.runs.norms import column, rejected, unseen
 from clipjax.runs.roles import Role, keys_with, update_states
 from clipjax.runs.schema import SKIP, key_of
-from clipjax.runs.words import percent
+from clipjax.runs.words import percent, several
 
 _MOST = 100  # Rows that are enough, however long the run.
 _FEWEST = 10  # Rows at the end without training, at least; the last steps of a schedule may have a rate of 0.
@@ -80,14 +80,18 @@ def _all_nonfinite(view: View) -> _End | None:
 
 
 def _no_rate(view: View) -> _End | None:
-  for key in keys_with(view.run.columns, Role.RATE):
-    rate = column(view.run, key)
-    known = np.isfinite(rate)
-    if known.any() and (step := _since(view, rate == 0, known, len(view.run) + 1)) is not None:
-      ran = "" if step > view.run.steps[0] else " from the start"
-      advice = "Look at the schedule: it ends before the run does." if not ran else "Look at the schedule."
-      return _End(step, f"{key!r} is 0{ran}", advice)
-  return None
+  """Every learning rate is 0: a part of a model may be frozen on purpose."""
+  columns = {key: column(view.run, key) for key in keys_with(view.run.columns, Role.RATE)}
+  rates = {key: rate for key, rate in columns.items() if np.isfinite(rate).any()}
+  ends = [_since(view, rate == 0, np.isfinite(rate), len(view.run) + 1) for rate in rates.values()]
+  known = [step for step in ends if step is not None]
+  if not known or len(known) < len(ends):
+    return None
+  step = max(known)
+  ran = "" if step > view.run.steps[0] else " from the start"
+  advice = "Look at the schedule: it ends before the run does." if not ran else "Look at the schedule."
+  verb = "is" if len(rates) == 1 else "are"
+  return _End(step, f"{several(tuple(rates), tuple(rates))} {verb} 0{ran}", advice)
 
 
 def _no_update(view: View) -> _End | None:

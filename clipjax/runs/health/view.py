@@ -57,6 +57,7 @@ class View(NamedTuple):
     events: spikes, brought together.
     loss: the loss that is trained, of the whole run; None where none was recorded.
     extent: that of the whole run.
+    has_ended: whether the training ended by what comes after these rows.
   """
 
   run: Run
@@ -67,6 +68,7 @@ class View(NamedTuple):
   events: tuple[Event, ...] = ()
   loss: Loss | None = None
   extent: Extent = Extent(0, 0)
+  has_ended: bool = False
 
   @property
   def of(self) -> str:
@@ -152,7 +154,8 @@ def before(view: View, step: int, warmup_steps: int | None) -> View:
     inside = loss.steps < step
     loss = Loss(loss.key, loss.steps[inside], loss.values[inside], loss.total - int((~inside).sum()))
   events = tuple(event for event in view.events if event.end < step)
-  return view._replace(run=run, norms=norms_of_run(run, view.name, warmup_steps), events=events, loss=loss)
+  norms = norms_of_run(run, view.name, warmup_steps)
+  return view._replace(run=run, norms=norms, events=events, loss=loss, has_ended=True)
 
 
 def views_of(view: View) -> Iterable[View]:
