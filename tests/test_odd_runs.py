@@ -5,6 +5,8 @@ import pytest
 from synthetic import N, bad, healthy, only, run_of
 
 import clipjax
+from clipjax.runs.health.live import Live
+from clipjax.runs.roles import Role, main_loss, role_of
 
 RNG = np.random.default_rng(0)
 NOISE = np.exp(RNG.normal(0, 0.05, N))
@@ -39,6 +41,14 @@ def test_the_norms_of_every_state_may_explode_without_a_loss():
   assert finding.message.startswith("The norm of 'd' rose from ")
 
 
+def test_a_group_may_be_called_like_a_loss_or_a_learning_rate():
+  groups = {"grad/norm/lr_encoder": since(300, 0.0), "grad/norm/perceptual_loss": 4 * NOISE, "loss": LOSS}
+  run = run_of({"grad/norm": NORMS, **groups})
+  assert [name for name in bad(clipjax.runs.diagnose(run)) if name != "zero-gradient"] == []
+  assert main_loss(["grad/norm/perceptual_loss"]) is None
+  assert role_of("grad/scale/lr_encoder") is None and role_of("train/loss") is Role.LOSS
+
+
 # What trains no more ------------------------------------------------------------------------------------------------
 
 
@@ -59,6 +69,44 @@ def test_an_expert_that_is_rarely_used_has_not_died():
   assert bad(clipjax.runs.diagnose(run_of(healthy(), **vectors))) == []
   norms[150:, 1] = 0.0
   assert only(clipjax.runs.diagnose(run_of(healthy(), **vectors)), "zero-gradient").steps == (132,)
+
+
+def test_a_norm_that_becomes_0_for_good_is_a_gradient_of_0():
+  finding = clipjax.runs.diagnose(run_of(healthy(**{"grad/norm": since(300, 0.0, NORMS)})))[0]
+  assert (finding.name, finding.level, finding.steps) == ("zero-gradient", "FAIL", (301,))
+  assert finding.message == "The norm of 'grad' has been exactly 0 since step 301."
+
+
+def test_where_the_loss_is_0_the_gradient_may_be():
+  """A hinge loss on data that can be told apart."""
+  loss = {"loss": since(300, 0.0, 3 * np.exp(-ROWS / 60) * NOISE)}
+  assert bad(clipjax.runs.diagnose(run_of(healthy(**loss, **{"grad/norm": since(300, 0.0, NORMS)})))) == []
+  norms = np.tile(since(300, 0.0)[:, None], (1, 2))
+  vectors = {"leaves": {"grad": ("in/w", "out/w")}, "vectors": {"grad/norm": (ROWS + 1, norms)}}
+  assert bad(clipjax.runs.diagnose(run_of(healthy(**loss), **vectors))) == []
+
+
+def test_one_of_several_optimizers_may_stop():
+  updates = {"update_g/norm": 0.01 * NORMS, "update_d/norm": since(300, 0.0, 0.01 * NORMS[::-1])}
+  finding = clipjax.runs.diagnose(run_of(healthy(**updates)))[0]
+  assert (finding.name, finding.steps) == ("stopped", (301,))
+  assert finding.message.startswith("A part has not trained since step 301: the norm of 'update_d' is 0.")
+
+
+# What skip_steps alone records --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("is_rejected", "name"), [(True, "spikes-caught"), (False, "spikes")])
+def test_what_skip_steps_rejects_is_caught_without_a_watch(is_rejected, name):
+  rows, seen = ROWS == 200, []
+  columns = {"loss": LOSS, "skip/norm": np.where(rows, 50.0, NORMS), "skip/consecutive": rows * float(is_rejected)}
+  assert only(clipjax.runs.diagnose(run_of(columns)), name).steps == (201,)
+  live = Live(clipjax.runs.HealthLimits())
+  for part in np.array_split(ROWS, 10):
+    batch = [{"step": int(i) + 1, **{key: float(column[i]) for key, column in columns.items()}} for i in part]
+    live.marked(batch, [{}] * len(batch))
+    seen += live.findings(batch, {})
+  assert [finding.name for finding in seen] == ([] if is_rejected else [name])
 
 
 # What to restore ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from clipjax.quantities import NORM, PARAM_NORM
 from clipjax.runs.run import Run
-from clipjax.runs.schema import GRAD, LOSS, SKIP, UPDATES, key_of, names_with
+from clipjax.runs.schema import BY_BLOCK, GRAD, LOSS, SKIP, UPDATES, key_of, names_with
 
 
 class Role(enum.Enum):
@@ -41,7 +41,9 @@ def role_of(key: str) -> Role | None:
     return None if name == SKIP else Role.UPDATE if _is_update(name) else Role.NORM
   if _state(key, PARAM_NORM) is not None:
     return Role.PARAMETERS
-  return None if key.startswith(key_of(SKIP, "")) else _role_of_words(_words(key))
+  if key.startswith(key_of(SKIP, "")) or any(f"/{quantity}/" in key for quantity in BY_BLOCK):
+    return None  # A group may be called as the caller likes.
+  return _role_of_words(_words(key))
 
 
 def _role_of_words(words: tuple[str, ...]) -> Role | None:

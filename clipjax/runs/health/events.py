@@ -90,12 +90,12 @@ class Event(NamedTuple):
   @property
   def is_of_rate(self) -> bool:
     """Whether the update moved first, and neither norm nor loss with it: the learning rate did."""
-    roles = {role_of(move.key) for move in self.moves if move.step == self.first.step}
-    return not roles.isdisjoint({Role.UPDATE, Role.PARAMETERS}) and roles.isdisjoint({Role.NORM, Role.LOSS, None})
+    roles = {_role(move.key) for move in self.moves if move.step == self.first.step}
+    return not roles.isdisjoint({Role.UPDATE, Role.PARAMETERS}) and roles.isdisjoint({Role.NORM, Role.LOSS})
 
   def moved(self, role: Role) -> Move | None:
     """The first series of a role that moved."""
-    return next((move for move in self.moves if role_of(move.key) == role), None)
+    return next((move for move in self.moves if _role(move.key) == role), None)
 
 
 def events_of(run: Run, spikes: Sequence[Spike], states: Sequence[str]) -> tuple[Event, ...]:
@@ -145,16 +145,16 @@ def _moves(spikes: Sequence[Spike]) -> tuple[Move, ...]:
   moves = [Move(key, some[0].step, max(s.value for s in some), some[0].usual) for key, some in by_key.items()]
   leaves = [move for move in moves if leaf_of(move.key) is not None]
   moves = [move for move in moves if leaf_of(move.key) is None]
-  if leaves and not any(role_of(move.key) is Role.NORM for move in moves):
+  if leaves and not any(_role(move.key) is Role.NORM for move in moves):
     first = min(move.step for move in leaves)
     moves.append(max((move for move in leaves if move.step == first), key=lambda move: move.peak))
-  return tuple(sorted(moves, key=lambda move: (move.step, _ORDER.index(role_of(move.key) or Role.NORM))))
+  return tuple(sorted(moves, key=lambda move: (move.step, _ORDER.index(_role(move.key)))))
 
 
 def _high_end(spikes: Sequence[Spike], moves: Sequence[Move]) -> int:
   """The last step at which what moved first, of norms before losses, was above half of its peak."""
   first = [move for move in moves if move.step == moves[0].step]
-  move = next((move for move in first if role_of(move.key) is Role.NORM), first[0])
+  move = next((move for move in first if _role(move.key) is Role.NORM), first[0])
   return max(spike.step for spike in spikes if spike.key == move.key and spike.value >= move.peak / 2)
 
 
@@ -188,7 +188,7 @@ def _is_caught(
 
   Where updates were not recorded, the norm after the clip has to be as usual instead.
   """
-  norms = [spike for spike in spikes if role_of(spike.key) is Role.NORM]
+  norms = [spike for spike in spikes if _role(spike.key) is Role.NORM and leaf_of(spike.key) is None]
   if not norms or any(role_of(move.key) in (Role.UPDATE, Role.PARAMETERS) for move in moves):
     return False
   if any(role_of(spike.key) is Role.LOSS and spike.step > norms[-1].step for spike in spikes):
@@ -235,6 +235,11 @@ def _medians(values: Floats) -> Floats:
   """Medians of a few that follow each other."""
   width = min(_BACK, values.size)
   return np.median(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
+
+
+def _role(key: str) -> Role:
+  """The role of a series: that of `skip_steps` is judged where there is no other norm, and a leaf has a norm."""
+  return role_of(key) or Role.NORM
 
 
 def leaf_of(key: str) -> str | None:

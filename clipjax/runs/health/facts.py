@@ -18,7 +18,8 @@ def too_few(view: View) -> Iterator[Finding]:
     advice = "Put clipjax.watch() or a clip with track=True into the chain, and push the whole optimizer state."
     yield Finding("INFO", "no-norms", "No norm was recorded, so none is judged.", advice)
   elif not view.enough(count):
-    message = f"{count} finite norms after the warm-up of {view.norms.warmup_steps} steps are too few to judge; only "
+    norms = f"{count} finite norm{'' if count == 1 else 's'} after the warm-up of {view.norms.warmup_steps} steps"
+    message = f"{norms} {'is' if count == 1 else 'are'} too few to judge; only "
     message += "what needs no statistics was judged."
     rule = f"at least {view.limits.min_steps}, a limit of clipjax"
     yield Finding("INFO", "few-steps", message, "Record more steps.", rule)

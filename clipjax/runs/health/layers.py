@@ -40,9 +40,14 @@ def zero_gradient(view: View) -> Iterator[Finding]:
   if not died:
     return
   first = min(died.values())
-  message = f"The gradient of {several(tuple(died), names)}{view.of} has been exactly 0 since step {first}."
-  advice = f"Look at what happened at step {first}: units that died, a switch that cut the layer off."
-  yield Finding("FAIL", "zero-gradient", message, advice, rule, steps=(first,), leaves=tuple(died))
+  yield _death(f"The gradient of {several(tuple(died), names)}{view.of}", first, rule, tuple(died))
+
+
+def _death(what: str, step: int, rule: str, leaves: tuple[str, ...]) -> Finding:
+  message = f"{what} has been exactly 0 since step {step}."
+  advice = f"Look at what happened at step {step}: units that died, a switch that cut "
+  advice += "the layer off." if leaves else "the loss off."
+  return Finding("FAIL", "zero-gradient", message, advice, rule, steps=(step,), leaves=leaves)
 
 
 def _died(view: View, steps: list[int], norms: Floats) -> int | None:
@@ -57,12 +62,15 @@ def _died(view: View, steps: list[int], norms: Floats) -> int | None:
   if known.size - alive[-1] - 1 <= _LONGER * (np.diff(alive, prepend=alive[0]).max() - 1):
     return None
   first, last = steps[known[alive[-1] + 1]], int(view.run.steps[-1])
-  return first if last - first >= _SHARE * (last - view.extent.first_step) else None
+  is_short = last - first < _SHARE * (last - view.extent.first_step)
+  return None if is_short or view.is_solved(first) else first
 
 
 def _zero_norm(view: View) -> Iterator[Finding]:
   """Where nothing is known of the layers."""
   norms = view.norms.values[view.norms.finite]
+  if norms.any() and (step := _died(view, view.norms.steps.tolist(), view.norms.values)) is not None:
+    yield _death(f"The norm of {view.name!r}", step, "it may not be, as such a model does not learn", ())
   if norms.size < 2 or norms.any():
     return
   message = f"The norm of {view.name!r} was exactly 0 at all {norms.size} steps at which it was finite."

@@ -39,6 +39,7 @@ def _lasting(view: View) -> Iterator[Finding]:
 # Those that name a step; other findings are of a whole run.
 _DEFECTS = zero_gradient, update_spikes, spikes, _lasting
 _ONSETS = 3  # Times that a leaf whose norm becomes 0 gets a row by leaf: that of an expert does so often.
+_SKIP_NORM = key_of(SKIP, NORM)
 Row = Mapping[str, Any]
 
 
@@ -64,7 +65,7 @@ class Live:
     for part in _courses(rows):
       if part[0].get(BACK):
         self._go_back(part[0][STEP])
-      for key in dict.fromkeys(key for row in part for key in row if role_of(key) in KINDS):
+      for key in self._judged(part):
         known = [(row[STEP], value) for row in part if (value := _value(row, key)) is not None]
         series = self._series.setdefault(key, _Series(key, role_of(key) or Role.NORM, self._limits))
         found = series.spikes([step for step, _ in known], [value for _, value in known])
@@ -93,6 +94,13 @@ class Live:
       found = [f for f in judged(view, 0, _DEFECTS, ()) if f.level != "INFO" and f.name not in self._kinds]
     self._kinds |= {finding.name for finding in found}
     return found
+
+  def _judged(self, rows: Sequence[Row]) -> list[str]:
+    """The series of these rows; that of `skip_steps` where there is no other norm."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    found = [key for key in keys if role_of(key) in KINDS]
+    has_norm = any(role_of(key) is Role.NORM for key in (*found, *self._series))
+    return found if has_norm or _SKIP_NORM not in keys else [*found, _SKIP_NORM]
 
   def _go_back(self, step: int) -> None:
     for series in self._series.values():
@@ -191,5 +199,5 @@ def _courses(rows: Sequence[Row]) -> list[list[Row]]:
 def _value(row: Row, key: str) -> float | None:
   """The number of a series at a step, where it is finite; that of `skip_steps` where that rejected the step."""
   if key not in row and role_of(key) == Role.NORM and row.get(key_of(SKIP, CONSECUTIVE), 0):
-    return row.get(key_of(SKIP, NORM))
+    return row.get(_SKIP_NORM)
   return row.get(key)

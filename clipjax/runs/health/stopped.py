@@ -25,6 +25,7 @@ class _End(NamedTuple):
   step: int
   why: str
   advice: str
+  what: str = "Nothing"  # And whether a part alone does not.
 
 
 def stopped(view: View) -> Iterator[Finding]:
@@ -35,7 +36,8 @@ def stopped(view: View) -> Iterator[Finding]:
   if not ends:
     return
   end = min(ends, key=lambda end: end.step)
-  message = f"Nothing has trained since step {end.step}: {end.why}."
+  verb = "has trained" if end.what == "Nothing" else "has not trained"
+  message = f"{end.what} {verb} since step {end.step}: {end.why}."
   rule = f"less than {percent(view.limits.stopped)} of the run, a limit of clipjax"
   yield Finding("FAIL", "stopped", message, end.advice, rule, steps=(end.step,))
 
@@ -95,12 +97,13 @@ def _no_rate(view: View) -> _End | None:
 
 
 def _no_update(view: View) -> _End | None:
-  for name in update_states(view.run):
+  names = update_states(view.run)
+  for name in names:
     norm = column(view.run, key_of(name, NORM))
     known = np.isfinite(norm) & ~unseen(view.run, name)
-    if known.any() and (step := _since(view, norm == 0, known)) is not None:
+    if known.any() and (step := _since(view, norm == 0, known)) is not None and not view.is_solved(step):
       advice = "Look at the learning rate, at masks, and at optax.apply_if_finite or MultiSteps around the optimizer."
-      return _End(step, f"the norm of {name!r} is 0", advice)
+      return _End(step, f"the norm of {name!r} is 0", advice, "Nothing" if len(names) == 1 else "A part")
   return None
 
 

@@ -88,6 +88,13 @@ class View(NamedTuple):
     """The same of a quantity of the state that is judged."""
     return self.column(key_of(str(self.name), quantity))
 
+  def is_solved(self, step: int) -> bool:
+    """Whether the loss is exactly 0 from a step on, as a hinge loss may be: no gradient is needed."""
+    if self.loss is None:
+      return False
+    values = self.loss.values[self.loss.steps >= step]
+    return bool(values.size) and not values.any()
+
   def last(self, name: str | None, quantity: str) -> float | None:
     """The last finite value of a counter of a state; None without any."""
     values = column(self.run, key_of(str(name), quantity))
