@@ -128,7 +128,7 @@ def test_a_gradient_that_is_zero_throughout():
   assert only(report, "zero-gradient").message.startswith("The norm of 'grad' was exactly 0 at all 400 steps")
   assert "p50 0, p90 0, p99 0" in only(report, "norms").message
   assert only(report, "norms").advice == ""  # There suggest_max_norm raises.
-  assert bad(clipjax.runs.diagnose(run_of({"grad/norm": np.arange(N) == 7}))) == []
+  assert bad(clipjax.runs.diagnose(run_of({"grad/norm": np.arange(N) % 100 == 7}))) == []  # Rare, but not gone.
 
 
 def test_norms_that_differ_by_rounding_have_no_spikes():
