@@ -242,8 +242,8 @@ def _peers(kept: Sequence[Result], halves: Sequence[str], versions: dict[str, st
     return ""
   lines += [
     "The same runs, as a table of losses, validation losses, gradient norm and learning rate, were given to commands "
-    f"from PyPI. They were not given {NOT_GIVEN}. Their checks are mapped to the names above in their favour, and "
-    "hints on the schedule do not count. Named: the right name among its warnings and errors. With the step: where "
+    f"from PyPI (`pip install {' '.join(versions)}`). They were not given {NOT_GIVEN}. "
+    "Their checks are mapped to the names above in their favour, and hints on the schedule do not count. Named: the right name among its warnings and errors. With the step: where "
     "there is one, by the same rule. A leaf is not asked of anyone here.",
     "",
   ]
@@ -266,22 +266,18 @@ def _peer_shares(group: Sequence[Result], peer: str | None) -> tuple[str, str, s
 
 def _peers_by_condition(group: Sequence[Result], versions: dict[str, str]) -> list[str]:
   """Of bad runs those that are named with the step, of healthy ones those with an alarm."""
-  rows = []
-  for name, results in by_condition(sorted(group, key=lambda r: r.truth.is_healthy)):
-    cells = []
+  named: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
+  for name, results in by_condition(group):
+    is_healthy, cells = results[0].truth.is_healthy, []
     for peer in (None, *versions):
       outcomes = [r.outcome if peer is None else r.peers[peer] for r in results]
-      if results[0].truth.is_healthy:
-        cells.append(f"{sum(bool(o.alarms) for o in outcomes)} alarms" if any(o.alarms for o in outcomes) else DASH)
-      else:
-        cells.append(f"{sum(o.name is True and o.step is not False for o in outcomes)}/{len(outcomes)}")
-    rows.append((name, *cells))
-  return [
-    "By condition, the reported half: bad runs named with the step, and healthy runs with an alarm.",
-    "",
-    *table(("condition", "clipjax", *versions), rows),
-    "",
-  ]
+      hits = [bool(o.alarms) if is_healthy else o.name is True and o.step is not False for o in outcomes]
+      cells.append(f"{sum(hits)}/{len(hits)}")
+    named[is_healthy].append((name, *cells))
+  lines = []
+  for is_healthy, header in ((False, "bad runs named with the step"), (True, "healthy runs with an alarm")):
+    lines += [*table((header, "clipjax", *versions), named[is_healthy]), ""]
+  return lines
 
 
 # How ----------------------------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from verdicts_truth import Outcome, Truth, judge
 
 from clipjax.quantities import NORM
 from clipjax.runs import Finding, Run
-from clipjax.runs.schema import GRAD, key_of
+from clipjax.runs.schema import GRAD, SKIP, key_of
 
 # Columns that are handed on, and what they are called there; losses keep their names.
 COLUMNS = {key_of(GRAD, NORM): "grad_norm", "learning_rate": "lr"}
+# Of a step that `skip_steps` dropped, the norm that it saw.
+INSTEAD = {key_of(GRAD, NORM): key_of(SKIP, NORM)}
 NOT_GIVEN = (
   "norms by leaf, the size of the updates, the limit of a clip, which steps were dropped, a second optimizer's norms, "
   "the loss scale and the names of batches: none of them has a place for these"
@@ -152,7 +154,7 @@ def outcome_of(name: str, run: Run, truth: Truth, folder: pathlib.Path) -> Outco
 def write_table(run: Run, path: pathlib.Path) -> None:
   """The losses of a run, the norm of its gradient and its rate, a row a step; "nan" and "inf" where they were that."""
   keys = [key for key in run.columns if key in COLUMNS or key.rpartition("/")[2].endswith("loss")]
-  keys = [key for key in keys if not key.startswith("skip/")]
+  keys = [key for key in keys if not key.startswith(f"{SKIP}/")]
   with path.open("w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file)
     writer.writerow(["step", *(COLUMNS.get(key, key) for key in keys)])
@@ -162,9 +164,12 @@ def write_table(run: Run, path: pathlib.Path) -> None:
 
 def _cell(run: Run, key: str, i: int) -> str:
   """A number; empty where none was recorded."""
-  value = run[key][i]
-  is_flagged = key in run.flags and bool(run.flags[key][i])
-  return repr(float(value)) if math.isfinite(value) else "nan" if is_flagged else ""
+  for column in (key, INSTEAD.get(key, key)):
+    if column in run and math.isfinite(run[column][i]):
+      return repr(float(run[column][i]))
+    if column in run.flags and run.flags[column][i]:
+      return "nan"
+  return ""
 
 
 def without_leaves(truth: Truth) -> Truth:

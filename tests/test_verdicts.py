@@ -1,5 +1,6 @@
 """The measurement of the verdict: its truths, how findings are held against them, its page, and one run of it."""
 
+import dataclasses
 import json
 import math
 import re
@@ -61,6 +62,7 @@ def test_a_loss_leaves_where_it_stays_above_its_best(losses, left, course):
     ([said("spikes", (52,), ("grad_2/w",))], True, True, ()),
     ([said("spikes", (53,), ("w",))], False, True, ()),
     ([said("spikes", (20, 50), ("w",))], False, True, ()),  # A step before it, which was nothing.
+    ([said("spikes", (47, 50), ("w",))], False, True, ()),
     ([said("spikes", (50,), ("a", "b", "c", "w"))], True, False, ()),  # Who names all leaves names none.
     ([said("spikes", (), ())], False, False, ()),
     ([said("diverged", (50,), level="FAIL")], False, False, ("diverged",)),
@@ -185,7 +187,9 @@ def test_the_page_says_what_its_results_say():
   assert "left out: one leaf (gru, adam, seed 104), held-out." in text
   assert "chosen" not in re.findall(r"^## .*$", text, re.MULTILINE)[0]
   tables = [block for block in text.split("\n\n") if block.startswith("|")]
-  assert len(tables) == 5
+  assert "| one leaf | 3/4 | 1/4 |" in text
+  assert "| sgd | 1/2 | 1/2 |" in text
+  assert len(tables) == 6
   for block in tables:
     assert len({line.count("|") for line in block.splitlines()}) == 1, block
 
@@ -222,19 +226,22 @@ def test_a_peer_is_given_losses_norm_and_rate(tmp_path):
   run = Run.from_arrays(
     {
       "train/loss": [1.0, math.nan, 0.5],
-      "grad/norm": [2.0, math.inf, 1.0],
+      "grad/norm": [2.0, math.inf, math.nan],
+      "skip/norm": [2.0, math.inf, 7.0],
       "learning_rate": [0.1, 0.1, 0.1],
       "update/norm": [1.0, 1.0, 1.0],
       "val_loss": [1.0, 1.0, 1.0],
     }
   )
+  flags = {**run.flags, "grad/norm": np.array([False, True, False])}  # The third was not recorded.
+  run = dataclasses.replace(run, flags=flags)
   path = tmp_path / "run.csv"
   verdicts_peers.write_table(run, path)
   lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
   columns = dict(zip(lines[0], zip(*lines[1:], strict=True), strict=True))
   assert set(columns) == {"step", "train/loss", "val_loss", "grad_norm", "lr"}
   assert columns["train/loss"] == ("1.0", "nan", "0.5")
-  assert columns["grad_norm"] == ("2.0", "nan", "1.0")
+  assert columns["grad_norm"] == ("2.0", "nan", "7.0")  # What was dropped had a norm too.
 
 
 # One of them --------------------------------------------------------------------------------------------------------
