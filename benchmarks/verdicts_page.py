@@ -243,8 +243,9 @@ def _peers(kept: Sequence[Result], halves: Sequence[str], versions: dict[str, st
   lines += [
     "The same runs, as a table of losses, validation losses, gradient norm and learning rate, were given to commands "
     f"from PyPI (`pip install {' '.join(versions)}`). They were not given {NOT_GIVEN}. "
-    "Their checks are mapped to the names above in their favour, and hints on the schedule do not count. Named: the right name among its warnings and errors. With the step: where "
-    "there is one, by the same rule. A leaf is not asked of anyone here.",
+    "Their checks are mapped to the names above in their favour, and hints on the schedule do not count. "
+    "Named: the right name among its warnings and errors. With the step: where there is one, by the same rule. "
+    "A leaf is not asked of anyone here.",
     "",
   ]
   for half in halves:
