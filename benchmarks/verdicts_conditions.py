@@ -33,7 +33,7 @@ RATES = {
   "coder": {"adam": 0.005},
   "gru": {"sgd": 1.0, "momentum": 0.2, "adam": 0.01, "adamw": 0.01, "lion": 0.002},
   "vit": {"sgd": 0.125, "momentum": 0.02, "adam": 0.002, "adamw": 0.002, "lion": 0.0005},
-  "cnn": {"sgd": 0.06, "momentum": 0.02, "adam": 0.002, "adamw": 0.002, "lion": 0.0005},
+  "cnn": {"sgd": 0.125, "momentum": 0.02, "adam": 0.005, "adamw": 0.005, "lion": 0.0005},
   "residual": {"sgd": 0.04, "momentum": 0.006, "adam": 0.001, "adamw": 0.001, "lion": 0.0002},
   "sigmoid12": {"sgd": 0.1, "momentum": 0.02, "adam": 0.001},
   "wide": {"momentum": 0.006, "adam": 0.001},
@@ -48,7 +48,7 @@ TOO_FAST = {
   "mlp": {"sgd": 16, "momentum": 32},
   "gru": {"sgd": 16, "momentum": 64, "adam": 256, "lion": 256},
   "residual": {"momentum": 32, "lion": 500},
-  "cnn": {"sgd": 32, "momentum": 64, "adam": 80},
+  "cnn": {"sgd": 16, "momentum": 64, "adam": 32},
 }
 NORMS = {
   "rnn": 0.8, "transformer": 0.7, "biased": 0.7, "mlp": 1.3, "autoencoder": 6.0, "zero": 1.3,
