@@ -146,6 +146,19 @@ def test_a_loss_that_does_not_come_back_is_told_at_once(tmp_path, last):
   assert (found.name, found.steps) == (seen[0].name, seen[0].steps)
 
 
+@pytest.mark.parametrize("flushed", [42, 43, 44, 46])
+def test_a_loss_is_given_some_rows_to_come_back(tmp_path, flushed):
+  """Within a spike of the loss, its last values are those of a loss that diverged."""
+  seen, rng = [], np.random.default_rng(0)
+  with clipjax.runs.Recorder(tmp_path / "run.jsonl", every=500, on_finding=seen.append) as recorder:
+    for step in range(1, 400):
+      loss = 9 if step > 350 or 40 <= step < 44 else 1 + 3 * np.exp(-step / 8)
+      recorder.push(step, None, loss=loss * rng.uniform(0.97, 1.03))
+      if step in (flushed, 100):
+        recorder.flush()
+  assert [(f.name, f.steps) for f in seen] == [("spikes", (40,)), ("diverged", (351,))]
+
+
 def test_a_recorder_without_a_row_has_nothing_to_find(tmp_path):
   with clipjax.runs.Recorder(tmp_path / "run.jsonl", on_finding=print) as recorder:
     recorder.flush()

@@ -18,7 +18,7 @@ from clipjax.runs.health.detectors import BLOCK
 from clipjax.runs.health.findings import Finding, HealthLimits
 from clipjax.runs.health.layers import zero_gradient
 from clipjax.runs.health.leaf_spikes import LeafDetector
-from clipjax.runs.health.losses import lost_with, rising_loss
+from clipjax.runs.health.losses import DIVERGED, lost_with, rising_loss
 from clipjax.runs.health.series import KINDS, Spike, detector
 from clipjax.runs.health.spikes import spikes, update_spikes
 from clipjax.runs.health.verdict import judged
@@ -39,6 +39,7 @@ def _lasting(view: View) -> Iterator[Finding]:
 # Those that name a step; other findings are of a whole run.
 _DEFECTS = zero_gradient, update_spikes, spikes, _lasting
 _ONSETS = 3  # Times that a leaf whose norm becomes 0 gets a row by leaf: that of an expert does so often.
+_PATIENCE = 10  # Rows that a loss has to come back in, before it is told that it diverged.
 _SKIP_NORM = key_of(SKIP, NORM)
 Row = Mapping[str, Any]
 
@@ -92,6 +93,7 @@ class Live:
     view = view_with(run, self._limits, 0, spikes, self._loss.of(run), self._extent)
     with np.errstate(over="ignore", invalid="ignore"):
       found = [f for f in judged(view, 0, _DEFECTS, ()) if f.level != "INFO" and f.name not in self._kinds]
+    found = [f for f in found if f.name != DIVERGED or f.steps[0] <= run.steps[-min(_PATIENCE, len(run))]]
     self._kinds |= {finding.name for finding in found}
     return found
 
