@@ -20,6 +20,17 @@ def since(row, then, before=1.0):
   return np.where(row > ROWS, before, then)
 
 
+def told(columns, ends):
+  """The findings along the rows of these columns, in batches that end at some rows."""
+  live, found = Live(clipjax.runs.HealthLimits()), []
+  size = len(next(iter(columns.values())))
+  rows = [{"step": i + 1, **{key: float(column[i]) for key, column in columns.items()}} for i in range(size)]
+  for part in np.split(np.array(rows), ends):
+    live.marked(part.tolist(), [{}] * len(part))
+    found += live.findings(part.tolist(), {})
+  return found
+
+
 def spoiled(rows, **columns):
   """A healthy run whose norm is not finite at some rows, and its flags."""
   run, bad_rows = healthy(**columns), np.isin(ROWS, rows)
@@ -98,15 +109,10 @@ def test_one_of_several_optimizers_may_stop():
 
 @pytest.mark.parametrize(("is_rejected", "name"), [(True, "spikes-caught"), (False, "spikes")])
 def test_what_skip_steps_rejects_is_caught_without_a_watch(is_rejected, name):
-  rows, seen = ROWS == 200, []
+  rows = ROWS == 200
   columns = {"loss": LOSS, "skip/norm": np.where(rows, 50.0, NORMS), "skip/consecutive": rows * float(is_rejected)}
   assert only(clipjax.runs.diagnose(run_of(columns)), name).steps == (201,)
-  live = Live(clipjax.runs.HealthLimits())
-  for part in np.array_split(ROWS, 10):
-    batch = [{"step": int(i) + 1, **{key: float(column[i]) for key, column in columns.items()}} for i in part]
-    live.marked(batch, [{}] * len(batch))
-    seen += live.findings(batch, {})
-  assert [finding.name for finding in seen] == ([] if is_rejected else [name])
+  assert [finding.name for finding in told(columns, range(40, N, 40))] == ([] if is_rejected else [name])
 
 
 # What to restore ----------------------------------------------------------------------------------------------------
@@ -144,6 +150,35 @@ def test_a_loss_that_does_not_come_back_is_told_at_once(tmp_path, last):
   assert [(f.level, f.steps) for f in seen] == [("WARN", (200,))]
   (found,) = [f for f in clipjax.runs.diagnose(clipjax.runs.read_run(path)) if f.level != "INFO"]
   assert (found.name, found.steps) == (seen[0].name, seen[0].steps)
+
+
+@pytest.mark.parametrize("flushed", [42, 43, 44, 46])
+def test_a_loss_is_given_some_rows_to_come_back(tmp_path, flushed):
+  """Within a spike of the loss, its last values are those of a loss that diverged."""
+  seen, rng = [], np.random.default_rng(0)
+  with clipjax.runs.Recorder(tmp_path / "run.jsonl", every=500, on_finding=seen.append) as recorder:
+    for step in range(1, 400):
+      loss = 9 if step > 350 or 40 <= step < 44 else 1 + 3 * np.exp(-step / 8)
+      recorder.push(step, None, loss=loss * rng.uniform(0.97, 1.03))
+      if step in (flushed, 100):
+        recorder.flush()
+  assert [(f.name, f.steps) for f in seen] == [("spikes", (40,)), ("diverged", (351,))]
+
+
+def test_one_jump_of_a_loss_is_told_once():
+  """First the loss loses most of what it learned, then a part; a spike of later on is told."""
+  steps = np.arange(1, 500)
+  loss = np.where(steps < 200, 1 + 3 * np.exp(-steps / 30), 4) * np.exp(RNG.normal(0, 0.01, 499))
+  loss[249:] = 1 + 1.5 * np.exp(-(steps[249:] - 250) / 60)
+  loss[449] += 20
+  found = told({"loss": loss}, [220, 240, 300, 350, 400, 480])
+  assert [(f.name, f.steps) for f in found] == [("diverged", (200,)), ("spikes", (450,))]
+
+
+def test_a_batch_of_many_rows_is_judged_from_its_first_row_on():
+  norms = np.exp(np.random.default_rng(0).normal(0, 0.15, 1000))
+  norms[300] = 80
+  assert [(f.name, f.steps) for f in told({"grad/norm": norms}, [])] == [("spikes", (301,))]
 
 
 def test_a_recorder_without_a_row_has_nothing_to_find(tmp_path):

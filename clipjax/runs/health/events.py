@@ -14,7 +14,7 @@ from clipjax.runs.roles import Role, main_loss, role_of, update_states
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of, name_of
 
-_GAP = 3  # Rows between two spikes of one event, at most.
+GAP = 3  # Rows between two spikes of one event, at most.
 _LARGE = 3.0  # Times its median, above which a norm after a clip, or an update, is not as usual.
 _UPDATES = 64  # Updates before an event that say how large one is.
 _BEFORE = 16  # Losses before an event that say where the loss was.
@@ -126,7 +126,7 @@ def _together(steps: Ints, spikes: Sequence[Spike]) -> list[list[Spike]]:
   for spike, row in zip(ordered, rows, strict=True):
     if leaf_of(spike.key) is not None:
       continue
-    if row - last > _GAP:
+    if row - last > GAP:
       groups.append([])
     groups[-1].append(spike)
     last = row

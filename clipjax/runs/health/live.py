@@ -7,7 +7,7 @@ run.
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import numpy as np
 from clipjax.quantities import CONSECUTIVE, NORM
 from clipjax.runs.course import FEWEST, WINDOW
 from clipjax.runs.health.detectors import BLOCK
+from clipjax.runs.health.events import GAP
 from clipjax.runs.health.findings import Finding, HealthLimits
 from clipjax.runs.health.layers import zero_gradient
 from clipjax.runs.health.leaf_spikes import LeafDetector
-from clipjax.runs.health.losses import lost_with, rising_loss
+from clipjax.runs.health.losses import DIVERGED, lost_with, rising_loss
 from clipjax.runs.health.series import KINDS, Spike, detector
 from clipjax.runs.health.spikes import spikes, update_spikes
 from clipjax.runs.health.verdict import judged
@@ -39,6 +40,7 @@ def _lasting(view: View) -> Iterator[Finding]:
 # Those that name a step; other findings are of a whole run.
 _DEFECTS = zero_gradient, update_spikes, spikes, _lasting
 _ONSETS = 3  # Times that a leaf whose norm becomes 0 gets a row by leaf: that of an expert does so often.
+_PATIENCE = 10  # Rows that a loss has to come back in, before it is told that it diverged.
 _SKIP_NORM = key_of(SKIP, NORM)
 Row = Mapping[str, Any]
 
@@ -46,7 +48,7 @@ Row = Mapping[str, Any]
 class Live:
   """Detectors that run along rows, one for each series, and one for the leaves of each state.
 
-  A finding of a kind is told once.
+  A finding of a kind is told once, and one below FAIL only of steps that none has told of.
   """
 
   def __init__(self, limits: HealthLimits):
@@ -58,6 +60,7 @@ class Live:
     self._loss = _Loss()
     self._extent = Extent(0, 0)
     self._kinds: set[str] = set()
+    self._told: set[int] = set()  # The steps of these findings.
 
   def marked(self, rows: Sequence[Row], vectors: Sequence[Mapping[str, Any]]) -> set[int]:
     """The steps of these rows that get their numbers by leaf: a series had a spike, or a leaf did, or became 0."""
@@ -82,17 +85,22 @@ class Live:
 
   def findings(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
     """What `diagnose` finds in these rows, of the kinds that name a step; each kind once."""
-    if not rows:
-      return []
+    size = 2 * self._limits.spike_window  # A half of the rows that are kept.
+    return [f for i in range(0, len(rows), size) for f in self._found(rows[i : i + size], leaves)]
+
+  def _found(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
     first = self._extent.first_step if self._extent.rows else rows[0][STEP]
     self._extent = Extent(first, self._extent.rows + len(rows))
     self._rows.extend(rows)
     run = run_of_rows(self._rows, dict(leaves))
-    spikes = [spike for spike in self._spikes if spike.step >= run.steps[0]]
+    spikes = _within(run.steps, self._spikes)
     view = view_with(run, self._limits, 0, spikes, self._loss.of(run), self._extent)
     with np.errstate(over="ignore", invalid="ignore"):
       found = [f for f in judged(view, 0, _DEFECTS, ()) if f.level != "INFO" and f.name not in self._kinds]
+    found = [f for f in found if f.name != DIVERGED or f.steps[0] <= run.steps[-min(_PATIENCE, len(run))]]
+    found = [f for f in found if f.level == "FAIL" or not f.steps or not self._told.issuperset(f.steps)]
     self._kinds |= {finding.name for finding in found}
+    self._told.update(*(finding.steps for finding in found))
     return found
 
   def _judged(self, rows: Sequence[Row]) -> list[str]:
@@ -184,6 +192,15 @@ class _Leaves:
     spikes, _ = self._detector.feed(norms)
     marked: Bools = (spikes | (began & (counts <= _ONSETS))).any(axis=1)
     return marked
+
+
+def _within(steps: Ints, spikes: Iterable[Spike]) -> list[Spike]:
+  """The spikes at these steps, without those of an event that began before them."""
+  inside = sorted((spike for spike in spikes if steps[0] <= spike.step <= steps[-1]), key=lambda spike: spike.step)
+  rows = np.searchsorted(steps, [spike.step for spike in inside])
+  begins = np.flatnonzero(np.diff(rows, prepend=0) > GAP)
+  is_whole = int(steps[0]) <= min((spike.step for spike in spikes), default=0)
+  return inside if is_whole else inside[begins[0] :] if begins.size else []
 
 
 def _courses(rows: Sequence[Row]) -> list[list[Row]]:

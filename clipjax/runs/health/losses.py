@@ -15,6 +15,7 @@ from clipjax.runs.run import Run
 from clipjax.runs.sources import PRECHELT
 from clipjax.runs.words import number, percent
 
+DIVERGED = "diverged"
 _MIN_VALIDATIONS = 10
 _MIN_LEARNING = 50  # Losses without which nothing is said of what was learned.
 _NEAR = 5  # Rows between an event and the step at which a loss left, at most, where the one made the other.
@@ -43,7 +44,7 @@ def diverged(view: View) -> Iterator[Finding]:
   message += rates_at(view.run, step)
   rule = f"at most {percent(view.limits.lost)} of what was learned may be lost at the end, a limit of clipjax"
   leaves = event.leaves if event is not None else ()
-  yield Finding("FAIL", "diverged", message, _remedy(view, event, course, step), rule, steps=(step,), leaves=leaves)
+  yield Finding("FAIL", DIVERGED, message, _remedy(view, event, course, step), rule, steps=(step,), leaves=leaves)
 
 
 def _cause(view: View, left: int) -> Event | None:
@@ -82,7 +83,7 @@ def _exploded(view: View) -> Iterator[Finding]:
   message = f"The norm{view.of} rose from {number(min(medians))} to {number(medians[-1])} for good, at step {step}."
   advice = f"{restore([step])} Lower the learning rate. Push the loss too, which tells more."
   rule = f"less than {_EXPLODED:g} times, a limit of clipjax where no loss is recorded"
-  yield Finding("FAIL", "diverged", message, advice, rule, steps=(step,))
+  yield Finding("FAIL", DIVERGED, message, advice, rule, steps=(step,))
 
 
 def not_learning(view: View) -> Iterator[Finding]:
