@@ -101,9 +101,9 @@ def note(found):
 def test_a_loss_that_is_still_falling_asks_for_a_longer_record():
   n = 300
   falling = run_of({"grad/norm": np.ones(n), "loss": np.linspace(5, 1, n)})
-  assert "still falling: record until it levels off" in note(clipjax.runs.suggest_max_norm(falling))
+  assert "so it was still falling: record until it levels off" in note(clipjax.runs.suggest_max_norm(falling))
   level = run_of(healthy(n=1200))
-  assert "had levelled off: the record is long enough" in note(clipjax.runs.suggest_max_norm(level))
+  assert "of its fall: the record is long enough" in note(clipjax.runs.suggest_max_norm(level))
   assert "push loss=" in note(clipjax.runs.suggest_max_norm(np.ones(n)))
   assert note(clipjax.runs.suggest_max_norm(np.ones(n))).startswith("The norms stayed at 1, medians")
 

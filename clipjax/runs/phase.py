@@ -21,7 +21,7 @@ from clipjax.runs.schema import LOSS
 # Both hold the budget of records of 300 and 2000 steps within the tolerance on the feed-forward net and the CNN.
 OF_FALL, OF_SQUARES = 0.995, 0.98
 _FELL = 2.0  # Only norms that have fallen by this factor are left out: else the whole record tells more.
-_MOST_OF_FALL, _LATE = 0.95, 0.75  # A loss that makes its last twentieth in the last quarter was still falling.
+MOST_OF_FALL, _LATE = 0.95, 0.75  # A loss that makes its last twentieth in the last quarter was still falling.
 _WINDOW, _FIRST, _BLOCKS = 15, 3, 20  # Steps of a running median; of the first level; parts among which the lowest is.
 _LEAST = FEW + FEW // 5  # Norms up to the end of the phase: after the warm-up they are not few.
 _CHUNK = 8192  # Windows at a time, which bounds the memory that a long run takes.
@@ -39,7 +39,8 @@ class Phase(NamedTuple):
     first: the median norm in the first tenth of the record, and `last` that in its last tenth.
     after: the median norm after `end`; NaN where the record ends there.
     has_fallen: whether the loss fell by more than it moves from step to step; None without a loss.
-    is_falling: whether it was still falling in the last quarter of the record.
+    most_by: the step by which it had made 95% of its fall; None where it did not fall.
+    is_falling: whether that is in the last quarter of the record: it was still falling.
     is_missed: whether the warm-up that was given leaves the phase out, where norms have fallen since.
   """
 
@@ -51,6 +52,7 @@ class Phase(NamedTuple):
   last: float
   after: float
   has_fallen: bool | None
+  most_by: int | None
   is_falling: bool
   is_missed: bool
 
@@ -74,30 +76,33 @@ def phase_of(
   """
   steps, values = norms.steps[norms.finite], norms.values[norms.finite]
   course = None if losses is None or losses[0].size < FEW else _Course.of(*losses)
-  fell = course is not None and course.has_fallen
+  has_fallen = None if course is None else course.has_fallen
   end, by = int(steps[-1]), ""  # Of a loss that never fell.
+  most = None
   if course is None:
     end, by = _by_squares(norms, of_squares), NORMS
-  elif fell:
-    end, by = course.reached(of_fall), LOSS
+  elif has_fallen:
+    end, by, most = course.reached(of_fall), LOSS, course.reached(MOST_OF_FALL)
+  # Few norms are too few, even of a run that learns in five steps.
   end = max(end, int(steps[min(_LEAST, steps.size) - 1]))
   begin = norms.begin if warmup_steps is not None else default_warmup(norms.steps[norms.steps <= end])
   inside, after = values[(steps >= begin) & (steps <= end)], values[steps > end]
-  is_low = after.size >= FEW and _FELL * np.median(after) <= np.median(values[steps <= end])
-  is_missed = bool(is_low and inside.size < FEW and warmup_steps is not None)
+  is_low = bool(after.size >= FEW and _FELL * np.median(after) <= np.median(values[steps <= end]))
+  is_missed = is_low and inside.size < FEW and warmup_steps is not None
   if not by or not is_low or inside.size < FEW:
     begin, end, by = norms.begin, int(norms.steps[-1]), ""
-  parts = np.array_split(values, min(10, values.size))
+  tenths = np.array_split(values, min(10, values.size))
   return Phase(
     begin=begin,
     end=end,
     ended_by=by,
     warmup=int(np.sum(norms.steps < begin)),
-    first=float(np.median(parts[0])),
-    last=float(np.median(parts[-1])),
+    first=float(np.median(tenths[0])),
+    last=float(np.median(tenths[-1])),
     after=float(np.median(after)) if by else np.nan,
-    has_fallen=None if course is None else fell,
-    is_falling=course is not None and fell and course.is_late(course.reached(_MOST_OF_FALL)),
+    has_fallen=has_fallen,
+    most_by=most,
+    is_falling=course is not None and most is not None and course.is_late(most),
     is_missed=is_missed,
   )
 

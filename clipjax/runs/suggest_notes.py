@@ -13,7 +13,7 @@ from clipjax.runs.blocks import GROUP, Blocks
 from clipjax.runs.course import began_late, course_of, has_diverged
 from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.norms import FEW, Norms, acted, column, main_name, mean
-from clipjax.runs.phase import NORMS, OF_FALL, OF_SQUARES, Phase, losses_of
+from clipjax.runs.phase import MOST_OF_FALL, NORMS, OF_FALL, OF_SQUARES, Phase, losses_of
 from clipjax.runs.run import Run
 from clipjax.runs.schema import SKIP, UPDATES, key_of, names_with
 from clipjax.runs.sources import PASCANU, PLAYBOOK
@@ -212,11 +212,14 @@ def _record(case: Case) -> str:
       "those of a run that has converged, and with a threshold from them no run would learn. A longer record changes "
       "nothing."
     )
-  if phase.is_falling:
-    return text + " The loss was still falling: record until it levels off, or for as long as the next run is to be."
   if phase.has_fallen is None:
     return text + " Without a loss in the record nobody can tell whether the run had learned: push loss=."
-  return text + " The loss had levelled off: the record is long enough."
+  if phase.most_by is None:
+    return text
+  text += f" By step {phase.most_by} the loss had made {percent(MOST_OF_FALL)} of its fall"
+  if phase.is_falling:
+    return text + ", so it was still falling: record until it levels off, or for as long as the next run is to be."
+  return text + ": the record is long enough."
 
 
 def _clipped_by(case: Case) -> str:
