@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from choosing_long import LENGTHS, Long, choice_section, long_section, long_study
+from choosing_free import free_section
+from choosing_long import LENGTHS, Long, choice_section, long_section, long_study, long_summary
 from choosing_models import NEW_MODELS
 from choosing_page import (
   FAST,
-  free_section,
   introduction,
   needed_section,
   old_section,
@@ -47,13 +47,13 @@ def write(
   images = [out.with_suffix(".png"), out.with_name(f"{out.stem}_adam.png")]
   lines = [
     *introduction([s.title for s in shown[0]], bool(everything), steps, seeds),
-    *summary(shown, old if everything else []),
+    *summary(shown, old if everything else [], long_summary([*new_longs, *old_longs])),
     *needed_section([s for studies in shown for s in studies]),
     *poison_section([s for studies in shown for s in studies], steps),
     *sgd_section(shown[0], images[0].name),
     *sources_section(shown[0]),
     *(free_section(free, images[1].name) if free else []),
-    *long_section(new_longs, old_longs, steps),
+    *(long_section(new_longs, old_longs, steps) if longs else []),
     *choice_section(old_longs),
     *(old_section(old) if everything and old else []),
     "What holds for models this small, a constant rate and a few hundred steps need not hold for a large model with a "

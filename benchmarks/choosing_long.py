@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from choosing_page import median_text, table
+from choosing_page import median_text, named, table
 from choosing_runs import OPTIMIZERS, Lane, final_loss, trainer
 from choosing_verdicts import anded, tolerance
 from small_models import Array, Model
@@ -118,6 +118,18 @@ def spread(long: Long, way: str) -> float:
   return max(values) / min(values)
 
 
+def long_summary(everything: Sequence[Long]) -> list[str]:
+  """The same in a line."""
+  keys = [(long, n) for long in everything for n in long.lengths]
+  if not keys:
+    return []
+  kept = {way: sum(holds(long, way, n) for long, n in keys) for way in (WHOLE, LOSS)}
+  return [
+    f"- Of {len(keys)} records of {min(n for _, n in keys)} to {max(n for _, n in keys)} steps the budget for {FACTOR} "
+    f"times the rate holds in {kept[LOSS]}; made of the whole record, in {kept[WHOLE]}.",
+  ]
+
+
 def long_section(longs: Sequence[Long], old: Sequence[Long], steps: int) -> list[str]:
   """How the advice depends on the length of the record."""
   everything = [*longs, *old]
@@ -162,14 +174,18 @@ def choice_section(old: Sequence[Long]) -> list[str]:
      f"{sum(holds(long, way, n) for long in old for n in long.lengths)} of {len(old) * len(old[0].lengths)}"]
     for way in ways()
   ]  # fmt: skip
+  is_open = all(holds(long, way, n) for way in ways() if way != WHOLE for long in old for n in long.lengths)
   head = ["phase", *(f"{long.title.split(',')[0]}, {n}" for long in old for n in long.lengths), "apart", "hold"]
   return [
     "### How its end was chosen",
     "",
-    f"On {anded([long.title for long in old])}, which belong to the models of the rule: the same for other shares. "
+    f"On {anded([named(long.title) for long in old])}, which belong to the models of the rule, the same for other "
+    "shares. "
     '"apart" is the largest factor between records of one model.',
     "",
     *table(head, rows),
-    f"Chosen: {LOSS}, and {NORMS} where there is no loss.",
+    f"Chosen: {LOSS}, and {NORMS} where there is no loss. "
+    + ("Every share holds here, so the table does not decide between them. " if is_open else "")
+    + "A later end gives the smaller budget, further from the side on which training breaks.",
     "",
   ]

@@ -15,6 +15,7 @@ import optax
 from choosing_runs import (
   ADVICE,
   AT_NEW,
+  BUDGET,
   FACTORS,
   GUARD,
   GUARDS,
@@ -29,13 +30,12 @@ from choosing_runs import (
   ROLLING,
   ROLLING_WINDOW,
   SOURCES,
-  STRETCH,
   SWEEP,
   TRIED,
   Study,
   spike_steps,
 )
-from choosing_verdicts import NATS, SHARE, At, anded, cells_of, held, held_by_factor, hopeless, tolerance
+from choosing_verdicts import NATS, SHARE, At, anded, cells_of, held, hopeless, tolerance
 from small_models import MODELS, Array
 
 FAST = FACTORS[1:]
@@ -64,6 +64,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
   return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
 
 
+def named(title: str) -> str:
+  """A model in a sentence: its size in brackets."""
+  name, _, size = title.partition(", ")
+  return f"{name} ({size})" if size else name
+
+
 def kind(s: Study) -> str:
   """The kind of the model."""
   return s.title.split(",")[0]
@@ -77,7 +83,7 @@ def where(cells: Sequence[At]) -> str:
 def introduction(models: Sequence[str], are_new: bool, steps: int, seeds: int) -> list[str]:
   """What was done."""
   command = shlex.join(["python", "benchmarks/choosing.py", *sys.argv[1:]])
-  old = anded([model.title for model in MODELS.values()])
+  old = anded([named(model.title) for model in MODELS.values()])
   chosen = f" The rule and its constants were chosen on others: {old}." if are_new else ""
   return [
     "# Choosing `max_norm`",
@@ -91,9 +97,10 @@ def introduction(models: Sequence[str], are_new: bool, steps: int, seeds: int) -
     f"gradient out `2 * p90`. Here it is held against the best of {SWEEP.size} thresholds and of no clip, beside "
     "other rules.",
     "",
-    f"The models are {anded(models)}.{chosen} They train for {steps} steps with {seeds} seed{'s'[: seeds - 1]} at a "
-    f"constant learning rate, SGD with momentum {MOMENTUM:g}. The *stable rate* of a model is the one of 16 at which "
-    f"its worst seed ends lowest without a clip, {anded([rate_steps(name) for name in OPTIMIZERS])} apart. A rule sees "
+    f"The models: {anded([named(title) for title in models])}.{chosen} They train for {steps} steps with {seeds} "
+    f"seed{'s'[: seeds - 1]} at a constant learning rate, SGD with momentum {MOMENTUM:g}. The *stable rate* of a model "
+    f"is the one of 16 at which its worst seed ends lowest without a clip; neighbours are apart by a factor of "
+    f"{anded([rate_steps(name) for name in OPTIMIZERS])}. A rule sees "
     "the norms and losses of the unclipped run of the same seed at that rate; p90 is the 90th percentile without the "
     f"first tenth. `{ROLLING}` clips at the median of the last {ROLLING_WINDOW} norms as it goes. `{AT_NEW}` has a "
     "record of its own, without a clip, at the rate of the 16 that is nearest to the new one.",
@@ -109,7 +116,7 @@ def introduction(models: Sequence[str], are_new: bool, steps: int, seeds: int) -
 def rate_steps(name: str) -> str:
   """How far apart the rates of an optimizer are."""
   rates = OPTIMIZERS[name].rates
-  return f"a factor of {rates[1] / rates[0]:.3g} under {OPTIMIZERS[name].title}"
+  return f"{rates[1] / rates[0]:.3g} under {OPTIMIZERS[name].title}"
 
 
 def needed_section(studies: Sequence[Study]) -> list[str]:
@@ -117,19 +124,12 @@ def needed_section(studies: Sequence[Study]) -> list[str]:
   cells = cells_of(studies, [1])
   worse = [at for at in cells if not at.holds(at.cell.rules[NO_CLIP])]
   better = [at for at in cells if at.is_worse(at.cell.rules[ADVICE], at.cell.rules[NO_CLIP])]
-  rows = []
-  for name in dict.fromkeys(s.optimizer for s in studies):
-    own = [at for at in cells if at.study.optimizer == name]
-    rows.append([OPTIMIZERS[name].title, *(f"{held(own, rule)} of {len(own)}" for rule in (NO_CLIP, ADVICE, "1.0"))])
   return [
     "## Is a clip needed?",
     "",
-    "At the stable rate itself, cells that hold:",
-    "",
-    *table(["optimizer", NO_CLIP, ADVICE, "1.0"], rows),
-    f"Without a clip {len(cells) - len(worse)} of {len(cells)} cells hold"
+    f"At the stable rate itself {len(cells) - len(worse)} of {len(cells)} cells hold without a clip"
     + (
-      f"; it does not in {anded([f'{kind(at.study)} ({OPTIMIZERS[at.study.optimizer].title})' for at in worse])}"
+      f"; the rest: {anded([f'{kind(at.study)} ({OPTIMIZERS[at.study.optimizer].title})' for at in worse])}"
       * bool(worse)
     )
     + f". The advice ends above no clip by more than the tolerance in {len(better)}. So a clip there is an insurance, "
@@ -250,21 +250,19 @@ def is_slower(at: At) -> bool:
 def aim(cells: Sequence[At]) -> list[str]:
   """On which side of the advice the best threshold lies, and what a step to either side costs."""
   ratios = sorted(at.best_at / float(np.median(at.cell.thresholds[ADVICE])) for at in cells)
-  above = sum(ratio > 1 for ratio in ratios)
   rows = []
   for rule in (*LOWER[::-1], ADVICE, *HIGHER):
     excess = [at.excess(at.cell.rules[rule]) for at in cells]
     rows.append([f"`{rule}`", f"{held(cells, rule)} of {len(cells)}", f"{np.median(excess):.2f}", f"{max(excess):.3g}"])
-  high, low = (sum(held(cells, rule) for rule in rules) for rules in (HIGHER, LOWER))
-  side = "higher first" if high > low else "lower first" if low > high else "on either side"
+  near = [rule for rule in (*LOWER[::-1], *HIGHER) if held(cells, rule) >= held(cells, ADVICE) - 1]
   return [
     "Where to look further, if a second run can be afforded? The cells that hold, and how many tolerances above the "
     "best they end:",
     "",
     *table(["threshold", "hold", "in the middle", "at worst"], rows),
     f"The best of the sweep is {np.median(ratios):.2g} times the advice in the middle, from {ratios[0]:.2g} to "
-    f"{ratios[-1]:.2g} times, and above it in {above} of {len(cells)}. Two and three times the advice hold {high} "
-    f"times together, a half and a third of it {low} times: so look {side}.",
+    f"{ratios[-1]:.2g} times, and above it in {sum(ratio > 1 for ratio in ratios)} of {len(cells)}. These hold "
+    f"in at most one cell fewer than the advice: {anded([f'`{rule}`' for rule in near])}.",
     "",
   ]
 
@@ -291,106 +289,34 @@ def sources_section(studies: Sequence[Study]) -> list[str]:
   ]
 
 
-def free_section(groups: Sequence[Sequence[Study]], image: str) -> list[str]:
-  """Optimizers that divide the scale out: the guard at the rate of the record, and at others."""
-  lines = [
-    f"## {anded([OPTIMIZERS[g[0].optimizer].title for g in groups])}",
-    "",
-    f"![Final loss against the threshold under {OPTIMIZERS[groups[0][0].optimizer].title}]({image})",
-    "",
-  ]
-  for studies in groups:
-    lines += [f"{OPTIMIZERS[studies[0].optimizer].title}:", "", *rules_section(studies, FACTORS)]
-  everything = [s for studies in groups for s in studies]
-  here, fast = cells_of(everything, [1]), cells_of(everything, FAST)
-  rules = (ADVICE, NO_CLIP, "1.0", ROLLING, AT_NEW)
-  said = anded([f"`{rule}` in {held(fast, rule)}" for rule in rules])
-  below = [at for at in fast if at.is_worse(at.cell.rules[ADVICE], at.cell.rules[NO_CLIP])]
-  above = [at for at in fast if at.is_worse(at.cell.rules[NO_CLIP], at.cell.rules[ADVICE])]
-  lost = hopeless(everything, FAST)
-  return [
-    *lines,
-    f"At the rate of the record the guard holds in {held(here, ADVICE)} of {len(here)} cells, no clip in "
-    f"{held(here, NO_CLIP)}. At {anded([str(k) for k in FAST])} times the rate, of {len(fast)} cells hold: {said}. "
-    f"Against no clip the guard of the record ends higher by more than the tolerance in {len(below)} "
-    f"and lower by more in {len(above)}; in {len(lost)} more cells nothing trains. " + claim(fast, below),
-    "",
-    *stretch_section(groups),
-  ]
-
-
-def claim(fast: Sequence[At], below: Sequence[At]) -> str:
-  """What may be said of the guard at another rate than that of the record."""
-  best = max((ROLLING, AT_NEW, NO_CLIP, "1.0"), key=lambda rule: held(fast, rule))
-  if held(fast, ADVICE) > held(fast, best) and not below:
-    return "Here nothing did better than the guard of the record at another rate."
-  return (
-    f"`{best}` holds at least as often there as the guard of the record, which is therefore given for the rate of the "
-    "record alone. A clip does not make up for a rate that is too high."
-  )
-
-
-def stretch_section(groups: Sequence[Sequence[Study]]) -> list[str]:
-  """How much longer or shorter a step is than that of the unclipped gradient."""
-  rows = []
-  for studies in groups:
-    for name in STRETCH:
-      ratios = np.concatenate([s.stretch[name].ravel() for s in studies])
-      largest = max(float(np.nanpercentile(s.stretch[name], 95)) for s in studies)
-      low, middle, high = np.nanpercentile(ratios, [5, 50, 95])
-      title = OPTIMIZERS[studies[0].optimizer].title
-      rows.append([title, f"`{name}`", f"{low:.2f}", f"{middle:.2f}", f"{high:.2f}", f"{largest:.2f}"])
-  return [
-    "### How long the steps are",
-    "",
-    "The length of each step over that of the step that the unclipped gradient would have made there, with a second "
-    "moment of its own, at the stable rate:",
-    "",
-    *table(["optimizer", "threshold", "5th percentile", "middle", "95th", "95th of the worst model"], rows, left=2),
-    *lengths_text(groups),
-    "",
-  ]
-
-
-def lengths_text(groups: Sequence[Sequence[Study]]) -> list[str]:
-  """Under which threshold the steps are as long as without a clip."""
-  out = []
-  for studies in groups:
-    high = {name: max(float(np.nanpercentile(s.stretch[name], 95)) for s in studies) for name in STRETCH}
-    title = OPTIMIZERS[studies[0].optimizer].title
-    if max(high.values()) < 1.001:
-      out.append(f"{title}: every step is as long with any of these thresholds as without a clip.")
-    else:
-      said = anded([f"{high[name]:.2g} at `{name}`" for name in STRETCH])
-      out.append(f"{title}: steps are not as long with one threshold as with another; on the worst model one in twenty "
-                 f"is longer than without a clip by these factors or more: {said}.")  # fmt: skip
-  return [" ".join(out)]
-
-
-def summary(groups: Sequence[Sequence[Study]], old: Sequence[Study]) -> list[str]:
+def summary(groups: Sequence[Sequence[Study]], old: Sequence[Study], longs: Sequence[str]) -> list[str]:
   """The advice, and how it fared."""
   everything = [s for studies in groups for s in studies]
-  lines = ["## In short", ""]
-  here = cells_of(everything, [1])
+  rules = (ADVICE, NO_CLIP, "1.0", P90, ROLLING)
+  rows = []
   for studies in groups:
     title, free = OPTIMIZERS[studies[0].optimizer].title, OPTIMIZERS[studies[0].optimizer].scale_free
-    counts = {rule: held_by_factor(studies, FACTORS, rule) for rule in (ADVICE, NO_CLIP, "1.0", P90, ROLLING)}
-    others = anded([f"`{rule}` {counts[rule]}" for rule in (NO_CLIP, "1.0", P90, ROLLING)])
-    what = f"`{GUARD}`" if free else "`p90`, and `p75 / k` at a higher rate"
-    lines.append(
-      f"- {title}: the advice, {what}, holds at {anded([str(k) for k in FACTORS])} times the rate in {counts[ADVICE]} "
-      f"models; {others}."
-    )
-  lines.append(
-    f"- At the rate of the record no clip holds in {held(here, NO_CLIP)} of {len(here)}: there a clip is an insurance. "
-    f"With poisoned batches no clip holds in {sum(survives(s, NO_CLIP) for s in everything)} of {len(everything)}, "
-    f"`{GUARD}` in {sum(survives(s, GUARD) for s in everything)}."
-  )
+    for k in FACTORS:
+      cells = cells_of(studies, [k])
+      what = GUARD if free else P90 if k == 1 else BUDGET
+      rows.append([f"{title}, x{k}", f"`{what}`", *(f"{held(cells, rule)} of {len(cells)}" for rule in rules)])
+  here = cells_of(everything, [1])
+  lines = [
+    "## In short",
+    "",
+    "Models on which the advice and other rules hold, at 1, 3 and 10 times the rate of the record:",
+    "",
+    *table(["", "the advice is", ADVICE, *(f"`{rule}`" for rule in rules[1:])], rows, left=2),
+    f"- At the rate of the record no clip holds in {held(here, NO_CLIP)} of {len(here)} cells: there a clip is an "
+    f"insurance. With poisoned batches no clip holds in {sum(survives(s, NO_CLIP) for s in everything)} of "
+    f"{len(everything)}, `{GUARD}` in {sum(survives(s, GUARD) for s in everything)}.",
+    *longs,
+  ]
   if old:
     fast = cells_of(old, FAST)
     lines.append(
       f"- On {anded([kind(s) for s in old])}, of the models that the rule was chosen on, under SGD: the advice holds "
-      f"in {held(fast, ADVICE)} of {len(fast)} at {anded([str(k) for k in FAST])} times the rate, no clip in "
+      f"in {held(fast, ADVICE)} of {len(fast)} cells at {anded([str(k) for k in FAST])} times the rate, no clip in "
       f"{held(fast, NO_CLIP)}, p90 in {held(fast, P90)}."
     )
   return [*lines, ""]

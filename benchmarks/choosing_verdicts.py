@@ -89,16 +89,6 @@ def held(cells: Sequence[At], rule: str) -> int:
   return sum(at.holds(at.cell.rules[rule]) for at in cells)
 
 
-def held_by_factor(studies: Sequence[Study], factors: Sequence[int], rule: str) -> str:
-  """The same at each factor, as in "5, 6 and 6 of 6"."""
-  per = [cells_of(studies, [k]) for k in factors]
-  counts = [str(held(cells, rule)) for cells in per]
-  sizes = {len(cells) for cells in per}
-  if len(sizes) > 1:
-    return anded([f"{n} of {len(cells)}" for n, cells in zip(counts, per, strict=True)])
-  return f"{anded(counts)} of {sizes.pop()}"
-
-
 def anded(words: Sequence[str]) -> str:
   """A list in words."""
   return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) if words else "none"
