@@ -392,7 +392,7 @@ WHOLE = ("min_steps", "spike_window")
 @pytest.mark.parametrize("field", clipjax.runs.HealthLimits._fields)
 @pytest.mark.parametrize("value", ["0.5", None, True, 1j, [1.0], np.ones(2)])
 def test_a_limit_that_is_no_number(field, value, run_file):
-  least = {"min_steps": 1, "spike_window": 2}.get(field, 0)
+  least = {"min_steps": 1, "spike_window": 8}.get(field, 0)
   got = f"{value!r} ({type(value).__name__})" if isinstance(value, str | bool) else f"a {type(value).__name__}"
   run = clipjax.runs.read_run(run_file)
   assert error_of(
@@ -405,7 +405,7 @@ def test_a_limit_that_is_no_number(field, value, run_file):
 
 @pytest.mark.parametrize("field", clipjax.runs.HealthLimits._fields)
 def test_a_limit_out_of_its_range(field, run_file):
-  least = {"min_steps": 1, "spike_window": 2}.get(field, 0)
+  least = {"min_steps": 1, "spike_window": 8}.get(field, 0)
   run = clipjax.runs.read_run(run_file)
   for value in (-1, least - 1) if field in WHOLE else (-1.0, math.nan, -math.inf):
     assert error_of(
@@ -419,7 +419,7 @@ def test_a_limit_out_of_its_range(field, run_file):
     assert clipjax.runs.diagnose(run, limits=clipjax.runs.HealthLimits(**{field: value})).steps == 5
 
 
-@pytest.mark.parametrize("limits", [{"min_steps": 1}, {"min_steps": 1, "spike_window": 2, "spike_sigma": math.inf}])
+@pytest.mark.parametrize("limits", [{"min_steps": 1}, {"min_steps": 1, "spike_window": 8, "spike_sigma": math.inf}])
 def test_limits_that_let_a_short_run_be_judged(limits, tmp_path):
   path = tmp_path / "run.jsonl"
   for steps in range(1, 14):

@@ -89,7 +89,7 @@ def test_what_is_not_finite_is_flagged_and_its_leaf_named():
   np.testing.assert_array_equal(run["grad/norm/b"], [1, 2, np.inf])
   np.testing.assert_array_equal(run.vectors["grad/nonfinite"][1], [[np.nan, 0], [np.nan, 0], [np.nan, 4]])
   messages = " ".join(finding.message for finding in clipjax.runs.diagnose(run).findings if finding.level == "FAIL")
-  assert "at step 50; first in 'b'" in messages and "losses were inf or NaN, at step 50" in messages
+  assert "at step 50; first in 'b'" in messages
 
 
 def test_no_limit_of_a_state_is_none():
