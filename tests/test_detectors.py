@@ -93,6 +93,11 @@ def test_thirty_times_the_median_is_a_spike_among_values_that_vary():
   assert 200 in np.flatnonzero(SpikeDetector(6.0, 64, KINDS[Role.NORM]).feed(values).is_spike)
 
 
+def test_an_infinite_sigma_switches_spikes_off():
+  assert not SpikeDetector(np.inf, 64, KINDS[Role.NORM]).feed(NORMS).is_spike.any()
+  assert not LeafDetector(Limits(spike_sigma=np.inf)).feed(NORMS[:, None])[0].any()
+
+
 def test_a_small_loss_may_triple():
   loss = np.full(200, 1e-3)
   loss[:8], loss[150] = 2.0, 3e-3

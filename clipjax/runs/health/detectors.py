@@ -107,7 +107,7 @@ class SpikeDetector:
   def _bounds(self, before: Floats) -> tuple[Floats, Floats]:
     """The limit after each row of values, and their median."""
     count = before.shape[1]
-    if count < FEWEST:
+    if count < FEWEST or np.isinf(self._sigma):
       return np.full(len(before), np.inf), np.full(len(before), np.nan)
     usual = np.median(before, axis=1)
     is_positive = before.min(axis=1) > 0

@@ -50,7 +50,7 @@ class LeafDetector:
       self._logs[(self._count + np.arange(stop - at)) % self._window] = logs[at:stop]
       self._count += stop - at
       at = stop
-      if self._count in (FEWEST, _FIRST) or self._count % _BLOCK == 0:
+      if np.isfinite(self._sigma) and (self._count in (FEWEST, _FIRST) or self._count % _BLOCK == 0):
         self._learn()
     return spikes, usual
 
