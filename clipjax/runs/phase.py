@@ -12,8 +12,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import FEW, Norms, default_warmup
-from clipjax.runs.roles import main_loss
-from clipjax.runs.run import Run
 from clipjax.runs.schema import LOSS
 
 # The phase ends where the smoothed loss has made this share of its fall. Without a loss, where this share of the sum of
@@ -105,14 +103,6 @@ def phase_of(
     is_falling=course is not None and most is not None and course.is_late(most),
     is_missed=is_missed,
   )
-
-
-def losses_of(run: Run) -> tuple[Ints, Floats]:
-  """The steps of the loss that is trained and its values, where they are finite."""
-  key = main_loss(run.columns)
-  values = np.full(len(run.steps), np.nan) if key is None else run.columns[key]
-  known = np.isfinite(values)
-  return run.steps[known], values[known]
 
 
 class _Course(NamedTuple):

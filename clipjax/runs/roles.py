@@ -10,7 +10,10 @@ import itertools
 import re
 from collections.abc import Iterable
 
+import numpy as np
+
 from clipjax.quantities import NORM, PARAM_NORM
+from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.run import Run
 from clipjax.runs.schema import BY_BLOCK, GRAD, LOSS, SKIP, UPDATES, key_of, names_with
 
@@ -64,6 +67,14 @@ def main_loss(keys: Iterable[str]) -> str | None:
   if LOSS in losses:
     return LOSS
   return plain[0] if plain else losses[0] if len(losses) == 1 else None
+
+
+def losses_of(run: Run) -> tuple[Ints, Floats]:
+  """The steps of the loss that is trained and its values, where they are finite; none where it was not recorded."""
+  key = main_loss(run.columns)
+  values = np.full(len(run.steps), np.nan) if key is None else run.columns[key]
+  known = np.isfinite(values)
+  return run.steps[known], values[known]
 
 
 def keys_with(keys: Iterable[str], *roles: Role) -> list[str]:

@@ -14,7 +14,8 @@ from clipjax.runs.blocks import Blocks, blocks_of
 from clipjax.runs.kinds import Floats
 from clipjax.runs.norms import FEW, Norms, check_warmup, main_name, norms_of_array, norms_of_run
 from clipjax.runs.optimizers import scale_free_states
-from clipjax.runs.phase import Phase, losses_of, phase_of
+from clipjax.runs.phase import Phase, phase_of
+from clipjax.runs.roles import losses_of
 from clipjax.runs.run import Run
 from clipjax.runs.sources import PASCANU, PLAYBOOK
 from clipjax.runs.suggest_notes import FAMILIES, Case, Rates, notes_of, warnings_of

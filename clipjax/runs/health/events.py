@@ -10,7 +10,7 @@ from clipjax.runs.course import NORMAL
 from clipjax.runs.health.series import Spike
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import acted, column, norms_of_run
-from clipjax.runs.roles import Role, main_loss, role_of, update_states
+from clipjax.runs.roles import Role, losses_of, role_of, update_states
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of, name_of
 
@@ -106,7 +106,7 @@ def events_of(run: Run, spikes: Sequence[Spike], states: Sequence[str]) -> tuple
     spikes: of its series, and of single leaves: these make no event, and join that of their step.
     states: the names of the states that are judged.
   """
-  reached, losses = {name: _reached(run, name) for name in states}, _losses(run)
+  reached, losses = {name: _reached(run, name) for name in states}, losses_of(run)
   out = []
   for group in _together(run.steps, spikes):
     moves = _moves(group)
@@ -209,18 +209,8 @@ def _is_large(values: Floats, row: int) -> bool:
   return bool(before.size and values[row] > _LARGE * np.median(before))
 
 
-def _losses(run: Run) -> tuple[Ints, Floats] | None:
-  """The steps and the finite values of the loss that is trained; None where none was recorded."""
-  if (key := main_loss(run.columns)) is None:
-    return None
-  known = np.isfinite(run.columns[key])
-  return run.steps[known], run.columns[key][known]
-
-
-def _is_recovered(losses: tuple[Ints, Floats] | None, start: int, end: int) -> bool | None:
+def _is_recovered(losses: tuple[Ints, Floats], start: int, end: int) -> bool | None:
   """Whether the loss was once again where it was before."""
-  if losses is None:
-    return None
   steps, loss = losses
   first, next_one = np.searchsorted(steps, start), np.searchsorted(steps, end, side="right")
   before, after = loss[max(first - _BEFORE, 0) : first], loss[next_one : next_one + _AFTER]

@@ -19,7 +19,7 @@ from clipjax.runs.health.leaves import Grown, grown
 from clipjax.runs.health.series import Spike, spikes_of
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import Norms, column, norms_of_run
-from clipjax.runs.roles import Role, judged_states, main_loss, role_of
+from clipjax.runs.roles import Role, judged_states, losses_of, main_loss, role_of
 from clipjax.runs.run import Run, rows_before
 from clipjax.runs.schema import key_of, name_of
 from clipjax.runs.words import at_steps
@@ -149,8 +149,8 @@ def loss_of(run: Run) -> Loss | None:
   key = main_loss(run.columns)
   if key is None:
     return None
-  known = np.isfinite(run.columns[key])
-  return Loss(key, run.steps[known], run.columns[key][known], int(known.sum()))
+  steps, values = losses_of(run)
+  return Loss(key, steps, values, values.size)
 
 
 def before(view: View, step: int, warmup_steps: int | None) -> View:
