@@ -9,7 +9,6 @@ from clipjax.quantities import CLIP_FRACTION, MAX_NORM, NORM
 from clipjax.runs.course import NORMAL
 from clipjax.runs.health.events import Event, leaf_of
 from clipjax.runs.health.findings import Finding
-from clipjax.runs.health.leaf_spikes import leaf_spikes
 from clipjax.runs.health.losses import lost_with
 from clipjax.runs.health.view import View
 from clipjax.runs.health.words import batches_of, rates_at, restore, told
@@ -56,9 +55,9 @@ def update_spikes(view: View) -> Iterator[Finding]:
 def spikes_of_leaves(view: View) -> Iterator[Finding]:
   """INFO for spikes of leaves that hold a part of the norm, where the norm was as usual."""
   found: list[tuple[float, int, str]] = []
-  for name in view.names:
+  for name, some in view.leaf_spikes.items():
     norms = dict(zip(view.run.steps.tolist(), column(view.run, key_of(name, NORM)).tolist(), strict=True))
-    for spike in leaf_spikes(view.run, name, view.limits):
+    for spike in some:
       inside = any(event.start <= spike.step <= event.end for event in view.events)
       if not inside and spike.value > _PART * norms[spike.step]:
         found.append((spike.value / spike.usual, spike.step, str(leaf_of(spike.key))))

@@ -4,7 +4,9 @@ A check is a function `View -> findings`. It yields nothing where what it needs 
 few steps for its statistics.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +60,7 @@ class View(NamedTuple):
     loss: the loss that is trained, of the whole run; None where none was recorded.
     extent: that of the whole run.
     has_ended: whether the training ended by what comes after these rows.
+    leaf_spikes: the spikes of single leaves, by the name of the state.
   """
 
   run: Run
@@ -69,6 +72,7 @@ class View(NamedTuple):
   loss: Loss | None = None
   extent: Extent = Extent(0, 0)
   has_ended: bool = False
+  leaf_spikes: Mapping[str, tuple[Spike, ...]] = MappingProxyType({})
 
   @property
   def of(self) -> str:
@@ -138,9 +142,10 @@ def view_with(
 ) -> View:
   """The view of the last rows of a run, with what detectors have found along the whole of it."""
   names = distinct_states(run)
-  found = [*spikes, *(spike for name in names for spike in leaf_spikes(run, name, limits))]
+  of_leaves = {name: tuple(leaf_spikes(run, name, limits)) for name in names}
   main = names[0] if names else None
-  view = View(run, main, norms_of_run(run, main, warmup_steps), limits, names, (), loss, extent)
+  view = View(run, main, norms_of_run(run, main, warmup_steps), limits, names, (), loss, extent, leaf_spikes=of_leaves)
+  found = [*spikes, *itertools.chain.from_iterable(of_leaves.values())]
   return view._replace(events=_with_leaves(view, events_of(run, found, names)))
 
 
