@@ -1,7 +1,4 @@
-"""Where programs that were compiled for tests are kept: for one version of jaxlib and one kind of CPU.
-
-`python tests/compiled.py` prints the folder, so that `.ci/run` can name it to the notebooks too.
-"""
+"""Where programs that were compiled for tests are kept: for one version of jaxlib and one kind of CPU."""
 
 import hashlib
 import importlib.metadata
@@ -31,7 +28,3 @@ def _cpu() -> str:
     lines = []
   flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
   return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
-
-
-if __name__ == "__main__":
-  print(cache_folder())
