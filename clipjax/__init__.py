@@ -20,6 +20,8 @@ from clipjax.transforms.by_norm import clip_by_global_norm as clip_by_global_nor
 from clipjax.transforms.by_norm import clip_by_group_norm as clip_by_group_norm
 from clipjax.transforms.by_norm import clip_by_leaf_norm as clip_by_leaf_norm
 from clipjax.transforms.by_value import clip_by_value as clip_by_value
+from clipjax.transforms.effect import EffectState as EffectState
+from clipjax.transforms.effect import clip_effect as clip_effect
 from clipjax.transforms.published import adagc as adagc
 from clipjax.transforms.published import autoclip as autoclip
 from clipjax.transforms.published import zclip as zclip
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
   "ClipState",
+  "EffectState",
   "SkipState",
   "WatchState",
   "adagc",
@@ -45,6 +48,7 @@ __all__ = [
   "clip_by_group_norm",
   "clip_by_leaf_norm",
   "clip_by_value",
+  "clip_effect",
   "clip_grad_norm",
   "clip_grad_per_example",
   "clip_grad_value",

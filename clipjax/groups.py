@@ -122,7 +122,7 @@ class Labels:
     """The shape of the norms: () for a global one."""
     return () if self.unit == "global" else (len(self.block_names),)
 
-  def check_state(self, unlabelled: "Labels", norms: Any, *, stacked: Any, updates: Any) -> None:
+  def check_state(self, unlabelled: "Labels", norms: Any, *, stacked: Any, updates: Any, field: str = "norms") -> None:
     """Raises where the state of these labels is that of another kind of clip, of other thresholds or another model.
 
     Args:
@@ -130,6 +130,7 @@ class Labels:
       norms: those of the state; not every library checks the shapes that it restores.
       stacked: what the user of the transformation said.
       updates: the gradients, to be asked where the state knows no stacks though there may be some.
+      field: what a message calls the norms.
     """
     may_be_stacked = is_function(stacked) and not self.stacks  # A tree or a name may not fit these updates.
     if bool(self.stacks) > (stacked is not None) or (may_be_stacked and stacks_of(updates, stacked, axis_name=())):
@@ -152,8 +153,8 @@ class Labels:
     got = () if isinstance(norms, tuple) else jnp.shape(norms)
     if got != self.shape:
       raise ValueError(
-        f"`state` must have norms of shape {self.shape}, as the one that `init` gave, got {got}: it was restored from "
-        "another model or configuration; call `init` with the parameters that you train."
+        f"`state` must have {field} of shape {self.shape}, as the one that `init` gave, got {got}: it was restored "
+        "from another model or configuration; call `init` with the parameters that you train."
       )
 
   def _content(self) -> tuple[Any, ...]:

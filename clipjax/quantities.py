@@ -3,7 +3,7 @@
 Each name stands here once. `metrics` makes its keys of them, and so does the run wing.
 """
 
-# Of a clip, a watch or `skip_steps`, of the step itself.
+# Of a clip, a watch, `skip_steps` or `clip_effect`, of the step itself.
 NORM = "norm"
 NORM_CLIPPED = "norm_clipped"
 MAX_NORM = "max_norm"
@@ -14,6 +14,8 @@ ZERO_FRACTION = "zero_fraction"
 PARAM_NORM = "param_norm"
 RATIO = "ratio"
 NONFINITE = "nonfinite"
+COSINE = "cosine"
+SHARE = "share"
 
 # Of all steps so far.
 STEPS = "steps"

@@ -19,6 +19,7 @@ from clipjax.groups import Labels
 from clipjax.norms.sums import norm_dtype
 from clipjax.rules.base import no_limit
 from clipjax.state_search import named_states
+from clipjax.transforms.effect import EffectState
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
@@ -36,6 +37,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
   these were not given), `worst_norm`, `worst_step`, `nonfinite_steps` and `steps`; by leaf `norm`, `ratio`,
   `nonfinite` and `worst_norm`. A watch goes together with the clip of its name, and the first in the chain gives what
   both have. Those of `clipjax.skip_steps`: `norm`, `loss`, `max_norm`, `max_loss`, `fraction`, `consecutive`, `steps`.
+  Those of `clipjax.clip_effect`: `ratio`, `cosine`, `nonfinite_steps`, `steps`; by leaf `ratio`, `cosine` and `share`.
 
   Where a label is also the name of a leaf, of other entries, in a watch or clip of the same name, the numbers by group
   go by `<name>_group/norm/<label>` and so on. A second clip, or watch, of one name is `<name>_2`; one inside
@@ -116,6 +118,13 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
       quantities.CONSECUTIVE: state.consecutive,
       quantities.STEPS: state.steps,
     }
+  if isinstance(state, EffectState):
+    return {
+      quantities.RATIO: state.ratio,
+      quantities.COSINE: state.cosine,
+      quantities.NONFINITE_STEPS: state.nonfinite_steps,
+      quantities.STEPS: state.steps,
+    }
   if isinstance(state, WatchState):
     return {
       quantities.NORM: state.norm,
@@ -151,6 +160,8 @@ def vectors_of(state: Any) -> dict[str, Any]:
       quantities.NONFINITE: state.nonfinite,
       quantities.WORST_NORM: state.worst_norms,
     }
+  if isinstance(state, EffectState):
+    return {quantities.RATIO: state.ratios, quantities.COSINE: state.cosines, quantities.SHARE: state.shares}
   return {}
 
 

@@ -12,6 +12,7 @@ import optax
 
 from clipjax.rules.base import is_no_limit
 from clipjax.state_search import found_in, held_tree, is_accumulator, is_wrapper, named, unwrapped
+from clipjax.transforms.effect import EffectState
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
@@ -67,15 +68,24 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
   states, guards = jax.device_get(jax.tree.map(unwrapped, asked, is_leaf=is_wrapper))
 
   problems: dict[str, str] = {}
+  effects: dict[str, str] = {}
   in_trouble = {id(a) for a, last_finite in zip(accumulators, guards, strict=True) if not np.all(last_finite)}
   may_stay = False
   for (name, found), state in zip(ours, states, strict=True):
-    text = _skip_problem(name, state) if isinstance(state, SkipState) else _problem(name, state, found.accumulators)
+    if isinstance(state, EffectState):
+      effects |= _effect_problem(name, state)
+      text = ""
+    elif isinstance(state, SkipState):
+      text = _skip_problem(name, state)
+    else:
+      text = _problem(name, state, found.accumulators)
     if text and (name not in problems or state.labels.unit != "global"):
       problems[name] = text
     if _is_nonfinite(state):
       in_trouble |= {id(a) for a in found.accumulators}
       may_stay |= bool(text and found.accumulators and not np.isfinite(state.norm).all())
+  # The clip inside an effect says more, where it keeps a state.
+  problems = problems or effects
   # An accumulator is as large as the gradient: it is looked at only where something inside was not finite.
   if any(_has_nonfinite(a.acc_grads) for a in accumulators if id(a) in in_trouble):
     raise FloatingPointError(" ".join([*problems.values(), _STAYS]))
@@ -87,6 +97,8 @@ def _without_others(state: Any) -> Any:
   """A state without those of its rules and of what it wraps, which may be large and are not asked for."""
   if isinstance(state, SkipState):
     return state._replace(norm_rule=(), loss_rule=(), inner_state=())
+  if isinstance(state, EffectState):
+    return state._replace(inner_state=(), unclipped_state=())
   return state._replace(history=()) if isinstance(state, WatchState) else state._replace(rule=())
 
 
@@ -132,6 +144,17 @@ def _skip_problem(name: str, state: SkipState) -> str:
     f"{_of('norm', state.norm, state.max_norm)}{_of_loss(state)}: look at the data and at the loss, and resume from "
     "before."
   )
+
+
+def _effect_problem(name: str, state: EffectState) -> dict[str, str]:
+  """One sentence on an `EffectState` of numpy arrays whose last gradient was not finite."""
+  if np.all(state.finite):
+    return {}
+  bad, steps = np.max(state.nonfinite_steps), np.max(state.steps)
+  return {
+    name: f"step {steps} of '{name}' was not finite. {bad} of {steps} steps were not finite: lower the learning rate, "
+    "or look at the batch."
+  }
 
 
 def _of_loss(state: SkipState) -> str:

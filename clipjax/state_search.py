@@ -15,11 +15,13 @@ import optax
 
 from clipjax.checks import describe
 from clipjax.rules.base import StepCount
+from clipjax.transforms.effect import EffectState
 from clipjax.transforms.skip import SkipState
 from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
 
-_OURS = (ClipState, SkipState, WatchState)
+_OURS = (ClipState, EffectState, SkipState, WatchState)
+_AROUND = (EffectState, SkipState)  # These hold the state of what they wrap as `inner_state`.
 _SOUGHT = (*_OURS, optax.MultiStepsState, optax.GradientTransformation)
 _SHELLS = (StepCount, optax.EmptyState, optax.MaskedState, optax.MaskedNode)  # They tell nothing of an optimizer.
 
@@ -28,6 +30,7 @@ _MARKS = (
   {"norm_clipped", "clipped_steps", "nonfinite_steps"},
   {"skipped_steps", "consecutive", "max_consecutive_skips"},
   {"zero_fraction", "worst_norm", "worst_step"},
+  {"ratio", "cosine", "unclipped_state"},
 )
 
 _RETURNED = "pass what `init` or `update` returned."
@@ -105,7 +108,7 @@ def _walk(tree: Any, prefix: tuple[Any, ...], accumulators: tuple[Any, ...]) -> 
       raise _no_state(state, _RETURNED)
     here = (*prefix, *path)
     yield Found(here, state, accumulators)
-    if isinstance(state, SkipState):
+    if isinstance(state, _AROUND):
       yield from _walk(state.inner_state, (*here, jax.tree_util.GetAttrKey("inner_state")), accumulators)
     if is_accumulator(state):
       for field, value in state._asdict().items():

@@ -223,6 +223,19 @@ ARGUMENTS = {
     lambda: clipjax.skip_steps(optax.sgd),
     TypeError, "`inner` must be an Optax transformation, got a function: pass one such as optax.adam(1e-3).",
   ),
+  "a clip that is a number": (
+    lambda: clipjax.clip_effect(1.0, optax.sgd(1.0)),
+    TypeError,
+    "`clip` must be an Optax transformation, got 1.0 (float): pass one such as clipjax.clip_by_global_norm(1.0).",
+  ),
+  "a factory behind a clip": (
+    lambda: clipjax.clip_effect(clipjax.clip_by_global_norm(1.0), optax.adam),
+    TypeError, "`optimizer` must be an Optax transformation, got a function: pass one such as optax.adam(1e-3).",
+  ),
+  "axis_name of clip_effect": (
+    lambda: clipjax.clip_effect(optax.identity(), optax.sgd(1.0), axis_name=2),
+    TypeError, f"`axis_name` {AXES}, got 2 (int): pass the names as strings.",
+  ),
   "skips that are a fraction": (
     lambda: clipjax.skip_steps(optax.sgd(1.0), max_consecutive_skips=1.5),
     TypeError, f"`max_consecutive_skips` must be an integer >= 1 and <= 2147483647, got 1.5 (float): {INTEGER}",
@@ -319,6 +332,7 @@ GLOBAL, LEAF, ZCLIP = clipjax.clip_by_global_norm(1.0), clipjax.clip_by_leaf_nor
 AUTO, WATCH, AGC = clipjax.autoclip(window=10), clipjax.watch(), clipjax.adaptive_grad_clip()
 MOMENTUM = optax.sgd(1.0, momentum=0.5)
 SKIP, LOSS = clipjax.skip_steps(MOMENTUM), clipjax.skip_steps(MOMENTUM, loss_rule=2.0)
+EFFECT = clipjax.clip_effect(clipjax.clip_by_leaf_norm(1.0), MOMENTUM)
 GROUPS = clipjax.clip_by_group_norm({"w": 1.0, "b": 5.0}, BY_PATH)
 UNTRACKED = ", or `track=False` to go on with a checkpoint of optax.clip_by_global_norm"
 NO_FLOATING = "must have floating or complex leaves"
@@ -420,6 +434,31 @@ UPDATES = {
     ValueError,
     "`state.inner_state` must be as the `init` of what is wrapped gives it, (TraceState, EmptyState) of 2 arrays, got "
     f"TraceState of 2 arrays: {ANEW}",
+  ),
+  "clip_effect with the state of its chain": (
+    EFFECT, lambda s: (TREE, s.inner_state, TREE),
+    TypeError, "`state` must be the EffectState that `init` gave, got a tuple: pass the state of this transformation.",
+  ),
+  "clip_effect with the state of another clip": (
+    EFFECT, lambda s: (TREE, s._replace(inner_state=(WATCH.init(TREE), s.inner_state[1])), TREE),
+    ValueError,
+    "`state.inner_state` must be as the `init` of what is wrapped gives it, (ClipState, tuple) of 13 arrays, got "
+    f"(WatchState, tuple) of 14 arrays: {ANEW}",
+  ),
+  "clip_effect with the second state of another optimizer": (
+    EFFECT, lambda s: (TREE, s._replace(unclipped_state=optax.adam(1.0).init(TREE)), TREE),
+    ValueError,
+    "`state.unclipped_state` must be as the `init` of what is wrapped gives it, (TraceState, EmptyState) of 2 arrays, "
+    f"got (ScaleByAdamState, EmptyState) of 5 arrays: {ANEW}",
+  ),
+  "clip_effect of another model": (
+    EFFECT, lambda s: (TREE, s._replace(ratios=jnp.zeros(3)), TREE),
+    ValueError,
+    "`state` must have ratios of shape (2,), as the one that `init` gave, got (3,): it was restored from another model "
+    f"or configuration; {TRAIN}",
+  ),
+  "integers in clip_effect": (
+    EFFECT, lambda s: (INT, s, TREE), TypeError, f"`updates` {NO_FLOATING}, got int32[3] at 'layer/b': {MASK}",
   ),
   "the state of another model": (
     LEAF, lambda s: (TREE, s._replace(norms=jnp.zeros(3))),

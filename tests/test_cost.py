@@ -129,6 +129,7 @@ EVERYTHING = {
   "watch": clipjax.watch(history=3),
   "watch, global": clipjax.watch(per_leaf=False),
   "skip_steps": clipjax.skip_steps(clipjax.clip_by_global_norm(1.0), norm_rule=clipjax.rules.rolling_sigma()),
+  "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(1.0), optax.trace(0.9)),
   "adaptive_grad_clip": clipjax.adaptive_grad_clip(),
   "untracked": clipjax.clip_by_leaf_norm(1.0, track=False),
   "order 1": clipjax.clip_by_global_norm(1.0, 1),

@@ -51,6 +51,7 @@ class Steps:
     """The updates of a step with `last` times x, and what `metrics` says, in the unit of x."""
     updates, state = self.step(self.make(max_norm), x, last, state)
     numbers = clipjax.metrics(state, per_leaf=True)
+    numbers = {k: v for k, v in numbers.items() if not k.startswith("effect/")}  # These have no derivative.
     floats = {k: v for k, v in numbers.items() if jnp.issubdtype(v.dtype, jnp.floating) and "fraction" not in k}
     unit = jnp.where(jnp.isinf(max_norm), 1, max_norm)
     in_one_unit = {k: v * unit if "scale" in k or "ratio" in k else v for k, v in floats.items()}
@@ -87,6 +88,7 @@ TRANSFORMATIONS = {
   "zclip": Steps(lambda m: clipjax.zclip(warmup_steps=3, decay=0.8)),
   "adagc": Steps(lambda m: clipjax.adagc(1.2, warmup_steps=2, max_norm=m)),
   "skip_steps": Steps(lambda m: clipjax.skip_steps(clipjax.clip_by_global_norm(0.9 * m), norm_rule=m)),
+  "clip_effect": Steps(lambda m: clipjax.clip_effect(clipjax.clip_by_global_norm(m), optax.trace(0.5))),
   "watch": Steps(lambda m: optax.chain(clipjax.watch(), clipjax.clip_by_global_norm(m)), with_params=True),
   "percentile": with_rule(rules.percentile(70.0, include_current=False)),
   "quantile_tracking": with_rule(rules.quantile_tracking(0.5)),

@@ -452,6 +452,7 @@ EXPORTED = {
   "skip_steps": clipjax.skip_steps(
     clipjax.clip_by_global_norm(1.0), norm_rule=rules.minimum(rules.zscore(warmup_steps=1), 1.0)
   ),
+  "clip_effect": clipjax.clip_effect(clipjax.clip_by_global_norm(1.0), clipjax.clip_by_leaf_norm(0.9, name="b")),
   "adaptive_grad_clip": clipjax.adaptive_grad_clip(),
   "rolling_sigma": clipjax.clip_by_leaf_norm(rules.rolling_sigma(window=3)),
   "quantile_tracking": clipjax.clip_by_leaf_norm(rules.quantile_tracking(0.5)),

@@ -55,6 +55,7 @@ def entries(axis_name=None):
     "clip_by_value": (update(clipjax.clip_by_value(1.0, **by)), "updates"),
     "watch": (update(clipjax.watch(**by)), "updates"),
     "skip_steps": (update(clipjax.skip_steps(optax.sgd(1.0), **by)), "updates"),
+    "clip_effect": (update(clipjax.clip_effect(optax.identity(), optax.sgd(1.0), **by)), "updates"),
     "adaptive_grad_clip": (update(clipjax.adaptive_grad_clip(0.1)), "updates"),
   }
 
@@ -80,13 +81,14 @@ def test_an_unreduced_leaf_is_an_error_that_names_it(name):
 
 
 @has_unreduced
-@pytest.mark.parametrize("name", ["clip_by_global_norm", "watch", "adaptive_grad_clip", "skip_steps"])
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "watch", "adaptive_grad_clip", "skip_steps", "clip_effect"])
 def test_so_are_unreduced_parameters(name):
   tx = {
     "clip_by_global_norm": clipjax.clip_by_global_norm(1.0),
     "watch": clipjax.watch(),
     "adaptive_grad_clip": clipjax.adaptive_grad_clip(0.1),
     "skip_steps": clipjax.skip_steps(optax.sgd(1.0)),
+    "clip_effect": clipjax.clip_effect(optax.identity(), optax.sgd(1.0)),
   }[name]
   with jax.set_mesh(mesh_of(AxisType.Explicit)):
     grads = {"w": jnp.ones((4, 2))}

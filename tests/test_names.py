@@ -192,6 +192,7 @@ STATEFUL = {
   "watch": clipjax.watch(history=3),
   "adaptive_grad_clip": clipjax.adaptive_grad_clip(0.1),
   "skip_steps": clipjax.skip_steps(optax.chain(clipjax.clip_by_leaf_norm(1.0), optax.adam(1e-3))),
+  "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(1.0), optax.adam(1e-3)),
 }
 WRAPPED = {
   "alone": lambda tx, params: tx,
@@ -285,6 +286,8 @@ FROZEN = {
 }
 STEPS = {
   **{name: tx for name, tx in STATEFUL.items() if name != "skip_steps"},
+  # A state of Adam cannot be without a leaf.
+  "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(1.0), optax.sgd(1e-3)),
   "clip_by_group_norm": clipjax.clip_by_group_norm(0.5, lambda path, leaf: path.split("/")[0]),
 }
 

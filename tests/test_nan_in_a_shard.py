@@ -44,6 +44,7 @@ def everything(axis_name, grads):
     "by_leaf_inf_norm": clipjax.clip_by_leaf_norm(1.0, jnp.inf, on_nonfinite="zero", **by),
     "watch": clipjax.watch(**by),
     "skip_steps": clipjax.skip_steps(optax.sgd(1.0), **by),
+    "clip_effect": clipjax.clip_effect(clipjax.clip_by_value(1.0, **by), optax.sgd(1.0), **by),
   }
   updates, states = {}, {}
   for name, tx in clips.items():

@@ -61,6 +61,10 @@ PAIRS = {
   "clip_by_group_norm": (lambda: clipjax.clip_by_group_norm(0.7, by_first_letter), lambda: by_group(0.7)),
   "adaptive_grad_clip": (lambda: clipjax.adaptive_grad_clip(0.3), lambda: optax.adaptive_grad_clip(0.3)),
   "watch": (lambda: clipjax.watch(history=2), optax.identity),
+  "clip_effect": (
+    lambda: clipjax.clip_effect(clipjax.clip_by_global_norm(0.7), optax.scale(0.5)),
+    lambda: optax.chain(optax.clip_by_global_norm(0.7), optax.scale(0.5)),
+  ),
   "zclip": (clipjax.zclip, optax.identity),
   "adagc": (lambda: clipjax.adagc(max_norm=0.7), lambda: optax.clip_by_global_norm(0.7)),
   "skip_steps": (

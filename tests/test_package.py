@@ -31,7 +31,7 @@ PUBLIC = (
   }
   | {f"clipjax.runs.{name}": getattr(runs, name) for name in runs.__all__}
 )
-STATES = {"clipjax.ClipState", "clipjax.SkipState", "clipjax.WatchState"}
+STATES = {"clipjax.ClipState", "clipjax.EffectState", "clipjax.SkipState", "clipjax.WatchState"}
 
 
 def loaded_after(code):

@@ -75,6 +75,7 @@ def transformations(axis_name=None):
     "adagc": clipjax.adagc(warmup_steps=2, max_norm=0.5, **by),
     "watch": clipjax.watch(history=3, **by),
     "watch_global": clipjax.watch(per_leaf=False, **by),
+    "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(0.5, **by), optax.adam(1e-3), **by),
     "skip_steps": clipjax.skip_steps(protected, norm_rule=rules.minimum(rules.percentile(80.0, window=8), 1e20), **by),
     **{f"rule_{name}": clipjax.clip_by_global_norm(rule, **by) for name, rule in each_rule.items()},
   }

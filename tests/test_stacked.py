@@ -48,6 +48,9 @@ def transformations(stacked):
     "sigma": clipjax.clip_by_leaf_norm(rules.rolling_sigma(1.0, window=4, min_count=2), stacked=stacked),
     "tracking": clipjax.clip_by_leaf_norm(rules.quantile_tracking(0.5), stacked=stacked),
     "watch": clipjax.watch(history=3, stacked=stacked),
+    "effect": clipjax.clip_effect(
+      clipjax.clip_by_leaf_norm(0.5, stacked=stacked), optax.scale_by_sign(), stacked=stacked
+    ),
   }
 
 
@@ -106,6 +109,11 @@ every = pytest.mark.parametrize("name", sorted(transformations(None)))
 mostly_few = pytest.mark.parametrize("name", cases(sorted(transformations(None)), slow=lambda name: name not in FEW))
 
 
+def of_clip(state):
+  """The state of the clip, which an effect has inside."""
+  return state.inner_state[0] if isinstance(state, clipjax.EffectState) else state
+
+
 # The same as unrolled ------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +135,7 @@ def with_bad(steps, bad):
 def test_stacked_is_as_unrolled(name):
   pair, steps = Pair(name), list(gradients("float32"))
   state = pair.check(steps)
-  assert name == "watch" or state.clipped_steps > 0
+  assert name == "watch" or of_clip(state).clipped_steps > 0
   pair.check([apart(grads) for grads in steps])
   for bad in (jnp.nan, jnp.inf):
     state = pair.check(with_bad(steps, bad))
@@ -135,7 +143,7 @@ def test_stacked_is_as_unrolled(name):
     if name == "watch":
       assert {n for n, count in zip(NAMES, state.nonfinite, strict=True) if count} == {"a[1]", "c[2]"}
     else:  # A NaN comes first, and without one the first inf.
-      assert NAMES[state.nonfinite_leaf] == "a[1]"
+      assert NAMES[of_clip(state).nonfinite_leaf] == "a[1]"
     with pytest.raises(FloatingPointError, match=r"a\[1\]|in group '1\]', '2\]'"):
       clipjax.raise_if_nonfinite(state)
 
@@ -491,7 +499,7 @@ def test_watch_without_numbers_by_leaf_has_no_use_for_it():
 
 def test_every_function_that_takes_stacked_is_in_the_table():
   made = {"leaf": "clip_by_leaf_norm", "group": "clip_by_group_norm", "rms": "clip_by_block_rms"}
-  made |= {"agc": "adaptive_grad_clip", "adagc": "adagc", "watch": "watch"}
+  made |= {"agc": "adaptive_grad_clip", "adagc": "adagc", "watch": "watch", "effect": "clip_effect"}
   assert set(made) <= set(transformations(None))
   takes = {name for name in clipjax.__all__ if "stacked" in getattr(getattr(clipjax, name), "__annotations__", {})}
   assert takes == {*made.values(), "leaf_norms"}

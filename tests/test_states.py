@@ -43,6 +43,7 @@ def transformations():
     "adaptive_grad_clip": clipjax.adaptive_grad_clip(math.inf),
     "watch": clipjax.watch(history=3),
     "skip_steps": clipjax.skip_steps(optax.chain(clipjax.clip_by_leaf_norm(1.0), optax.sgd(0.1, momentum=0.9))),
+    "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(1.0), optax.sgd(0.1, momentum=0.9)),
     "skip_steps by rules": clipjax.skip_steps(
       optax.sgd(0.1), norm_rule=rules.rolling_sigma(2.0, window=4), loss_rule=rules.percentile(99.0, window=4)
     ),
@@ -51,6 +52,11 @@ def transformations():
 
 ALL = transformations()
 every_transformation = pytest.mark.parametrize("name", sorted(ALL))
+
+
+def wraps_optax(name):
+  """Whether a part of the state belongs to Optax."""
+  return name.startswith(("skip_steps", "clip_effect"))
 
 
 def gradient(scale):
@@ -87,7 +93,7 @@ def is_like_another(case):
 
 
 # One of each kind of state goes through every way.
-KINDS = ("clip_by_global_norm", "autoclip", "zclip", "watch", "skip_steps", "exempt group")
+KINDS = ("clip_by_global_norm", "autoclip", "zclip", "watch", "skip_steps", "clip_effect", "exempt group")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def test_a_state_from_before_x64_was_set_goes_on(name, way):
     fresh = tx.init(PARAMS)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5)
-  if "skip" not in name:  # What is wrapped belongs to Optax.
+  if not wraps_optax(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, fresh)
 
 
@@ -117,11 +123,11 @@ def test_a_state_that_was_cast_with_the_rest_of_a_train_state_goes_on(name, jit)
   _, state = steps(tx, tx.init(PARAMS), [1.0, 1.5, 1.0])
   want, _ = steps(tx, state, [1.2, 3.0])
   # Optax itself needs the promotion that users have.
-  with jax.numpy_dtype_promotion("standard" if "skip" in name else "strict"):
+  with jax.numpy_dtype_promotion("standard" if wraps_optax(name) else "strict"):
     got, after = steps(tx, as_bfloat16(state), [1.2, 3.0], jit)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=0.05)
-  if "skip" not in name:
+  if not wraps_optax(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
@@ -322,7 +328,7 @@ def test_without_a_state_there_is_no_rule_by_value():
 
 @every_transformation
 def test_names_in_the_state_of_a_clip_are_unique(name):
-  if "skip" in name:
+  if wraps_optax(name):
     pytest.skip("It holds the state of another transformation.")
   state = ALL[name].init(PARAMS)
   for field in ("steps", "norm", "max_norm", "finite"):

@@ -7,7 +7,7 @@ A file of a run is JSON Lines: a header, then a row for each step. The numbers o
 from collections.abc import Iterable
 from typing import Any
 
-from clipjax.quantities import LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, WORST_NORM
+from clipjax.quantities import COSINE, LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, SHARE, WORST_NORM
 
 FORMAT = 2  # In the header. In format 1 the step of a row was the count of the updates; a reader takes both.
 
@@ -46,7 +46,7 @@ UPDATES = "update"  # A watch at the end of the chain: its ratio is that of the 
 SKIP = "skip"
 
 # What is said by leaf or group as well; numbers by block go by the name of the state, or by that with its unit.
-BY_BLOCK = frozenset({NORM, MAX_NORM, SCALE, RATIO, NONFINITE, WORST_NORM})
+BY_BLOCK = frozenset({NORM, MAX_NORM, SCALE, RATIO, NONFINITE, WORST_NORM, COSINE, SHARE})
 UNITS = ("", "_group", "_leaf")
 
 MAY_BE_INF = LIMITS | {WORST_NORM}  # inf there is not a fault of the step.

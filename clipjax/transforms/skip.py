@@ -20,7 +20,8 @@ from clipjax.leaves import is_float0
 from clipjax.mesh import check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import NormSpec, norm_dtype
-from clipjax.rules.base import Rule, StateCheck, as_rule, ask, in_dtype, keep_where, no_limit, same_structure
+from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where, no_limit
+from clipjax.transforms.wrapped import check_inner_state, check_transformation, kept_where
 from clipjax.trees import prepare
 
 _MOST_SKIPS = 2**31 - 1
@@ -114,10 +115,7 @@ def skip_steps(
   References:
     OLMo-core's `SkipStepOptimizer`, https://github.com/allenai/OLMo-core: the rule of the example, on norm and loss.
   """
-  if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
-    raise TypeError(
-      f"`inner` must be an Optax transformation, got {describe(inner)}: pass one such as optax.adam(1e-3)."
-    )
+  check_transformation(inner, "inner")
   if max_consecutive_skips is not None:
     check_whole(max_consecutive_skips, "max_consecutive_skips", 1, _MOST_SKIPS)
   protected = optax.with_extra_args_support(inner)
@@ -164,7 +162,7 @@ def skip_steps(
     try:
       new, inner_state = protected.update(updates, state.inner_state, params, **extra_args)
     except Exception as error:
-      _check_inner_state(protected, state.inner_state, updates if params is None else params, error)
+      check_inner_state(protected, state.inner_state, "inner_state", updates if params is None else params, error)
       raise
     new = jax.tree.map(lambda u: u if is_float0(u) else jnp.where(skip, jnp.zeros_like(u), u), new)
     return new, SkipState(
@@ -178,32 +176,11 @@ def skip_steps(
       max_consecutive_skips=state.max_consecutive_skips,
       norm_rule=keep_where(bad, norm_rule_state, norm_state),
       loss_rule=keep_where(bad, loss_rule_state, loss_state),
-      inner_state=jax.tree.map(partial(_kept_where, skip), state.inner_state, inner_state),
+      inner_state=kept_where(skip, state.inner_state, inner_state),
       labels=state.labels,
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _kept_where(skip: jax.Array, old: Any, now: Any) -> jax.Array:
-  """What was there where the step is skipped; it may have been stored in another width."""
-  return jnp.where(skip, in_dtype(old, jnp.asarray(now).dtype), now)
-
-
-def _check_inner_state(inner: optax.GradientTransformation, state: Any, tree: Any, error: Exception) -> None:
-  """Raises, from the error of an update, where the state that it was given is not what `init` gives."""
-  wanted = jax.eval_shape(lambda: inner.init(tree))
-  if not same_structure(state, wanted):
-    raise ValueError(
-      f"`state.inner_state` must be as the `init` of what is wrapped gives it, {_outline(wanted)}, got "
-      f"{_outline(state)}: pass the state of this transformation, or call `init` anew."
-    ) from error
-
-
-def _outline(state: Any) -> str:
-  """The types of a state and the number of its arrays, as in "(TraceState, EmptyState) of 2 arrays"."""
-  kinds = f"({', '.join(type(s).__name__ for s in state)})" if type(state) is tuple else type(state).__name__
-  return f"{kinds} of {len(jax.tree.leaves(state))} arrays"
 
 
 def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:

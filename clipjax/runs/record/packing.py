@@ -40,7 +40,7 @@ _Path: TypeAlias = list[tuple[bool, Any]]
 MOST_COLUMNS = 64  # Groups up to which each has columns of its own.
 
 _SHAPE = attrgetter("shape", "dtype")
-_NOT_READ = ("rule", "norm_rule", "loss_rule", "inner_state", "labels")
+_NOT_READ = ("rule", "norm_rule", "loss_rule", "inner_state", "unclipped_state", "labels")
 
 
 class Ring(NamedTuple):

@@ -1,0 +1,242 @@
+"""What a clip does to the step of the optimizer behind it: two optimizers, one fed with the clipped gradient.
+
+Both see the same parameters and the same gradient, before and after the clip. The first makes the updates; the second
+is only compared with it. The comparison is one of vectors: the ratio of their norms and the cosine between them.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import export, lax
+
+from clipjax.arithmetic import direction, quotient, vector_norm, widest
+from clipjax.checks import check_name, check_state
+from clipjax.groups import Labels, carries_labels
+from clipjax.leaves import is_float0
+from clipjax.mesh import check_axis_name
+from clipjax.norms.derivatives import measure
+from clipjax.norms.sums import Measured, NormSpec, norm_dtype, spec_of_slices
+from clipjax.rules.base import no_limit
+from clipjax.transforms.wrapped import check_inner_state, check_transformation, kept_where
+from clipjax.trees import Prepared, prepare
+
+
+@carries_labels
+class EffectState(NamedTuple):
+  """What a clip did to the last step; one structure from `init` on. n is the number of leaves, and slices of stacks.
+
+  Numbers are float32, or float64 when x64 is enabled. At a step whose gradient or either update is not finite, ratios,
+  cosines and shares are NaN.
+
+  Attributes:
+    ratio: shape (): norm of the update over that of the update without the clip; 1 where both are 0, and the largest
+      number of the dtype where only the latter is.
+    cosine: shape (): cosine between the two, from -1 to 1; 1 where either is 0.
+    ratios: shape (n,): the ratio for each leaf.
+    cosines: shape (n,): the cosine for each leaf.
+    shares: shape (n,): the part of each leaf in the squared global norm of the gradient; they sum to 1, or are all 0.
+    steps: int32, shape (): updates so far.
+    nonfinite_steps: int32, shape (): those of them whose gradient was not finite.
+    finite: bool, shape (): whether the last gradient was finite.
+    inner_state: the state of `optax.chain(clip, optimizer)`.
+    unclipped_state: the state of the optimizer that sees the gradient without the clip.
+    labels: names of the leaves; static, no arrays.
+  """
+
+  ratio: jax.Array
+  cosine: jax.Array
+  ratios: jax.Array
+  cosines: jax.Array
+  shares: jax.Array
+  steps: jax.Array
+  nonfinite_steps: jax.Array
+  finite: jax.Array
+  inner_state: Any
+  unclipped_state: Any
+  labels: Labels
+
+
+export.register_namedtuple_serialization(EffectState, serialized_name="clipjax.EffectState")
+
+
+def clip_effect(
+  clip: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation,
+  *,
+  stacked: Any = None,
+  axis_name: Any = None,
+  name: str = "effect",
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.chain(clip, optimizer)` that also measures what the clip does to the step: its length and its direction.
+
+  A clip acts on the gradient, but what trains is the step. Under SGD a clip shortens the step. Under Adam it may leave
+  the step alone, lengthen it, or starve every leaf but one. To see which, a second state of the same optimizer is fed
+  with the gradient as it came, at the same parameters, and the two updates are compared: the ratio of their norms and
+  the cosine between them, globally and for each leaf. The updates are those of the chain, to the bit.
+
+  It costs a second optimizer state and a second optimizer pass: use it for a few hundred steps to decide on a
+  threshold, then go back to the chain, whose state is `state.inner_state`.
+
+  A step whose gradient is inf or NaN is handled as the clip's policy says; the second state stays as it was, and the
+  ratio and the cosine are NaN. A gradient of 0 is an ordinary step. Where neither update moves, the ratio and the
+  cosine are 1. Derivatives go through the updates as through those of the chain; the numbers in the state have none.
+
+  Extra arguments of `update`, such as `value=`, reach the clip and both optimizers. An optimizer that calls a `grad_fn`
+  or `value_fn` calls it twice. One that keeps parameters of its own, such as `optax.contrib.schedule_free`, steps from
+  where its second state would be, and the ratio compares positions rather than steps.
+
+  Args:
+    clip: the clip: any transformation of the gradient, of this package or of Optax.
+    optimizer: the optimizer behind it: any transformation, chains included.
+    stacked: as in `clip_by_leaf_norm`: a layer of a stack has numbers of its own.
+    axis_name: as in `global_norm`; it is for the comparison, and the clip has its own.
+    name: first part of the keys of `clipjax.metrics`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs` with an `EffectState`. `clipjax.metrics` has `<name>/ratio` and
+    `<name>/cosine`, and by leaf `<name>/ratio/<leaf>`, `<name>/cosine/<leaf>` and `<name>/share/<leaf>`, beside all
+    that the clip measures itself.
+
+  Raises:
+    TypeError: for what is no transformation; in `update`, for an integer or bool leaf, with its path, and for the state
+      of something else.
+    ValueError: in `init`, for an axis that a leaf does not have; in `update`, for another number of leaves or layers
+      than `init` saw, for inner states that do not belong to the clip and the optimizer, and, by most optimizers with
+      weight decay, where `params` is None.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, clipjax
+    >>> tx = clipjax.clip_effect(clipjax.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+    >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(1)}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> for key in ("effect/ratio", "effect/cosine", "effect/ratio/w", "effect/share/w"):
+    ...   print(f"{key} {clipjax.metrics(state, per_leaf=True)[key]:.4g}")
+    effect/ratio 0.2
+    effect/cosine 1
+    effect/ratio/w 0.2
+    effect/share/w 1
+  """
+  check_transformation(clip, "clip", "clipjax.clip_by_global_norm(1.0)")
+  check_transformation(optimizer, "optimizer")
+  check_axis_name(axis_name)
+  label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
+  unlabelled = label(())
+  second = optax.with_extra_args_support(optimizer)
+  chained = optax.chain(optax.with_extra_args_support(clip), second)
+
+  def init(params: optax.Params) -> EffectState:
+    # Some states hold the parameters themselves, and no buffer may be donated twice.
+    unclipped = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, second.init(params))
+    return _empty_state(label(params), chained.init(params), unclipped)
+
+  def update(
+    updates: optax.Updates, state: EffectState, params: optax.Params | None = None, **extra_args: Any
+  ) -> tuple[optax.Updates, EffectState]:
+    check_state(state, EffectState)
+    state.labels.check_state(unlabelled, state.ratios, stacked=stacked, updates=updates, field="ratios")
+    known, stacks = state.labels.leaves, state.labels.stacks
+    prepared = partial(prepare, axis_name=axis_name, known=known, stacks=stacks)
+    grads = prepared(updates, "updates", params=params)
+
+    # Both optimizers at the same parameters, one behind the clip.
+    tree = updates if params is None else params
+    try:
+      clipped, inner_state = chained.update(updates, state.inner_state, params, **extra_args)
+    except Exception as error:
+      check_inner_state(chained, state.inner_state, "inner_state", tree, error)
+      raise
+    # Nothing that is only compared has a derivative: a zero times the slope of Adam's root at 0 would be a NaN.
+    still = partial(jax.tree.map, lambda x: x if is_float0(x) else lax.stop_gradient(x))
+    try:
+      plain, unclipped_state = second.update(still(updates), still(state.unclipped_state), still(params), **extra_args)
+    except Exception as error:
+      check_inner_state(second, state.unclipped_state, "unclipped_state", tree, error)
+      raise
+
+    gradient = _measured(_spec(grads), still(grads.measured))
+    with_clip, without = (prepared(still(tree), "the updates of `optimizer`") for tree in (clipped, plain))
+    step = _compared(_spec(with_clip), gradient, with_clip.measured, without.measured)
+    bad = ~jnp.isfinite(gradient.norm)
+    return clipped, EffectState(
+      **step,
+      steps=optax.safe_increment(state.steps),
+      nonfinite_steps=jnp.where(bad, optax.safe_increment(state.nonfinite_steps), state.nonfinite_steps),
+      finite=~bad,
+      inner_state=inner_state,
+      unclipped_state=kept_where(bad, state.unclipped_state, unclipped_state),
+      labels=state.labels,
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _empty_state(labels: Labels, inner_state: Any, unclipped_state: Any) -> EffectState:
+  dtype = norm_dtype()
+  return EffectState(
+    ratio=jnp.ones((), dtype),
+    cosine=jnp.ones((), dtype),
+    ratios=jnp.ones(labels.shape, dtype),
+    cosines=jnp.ones(labels.shape, dtype),
+    shares=jnp.zeros(labels.shape, dtype),
+    steps=jnp.zeros((), jnp.int32),
+    nonfinite_steps=jnp.zeros((), jnp.int32),
+    finite=jnp.ones((), jnp.bool_),
+    inner_state=inner_state,
+    unclipped_state=unclipped_state,
+    labels=labels,
+  )
+
+
+class _Norms(NamedTuple):
+  """Norms of a tree: of each leaf in the shape that broadcasts against it, as a vector, and of all together."""
+
+  leaves: tuple[jax.Array, ...]
+  vector: jax.Array
+  norm: jax.Array
+
+
+def _spec(prepared: Prepared) -> NormSpec:
+  """What to measure: each leaf, or slice of a stacked one, by itself."""
+  return spec_of_slices(2.0, prepared.measured, prepared.axes, prepared.stacks)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _measured(spec: NormSpec, leaves: list[Any]) -> _Norms:
+  found: Measured = measure(spec, leaves)
+  return _Norms(found.norms, found.vector, vector_norm(found.vector, 2.0))
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _compared(spec: NormSpec, gradient: _Norms, clipped: list[Any], plain: list[Any]) -> dict[str, jax.Array]:
+  """The fields of the next state that compare two updates."""
+  a, b = _measured(spec, clipped), _measured(spec, plain)
+  # 0 where everything is finite, else NaN, which makes every number of the step one.
+  poison = sum((n - n for n in (a.norm, b.norm)), start=gradient.norm - gradient.norm)
+
+  # With a' and b' of length 1, the cosine is 1 - |a' - b'|^2 / 2, which keeps its digits where the two are nearly one.
+  of_leaves = zip(clipped, a.leaves, plain, b.leaves, strict=True)
+  gaps = measure(spec, [direction(widest(x), m, 2.0) - direction(widest(y), n, 2.0) for x, m, y, n in of_leaves]).vector
+  bends = jnp.where((a.vector > 0) & (b.vector > 0), gaps**2, 0)
+  # Of all leaves: the leaves' norms are the lengths of the two vectors along axes of their own.
+  p, q = direction(a.vector, a.norm, 2.0), direction(b.vector, b.norm, 2.0)
+  bend = jnp.where((a.norm > 0) & (b.norm > 0), jnp.sum((p - q) ** 2 + p * q * bends), 0)
+
+  fields = {
+    "ratio": _ratio(a.norm, b.norm),
+    "cosine": jnp.maximum(1 - bend / 2, -1),
+    "ratios": _ratio(a.vector, b.vector),
+    "cosines": jnp.maximum(1 - bends / 2, -1),
+    "shares": direction(gradient.vector, gradient.norm, 2.0) ** 2,
+  }
+  return {key: value + poison for key, value in fields.items()}
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+  """A norm over another: 1 where both are 0, the largest number where only the other is."""
+  known = b > 0
+  most = no_limit(a.dtype)
+  return jnp.where(known, jnp.minimum(quotient(a, jnp.where(known, b, 1)), most), jnp.where(a > 0, most, 1))
