@@ -15,6 +15,7 @@ PARAM_NORM = "param_norm"
 RATIO = "ratio"
 NONFINITE = "nonfinite"
 COSINE = "cosine"
+GRAD_RATIO = "grad_ratio"
 SHARE = "share"
 
 # Of all steps so far.

@@ -37,7 +37,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
   these were not given), `worst_norm`, `worst_step`, `nonfinite_steps` and `steps`; by leaf `norm`, `ratio`,
   `nonfinite` and `worst_norm`. A watch goes together with the clip of its name, and the first in the chain gives what
   both have. Those of `clipjax.skip_steps`: `norm`, `loss`, `max_norm`, `max_loss`, `fraction`, `consecutive`, `steps`.
-  Those of `clipjax.clip_effect`: `ratio`, `cosine`, `nonfinite_steps`, `steps`; by leaf `ratio`, `cosine` and `share`.
+  Those of `clipjax.clip_effect`: `ratio`, `cosine`, `grad_ratio` and counts; by leaf `ratio`, `cosine` and `share`.
 
   Where a label is also the name of a leaf, of other entries, in a watch or clip of the same name, the numbers by group
   go by `<name>_group/norm/<label>` and so on. A second clip, or watch, of one name is `<name>_2`; one inside
@@ -122,6 +122,7 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
     return {
       quantities.RATIO: state.ratio,
       quantities.COSINE: state.cosine,
+      quantities.GRAD_RATIO: state.grad_ratio,
       quantities.NONFINITE_STEPS: state.nonfinite_steps,
       quantities.STEPS: state.steps,
     }

@@ -111,6 +111,8 @@ def test_under_sgd_the_ratio_is_the_factor_of_the_clip():
   _, ratio, cosine, ratios = effects(clipjax.clip_by_global_norm(1.0), optax.sgd(0.1), grads)
   np.testing.assert_allclose(ratio, np.minimum(1, 1 / np.array(norms)), rtol=1e-6)
   np.testing.assert_allclose(ratios[:, 0], ratio, rtol=1e-6)
+  state, ratio, _, _ = effects(clipjax.clip_by_global_norm(1.0), optax.lion(0.1), grads)
+  np.testing.assert_allclose(state.grad_ratio, min(1, 1 / norms[-1]), rtol=1e-6)
   np.testing.assert_allclose(cosine, 1, atol=1e-6)
 
 
@@ -304,6 +306,7 @@ def test_metrics_of_every_leaf():
   assert [key for key in clipjax.metrics(state) if key.startswith("e/")] == [
     "e/ratio",
     "e/cosine",
+    "e/grad_ratio",
     "e/nonfinite_steps",
     "e/steps",
   ]

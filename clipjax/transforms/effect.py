@@ -32,6 +32,7 @@ class EffectState(NamedTuple):
   cosines and shares are NaN.
 
   Attributes:
+    grad_ratio: shape (): norm of the gradient after the clip over that before; 1 where both are 0.
     ratio: shape (): norm of the update over that of the update without the clip; 1 where both are 0, and the largest
       number of the dtype where only the latter is.
     cosine: shape (): cosine between the two, from -1 to 1; 1 where either is 0.
@@ -46,6 +47,7 @@ class EffectState(NamedTuple):
     labels: names of the leaves; static, no arrays.
   """
 
+  grad_ratio: jax.Array
   ratio: jax.Array
   cosine: jax.Array
   ratios: jax.Array
@@ -97,8 +99,8 @@ def clip_effect(
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with an `EffectState`. `clipjax.metrics` has `<name>/ratio` and
-    `<name>/cosine`, and by leaf `<name>/ratio/<leaf>`, `<name>/cosine/<leaf>` and `<name>/share/<leaf>`, beside all
-    that the clip measures itself.
+    `<name>/cosine` of the updates, `<name>/grad_ratio` of the gradient, and by leaf `<name>/ratio/<leaf>`,
+    `<name>/cosine/<leaf>` and `<name>/share/<leaf>`, beside all that the clip measures itself.
 
   Raises:
     TypeError: for what is no transformation; in `update`, for an integer or bool leaf, with its path, and for the state
@@ -125,8 +127,8 @@ def clip_effect(
   check_axis_name(axis_name)
   label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
   unlabelled = label(())
-  second = optax.with_extra_args_support(optimizer)
-  chained = optax.chain(optax.with_extra_args_support(clip), second)
+  first, second = map(optax.with_extra_args_support, (clip, optimizer))
+  chained = optax.chain(first, second)  # Its state is a pair, one of each.
 
   def init(params: optax.Params) -> EffectState:
     # Some states hold the parameters themselves, and no buffer may be donated twice.
@@ -145,7 +147,9 @@ def clip_effect(
     # Both optimizers at the same parameters, one behind the clip.
     tree = updates if params is None else params
     try:
-      clipped, inner_state = chained.update(updates, state.inner_state, params, **extra_args)
+      of_clip, of_optimizer = state.inner_state
+      clipped, of_clip = first.update(updates, of_clip, params, **extra_args)
+      step, of_optimizer = second.update(clipped, of_optimizer, params, **extra_args)
     except Exception as error:
       check_inner_state(chained, state.inner_state, "inner_state", tree, error)
       raise
@@ -158,15 +162,16 @@ def clip_effect(
       raise
 
     gradient = _measured(_spec(grads), still(grads.measured))
-    with_clip, without = (prepared(still(tree), "the updates of `optimizer`") for tree in (clipped, plain))
-    step = _compared(_spec(with_clip), gradient, with_clip.measured, without.measured)
+    left = prepared(still(clipped), "the updates of `clip`")
+    a, b = (prepared(still(tree), "the updates of `optimizer`") for tree in (step, plain))
+    fields = _compared(_spec(a), gradient, _measured(_spec(left), left.measured), a.measured, b.measured)
     bad = ~jnp.isfinite(gradient.norm)
-    return clipped, EffectState(
-      **step,
+    return step, EffectState(
+      **fields,
       steps=optax.safe_increment(state.steps),
       nonfinite_steps=jnp.where(bad, optax.safe_increment(state.nonfinite_steps), state.nonfinite_steps),
       finite=~bad,
-      inner_state=inner_state,
+      inner_state=(of_clip, of_optimizer),
       unclipped_state=kept_where(bad, state.unclipped_state, unclipped_state),
       labels=state.labels,
     )
@@ -177,6 +182,7 @@ def clip_effect(
 def _empty_state(labels: Labels, inner_state: Any, unclipped_state: Any) -> EffectState:
   dtype = norm_dtype()
   return EffectState(
+    grad_ratio=jnp.ones((), dtype),
     ratio=jnp.ones((), dtype),
     cosine=jnp.ones((), dtype),
     ratios=jnp.ones(labels.shape, dtype),
@@ -211,8 +217,10 @@ def _measured(spec: NormSpec, leaves: list[Any]) -> _Norms:
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
-def _compared(spec: NormSpec, gradient: _Norms, clipped: list[Any], plain: list[Any]) -> dict[str, jax.Array]:
-  """The fields of the next state that compare two updates."""
+def _compared(
+  spec: NormSpec, gradient: _Norms, left: _Norms, clipped: list[Any], plain: list[Any]
+) -> dict[str, jax.Array]:
+  """The fields of the next state: of the gradient and what a clip has left of it, and of two updates."""
   a, b = _measured(spec, clipped), _measured(spec, plain)
   # 0 where everything is finite, else NaN, which makes every number of the step one.
   poison = sum((n - n for n in (a.norm, b.norm)), start=gradient.norm - gradient.norm)
@@ -226,6 +234,7 @@ def _compared(spec: NormSpec, gradient: _Norms, clipped: list[Any], plain: list[
   bend = jnp.where((a.norm > 0) & (b.norm > 0), jnp.sum((p - q) ** 2 + p * q * bends), 0)
 
   fields = {
+    "grad_ratio": _ratio(left.norm, gradient.norm),
     "ratio": _ratio(a.norm, b.norm),
     "cosine": jnp.maximum(1 - bend / 2, -1),
     "ratios": _ratio(a.vector, b.vector),
