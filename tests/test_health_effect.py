@@ -1,0 +1,176 @@
+"""What the verdict says of `clip_effect`: starved leaves, longer steps, and a clip that does nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import clipjax
+from clipjax.runs import HealthLimits, Run, diagnose, read_run
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+LEAVES = ("even", "heavy")
+STEPS = 300
+
+
+def gradients(*, tail=0.0, spread=0.0, seed=0):
+  """Gradients by step; `tail` is the sigma of a lognormal factor of one leaf, `spread` that of a factor of all."""
+  rng = np.random.default_rng(seed)
+  each = {name: rng.standard_normal((STEPS, 8)) for name in LEAVES}
+  each["heavy"] *= np.exp(tail * np.abs(rng.standard_normal((STEPS, 1))))
+  factor = np.exp(spread * rng.standard_normal((STEPS, 1)))
+  return {name: jnp.float32(0.5 * x * factor) for name, x in each.items()}
+
+
+def trained(clip, optimizer, grads, **options):
+  """The run of a clip and an optimizer at these gradients, every number of it at every step."""
+  tx = clipjax.clip_effect(clip, optimizer, **options)
+  params = {name: jnp.ones(8) for name in LEAVES}
+
+  def step(state, grad):
+    _, state = tx.update(grad, state, params)
+    return state, clipjax.metrics(state, per_leaf=True)
+
+  _, arrays = jax.lax.scan(step, tx.init(params), grads)
+  return Run.from_arrays(arrays)
+
+
+def found(run, **limits):
+  """The findings of clips in a run, by name."""
+  report = diagnose(run, limits=HealthLimits(**limits) if limits else None)
+  return {finding.name: finding for finding in report if finding.name.startswith("clip-")}
+
+
+def norms(grads):
+  return np.sqrt(sum((np.asarray(x) ** 2).sum(1) for x in grads.values()))
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.sgd(0.1, momentum=0.9)])
+def test_a_leaf_with_a_heavy_tail_starves_the_other(optimizer):
+  grads = gradients(tail=4.0)
+  finding = found(trained(clipjax.clip_by_global_norm(2.5), optimizer, grads))["clip-starves"]
+  assert (finding.level, finding.leaves) == ("WARN", LEAVES)
+  assert finding.message.startswith("The clip of 'effect' starves 'even': 'even' keeps ")
+  assert "'heavy' holds 9" in finding.message and "clip_by_leaf_norm" in finding.advice
+
+
+def test_so_it_does_under_adam():
+  grads = gradients()
+  rare = np.arange(STEPS) % 20 == 0  # The other leaf has a step of its own, and its second moment with it, at these.
+  grads["even"] = jnp.ones((STEPS, 8)) * 0.5
+  grads["heavy"] = grads["heavy"] * jnp.float32(np.where(rare, 1.0, 300.0))[:, None]
+  finding = found(trained(clipjax.clip_by_global_norm(2.5), optax.adam(0.1), grads))["clip-starves"]
+  assert finding.leaves == LEAVES
+
+
+def test_a_clip_by_leaf_starves_nobody():
+  grads = gradients(tail=4.0)
+  assert "clip-starves" not in found(trained(clipjax.clip_by_leaf_norm(2.5), optax.sgd(0.1), grads))
+
+
+def test_a_clip_below_every_norm_is_no_fault_of_one_leaf():
+  run = trained(clipjax.clip_by_global_norm(0.01), optax.sgd(0.1), gradients(tail=4.0))
+  names = set(found(run))
+  assert "clip-starves" not in names and names & {"clip-shortens", "clipped-often"}
+
+
+def test_one_bad_batch_starves_nobody():
+  grads = gradients()
+  grads["heavy"] = grads["heavy"].at[200].multiply(1e4)
+  assert "clip-starves" not in found(trained(clipjax.clip_by_global_norm(10.0), optax.sgd(0.1), grads))
+
+
+def test_leaves_that_were_recorded_at_spikes_above_all(tmp_path):
+  """One step in ten is clipped hard, and nearly all rows with leaves are of such steps."""
+  grads = gradients()
+  at = np.arange(5, STEPS, 10)
+  grads["heavy"] = grads["heavy"].at[at].multiply(1e3)
+  whole = trained(clipjax.clip_by_global_norm(10.0), optax.sgd(0.1), grads)
+  kept = np.isin(whole.steps, [*(whole.steps[at]), *(whole.steps[::60])])
+  vectors = {key: (steps[kept], values[kept]) for key, (steps, values) in whole.vectors.items()}
+  few = Run(**{**vars(whole), "vectors": vectors})
+  assert "clip-starves" not in found(few, starved=0.8)
+  assert "clip-starves" in found(few, starved=0.95)  # They keep nine tenths.
+
+
+def test_a_longer_step_of_adam():
+  grads = gradients(spread=1.5)
+  median = float(np.median(norms(grads)))
+  finding = found(trained(clipjax.clip_by_global_norm(median), optax.adam(0.1), grads))["clip-lengthens"]
+  assert finding.level == "WARN" and " times as long as without it (median)" in finding.message
+  assert "clip-lengthens" not in found(
+    trained(clipjax.clip_by_global_norm(median), optax.adam(0.1), grads), lengthened=3.0
+  )
+
+
+def test_the_leaf_that_is_lengthened_most_is_named():
+  grads = gradients()
+  vary = np.exp(2 * np.random.default_rng(1).standard_normal((STEPS, 1)))
+  grads["even"] = grads["even"] * jnp.float32(vary)
+  run = trained(clipjax.clip_by_leaf_norm(1.0), optax.adam(0.1), grads)
+  finding = found(run, lengthened=1.05)["clip-lengthens"]
+  assert finding.leaves == ("even",) and "in 'even' " in finding.message
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.sgd(0.1), optax.lion(0.1)])
+def test_a_clip_that_does_nothing(optimizer):
+  grads = gradients()
+  run = trained(clipjax.clip_by_global_norm(2 * np.percentile(norms(grads), 90)), optimizer, grads)
+  assert list(found(run)) == ["clip-no-effect"]
+  finding = found(run)["clip-no-effect"]
+  assert finding.level == "INFO" and finding.message == (
+    "The clip of 'effect' leaves the step as it is (median ratio 1, cosine 1); in 0% of the steps it changes "
+    "the length by more than 5%."
+  )
+
+
+def test_a_shorter_step_and_one_that_is_turned():
+  grads = gradients()
+  run = trained(clipjax.clip_by_global_norm(0.5 * float(np.median(norms(grads)))), optax.sgd(0.1), grads)
+  shorter = found(run)["clip-shortens"]
+  assert shorter.level == "INFO" and "shortens the step to 5" in shorter.message
+  turned = found(trained(clipjax.clip_by_value(0.01), optax.sgd(0.1), grads))["clip-turns"]
+  assert turned.level == "INFO" and "(median ratio " in turned.message
+
+
+def test_nothing_is_said_of_a_few_steps_or_of_none_that_are_finite():
+  grads = gradients()
+  clip = clipjax.clip_by_global_norm(1.0)
+  assert found(trained(clip, optax.sgd(0.1), jax.tree.map(lambda x: x[:8], grads))) == {}
+  bad = jax.tree.map(lambda x: x * jnp.nan, grads)
+  assert found(trained(clip, optax.sgd(0.1), bad)) == {}
+
+
+def test_each_effect_is_judged_and_a_clip_of_optax_too():
+  grads = gradients(tail=4.0)
+  run = trained(optax.clip_by_global_norm(2.5), optax.sgd(0.1), grads, name="step")
+  assert found(run)["clip-starves"].message.startswith("The clip of 'step' starves 'even'")
+
+
+def test_stacked_layers_are_leaves():
+  rng = np.random.default_rng(0)
+  each = 0.5 * rng.standard_normal((STEPS, 3, 8))
+  each[:, 1] *= np.exp(3 * np.abs(rng.standard_normal((STEPS, 1))))
+  tx = clipjax.clip_effect(clipjax.clip_by_global_norm(3.0), optax.sgd(0.1), stacked=0)
+
+  def step(state, grad):
+    _, state = tx.update({"w": grad}, state)
+    return state, clipjax.metrics(state, per_leaf=True)
+
+  _, arrays = jax.lax.scan(step, tx.init({"w": jnp.zeros((3, 8))}), jnp.float32(each))
+  finding = found(Run.from_arrays(arrays))["clip-starves"]
+  assert set(finding.leaves[:-1]) == {"w[0]", "w[2]"} and finding.leaves[-1] == "w[1]"
+
+
+def test_the_same_of_a_recorded_file(tmp_path):
+  grads = gradients(tail=4.0)
+  tx = clipjax.clip_effect(clipjax.clip_by_global_norm(2.5), optax.sgd(0.1))
+  params = {name: jnp.ones(8) for name in LEAVES}
+  state, update = tx.init(params), jax.jit(tx.update)
+  with clipjax.runs.Recorder(tmp_path / "run.jsonl", every=10) as recorder:
+    for i in range(STEPS):
+      _, state = update(jax.tree.map(lambda x, i=i: x[i], grads), state, params)
+      recorder.push(i, state)
+  assert found(read_run(tmp_path / "run.jsonl"))["clip-starves"].leaves == LEAVES
