@@ -1,4 +1,4 @@
-"""What the verdict says of `clip_effect`: starved leaves, longer steps, and a clip that does nothing."""
+"""What the verdict and the advice say of `clip_effect`: starved leaves, longer steps, a clip that does nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import clipjax
-from clipjax.runs import HealthLimits, Run, diagnose, read_run
+from clipjax.runs import HealthLimits, Run, diagnose, read_run, suggest_max_norm
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -174,3 +174,51 @@ def test_the_same_of_a_recorded_file(tmp_path):
       _, state = update(jax.tree.map(lambda x, i=i: x[i], grads), state, params)
       recorder.push(i, state)
   assert found(read_run(tmp_path / "run.jsonl"))["clip-starves"].leaves == LEAVES
+
+
+# The advice ----------------------------------------------------------------------------------------------------------
+
+
+def sign(rate):
+  """An optimizer that keeps no state by which it could be known."""
+  return optax.stateless(lambda updates, params: jax.tree.map(lambda u: -rate * jnp.sign(u), updates))
+
+
+def test_what_was_measured_tells_that_scale_does_not_count():
+  grads, clip = gradients(), clipjax.clip_by_global_norm(0.2)
+  advice = suggest_max_norm(trained(clip, sign(0.1), grads))
+  assert advice.scale_free and "clip_effect measured steps that stay as long" in " ".join(advice.notes)
+  assert suggest_max_norm(trained(clip, sign(0.1), grads), scale_free=False).scale_free is False
+  for optimizer in (optax.sgd(0.1), optax.sgd(0.1, momentum=0.9)):
+    assert not suggest_max_norm(trained(clip, optimizer, grads)).scale_free
+  # A clip that hardly acts tells nothing.
+  assert not suggest_max_norm(trained(clipjax.clip_by_global_norm(9.0), sign(0.1), grads)).scale_free
+
+
+def test_the_advice_says_what_the_clip_did():
+  grads = gradients()
+  notes = " ".join(suggest_max_norm(trained(clipjax.clip_by_global_norm(50.0), optax.sgd(0.1), grads)).notes)
+  assert "left the length of the step as it is (clip_effect: median ratio 1, cosine 1)" in notes
+  notes = " ".join(suggest_max_norm(trained(clipjax.clip_by_global_norm(0.2), optax.sgd(0.1), grads)).notes)
+  assert "made the step shorter, " in notes and "% of its length (clip_effect: " in notes
+  notes = " ".join(
+    suggest_max_norm(trained(clipjax.clip_by_global_norm(1.0), optax.adam(0.1), gradients(spread=1.5))).notes
+  )
+  assert "made the step longer, " in notes and " times as long (clip_effect: " in notes
+  run = trained(clipjax.clip_by_global_norm(2.5), optax.sgd(0.1), gradients(tail=4.0))
+  notes = " ".join(suggest_max_norm(run).notes)
+  assert "One leaf, 'heavy', made the clip of this run act, and 'even' kept " in notes
+  few = trained(clipjax.clip_by_global_norm(50.0), optax.sgd(0.1), jax.tree.map(lambda x: x[:15], grads))
+  assert "clip_effect" not in " ".join(suggest_max_norm(few).notes)
+
+
+def test_a_step_that_is_a_little_longer_or_turned_is_told_too():
+  grads = gradients(spread=0.6)
+  run = trained(clipjax.clip_by_global_norm(float(np.median(norms(grads)))), optax.adam(0.1), grads)
+  longer = found(run)["clip-lengthens"]
+  assert longer.level == "INFO" and longer.message.startswith("The clip of 'effect' lengthens the step to 1")
+  steady = {name: jnp.asarray(np.tile(np.linspace(1.0, 2.0, 8), (STEPS, 1)), jnp.float32) for name in LEAVES}
+  turned = found(
+    trained(clipjax.clip_by_group_norm({"even": 1.5, "heavy": None}, lambda path, leaf: path), optax.adam(0.1), steady)
+  )
+  assert list(turned) == ["clip-no-effect"]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipjax.runs.course import LEARNED, LOST
+from clipjax.runs.effects import STARVED
 from clipjax.runs.words import described
 
 
@@ -82,7 +83,7 @@ class HealthLimits(NamedTuple):
   stopped: float = 0.05
   clip_fraction: float = 0.5
   clip_left: float = 0.05
-  starved: float = 0.5
+  starved: float = STARVED
   lengthened: float = 1.2
   rise: float = 3.0
   ratio_low: float = 1e-4
