@@ -67,7 +67,7 @@ def starved_of(run: Run, name: str, begin: int, least: float) -> Starved | None:
   names, steps, ratios = numbers_by_block(run, name, RATIO)
   of_shares, at, shares = numbers_by_block(run, name, SHARE)
   late = (steps >= begin) & np.isfinite(ratios).all(1)
-  if names != of_shares or not np.array_equal(steps, at) or late.sum() < _LEAST_ROWS:
+  if not names or names != of_shares or not np.array_equal(steps, at) or late.sum() < _LEAST_ROWS:
     return None
   ratios, shares = ratios[late], shares[late]
   left = column(run, key_of(name, GRAD_RATIO))
