@@ -12,10 +12,11 @@ from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of, names_with
 
 SAME = 0.05  # A ratio as near to 1 is that of a step which the clip leaves alone.
-STARVED = 0.5  # A leaf that keeps less of its step is starved.
+# A leaf that keeps less of its step is starved by another one, if without that one the clip would leave at least as
+# much of the gradient, and twice as much as it does.
+STARVED, _TIMES = 0.5, 2.0
+_TINY = 1e-30
 _LEAST_ROWS = 4  # With numbers by leaf.
-_OFTEN = 0.1  # Part of the steps in which one leaf alone must have made the clip act.
-_ROUNDING = 1e-3
 _HALVED, _HALVED_ROWS = 0.5, 20  # Steps whose gradient is clipped to less, and how many show what comes of it.
 _FREE = 0.25  # Of the logarithm of the factor: what is left of it in a step that divides the scale out.
 
@@ -36,14 +37,16 @@ class Starved(NamedTuple):
     leaves: their names, the one that keeps least first.
     kept: the part of its step that this one keeps, a mean.
     holder: the leaf that makes the clip act.
-    share: its part of the squared norm of the gradient there, a median.
+    left: what the clip leaves of the gradient, a mean, and
+    without: what it would leave of the other leaves without this one.
     among: the names of all leaves.
   """
 
   leaves: tuple[str, ...]
   kept: float
   holder: str
-  share: float
+  left: float
+  without: float
   among: tuple[str, ...]
 
 
@@ -72,23 +75,24 @@ def starved_of(run: Run, name: str, begin: int, least: float) -> Starved | None:
   ratios, shares = ratios[late], shares[late]
   left = column(run, key_of(name, GRAD_RATIO))
   of_rows = left[np.searchsorted(run.steps, steps[late])]
-
-  # The cause: without this leaf the norm would have been below the limit.
-  holders = shares.argmax(1)
-  alone = (of_rows < 1) & (np.sqrt(1 - np.minimum(shares.max(1), 1)) <= of_rows * (1 + _ROUNDING))
-  if not alone.any():
+  if not (acts := of_rows < 1).any():
     return None
-  holder = int(np.bincount(holders[alone]).argmax())
 
-  # What the others keep. Leaves are recorded at spikes more often than elsewhere: each step of the run counts as the
-  # recorded one whose gradient was clipped most nearly as much.
-  nearest = _nearest(of_rows, left[np.isfinite(left) & (run.steps >= begin)])
+  # The cause: the leaf that most often holds the norm, and what the clip would leave of the others without it.
+  holder = int(np.bincount(shares.argmax(1)[acts]).argmax())
+  others = np.sqrt(np.maximum(1 - shares[:, holder], 0))
+  without = np.where(of_rows < others, of_rows / np.maximum(others, _TINY), 1.0)
+
+  # Leaves are recorded at spikes more often than elsewhere: each step of the run counts as the recorded one whose
+  # gradient was clipped most nearly as much.
+  everywhere = left[np.isfinite(left) & (run.steps >= begin)]
+  nearest = _nearest(of_rows, everywhere)
   kept = np.minimum(ratios, 1)[nearest].mean(0)
   leaves = [i for i in np.argsort(kept).tolist() if i != holder and kept[i] < least]
-  if alone[nearest].mean() < _OFTEN or not leaves:
+  means = float(everywhere.mean()), float(without[nearest].mean())
+  if not leaves or means[1] < max(least, _TIMES * means[0]):
     return None
-  share = float(np.median(shares[alone & (holders == holder), holder]))
-  return Starved(tuple(names[i] for i in leaves), float(kept[leaves[0]]), names[holder], share, names)
+  return Starved(tuple(names[i] for i in leaves), float(kept[leaves[0]]), names[holder], *means, names)
 
 
 def is_scale_free(run: Run) -> bool | None:

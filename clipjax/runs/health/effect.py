@@ -23,9 +23,9 @@ def clip_starves(view: View) -> Iterator[Finding]:
       continue
     first = found.leaves[0]
     message = f"The clip of {name!r} starves {several(found.leaves, found.among)}: {first!r} keeps "
-    message += f"{percent(found.kept)} of its step (mean). Where the clip acts, {found.holder!r} holds "
-    message += f"{percent(found.share)} of the squared norm of the gradient (median), and without it the norm would be "
-    message += "below the limit."
+    message += f"{percent(found.kept)} of its step (mean). {found.holder!r} makes the clip act: it leaves "
+    message += f"{percent(found.left)} of the gradient (mean), and without that leaf would leave "
+    message += f"{percent(found.without)}."
     advice = f"Clip {found.holder!r} by itself, with clip_by_leaf_norm, or with clip_by_group_norm and a group for it. "
     advice += "Or raise max_norm."
     rule = f"each leaf at least {percent(view.limits.starved)} of its step, a limit of clipjax"
