@@ -27,6 +27,7 @@ WORDS = {
   "report/axes.py": {"scale", "step"},
   "report/build.py": {"max_norm"},
   "report/data.py": {"version", "parameters", "leaves", "steps", "nonfinite", "weights"},
+  "report/effect.py": {"step"},
   "report/figures.py": {"steps"},
   "report/happened.py": {"batch", "nonfinite", "norm", "steps"},
   "report/heatmap.py": {"norm"},

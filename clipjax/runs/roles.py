@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from clipjax.quantities import NORM, PARAM_NORM
+from clipjax.quantities import NORM, PARAM_NORM, RATIO
+from clipjax.runs.effects import effect_names
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.run import Run
 from clipjax.runs.schema import BY_BLOCK, GRAD, LOSS, SKIP, UPDATES, key_of, names_with
@@ -95,6 +96,11 @@ def judged_states(run: Run) -> list[str]:
 def update_states(run: Run) -> list[str]:
   """The names of the watches that are last in a chain: what they measure are the steps of the optimizer."""
   return [name for name in names_with(run.columns, NORM) if _is_update(name)]
+
+
+def update_ratio(run: Run) -> str | None:
+  """The key of the ratios of updates to parameters, of all or by layer; None where `clip_effect` has that name."""
+  return None if UPDATES in effect_names(run) else key_of(UPDATES, RATIO)
 
 
 def _is_update(name: str) -> bool:

@@ -44,6 +44,7 @@ AMOUNTS = (TOKENS, EXAMPLES)  # Summed over micro-batches, where all else is ave
 GRAD = "grad"
 UPDATES = "update"  # A watch at the end of the chain: its ratio is that of the step to the parameters.
 SKIP = "skip"
+EFFECT = "effect"  # Of `clip_effect`, unless the caller has named it.
 
 # What is said by leaf or group as well; numbers by block go by the name of the state, or by that with its unit.
 BY_BLOCK = frozenset({NORM, MAX_NORM, SCALE, RATIO, NONFINITE, WORST_NORM, COSINE, SHARE})

@@ -79,7 +79,8 @@ def line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> No
   alone[1:] &= ~np.isfinite(y[:-1])
   alone[:-1] &= ~np.isfinite(y[1:])
   dots = np.arange(x.size) if x.size <= 60 else np.flatnonzero(alone)
-  axes.plot(x, y, linewidth=1.1, marker=".", markersize=3.5 if x.size > 5 else 8, markevery=dots, **style)
+  style = {"linewidth": 1.1} | style
+  axes.plot(x, y, marker=".", markersize=3.5 if x.size > 5 else 8, markevery=dots, **style)
 
 
 def rings(axes: Axes, steps: Ints, values: Floats, mask: Bools, bins: int, **style: Any) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from clipjax.quantities import NORM, RATIO
+from clipjax.quantities import NORM
 from clipjax.runs.health.events import Event
 from clipjax.runs.kinds import Ints
 from clipjax.runs.report.grid import Steps, jumps, steps_of
@@ -15,7 +15,7 @@ from clipjax.runs.report.page import code, text
 from clipjax.runs.report.series import Curve, NormSeries, Vectors, curves, medians, short, vectors
 from clipjax.runs.report.shown import Missing, Section, Shown, distribution, section, share, span_words
 from clipjax.runs.report.timeline import Timeline, timeline
-from clipjax.runs.roles import Role, keys_with, main_loss, update_states
+from clipjax.runs.roles import Role, keys_with, main_loss, update_ratio, update_states
 from clipjax.runs.run import Run
 from clipjax.runs.schema import UPDATES, key_of
 from clipjax.runs.words import in_stacks, number, several
@@ -57,7 +57,8 @@ def losses_drawn(run: Run) -> list[str]:
 def _updates(run: Run, events: Sequence[Event]) -> tuple[tuple[Curve, ...], bool]:
   """The norms of the updates and True; their ratios to the parameters where there are no norms."""
   norms = curves(run, [key_of(name, NORM) for name in update_states(run)][:_MOST_CURVES], events)
-  if norms or (key := key_of(UPDATES, RATIO)) not in run.columns:
+  key = update_ratio(run)
+  if norms or key is None or key not in run.columns:
     return norms, True
   return curves(run, [key], events), False
 

@@ -6,8 +6,8 @@ between and was not recorded stays empty.
 """
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -20,6 +20,10 @@ _FEW = 4  # Rows, of which a median says little.
 _CHAIN, _WHOLE = 3, 0.9  # Rows of a rhythm at least, and the share of them that is there, as some may be lost.
 _CANDIDATES = 200  # Rows from the first on that may be its second.
 _MOST_NAMED = 3  # Layers of an event.
+
+
+# What stands for rows that share a cell: values and the first row of each cell to one row a cell.
+Combine: TypeAlias = Callable[[Floats, Ints], Floats]
 
 
 class Grid(NamedTuple):
@@ -53,7 +57,21 @@ def steps_of(steps: Ints, span: tuple[int, int] | None = None) -> Steps:
   return Steps(first, last, unit)
 
 
-def time_grid(found: Vectors, axis: Steps, bins: int, alone: Bools | None = None) -> Grid:
+def greatest(values: Floats, firsts: Ints) -> Floats:
+  """The greatest number of each group of rows, NaN where it has none."""
+  out: Floats = np.fmax.reduceat(values, firsts, axis=0)
+  return out
+
+
+def farthest(values: Floats, firsts: Ints) -> Floats:
+  """The number farthest from 0 of each group of rows, NaN where it has none; of logarithms, the farthest from 1."""
+  high, low = greatest(values, firsts), -greatest(-values, firsts)
+  return np.where(-low > high, low, high)
+
+
+def time_grid(
+  found: Vectors, axis: Steps, bins: int, alone: Bools | None = None, *, combine: Combine = greatest
+) -> Grid:
   """At most `bins` columns, none finer than a step; each holds the greatest values recorded in it.
 
   A column without a record has those of the regular row beside it, where that is at most half a gap away.
@@ -63,6 +81,7 @@ def time_grid(found: Vectors, axis: Steps, bins: int, alone: Bools | None = None
     axis: what the columns span.
     bins: how many columns there may be.
     alone: bool, of the rows: which stand for their own step only; None: those that are not in the rhythm of the rest.
+    combine: what a column holds of the values recorded in it.
   """
   count = int(np.clip(round((axis.last - axis.first) / axis.unit) + 1, 1, bins))
   start, stop = axis.first - axis.unit / 2, axis.last + axis.unit / 2
@@ -75,7 +94,7 @@ def time_grid(found: Vectors, axis: Steps, bins: int, alone: Bools | None = None
   if inside.any():
     which = np.minimum(((found.steps[inside] - start) / width).astype(np.int64), count - 1)
     columns, first = np.unique(which, return_index=True)
-    grid[:, columns] = np.fmax.reduceat(found.values[inside], first, axis=0).T
+    grid[:, columns] = combine(found.values[inside], first).T
   return Grid(start, stop, grid)
 
 
@@ -149,7 +168,7 @@ def jumps(found: Vectors, events: Iterable[Event]) -> list[tuple[int, int]]:
 
 
 class Depth(NamedTuple):
-  """Layers as the lines of a map: `values` (lines, columns), each line the greatest of `per` layers of one stack.
+  """Layers as the lines of a map: `values` (lines, columns), each line that of `per` layers of one stack.
 
   `stacks` have their place among the lines in `start`, and the number of their layers in `size`; `lines` (L,) is where
   each layer is.
@@ -161,13 +180,13 @@ class Depth(NamedTuple):
   lines: Ints
 
 
-def by_depth(names: tuple[str, ...], values: Floats, most: int) -> Depth:
+def by_depth(names: tuple[str, ...], values: Floats, most: int, *, combine: Combine = greatest) -> Depth:
   """Values (L, columns) with neighbouring layers of a stack in one line where there are more than about `most`."""
   stacks = in_stacks(names)
   per = math.ceil(len(names) / most)
   firsts = [range(stack.start, stack.start + stack.size, per) for stack in stacks]
   starts = np.cumsum([0, *map(len, firsts)]).tolist()
   first = np.concatenate(firsts)
-  values = np.fmax.reduceat(values, first, axis=0)  # What is known of them.
+  values = combine(values, first)  # What is known of them.
   places = tuple(s._replace(start=start) for s, start in zip(stacks, starts, strict=False))
   return Depth(values, places, per, np.searchsorted(first, np.arange(len(names)), side="right") - 1)

@@ -1,4 +1,7 @@
-"""The heat map of the layers over the steps, the first layer on top: norms as they are, or over what is usual."""
+"""The heat map of the layers over the steps, the first layer on top.
+
+It shows norms, as they are or over what is usual, or ratios around 1.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -13,7 +16,18 @@ from matplotlib.ticker import FuncFormatter
 
 from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.report.axes import VERMILION, WIDE, bins_of, figure_of, is_wide, positive, step_axis, tick, ticks
-from clipjax.runs.report.grid import Depth, Grid, Steps, by_depth, over_usual, steps_of, time_grid
+from clipjax.runs.report.grid import (
+  Combine,
+  Depth,
+  Grid,
+  Steps,
+  by_depth,
+  farthest,
+  greatest,
+  over_usual,
+  steps_of,
+  time_grid,
+)
 from clipjax.runs.report.series import Vectors, short, without_common, without_last
 
 MOST_LINES = 360  # What a browser draws finer than two pixels, it may leave out.
@@ -23,6 +37,7 @@ _AROUND = LinearSegmentedColormap.from_list(
   "around", [(0.0, 0.32, 0.75), (0.34, 0.65, 0.92), (0.5, 0.5, 0.5, 0.13), (0.95, 0.65, 0.1), (0.8, 0.25, 0.0)]
 )
 _LEAST, _MOST = 1.0, 3.0  # Decades that the colours reach from the usual norm.
+_LEAST_RATIO, _MOST_RATIO = 0.30103, 2.0  # And from a ratio of 1: from twice to 100 times.
 
 
 def layers(found: Vectors, width: float = WIDE, axis: Steps | None = None, alone: Bools | None = None) -> Figure:
@@ -70,6 +85,17 @@ def _draw_norms(axes: Axes, found: Vectors, axis: Steps, width: float, alone: Bo
   _draw(axes, found, grid, log, (low, high), mpl.colormaps["viridis"], "norm", width)
 
 
+def draw_ratios(axes: Axes, found: Vectors, axis: Steps, width: float, alone: Bools) -> None:
+  """The map of ratios around 1, which is drawn faintly; a cell of several has the one farthest from 1."""
+  with np.errstate(divide="ignore"):
+    logs = found._replace(values=np.log10(found.values))
+  grid = time_grid(logs, axis, _columns(width), alone, combine=farthest)
+  known = np.abs(grid.values[np.isfinite(grid.values)])
+  most = float(np.clip(known.max(initial=0.0), _LEAST_RATIO, _MOST_RATIO))
+  log, label = np.clip(grid.values, -most, most), "times the step without the clip"
+  _draw(axes, found, grid._replace(values=10.0**grid.values), log, (-most, most), _AROUND, label, width, (), farthest)
+
+
 def _columns(width: float) -> int:
   return bins_of(width) // 2
 
@@ -84,12 +110,13 @@ def _draw(
   label: str,
   width: float,
   rings: Sequence[tuple[int, int]] = (),
+  combine: Combine = greatest,
 ) -> None:
   """The cells of `log`, with their colour bar and the labels of the layers."""
   low, high = limits
   is_bad, is_zero = np.isinf(grid.values), grid.values == 0
   log[is_zero], log[is_bad] = low - 1, high + 1
-  depth = by_depth(found.names, log, MOST_LINES)
+  depth = by_depth(found.names, log, MOST_LINES, combine=combine)
   image = axes.imshow(
     np.ma.masked_invalid(depth.values),
     cmap=colours.with_extremes(bad=(0, 0, 0, 0), under=_ZERO, over=_BAD),

@@ -8,10 +8,11 @@ from functools import partial
 
 import numpy as np
 
-from clipjax.quantities import CLIPPED_STEPS, NORM, RATIO
+from clipjax.quantities import CLIPPED_STEPS, NORM
 from clipjax.runs.norms import column
 from clipjax.runs.report import figures, heatmap, page
 from clipjax.runs.report.course import course_words, losses_drawn
+from clipjax.runs.report.effect import effects
 from clipjax.runs.report.grid import by_depth, steps_of
 from clipjax.runs.report.marks import inside
 from clipjax.runs.report.page import code
@@ -25,7 +26,7 @@ from clipjax.runs.report.shown import (
   section,
   span_words,
 )
-from clipjax.runs.roles import Role, keys_with, main_loss
+from clipjax.runs.roles import Role, keys_with, main_loss, update_ratio
 from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, TIME, UPDATES, key_of
 from clipjax.runs.speed import Speed, seconds_per_step, throughput
@@ -39,7 +40,7 @@ def all_sections(shown: Shown) -> list[Section]:
   name = GRAD if series is None else series.name
   norm = [] if series is None else [_histogram(series)]
   rest = [_ratios(run, band), _other_losses(run), _weights(run), _speed(run, shown.speed)]
-  return [*norm, *_layers(shown, name), *rest, _table(run, name)]
+  return [*norm, *effects(shown), *_layers(shown, name), *rest, _table(run, name)]
 
 
 def summary(shown: Shown) -> str:
@@ -105,8 +106,8 @@ def _layers(shown: Shown, name: str) -> list[Section]:
 
 
 def _ratios(run: Run, band: tuple[float, float]) -> Section:
-  title, key = "Size of the updates", key_of(UPDATES, RATIO)
-  total, found = column(run, key), vectors(run, key)
+  title, key = "Size of the updates", update_ratio(run)
+  total, found = (np.zeros(0), None) if key is None else (column(run, key), vectors(run, key))
   by_layer = np.zeros(0) if found is None else found.values[found.values > 0]
   known = total[total > 0] if (total > 0).any() else by_layer
   if not known.size:
@@ -184,7 +185,8 @@ def _table(run: Run, name: str) -> Section:
   found = vectors(run, key_of(name, NORM))
   if found is None:
     return ""
-  ratio = vectors(run, key_of(UPDATES, RATIO))
+  key = update_ratio(run)
+  ratio = None if key is None else vectors(run, key)
   shares = dict(zip(ratio.names, medians(ratio.values), strict=True)) if ratio is not None else {}
   head = ["layer", "median norm", "largest", "not finite", *(["update ratio"] if shares else [])]
   stacks = in_stacks(found.names)

@@ -115,8 +115,12 @@ def _title(what: str, key: str) -> str:
 
 def timeline(found: Timeline, axis: Steps, width: float = WIDE) -> Figure:
   """The whole figure, over the steps of `axis`."""
-  parts = panels(found, width)
-  marks = [mark for mark in found.marks if mark.end >= axis.first and mark.start <= axis.last]
+  return on_one_axis(panels(found, width), found.marks, axis, width)
+
+
+def on_one_axis(parts: Sequence[Panel], marks: Sequence[Mark], axis: Steps, width: float) -> Figure:
+  """Panels below each other, over the steps of `axis`, with the marks on all of them."""
+  marks = [mark for mark in marks if mark.end >= axis.first and mark.start <= axis.last]
   labels = _labels(marks, axis, width)
   tall = 1.0 if is_wide(width) else 1.15
   lanes = max((label.lane for label in labels), default=0) + 1

@@ -2,7 +2,7 @@
 
 The file needs no network and runs no script: the verdict, the suggestion, the figures as SVG and the raw series as JSON
 are in it. The parts: `series` takes the numbers out of the run, `timeline`, `heatmap` and `figures` draw, `happened`,
-`course` and `sections` word, `page` escapes, `build` puts it together.
+`course`, `effect` and `sections` word, `page` escapes, `build` puts it together.
 """
 
 import contextlib
