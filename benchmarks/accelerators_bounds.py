@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from speed_trees import BY_LEAF, CLIPJAX, NO_CLIP, OPTAX, WATCHED_LEAVES, ZCLIP
+from speed_trees import BY_LEAF, CLIPJAX, EFFECT, NO_CLIP, OPTAX, WATCHED_LEAVES, ZCLIP
 
 Json = Mapping[str, Any]
 
@@ -119,9 +119,18 @@ def temporaries_limit(case: Json, clip: str) -> float:
   return of("temporaries")(case, OPTAX) + room + scalars * SMALL * case["leaves"]
 
 
+def effect_traffic(case: Json, clip: str) -> float:
+  """The clip's alone and a pass of Adam, which reads the gradient and two moments and writes these: five gradients.
+
+  A tenth of a pass is left for updates that the chip does not hold until they are compared.
+  """
+  return traffic(case, CLIPJAX) + 5.5 * case["gradient"] + of_scalars(case)
+
+
 ALL = ("tpu", "pod", "gpu")
 BOUNDS = (
   Bound("conditionals", "0", (*BARE, WATCHED_LEAVES), ALL, of("conditionals"), lambda case, clip: 0),
+  Bound("conditionals, of the Transformer", "0", (EFFECT,), ALL, of("conditionals"), lambda case, clip: 0, ("tf",)),
   Bound(
     "kernels", "Optax's + 16 + 2 a leaf", BARE, ALL, of("kernels"),
     lambda case, clip: of("kernels")(case, OPTAX) + 16 + 2 * case["leaves"],
@@ -129,6 +138,14 @@ BOUNDS = (
   Bound(
     "kernels", "the clip's alone + 16 + 5 a leaf", (WATCHED_LEAVES,), ALL, of("kernels"),
     lambda case, clip: of("kernels")(case, CLIPJAX) + 16 + 5 * case["leaves"],
+  ),
+  Bound(
+    "kernels, of the Transformer", "the clip's alone + 16 + 9 a leaf", (EFFECT,), ALL, of("kernels"),
+    lambda case, clip: of("kernels")(case, CLIPJAX) + 16 + 9 * case["leaves"], ("tf",),
+  ),
+  Bound(
+    "HBM traffic, of the Transformer", "the clip's alone + a pass of Adam, and a tenth", (EFFECT,), ("tpu",), traffic,
+    effect_traffic, ("tf",),
   ),
   Bound(
     "temporaries", "Optax's + 1 MB, by leaf + a quarter of the gradient", BARE, ALL, of("temporaries"),

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 from accelerators_hlo import count, traffic
-from accelerators_steps import SEQUENCE, Case, cases, clips, step_of
+from accelerators_steps import SEQUENCE, Case, cases, step_of, transformations
 from accelerators_targets import TARGETS, mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from speed_trees import ITEMSIZE
@@ -27,9 +27,8 @@ def sharding(mesh_: Mesh, shape: tuple[int, ...]) -> NamedSharding:
   return NamedSharding(mesh_, PartitionSpec(*[None] * (len(shape) - 2), "x", "y") if divides else PartitionSpec())
 
 
-def compiled(clip: optax.GradientTransformation, case: Case, dtype: str, mesh_: Mesh) -> tuple[Any, float]:
+def compiled(tx: optax.GradientTransformation, case: Case, dtype: str, mesh_: Mesh) -> tuple[Any, float]:
   """The program of one step, and the seconds from tracing it to its end."""
-  tx = optax.chain(clip, optax.adam(1e-3))
 
   def placed(x: Any, spec: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec or sharding(mesh_, x.shape))
@@ -62,8 +61,8 @@ def measured(case: Case, dtype: str, mesh_: Mesh, rounds: int, on_tpu: bool) -> 
   """All clips in one case; compile times are the best of rounds in which the clips take turns."""
   variants: dict[str, dict[str, Any]] = {}
   for _ in range(rounds):
-    for name, clip in clips(case).items():
-      program, seconds = compiled(clip, case, dtype, mesh_)
+    for name, tx in transformations(case, optax.adam(1e-3)).items():
+      program, seconds = compiled(tx, case, dtype, mesh_)
       if name not in variants:
         variants[name] = {**facts(program, on_tpu), "compile": seconds}
       variants[name]["compile"] = min(seconds, variants[name]["compile"])

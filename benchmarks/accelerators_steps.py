@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from speed_trees import BY_LEAF, CLIPJAX, NO_CLIP, OPTAX, WATCHED_LEAVES, ZCLIP
+from speed_trees import BY_LEAF, CLIPJAX, EFFECT, NO_CLIP, OPTAX, WATCHED_LEAVES, ZCLIP
 
 import clipjax
 
@@ -30,12 +30,14 @@ class Case(NamedTuple):
     shapes: of the parameters, by name.
     trains: whether the step computes its gradients from tokens.
     stacked: whether the leaves of "blocks/" are layers stacked along axis 0, each with a norm of its own.
+    effect: whether `clip_effect` is compiled too, which has an optimizer of its own beside the one of the step.
   """
 
   title: str
   shapes: Shapes
   trains: bool = False
   stacked: bool = False
+  effect: bool = False
 
 
 def transformer(width: int, blocks: int, vocabulary: int, positions: int, *, stacked: bool = False) -> Shapes:
@@ -62,7 +64,7 @@ def cases(quick: bool = False) -> dict[str, Case]:
   count, blocks, layers = (60, 1, 6) if quick else (300, 4, 24)
   return {
     "one": Case("one leaf of 16M", {"w": (4096, 4096)}),
-    "tf": Case("Transformer of 61 leaves", transformer(512, 8, 8192, 512)),
+    "tf": Case("Transformer of 61 leaves", transformer(512, 8, 8192, 512), effect=True),
     "many": Case(f"{count} leaves of 64x64", {f"w{i}": (64, 64) for i in range(count)}),
     "stack": Case(
       f"{layers} stacked layers, 12 leaves", transformer(512, layers, 8192, 512, stacked=True), stacked=True
@@ -71,8 +73,18 @@ def cases(quick: bool = False) -> dict[str, Case]:
   }
 
 
+def transformations(case: Case, optimizer: optax.GradientTransformation) -> dict[str, optax.GradientTransformation]:
+  """The optimizer behind each clip, by the name of the clip; the first is none."""
+  out: dict[str, optax.GradientTransformation] = {
+    name: optax.chain(clip, optimizer) for name, clip in clips(case).items()
+  }
+  if case.effect:
+    out[EFFECT] = clipjax.clip_effect(clipjax.clip_by_global_norm(1.0), optimizer)
+  return out
+
+
 def clips(case: Case) -> dict[str, optax.GradientTransformation]:
-  """The clips by name; the first is none. By leaf is by layer where layers are stacked."""
+  """The clips by name. By leaf is by layer where layers are stacked."""
 
   def layers(path: str, leaf: Any) -> int | None:
     del leaf

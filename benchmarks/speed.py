@@ -33,6 +33,7 @@ HOMES = {
   "vmap": ("speed_training", "vmap"),
   "per_example": ("speed_gradients", "per_example"),
   "growth": ("speed_adam", "growth"),
+  "effect": ("speed_effect", "effect"),
 }
 ROUNDS, QUICK_ROUNDS = 41, 2
 OUT = Path("docs/speed.md")

@@ -68,7 +68,11 @@ def clips(tree: Tree) -> dict[str, optax.GradientTransformation]:
 
 def jitted_step(clip: optax.GradientTransformation) -> Any:
   """A step `(params, (clip_state, adam_state), grads) -> (params, state)`, the first two donated; a new function."""
-  tx = optax.chain(clip, optax.adam(1e-3))
+  return jitted(optax.chain(clip, optax.adam(1e-3)))
+
+
+def jitted(tx: optax.GradientTransformation) -> Any:
+  """The same of any transformation."""
 
   def step(params: Any, state: Any, grads: Any) -> Any:
     updates, state = tx.update(grads, state, params)

@@ -190,6 +190,26 @@ def stacked_text(section: Json) -> list[str]:
   ]
 
 
+def effect_text(section: Json) -> list[str]:
+  """A step with `clip_effect`, and what it holds."""
+  rows = []
+  for case in section["cases"]:
+    base = case["variants"][CLIPJAX]
+    for name, v in case["variants"].items():
+      sizes = [v["state"] / base["state"], v["temporaries"] / case["bytes"]]
+      cells = (ms(v["median"]), ms(v["min"]), f"{1 + v['added'] / base['median']:.2f}")
+      rows.append((case["optimizer"], name, *cells, f"{sizes[0]:.2f}", percent(sizes[1])))
+  case = section["cases"][0]
+  head = ("optimizer", "step", "step, ms", "fastest, ms", "over the clip alone", "state over its", "temporaries")
+  return [
+    f"A step of {case['tree']}, {case['parameters']:,} parameters in {case['leaves']} leaves, float32. `clip_effect` "
+    "runs the optimizer a second time and compares the updates leaf by leaf. Temporaries are parts of the gradient.",
+    "",
+    *table(head, rows, left=2),
+    *notes(section),
+  ]
+
+
 def compile_text(section: Json) -> list[str]:
   """Compile times."""
   lines = []
@@ -318,4 +338,5 @@ SECTIONS: dict[str, tuple[str, Callable[[Json], list[str]]]] = {
   "vmap": ("Many thresholds at once", vmap_text),
   "per_example": ("The clip per example", per_example_text),
   "growth": ("Growth", growth_text),
+  "effect": ("What `clip_effect` costs", effect_text),
 }

@@ -22,6 +22,7 @@ LEAF_NORMS = "clipjax.leaf_norms"
 UNTRACKED, BY_LEAF, BY_GROUP = "clipjax, track=False", "clipjax, by leaf", "clipjax, by group"
 BY_LAYER = "clipjax, by leaf, stacked="
 AUTOCLIP, ZCLIP = "clipjax.autoclip", "clipjax.zclip"
+EFFECT = "clip_effect of clipjax"
 WATCHED, WATCHED_LEAVES = "watch(per_leaf=False) + clipjax", "watch() + clipjax"
 LOOK = "watch() + clipjax, a step that looks"
 LOOK_EVERY = 16  # A watch counts zeros and measures parameters at every 16th step.

@@ -19,7 +19,7 @@ import accelerators_page
 import accelerators_targets
 import pytest
 from accelerators_bounds import BOUNDS, COMPILE, SCALARS, SMALL, verdicts
-from speed_trees import BY_LEAF, CLIPJAX, NO_CLIP, OPTAX, WATCHED_LEAVES, ZCLIP
+from speed_trees import BY_LEAF, CLIPJAX, EFFECT, NO_CLIP, OPTAX, WATCHED_LEAVES, ZCLIP
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -168,7 +168,7 @@ BASE = {
 
 def case(target, key="tf", dtype="float32", **changes):
   """A case in which every clip is as good as Optax's, with changes of the form `{clip: {key: number}}`."""
-  names = (NO_CLIP, OPTAX, CLIPJAX, BY_LEAF, ZCLIP, WATCHED_LEAVES)
+  names = (NO_CLIP, OPTAX, CLIPJAX, BY_LEAF, ZCLIP, WATCHED_LEAVES, *([EFFECT] if key == "tf" else []))
   variants = {name: {**BASE, "all_reduces": int(target == "pod" and name != NO_CLIP)} for name in names}
   variants[NO_CLIP] |= {"kernels": 40, "traffic": 9 * 10**8}
   for name, numbers in changes.get("variants", {}).items():
@@ -186,6 +186,9 @@ LIMITS = [
   ("conditionals", BY_LEAF, "gpu", "conditionals", 0),
   ("conditionals", ZCLIP, "pod", "conditionals", 0),
   ("conditionals", WATCHED_LEAVES, "gpu", "conditionals", 0),
+  ("conditionals, of the Transformer", EFFECT, "gpu", "conditionals", 0),
+  ("kernels, of the Transformer", EFFECT, "gpu", "kernels", 100 + 16 + 9 * 10),
+  ("HBM traffic, of the Transformer", EFFECT, "tpu", "traffic", 10**9 + 22 * 10**7 + 26 * SCALARS),
   ("kernels", CLIPJAX, "gpu", "kernels", 100 + 16 + 2 * 10),
   ("kernels", BY_LEAF, "tpu", "kernels", 100 + 16 + 2 * 10),
   ("kernels", ZCLIP, "pod", "kernels", 100 + 16 + 2 * 10),
@@ -210,7 +213,7 @@ LIMITS = [
 
 @pytest.mark.parametrize(("what", "clip", "target", "key", "largest"), LIMITS)
 def test_a_bound_holds_at_its_limit_and_not_above(what, clip, target, key, largest):
-  of = "stack" if what.endswith("by layer") else "train"
+  of = "stack" if what.endswith("by layer") else "tf" if clip == EFFECT else "train"
   found = [case(target, of, variants={clip: {key: largest + more}}) for more in (0, 1)]
   assert [x for x in verdicts([case(target, of)]) if not x.holds] == []
   assert [x for x in verdicts(found[:1]) if not x.holds] == []

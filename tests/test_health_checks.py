@@ -88,6 +88,9 @@ CONDITIONS = {
     {"grad/clip_fraction": np.ones(N), "grad/norm_clipped": np.full(N, 1e-3), "grad/scale": np.full(N, 1e-3)},
     [("clipped-often", "WARN", (), ())]),
   "a clip that acts in most steps and takes little": ({"grad/clip_fraction": np.full(N, 0.9)}, []),
+  "a clip that lengthens the step": (
+    {"effect/ratio": 1.5 * NOISE, "effect/cosine": np.full(N, 0.98)}, [("clip-lengthens", "WARN", (), ())]),
+  "a clip that leaves the step alone": ({"effect/ratio": np.ones(N), "effect/cosine": np.ones(N)}, []),
   "zeros": ({"grad/zero_fraction": np.full(N, 0.625)}, [("zeros", "WARN", (), ())]),
 }  # fmt: skip
 

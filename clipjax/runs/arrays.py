@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from clipjax.checks import describe
-from clipjax.quantities import LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, WORST_NORM
+from clipjax.quantities import LIMITS
 from clipjax.rules.base import is_no_limit
 from clipjax.runs.kinds import Floats, Ints, Names
-from clipjax.runs.schema import HEADER, OBJECTS, STEP, key_of
+from clipjax.runs.schema import BY_BLOCK, HEADER, OBJECTS, STEP, key_of
 
-_BY_LEAF = frozenset({NORM, MAX_NORM, SCALE, RATIO, NONFINITE, WORST_NORM})
 _RULE = "`arrays` must be a dict of arrays of shape (steps,)"
 _RETURNED = "pass what the scan returned beside its carry."
 
@@ -57,7 +56,7 @@ def _split(key: str) -> tuple[str, str, str] | None:
   """State, quantity and leaf of a key such as "grad/norm/w"; None for a number that is not of a leaf."""
   parts = key.split("/")
   for i in range(1, len(parts) - 1):
-    if parts[i] in _BY_LEAF:
+    if parts[i] in BY_BLOCK:
       return "/".join(parts[:i]), parts[i], "/".join(parts[i + 1 :])
   return None
 

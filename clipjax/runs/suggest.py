@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipjax.runs.blocks import Blocks, blocks_of
+from clipjax.runs.effects import is_scale_free
 from clipjax.runs.kinds import Floats
 from clipjax.runs.norms import FEW, Norms, check_warmup, main_name, norms_of_array, norms_of_run
 from clipjax.runs.optimizers import scale_free_states
@@ -105,8 +106,8 @@ def suggest_max_norm(
       or JAX array. Of a run the norms of "grad", else of the first state that is recorded.
     learning_rate: the one that the norms were recorded at, > 0.
     new_learning_rate: the one that the threshold is for, > 0; both or neither.
-    scale_free: whether the optimizer divides the scale of the gradient out; None: as the record says, False where it
-      does not.
+    scale_free: whether the optimizer divides the scale of the gradient out; None: as the record says, by the states of
+      the optimizer or by what `clip_effect` measured; False where it does not.
     model: "feed-forward", "cnn", "rnn", "lstm" or "transformer", to compare with the rule of thumb for it.
     warmup_steps: how many steps from the first on to leave out; None: those of a tenth of the rows of the phase, at
       most 100 rows.
@@ -141,7 +142,9 @@ def suggest_max_norm(
   _check(norms)
   rates = None if learning_rate is None or new_learning_rate is None else (learning_rate, new_learning_rate)
   states = () if run is None else scale_free_states(run)
-  is_free = bool(states) if scale_free is None else scale_free
+  is_free = scale_free
+  if is_free is None:  # What was measured speaks where the record has no optimizer that is known.
+    is_free = bool(states) or (run is not None and bool(is_scale_free(run)))
   with np.errstate(over="ignore"):  # Medians of norms near the largest float64 are inf, which is told.
     phase = phase_of(norms, None if run is None else losses_of(run), warmup_steps)
     typical = norms.values[norms.finite & (norms.steps >= phase.begin) & (norms.steps <= phase.end)]

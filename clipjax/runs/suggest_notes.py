@@ -11,6 +11,7 @@ import numpy as np
 from clipjax.quantities import MAX_NORM, NORM, NORM_CLIPPED
 from clipjax.runs.blocks import GROUP, Blocks
 from clipjax.runs.course import began_late, course_of, has_diverged
+from clipjax.runs.effects import SAME, STARVED, Effect, effect_names, effect_of, starved_of
 from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.norms import FEW, Norms, acted, column, main_name, mean
 from clipjax.runs.phase import MOST_OF_FALL, NORMS, OF_FALL, OF_SQUARES, Phase
@@ -75,7 +76,9 @@ def warnings_of(case: Case) -> list[str]:
 
 def notes_of(case: Case) -> list[str]:
   """What else to know, what to do first in front."""
-  notes = (_budget, _guard, _insurance, _record, _clipped_by, _shaped, _optimizer, _others, _rules, _half, _family)
+  notes = (
+    _budget, _guard, _insurance, _effect, _record, _clipped_by, _shaped, _optimizer, _others, _rules, _half, _family,
+  )  # fmt: skip
   return [text for note in notes if (text := note(case))]
 
 
@@ -196,6 +199,40 @@ def _insurance(case: Case) -> str:
   )
 
 
+def _effect(case: Case) -> str:
+  if case.run is None:
+    return ""
+  said = []
+  for name in effect_names(case.run):
+    effect = effect_of(case.run, name, case.phase.begin)
+    if effect is None or effect.rows < FEW:
+      continue
+    if (starved := starved_of(case.run, name, case.phase.begin, STARVED)) is not None:
+      said.append(
+        f"One leaf, {starved.holder!r}, made the clip of this run act, and {starved.leaves[0]!r} kept "
+        f"{percent(starved.kept)} of its step: a clip by leaf or group serves such a model better than any max_norm "
+        "for all leaves."
+      )
+    said.append(_of_effect(effect))
+  return " ".join(said)
+
+
+def _of_effect(effect: Effect) -> str:
+  """What the clip of the run did to the step, and what follows for a threshold."""
+  numbers = f"(clip_effect: median ratio {number(effect.ratio)}, cosine {number(effect.cosine)})"
+  if abs(effect.ratio - 1) <= SAME:
+    return (
+      f"The clip of this run left the length of the step as it is {numbers}: a threshold above its own changes nothing "
+      "but what a bad batch does."
+    )
+  kind = "longer" if effect.ratio > 1 else "shorter"
+  times = f"{number(effect.ratio)} times as long" if effect.ratio > 1 else f"{percent(effect.ratio)} of its length"
+  return (
+    f"The clip of this run made the step {kind}, {times} {numbers}. Under another threshold the step, and so the "
+    "learning rate in effect, is another: try both together."
+  )
+
+
 # How far the record carries -----------------------------------------------------------------------------------------
 
 
@@ -279,6 +316,11 @@ def _optimizer(case: Case) -> str:
     return (
       f"The record says that the optimizer divides the scale of the gradient out ({', '.join(case.states)}): pass "
       "scale_free=False if the threshold is for another one."
+    )
+  if case.given is None and case.scale_free:
+    return (
+      "clip_effect measured steps that stay as long when the gradient is clipped to less than half: the optimizer "
+      "divides the scale of the gradient out. Pass scale_free=False if the threshold is for another one."
     )
   if case.scale_free or case.rates is not None:
     return ""

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipjax.runs.course import LEARNED, LOST
+from clipjax.runs.effects import STARVED
 from clipjax.runs.words import described
 
 
@@ -53,6 +54,8 @@ class HealthLimits(NamedTuple):
     stopped: share of the run at its end in which nothing trains.
     clip_fraction: share of steps that are clipped; the tuning playbook calls more than 0.5 "extremely aggressive".
     clip_left: and the part of the gradient that is left there.
+    starved: part of its step that a leaf keeps under a clip which another leaf makes act.
+    lengthened: median norm of the update over its norm without the clip.
     rise: median norm at the end over the smallest one before.
     ratio_low: smallest median ratio of update to parameters; around 1e-3 is what CS231n asks for.
     ratio_high: largest such ratio.
@@ -80,6 +83,8 @@ class HealthLimits(NamedTuple):
   stopped: float = 0.05
   clip_fraction: float = 0.5
   clip_left: float = 0.05
+  starved: float = STARVED
+  lengthened: float = 1.2
   rise: float = 3.0
   ratio_low: float = 1e-4
   ratio_high: float = 1e-2

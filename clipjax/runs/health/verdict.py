@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 
 from clipjax.runs.health.clips import clipped, clipped_often
+from clipjax.runs.health.effect import clip_effect, clip_lengthens, clip_starves
 from clipjax.runs.health.events import Event
 from clipjax.runs.health.facts import left_out, not_judged, parameters, step_time, too_few
 from clipjax.runs.health.findings import Finding, HealthLimits, check_limits
@@ -36,13 +37,13 @@ ENDS: tuple[Check, ...] = (nonfinite_norm, nonfinite_loss, diverged, stopped)
 NONFINITE = frozenset({"nonfinite", "nonfinite-loss"})
 # Of the rows before that, the strongest first. Those of `OF_STATES` are made of each state that is judged.
 DEFECTS: tuple[Check, ...] = (
-  zero_gradient, skipped, update_spikes, spikes, not_learning, rising_loss, clipped_often, update_ratio, layer_spread,
-  rising_norm, overfit, zeros,
+  zero_gradient, skipped, update_spikes, spikes, not_learning, rising_loss, clip_starves, clipped_often, clip_lengthens,
+  update_ratio, layer_spread, rising_norm, overfit, zeros,
 )  # fmt: skip
 OF_STATES = frozenset({nonfinite_norm, zero_gradient, layer_spread, rising_norm, zeros})
 FACTS: tuple[Check, ...] = (
-  too_few, not_judged, left_out, spikes_of_leaves, spike_rate, norm_percentiles, norm_scale, clipped, loss_course,
-  parameters, step_time,
+  too_few, not_judged, left_out, spikes_of_leaves, spike_rate, norm_percentiles, norm_scale, clipped, clip_effect,
+  loss_course, parameters, step_time,
 )  # fmt: skip
 
 # One cause, one advice: where a finding is there, these are its consequences, or the same in other words.
@@ -55,6 +56,7 @@ CONSEQUENCES: dict[str, frozenset[str]] = {
   "skipped": frozenset({"nonfinite-dropped"}),
   "zero-gradient": frozenset({"zeros", "layer-spread"}),
   "clipped-often": frozenset({"not-learning", "update-ratio"}),
+  "clip-starves": frozenset({"clipped-often", "not-learning", "update-ratio", "layer-spread"}),
   "update-ratio": frozenset({"not-learning", "zeros"}),
   "update-spike": frozenset({"zeros"}),
   "spikes": frozenset({"zeros"}),
@@ -152,8 +154,9 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
   FAIL: norms or losses that are not finite, a run that diverged or in which nothing trains any more, a layer without a
   gradient, steps that were mostly dropped. WARN: spikes that reached the parameters, updates that jumped, a run that
   never learned or lost a part of what it learned, a norm that rises, overfitting, a clip that takes most of the
-  gradient, layers whose norms are far apart, many zeros. INFO: what a clip caught, percentiles of the norm, step time,
-  throughput, and which series are not judged.
+  gradient, or that `clip_effect` saw starve leaves or lengthen the step, layers whose norms are far apart, many zeros.
+  INFO: what a clip caught, what it does to the step, percentiles of the norm, step time, throughput, and which series
+  are not judged.
 
   Every state is judged, and every loss; spikes at one time are one event, in `events`. What comes after the end of a
   training, as where its parameters are NaN, is not judged, and of a cause and its consequences the cause alone is

@@ -1,0 +1,78 @@
+"""What a clip does to the step of its optimizer, where `clip_effect` has measured it.
+
+Of each effect at most one thing is said of the step as a whole, and one of leaves that are starved.
+"""
+
+from collections.abc import Iterator
+
+from clipjax.quantities import RATIO
+from clipjax.runs.effects import SAME, Effect, effect_names, effect_of, starved_of
+from clipjax.runs.health.findings import Finding
+from clipjax.runs.health.leaves import medians_of
+from clipjax.runs.health.view import View
+from clipjax.runs.words import number, percent, several
+
+_TURNED, _STRAIGHT = 0.9, 0.99  # Median cosines: below, the direction is another; above, it is the same.
+
+
+def clip_starves(view: View) -> Iterator[Finding]:
+  """WARN where one leaf makes the clip act, and others lose most of their step by it."""
+  for name, _ in _effects(view):
+    found = starved_of(view.run, name, view.norms.begin, view.limits.starved)
+    if found is None:
+      continue
+    first = found.leaves[0]
+    message = f"The clip of {name!r} starves {several(found.leaves, found.among)}: {first!r} keeps "
+    message += f"{percent(found.kept)} of its step (mean). Where the clip acts, {found.holder!r} holds "
+    message += f"{percent(found.share)} of the squared norm of the gradient (median), and without it the norm would be "
+    message += "below the limit."
+    advice = f"Clip {found.holder!r} by itself, with clip_by_leaf_norm, or with clip_by_group_norm and a group for it. "
+    advice += "Or raise max_norm."
+    rule = f"each leaf at least {percent(view.limits.starved)} of its step, a limit of clipjax"
+    yield Finding("WARN", "clip-starves", message, advice, rule, leaves=(*found.leaves, found.holder))
+
+
+def clip_lengthens(view: View) -> Iterator[Finding]:
+  """WARN for a clip that makes the step longer, as it does where a second moment is made of clipped gradients."""
+  for name, effect in _effects(view):
+    if not effect.ratio > view.limits.lengthened:
+      continue
+    names, steps, ratios = view.blocks(name, RATIO)
+    longest = medians_of(names, ratios[steps >= view.norms.begin])
+    leaves = tuple(leaf for leaf, ratio in longest.items() if ratio == max(longest.values()) > effect.ratio)[:1]
+    message = f"With the clip of {name!r} the step is {number(effect.ratio)} times as long as without it (median)"
+    message += f", in {leaves[0]!r} {number(longest[leaves[0]])} times." if leaves else "."
+    advice = "It acts like a learning rate that is as many times higher. Raise max_norm to twice the 90th percentile "
+    advice += "of the norm, where it catches spikes and leaves the step alone, or count it into the learning rate."
+    rule = f"at most {view.limits.lengthened:g} times, a limit of clipjax"
+    yield Finding("WARN", "clip-lengthens", message, advice, rule, leaves=leaves)
+
+
+def clip_effect(view: View) -> Iterator[Finding]:
+  """INFO: what a clip does to the step, where that is no defect."""
+  for name, effect in _effects(view):
+    said = f"median ratio {number(effect.ratio)}, cosine {number(effect.cosine)}"
+    if effect.ratio > view.limits.lengthened:
+      continue
+    is_same = abs(effect.ratio - 1) <= SAME
+    if effect.cosine < (_STRAIGHT if is_same else _TURNED):
+      message = f"The clip of {name!r} turns the step ({said})."
+      yield Finding("INFO", "clip-turns", message, "A clip by leaf or by value does so by design, and Lion's signs do.")
+    elif effect.ratio < 1 and not is_same:
+      message = f"The clip of {name!r} shortens the step to {percent(effect.ratio)} ({said})."
+      yield Finding("INFO", "clip-shortens", message, "A lower learning rate would do the same to most steps.")
+    elif not is_same:
+      message = f"The clip of {name!r} lengthens the step to {percent(effect.ratio)} ({said})."
+      yield Finding("INFO", "clip-lengthens", message)
+    else:
+      message = f"The clip of {name!r} leaves the step as it is ({said}); in {percent(effect.changed)} of the steps it "
+      message += f"changes the length by more than {percent(SAME)}."
+      yield Finding("INFO", "clip-no-effect", message, "The clip is insurance: leave max_norm alone.")
+
+
+def _effects(view: View) -> Iterator[tuple[str, Effect]]:
+  """The effects with steps enough, by name."""
+  for name in effect_names(view.run):
+    effect = effect_of(view.run, name, view.norms.begin)
+    if effect is not None and view.enough(effect.rows):
+      yield name, effect
