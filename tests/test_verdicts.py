@@ -317,7 +317,7 @@ def test_a_starved_run_is_one(tmp_path):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize(("name", "low", "high"), [("lengthened", 1.2, 10.0), ("no effect", 0.95, 1.05)])
+@pytest.mark.parametrize(("name", "low", "high"), [("lengthened", 2.0, 10.0), ("no effect", 0.95, 1.05)])
 def test_a_step_is_as_long_as_the_condition_says(name, low, high, tmp_path):
   _, run = run_of(name, tmp_path)
   assert low < np.median(run[key_of("effect", RATIO)]) < high
