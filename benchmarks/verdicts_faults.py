@@ -17,6 +17,9 @@ RAMP = 40  # Steps in which a rate rises.
 WEIGHTS = (100.0, 30.0, 10.0)  # Of a bad batch, for each seed.
 AFTER = ("spikes", "update-spike")  # What one bad step shows beside.
 STUCK = ("not-learning", "update-ratio", "layer-spread")
+TAIL = 2.5  # How heavy the tail of a leaf is: its factor is exp(TAIL |normal|), times something.
+SET_IN = 60  # The step at which that begins under Adam.
+SPREAD = 2.0  # Sigma of the logarithm of a loss that weighs now more, now less.
 
 
 # Out of hand --------------------------------------------------------------------------------------------------------
@@ -171,6 +174,30 @@ def overfits(draw: Draw) -> Made:
 def rising(draw: Draw) -> Made:
   """The loss weighs more and more, in the gradient alone: Adam does not see it, the norm does."""
   return Made(draw.train({"weight": np.geomspace(1.0, 20.0, STEPS)}), (Expected("rising-norm"),))
+
+
+# What a clip does to the step ---------------------------------------------------------------------------------------
+
+
+def starved(draw: Draw) -> Made:
+  """The gradient of one leaf is large and has a heavy tail, under one clip for all leaves.
+
+  Adam divides out what is always small. It starves the others once its second moment has seen them large.
+  """
+  leaf = draw.layer[-1]
+  tail = np.exp(TAIL * np.abs(draw.rng.standard_normal(STEPS)))
+  is_adam = draw.setting.optimizer == "adam"
+  factor = np.where(np.arange(STEPS) < SET_IN, 1.0, 100 * tail) if is_adam else 10 * tail
+  training = draw.train({**leaves(draw, factor, (leaf,)), "max_norm": draw.norm})
+  also = ("rising-norm", "clip-lengthens") if is_adam else ("clipped-often",)
+  return Made(training, (Expected("clip-starves", leaves=(leaf,), is_last=True),), ("spikes", *STUCK, *also), "")
+
+
+def lengthened(draw: Draw) -> Made:
+  """Norms vary much, under a clip at half the usual one: the second moment of Adam does not see the large ones."""
+  weight = np.exp(SPREAD * draw.rng.standard_normal(STEPS))
+  training = draw.train({"weight": weight, "max_norm": 0.5 * draw.norm})
+  return Made(training, (Expected("clip-lengthens"),), ("spikes",))
 
 
 # Stopped and dropped ------------------------------------------------------------------------------------------------

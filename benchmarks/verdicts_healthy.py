@@ -56,6 +56,11 @@ def clipped(share: float) -> Any:
   return make
 
 
+def no_effect(draw: Draw) -> Made:
+  """A clip at twice the usual norm, as the advice is."""
+  return Made(draw.train({"max_norm": 2 * draw.norm}), (Expected("clip-no-effect"),))
+
+
 def caught(draw: Draw) -> Made:
   """Targets by chance and a weight of 30, under a clip at the usual norm."""
   step = draw.step()
@@ -155,6 +160,20 @@ HEALTHY: tuple[Condition, ...] = tuple(
       caught,
       of("transformer biased", "momentum adam", clip=True),
       of("gru gru", "momentum adam", clip=True),
+    ),
+    (
+      "no effect",
+      "Adam under a clip at twice the usual norm, and its effect measured: `clip-no-effect`, and no warning",
+      no_effect,
+      of("mlp transformer biased", "adam", clip=True, effect=True),
+      of("cnn gru vit", "adam", clip=True, effect=True),
+    ),
+    (
+      "effect",
+      "SGD with and without momentum under a clip at the usual norm, and its effect measured",
+      clipped(1.0),
+      of("mlp transformer autoencoder", "sgd momentum momentum", clip=True, effect=True),
+      of("cnn residual gru", "sgd momentum momentum", clip=True, effect=True),
     ),
     (
       "two",

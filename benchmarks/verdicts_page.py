@@ -291,7 +291,8 @@ def _how(results: Sequence[Result]) -> str:
     "",
     "- A bad run is named where a finding has one of the right names. With the step: the first step that it names is "
     f"within {NEAR} of the first one that was planted, and each other planted step is within {NEAR} of a named one. "
-    f"With the leaf: one of the first {NAMED} leaves that it names is a right one.",
+    f"With the leaf: one of the first {NAMED} leaves that it names is a right one; of `clip-starves` the last, which "
+    "is the leaf that holds the norm.",
     "- Where a run diverges by itself, the step is the first from which on the recorded loss stays above 1.5 times its "
     "best so far, and above that by a tenth of the first loss; inf and NaN are above everything. There the verdict may "
     f"be {NATURAL} steps off, and {GRADUAL} where the rate rises little by little. Where such a run ends in NaN, "

@@ -25,8 +25,8 @@ COLUMNS = {key_of(GRAD, NORM): "grad_norm", "learning_rate": "lr"}
 # Of a step that `skip_steps` dropped, the norm that it saw.
 INSTEAD = {key_of(GRAD, NORM): key_of(SKIP, NORM)}
 NOT_GIVEN = (
-  "norms by leaf, the size of the updates, the limit of a clip, which steps were dropped, a second optimizer's norms, "
-  "the loss scale and the names of batches: none of them has a place for these"
+  "norms by leaf, the size of the updates, the limit of a clip, what it does to the step, which steps were dropped, a "
+  "second optimizer's norms, the loss scale and the names of batches: none of them has a place for these"
 )
 # Found on PyPI as well, and why they are not beside the others.
 TRIED = {
@@ -37,7 +37,7 @@ TRIED = {
 
 _NOT_FINITE = ("nonfinite", "nonfinite-loss", "nonfinite-dropped", "diverged")
 _SPIKES = ("spikes", "spikes-caught", "update-spike")
-_FLAT = ("not-learning", "update-ratio", "stopped", "layer-spread", "clipped-often")
+_FLAT = ("not-learning", "update-ratio", "stopped", "layer-spread", "clipped-often", "clip-starves")
 _LEFT = ("diverged", "rising-loss")
 
 

@@ -19,6 +19,7 @@ from verdicts_faults import (
   inf_zeroed,
   jump,
   jump_once,
+  lengthened,
   loss_alone,
   low_clip,
   nan_dropped,
@@ -33,6 +34,7 @@ from verdicts_faults import (
   rejects_all,
   renamed,
   rising,
+  starved,
   stuck,
   too_fast,
   too_slow,
@@ -191,6 +193,21 @@ SICK: tuple[Condition, ...] = (
     low_clip,
     of("mlp rnn", "momentum", clip=True),
     of("gru residual", "momentum", clip=True),
+  ),
+  _sick(
+    "starved",
+    "the gradient of one matrix is large and has a heavy tail, under Adam from a step on, and a clip of the global "
+    "norm: `clip-starves`, that matrix as the cause",
+    starved,
+    of("mlp transformer autoencoder", "adam momentum sgd", clip=True, effect=True),
+    of("cnn gru vit", "adam sgd momentum", clip=True, effect=True),
+  ),
+  _sick(
+    "lengthened",
+    "Adam and AdamW under a clip at half the usual norm, while norms vary much: `clip-lengthens`",
+    lengthened,
+    of("mlp biased autoencoder", "adamw adam adam", clip=True, effect=True),
+    of("cnn vit gru", "adamw adam adam", clip=True, effect=True),
   ),
   _sick(
     "overfits",

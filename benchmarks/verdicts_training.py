@@ -53,6 +53,7 @@ class Setting(NamedTuple):
     model: its name in `verdicts_models` or in `verdicts_pairs`.
     optimizer: its name in `OPTIMIZERS`.
     clip: whether a clip stands between the first watch and the optimizer.
+    effect: whether that clip and the optimizer stand in `clip_effect`.
     around: "skip" for `skip_steps` around all, "multi" for `optax.MultiSteps`, "multi skip" for the former inside the
       latter.
     on_nonfinite: what the clip does with a norm that is not finite.
@@ -65,6 +66,7 @@ class Setting(NamedTuple):
   model: str
   optimizer: str
   clip: bool = False
+  effect: bool = False
   around: str = ""
   on_nonfinite: str = "propagate"
   numbers: str = "float32"
@@ -204,7 +206,9 @@ def optimizer_of(setting: Setting, rate: jax.Array, max_norm: jax.Array) -> opta
   """The optimizer of a setting; rate and limit are traced, so that no value of theirs compiles it anew."""
   is_skip = setting.around.endswith("skip")
   clip = clipjax.clip_by_global_norm(max_norm, on_nonfinite=setting.on_nonfinite) if setting.clip else None
-  parts = [clipjax.watch(), clip, OPTIMIZERS[setting.optimizer](rate), clipjax.watch(name="update")]
+  optimizer = OPTIMIZERS[setting.optimizer](rate)
+  stepped = [clipjax.clip_effect(clip, optimizer)] if setting.effect else [clip, optimizer]
+  parts = [clipjax.watch(), *stepped, clipjax.watch(name="update")]
   tx = optax.chain(*[part for part in parts if part is not None])
   if is_skip:
     tx = clipjax.skip_steps(tx, norm_rule=None if setting.clip else max_norm)

@@ -31,6 +31,7 @@ class Expected(NamedTuple):
     near: how many steps off it may be.
     leaves: of which one must be among the first three that are named.
     batches: what the batches of these steps are called.
+    is_last: whether the leaf must be the last that is named instead: the cause, behind those that suffer from it.
   """
 
   name: str
@@ -38,6 +39,7 @@ class Expected(NamedTuple):
   near: int = NEAR
   leaves: tuple[str, ...] = ()
   batches: tuple[str, ...] = ()
+  is_last: bool = False
 
 
 class Truth(NamedTuple):
@@ -130,7 +132,7 @@ def _names_steps(expected: Expected, found: Iterable[Finding]) -> bool:
 
 def _names_leaf(expected: Expected, finding: Finding) -> bool:
   """Whether one of the leaves is named, by itself or behind the name of its state."""
-  named = finding.leaves[:NAMED]
+  named = finding.leaves[-1:] if expected.is_last else finding.leaves[:NAMED]
   return any(name == leaf or name.endswith(f"/{leaf}") for name in named for leaf in expected.leaves)
 
 
@@ -175,7 +177,6 @@ def read_truths(path: pathlib.Path) -> list[Truth]:
 
 def _truth(fields: dict[str, Any]) -> Truth:
   expected = tuple(
-    Expected(e["name"], tuple(e["steps"]), e["near"], tuple(e["leaves"]), tuple(e["batches"]))
-    for e in fields["expected"]
+    Expected(**{**e, **{name: tuple(e[name]) for name in ("steps", "leaves", "batches")}}) for e in fields["expected"]
   )
   return Truth(**{**fields, "expected": expected, "also": tuple(fields["also"])})

@@ -5,18 +5,22 @@ import json
 import math
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import verdicts
 import verdicts_page
 import verdicts_peers
-from verdicts_conditions import HALVES, STEPS, leaf_names
+from verdicts_conditions import HALVES, STEPS, leaf_names, of
 from verdicts_page import Result
-from verdicts_training import KNOBS
+from verdicts_training import KNOBS, optimizer_of
 from verdicts_truth import Expected, Outcome, Truth, course_of, departure, judge, read_truths, write_truths
 
+from clipjax.quantities import GRAD_RATIO, RATIO, SHARE
 from clipjax.runs import Finding, Run
+from clipjax.runs.schema import key_of
 
+SAID = ("caught", "no effect")  # Healthy, and the verdict must say why.
 PLANTED = [condition for condition in verdicts.CONDITIONS.values() if not condition.is_healthy]
 
 
@@ -77,6 +81,13 @@ def test_findings_are_held_against_step_and_leaf(findings, step, leaf, alarms):
   assert outcome.is_right is (step and leaf)
 
 
+def test_the_leaf_that_holds_the_norm_is_named_last():
+  truth = truth_of(Expected("clip-starves", leaves=("w",), is_last=True))
+  assert judge(truth, [said("clip-starves", (), ("a", "b", "c", "w"))]).leaf is True
+  assert judge(truth, [said("clip-starves", (), ("w", "a"))]).leaf is False
+  assert judge(truth, [said("clip-starves")]).leaf is False
+
+
 def test_of_several_right_answers_the_nearest_counts():
   truth = truth_of(Expected("diverged", (50,)), Expected("nonfinite", (80,)))
   outcome = judge(truth, [said("nonfinite", (80, 81), level="FAIL"), said("diverged", (10,), level="FAIL")])
@@ -105,7 +116,8 @@ def test_a_healthy_run_has_no_right_answer_and_may_have_infos():
 
 
 def test_truths_come_back_from_their_file(tmp_path):
-  truths = [truth_of(Expected("spikes", (5,), leaves=("w",), batches=("b",)), also=("zeros",)), truth_of(seed=101)]
+  starved = truth_of(Expected("clip-starves", leaves=("w",), is_last=True), seed=101)
+  truths = [truth_of(Expected("spikes", (5,), leaves=("w",), batches=("b",)), also=("zeros",)), starved]
   path = tmp_path / "truth.json"
   for truth in truths:
     write_truths([truth], path)
@@ -134,13 +146,27 @@ def test_what_is_planted_is_where_the_truth_says(condition, half):
     made = condition.make(draw)
     knobs = made.training.knobs
     assert knobs.shape == (STEPS, len(KNOBS))
-    assert bool(made.expected or made.near) != condition.is_healthy or condition.name == "caught"
+    assert bool(made.expected or made.near) != condition.is_healthy or condition.name in SAID
     changed = 1 + np.flatnonzero((~np.equal(knobs[1:], knobs[:-1]) & ~np.isnan(knobs[:-1])).any(axis=1))
     for expected in made.expected:
       assert all(np.abs(changed - step).min() <= expected.near for step in expected.steps)
       if expected.steps:
         assert changed[0] >= min(expected.steps) - expected.near
       assert set(expected.leaves) <= set(leaf_names(draw.setting.model))
+
+
+@pytest.mark.usefixtures("standard_promotion")  # Optax's Adam wants it.
+def test_the_effect_of_a_clip_is_measured_around_it():
+  params, grads = {"w": jnp.ones(3)}, {"w": jnp.array([3.0, 4.0, 0.0])}
+  stepped = {}
+  for effect in (False, True):
+    (setting,) = of("mlp", "momentum", clip=True, effect=effect)
+    tx = optimizer_of(setting, jnp.float32(0.1), jnp.float32(1.0))
+    stepped[effect], state = tx.update(grads, tx.init(params), params)
+    said_of = verdicts.clipjax.metrics(state)
+    assert {"grad/norm", "update/norm"} <= said_of.keys()
+    assert said_of.get(key_of("effect", RATIO)) == (pytest.approx(0.2) if effect else None)
+  np.testing.assert_array_equal(stepped[True]["w"], stepped[False]["w"])
 
 
 # The page -----------------------------------------------------------------------------------------------------------
@@ -244,7 +270,7 @@ def test_a_peer_is_given_losses_norm_and_rate(tmp_path):
   assert columns["grad_norm"] == ("2.0", "nan", "7.0")  # What was dropped had a norm too.
 
 
-# One of them --------------------------------------------------------------------------------------------------------
+# Some of them -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("standard_promotion")  # Optax's Adam wants it.
@@ -264,3 +290,34 @@ def test_one_condition_from_training_to_page(tmp_path):
   assert result.seen["grad/norm"] > 5
   assert result.seen["loss"] < 5
   assert "| one leaf |" in verdicts_page.render([result], {"one leaf": condition.said}, {})
+
+
+def run_of(name, folder):
+  """The truth and the record of the first run of a condition."""
+  (truth,) = verdicts.train([verdicts.CONDITIONS[name]], "tune", folder, seeds=1)
+  assert truth.is_so
+  run = verdicts.clipjax.runs.read_run(folder / truth.file)
+  return truth, run
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_starved_run_is_one(tmp_path):
+  """Where the clip takes most of the gradient, the leaf that is expected holds the norm, and the rest has no step."""
+  truth, run = run_of("starved", tmp_path)
+  (holder,) = truth.expected[0].leaves
+  place = run.leaves["effect"].index(holder)
+  steps, shares = run.vectors[key_of("effect", SHARE)]
+  left = run[key_of("effect", GRAD_RATIO)]
+  is_hard = left[np.searchsorted(run.steps, steps)] < 0.1
+  assert is_hard.sum() > 5
+  assert np.median(shares[is_hard, place]) > 0.9
+  ratios = run.vectors[key_of("effect", RATIO)][1]
+  assert np.delete(np.median(ratios, axis=0), place).max() < 1 / 3
+  assert left.mean() < 1 / 3
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(("name", "low", "high"), [("lengthened", 2.0, 10.0), ("no effect", 0.95, 1.05)])
+def test_a_step_is_as_long_as_the_condition_says(name, low, high, tmp_path):
+  _, run = run_of(name, tmp_path)
+  assert low < np.median(run[key_of("effect", RATIO)]) < high
