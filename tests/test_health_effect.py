@@ -151,6 +151,11 @@ def test_each_effect_is_judged_and_a_clip_of_optax_too():
   assert found(run)["clip-starves"].message.startswith("The clip of 'step' starves 'even'")
 
 
+def test_an_effect_called_update_is_no_size_of_updates():
+  run = trained(clipjax.clip_by_global_norm(50.0), optax.sgd(0.1), gradients(), name="update_effect")
+  assert [finding.name for finding in diagnose(run) if finding.name.startswith("update")] == []
+
+
 def test_stacked_layers_are_leaves():
   rng = np.random.default_rng(0)
   each = 0.5 * rng.standard_normal((STEPS, 3, 8))

@@ -6,7 +6,7 @@ import numpy as np
 
 from clipjax.quantities import COSINE, GRAD_RATIO, RATIO, SHARE
 from clipjax.runs.blocks import numbers_by_block
-from clipjax.runs.kinds import Floats, Ints
+from clipjax.runs.kept import mean_kept
 from clipjax.runs.norms import column
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of, names_with
@@ -83,13 +83,10 @@ def starved_of(run: Run, name: str, begin: int, least: float) -> Starved | None:
   others = np.sqrt(np.maximum(1 - shares[:, holder], 0))
   without = np.where(of_rows < others, of_rows / np.maximum(others, _TINY), 1.0)
 
-  # Leaves are recorded at spikes more often than elsewhere: each step of the run counts as the recorded one whose
-  # gradient was clipped most nearly as much.
   everywhere = left[np.isfinite(left) & (run.steps >= begin)]
-  nearest = _nearest(of_rows, everywhere)
-  kept = np.minimum(ratios, 1)[nearest].mean(0)
+  kept, [mean_without] = (mean_kept(x, of_rows, everywhere) for x in (ratios, without[:, None]))
   leaves = [i for i in np.argsort(kept).tolist() if i != holder and kept[i] < least]
-  means = float(everywhere.mean()), float(without[nearest].mean())
+  means = float(everywhere.mean()), float(mean_without)
   if not leaves or means[1] < max(least, _TIMES * means[0]):
     return None
   return Starved(tuple(names[i] for i in leaves), float(kept[leaves[0]]), names[holder], *means, names)
@@ -103,11 +100,3 @@ def is_scale_free(run: Run) -> bool | None:
     if known.sum() >= _HALVED_ROWS:
       return bool(np.median(np.log(ratio[known]) / np.log(left[known])) < _FREE)
   return None
-
-
-def _nearest(known: Floats, values: Floats) -> Ints:
-  """For each value the place of the known number that is nearest to it."""
-  order = np.argsort(known, kind="stable")
-  above = np.searchsorted(known[order], values).clip(1, known.size - 1)
-  low, high = known[order][above - 1], known[order][above]
-  return order[np.where(values - low <= high - values, above - 1, above)]

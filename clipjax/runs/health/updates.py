@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from clipjax.quantities import RATIO
+from clipjax.runs.effects import effect_names
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import medians_of
 from clipjax.runs.health.view import View
@@ -16,7 +17,7 @@ from clipjax.runs.words import number
 def update_ratio(view: View) -> Iterator[Finding]:
   """WARN for an update outside of the usual range with a loss that agrees, INFO without, or for single layers."""
   for name in names_with(view.run.columns, RATIO):
-    if not name.startswith(UPDATES):
+    if not name.startswith(UPDATES) or name in effect_names(view.run):
       continue
     ratios = view.column(key_of(name, RATIO))
     ratios = ratios[ratios > 0]  # 0 where parameters were not given, or nothing was updated.
