@@ -57,6 +57,8 @@ def test_a_leaf_with_a_heavy_tail_starves_the_other(optimizer):
   assert finding.message.startswith("The clip of 'effect' starves 'even': 'even' keeps ")
   assert re.search(r"'heavy' makes the clip act: it leaves 29% .* would leave 100%", finding.message)
   assert "clip_by_leaf_norm" in finding.advice
+  others = found(trained(clipjax.clip_by_global_norm(2.5), optimizer, grads))
+  assert {f.advice for f in others.values() if f.level == "INFO"} == {""}  # One cause, one advice.
 
 
 def test_so_it_does_under_adam():
@@ -64,8 +66,9 @@ def test_so_it_does_under_adam():
   rare = np.arange(STEPS) % 20 == 0  # The other leaf has a step of its own, and its second moment with it, at these.
   grads["even"] = jnp.ones((STEPS, 8)) * 0.5
   grads["heavy"] = grads["heavy"] * jnp.float32(np.where(rare, 1.0, 300.0))[:, None]
-  finding = found(trained(clipjax.clip_by_global_norm(2.5), optax.adam(0.1), grads))["clip-starves"]
-  assert finding.leaves == LEAVES
+  run = trained(clipjax.clip_by_global_norm(2.5), optax.adam(0.1), grads)
+  assert found(run)["clip-starves"].leaves == LEAVES
+  assert [finding.advice for finding in diagnose(run) if finding.name == "clipped"] == [""]
 
 
 def test_a_clip_by_leaf_starves_nobody():
@@ -134,6 +137,7 @@ def test_a_shorter_step_and_one_that_is_turned():
   shorter = found(run)["clip-shortens"]
   assert shorter.level == "INFO" and "shortens the step to 5" in shorter.message
   turned = found(trained(clipjax.clip_by_value(0.01), optax.sgd(0.1), grads))["clip-turns"]
+  assert turned.advice and shorter.advice
   assert turned.level == "INFO" and "(median ratio " in turned.message
 
 

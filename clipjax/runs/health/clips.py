@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipjax.quantities import CLIP_FRACTION, NORM, NORM_CLIPPED, SCALE
+from clipjax.runs.effects import effect_names
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
 from clipjax.runs.norms import column
@@ -76,6 +77,7 @@ def clipped(view: View) -> Iterator[Finding]:
     what = " some leaf or group in" if view.blocks(name, SCALE)[0] else ""
     message = f"{name!r} clipped{what} {percent(share)} of {view.steps_taken(name)} steps."
     advice = ""
-    if share > view.limits.clip_fraction and scale_free_states(view.run):
+    is_measured = bool(effect_names(view.run))  # Then it is known what the clip does.
+    if share > view.limits.clip_fraction and scale_free_states(view.run) and not is_measured:
       advice = "No harm under this optimizer, which divides the scale of the gradient out."
     yield Finding("INFO", "clipped", message, advice)

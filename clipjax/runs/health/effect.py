@@ -55,12 +55,15 @@ def clip_effect(view: View) -> Iterator[Finding]:
     if effect.ratio > view.limits.lengthened:
       continue
     is_same = abs(effect.ratio - 1) <= SAME
+    is_starving = starved_of(view.run, name, view.norms.begin, view.limits.starved) is not None
     if effect.cosine < (_STRAIGHT if is_same else _TURNED):
       message = f"The clip of {name!r} turns the step ({said})."
-      yield Finding("INFO", "clip-turns", message, "A clip by leaf or by value does so by design, and Lion's signs do.")
+      advice = "" if is_starving else "A clip by leaf or by value does so by design, and Lion's signs do."
+      yield Finding("INFO", "clip-turns", message, advice)
     elif effect.ratio < 1 and not is_same:
       message = f"The clip of {name!r} shortens the step to {percent(effect.ratio)} ({said})."
-      yield Finding("INFO", "clip-shortens", message, "A lower learning rate would do the same to most steps.")
+      advice = "" if is_starving else "A lower learning rate would do the same to most steps."
+      yield Finding("INFO", "clip-shortens", message, advice)
     elif not is_same:
       message = f"The clip of {name!r} lengthens the step to {percent(effect.ratio)} ({said})."
       yield Finding("INFO", "clip-lengthens", message)
