@@ -47,6 +47,11 @@ TESTS = {
   "transforms/agc.py": "agc golden parity_optax bad_calls messages sharding",
   "transforms/skip.py": "skip bad_calls metrics vectors integrations sharding",
   "transforms/watch.py": "watch metrics sharding record",
+  "transforms/effect.py": "effect bad_calls states names",
+  "transforms/wrapped.py": "skip bad_calls effect",
+  "runs/effects.py": "health_effect",
+  "runs/kept.py": "health_effect report_effect",
+  "runs/health/effect.py": "health_effect health_checks",
   "rules/base.py": "messages bad_calls rules adaptive transforms vectors",
   "rules/combine.py": "bad_calls rules adaptive messages",
   **{
