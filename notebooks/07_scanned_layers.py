@@ -335,5 +335,4 @@ for label in limits:
 # - A clip by the global norm needs none of this. It keeps the direction of the whole gradient, so it has one factor for
 #   all layers on purpose.
 #
-# This is the last of the notebooks. The [README](../README.md) has the table of all functions, and the way here from
-# Optax, torch, TensorFlow and Keras.
+# Next: [08_what_a_clip_does](08_what_a_clip_does.ipynb), what a clip changes under five optimizers.
