@@ -233,3 +233,58 @@ def test_a_step_that_is_a_little_longer_or_turned_is_told_too():
     trained(clipjax.clip_by_group_norm({"even": 1.5, "heavy": None}, lambda path, leaf: path), optax.adam(0.1), steady)
   )
   assert list(turned) == ["clip-no-effect"]
+
+
+# Where findings begin ------------------------------------------------------------------------------------------------
+
+
+def made(grad_ratio, ratio, share, names=("a", "b")):
+  """A run of 40 steps with one effect: how much the clip leaves, ratios of the leaves, and the share of the second."""
+  steps = np.arange(1, 41)
+  fill = lambda x: np.broadcast_to(np.asarray(x, float), 40).copy()  # noqa: E731
+  of_leaves = {"ratio": np.stack([fill(x) for x in ratio], 1), "share": np.stack([1 - fill(share), fill(share)], 1)}
+  columns = {"effect/ratio": fill(ratio[0]), "effect/cosine": np.ones(40), "effect/grad_ratio": fill(grad_ratio)}
+  vectors = {f"effect/{key}": (steps, values) for key, values in of_leaves.items()}
+  return Run("", steps, columns, {}, {"effect": names}, vectors, None, None)
+
+
+@pytest.mark.parametrize(
+  ("grad_ratio", "kept", "share", "is_starved"),
+  [
+    (0.3, 0.3, 0.99, True),  # Without the other leaf nothing would be clipped.
+    (0.3, 0.5, 0.99, False),  # It keeps half.
+    (0.3, 0.49, 0.99, True),
+    (0.3, 0.3, 0.7, False),  # 0.55 without the other leaf, less than twice 0.3.
+    (0.3, 0.3, 0.76, True),  # 0.61.
+    (0.04, 0.04, 0.99, False),  # 0.4 without it: a clip that is too low for all leaves.
+    (0.06, 0.06, 0.99, True),
+  ],
+)
+def test_what_a_leaf_keeps_and_what_it_would_keep(grad_ratio, kept, share, is_starved):
+  assert ("clip-starves" in found(made(grad_ratio, (kept, 1.0), share))) == is_starved
+
+
+def test_the_second_of_two_effects_is_judged_too():
+  one, two = made(0.3, (1.4, 1.4), 0.5), made(1.0, (1.0, 1.0), 0.5)
+  columns = one.columns | {key.replace("effect", "second"): column for key, column in two.columns.items()}
+  both = Run(**{**vars(one), "columns": columns})
+  names = [(f.name, f.message.split("'")[1]) for f in diagnose(both) if f.name.startswith("clip-")]
+  assert names == [("clip-lengthens", "effect"), ("clip-no-effect", "second")]
+
+
+@pytest.mark.parametrize(("rows", "is_told"), [(19, False), (20, True)])
+def test_how_many_steps_tell_that_scale_does_not_count(rows, is_told):
+  run = made(np.where(np.arange(40) < rows, 0.2, 1.0), (1.0, 1.0), 0.5)
+  columns = run.columns | {"grad/norm": np.linspace(1, 2, 40)}
+  assert suggest_max_norm(Run(**{**vars(run), "columns": columns})).scale_free == is_told
+
+
+def test_the_leaf_that_keeps_least_is_named_first():
+  run = made(0.3, (0.3, 1.0), 0.99)
+  ratios = np.stack([np.full(40, x) for x in (0.4, 0.2, 1.0)], 1)
+  shares = np.stack([np.full(40, x) for x in (0.005, 0.005, 0.99)], 1)
+  steps = run.steps
+  run = Run(**{**vars(run), "leaves": {"effect": ("a", "b", "c")},
+               "vectors": {"effect/ratio": (steps, ratios), "effect/share": (steps, shares)}})  # fmt: skip
+  finding = found(run)["clip-starves"]
+  assert finding.leaves == ("b", "a", "c") and "'b' keeps 20% of its step" in finding.message
