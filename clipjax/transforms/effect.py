@@ -4,7 +4,8 @@ Both see the same parameters and the same gradient, before and after the clip. T
 is only compared with it. The comparison is one of vectors: the ratio of their norms and the cosine between them.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 import optax
 from jax import export, lax
 
-from clipjax.arithmetic import direction, quotient, vector_norm, widest
+from clipjax.arithmetic import by_parts, direction, parts, quotient, vector_norm, widest
 from clipjax.checks import check_name, check_state
 from clipjax.groups import Labels, carries_labels
 from clipjax.leaves import is_float0
-from clipjax.mesh import check_axis_name
+from clipjax.mesh import all_reduce, check_axis_name
 from clipjax.norms.derivatives import measure
-from clipjax.norms.sums import Measured, NormSpec, norm_dtype, spec_of_slices
+from clipjax.norms.sums import Measured, NormSpec, end_to_end, norm_dtype, spec_of_slices, stack
 from clipjax.rules.base import no_limit
+from clipjax.transforms.state import ClipState
 from clipjax.transforms.wrapped import check_inner_state, check_transformation, kept_where
 from clipjax.trees import Prepared, prepare
 
@@ -162,9 +164,9 @@ def clip_effect(
       raise
 
     gradient = _measured(_spec(grads), still(grads.measured))
-    left = prepared(still(clipped), "the updates of `clip`")
     a, b = (prepared(still(tree), "the updates of `optimizer`") for tree in (step, plain))
-    fields = _compared(_spec(a), gradient, _measured(_spec(left), left.measured), a.measured, b.measured)
+    left = _left(of_clip, gradient, lambda: prepared(still(clipped), "the updates of `clip`"))
+    fields = _compared(_spec(a), gradient, left, a.measured, b.measured)
     bad = ~jnp.isfinite(gradient.norm)
     return step, EffectState(
       **fields,
@@ -197,6 +199,14 @@ def _empty_state(labels: Labels, inner_state: Any, unclipped_state: Any) -> Effe
   )
 
 
+def _left(of_clip: Any, gradient: "_Norms", clipped: Callable[[], Prepared]) -> jax.Array:
+  """The norm of the gradient after the clip over that before it."""
+  if isinstance(of_clip, ClipState) and of_clip.labels.unit == "global":
+    return lax.stop_gradient(of_clip.scale)  # One factor for all leaves, and no read of them.
+  after = clipped()
+  return _ratio(_measured(_spec(after), after.measured).norm, gradient.norm)
+
+
 class _Norms(NamedTuple):
   """Norms of a tree: of each leaf in the shape that broadcasts against it, as a vector, and of all together."""
 
@@ -218,23 +228,23 @@ def _measured(spec: NormSpec, leaves: list[Any]) -> _Norms:
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _compared(
-  spec: NormSpec, gradient: _Norms, left: _Norms, clipped: list[Any], plain: list[Any]
+  spec: NormSpec, gradient: _Norms, left: jax.Array, clipped: list[Any], plain: list[Any]
 ) -> dict[str, jax.Array]:
-  """The fields of the next state: of the gradient and what a clip has left of it, and of two updates."""
+  """The fields of the next state: of the gradient, the part of its norm that a clip has left, and two updates."""
   a, b = _measured(spec, clipped), _measured(spec, plain)
   # 0 where everything is finite, else NaN, which makes every number of the step one.
   poison = sum((n - n for n in (a.norm, b.norm)), start=gradient.norm - gradient.norm)
 
   # With a' and b' of length 1, the cosine is 1 - |a' - b'|^2 / 2, which keeps its digits where the two are nearly one.
   of_leaves = zip(clipped, a.leaves, plain, b.leaves, strict=True)
-  gaps = measure(spec, [direction(widest(x), m, 2.0) - direction(widest(y), n, 2.0) for x, m, y, n in of_leaves]).vector
-  bends = jnp.where((a.vector > 0) & (b.vector > 0), gaps**2, 0)
+  gaps = [_unit(widest(x), m) - _unit(widest(y), n) for x, m, y, n in of_leaves]
+  bends = jnp.where((a.vector > 0) & (b.vector > 0), _squares(spec, gaps), 0)
   # Of all leaves: the leaves' norms are the lengths of the two vectors along axes of their own.
   p, q = direction(a.vector, a.norm, 2.0), direction(b.vector, b.norm, 2.0)
   bend = jnp.where((a.norm > 0) & (b.norm > 0), jnp.sum((p - q) ** 2 + p * q * bends), 0)
 
   fields = {
-    "grad_ratio": _ratio(left.norm, gradient.norm),
+    "grad_ratio": left,
     "ratio": _ratio(a.norm, b.norm),
     "cosine": jnp.maximum(1 - bend / 2, -1),
     "ratios": _ratio(a.vector, b.vector),
@@ -242,6 +252,25 @@ def _compared(
     "shares": direction(gradient.vector, gradient.norm, 2.0) ** 2,
   }
   return {key: value + poison for key, value in fields.items()}
+
+
+def _unit(x: jax.Array, norm: jax.Array) -> jax.Array:
+  """A leaf over its norm, by multiplications: a division of every entry takes longer than the rest. 0 for norm 0."""
+  n = norm.astype(x.real.dtype)
+  # A power of two brings the norm to where its reciprocal is a normal number.
+  shift = jnp.where(n > 2.0**64, 2.0**-64, jnp.where(n < 2.0**-64, 2.0**64, 1)).astype(n.dtype)
+  scaled = n * shift
+  inverse = jnp.where(scaled > 0, 1 / jnp.where(scaled > 0, scaled, 1), 0)
+  return by_parts(lambda part: part * shift * inverse, x)
+
+
+def _squares(spec: NormSpec, leaves: list[Any]) -> jax.Array:
+  """The sum of squares of each leaf, or slice; of numbers that are far from the ends of their range."""
+  over = spec.over or (None,) * len(leaves)
+  squares = [reduce(lax.add, (y * y for y in parts(x))) for x in leaves]
+  sums = [jnp.sum(x, o, keepdims=o is not None) for x, o in zip(squares, over, strict=True)]
+  found = all_reduce(sums, spec.axes)
+  return end_to_end(found, norm_dtype()) if spec.over else stack(found, norm_dtype())
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
