@@ -75,7 +75,7 @@ def transformations(axis_name=None):
     "adagc": clipjax.adagc(warmup_steps=2, max_norm=0.5, **by),
     "watch": clipjax.watch(history=3, **by),
     "watch_global": clipjax.watch(per_leaf=False, **by),
-    "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(0.5, **by), optax.adam(1e-3), **by),
+    "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(0.5, **by), optax.trace(0.9), **by),
     "skip_steps": clipjax.skip_steps(protected, norm_rule=rules.minimum(rules.percentile(80.0, window=8), 1e20), **by),
     **{f"rule_{name}": clipjax.clip_by_global_norm(rule, **by) for name, rule in each_rule.items()},
   }
@@ -131,7 +131,8 @@ def on_one_device():
 
 def assert_close(got, want, rtol=1e-5):
   for (path, a), (_, b) in zip(*map(jax.tree_util.tree_leaves_with_path, (got, want)), strict=True):
-    tolerance = 2**-7 if a.dtype == jnp.bfloat16 else rtol
+    is_compared = "clip_effect" in jax.tree_util.keystr(path)  # Steps of a bfloat16 leaf, rounded to either side.
+    tolerance = 2**-7 if a.dtype == jnp.bfloat16 else 1e-3 if is_compared else rtol
     a, b = (np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x) for x in (a, b))
     atol = tolerance * np.abs(b[np.isfinite(b)]).max(initial=0)  # Adam takes sums that nearly cancel.
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=atol, err_msg=jax.tree_util.keystr(path))
