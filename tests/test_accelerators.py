@@ -188,7 +188,7 @@ LIMITS = [
   ("conditionals", WATCHED_LEAVES, "gpu", "conditionals", 0),
   ("conditionals, of the Transformer", EFFECT, "gpu", "conditionals", 0),
   ("kernels, of the Transformer", EFFECT, "gpu", "kernels", 100 + 16 + 9 * 10),
-  ("HBM traffic, of the Transformer", EFFECT, "tpu", "traffic", 10**9 + 22 * 10**7 + 26 * SCALARS),
+  ("HBM traffic, of the Transformer", EFFECT, "tpu", "traffic", 10**9 + 30 * 10**7 + 26 * SCALARS),
   ("kernels", CLIPJAX, "gpu", "kernels", 100 + 16 + 2 * 10),
   ("kernels", BY_LEAF, "tpu", "kernels", 100 + 16 + 2 * 10),
   ("kernels", ZCLIP, "pod", "kernels", 100 + 16 + 2 * 10),
@@ -273,7 +273,7 @@ def test_the_page_names_the_worst_case_of_a_broken_bound():
   text = accelerators_page.render({"cases": [*cases, {**case("gpu", "many"), "quick": True}]})
   row = next(line for line in text.splitlines() if line.startswith("| kernels | Optax's + 16 + 2 a leaf | clipjax |"))
   assert row.endswith("| - | - | **holds in 1 of 3**; worst 151, at most 136: Transformer of 10 leaves, bfloat16 |")
-  count = len(verdicts(cases)) * 3 // 2
+  count = len(verdicts([*cases, case("gpu", "many")]))
   assert f"- Of {count} bounds, one for each number, clip and case, {count - 2} hold." in text
   assert "A quick run" in text
 
