@@ -1,11 +1,15 @@
 """clip_effect: two optimizers beside each other, held to the two run by hand and compared in float64."""
 
 import chex
+import equinox as eqx
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from helpers import assert_bits_equal, oracle_norm
 
 import clipjax
@@ -361,3 +365,64 @@ def test_recorded_and_read_back(tmp_path):
   np.testing.assert_allclose(run.vectors["effect/ratio"][1], ratios, rtol=1e-6)
   np.testing.assert_allclose(run.vectors["effect/share"][1], shares, rtol=1e-5, atol=1e-7)
   assert run.optimizer == ("ScaleByAdamState",)
+
+
+def through_orbax(state, fresh, folder):
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder / "state", state)
+    checkpointer.wait_until_finished()
+    return checkpointer.restore(folder / "state", fresh)
+
+
+def through_flax(state, fresh, folder):
+  del folder
+  return flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
+
+
+def through_equinox(state, fresh, folder):
+  eqx.tree_serialise_leaves(folder / "state", state)
+  return eqx.tree_deserialise_leaves(folder / "state", fresh)
+
+
+@pytest.mark.parametrize("way", [through_orbax, through_flax, through_equinox])
+def test_a_checkpoint_goes_on_as_if_it_was_none(way, tmp_path):
+  tx = clipjax.clip_effect(clipjax.zclip(warmup_steps=4), optax.adam(0.1))
+  update, state = jax.jit(tx.update), tx.init(PARAMS)
+  for step in range(6):
+    if step == 3:
+      saved = state
+    updates, state = update(grads_at(step), state, PARAMS)
+  restored = way(saved, tx.init(PARAMS), tmp_path)
+  for step in range(3, 6):
+    got, restored = update(grads_at(step), restored, PARAMS)
+  assert_bits_equal(got, updates)
+  assert_bits_equal(jax.tree.leaves(restored), jax.tree.leaves(state))
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+
+
+def test_in_an_optimizer_of_flax_nnx(tmp_path):
+  model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  tx = clipjax.clip_effect(clipjax.clip_by_global_norm(0.1), optax.adam(0.01))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  x, y = jnp.ones((4, 3)), jnp.zeros((4, 2))
+
+  @nnx.jit
+  def step(model, optimizer):
+    optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - y) ** 2))(model))
+
+  with clipjax.runs.Recorder(tmp_path / "run.jsonl", every=1) as recorder:
+    for i in range(3):
+      step(model, optimizer)
+      recorder.push(i, optimizer)
+  clipjax.raise_if_nonfinite(optimizer)
+  got = clipjax.metrics(optimizer, per_leaf=True)
+  assert got["effect/ratio/kernel"] > 0 and got["effect/grad_ratio"] < 1
+  run = clipjax.runs.read_run(tmp_path / "run.jsonl")
+  np.testing.assert_allclose(run["effect/ratio/kernel"][-1], got["effect/ratio/kernel"], rtol=1e-6)
+
+
+def test_a_state_that_has_become_a_dict_is_refused():
+  tx = clipjax.clip_effect(clipjax.clip_by_global_norm(1.0, track=False), optax.sgd(0.1))
+  lost = flax.serialization.to_state_dict(tx.init(PARAMS))
+  with pytest.raises(TypeError, match="from_state_dict"):
+    clipjax.metrics(lost)
