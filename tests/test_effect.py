@@ -85,6 +85,17 @@ def test_equals_two_optimizers_run_by_hand(clip, optimizer):
   assert state.labels.block_names == NAMES
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_eager_updates_are_those_of_the_chain(optimizer):
+  clip, optimizer = CLIPS["global"], OPTIMIZERS[optimizer]
+  chain, tx = optax.chain(clip, optimizer), clipjax.clip_effect(clip, optimizer)
+  want, inner = chain.update(grads_at(0), chain.init(PARAMS), PARAMS)
+  updates, state = tx.update(grads_at(0), tx.init(PARAMS), PARAMS)
+  assert_bits_equal(updates, want)
+  assert_bits_equal(jax.tree.leaves(state.inner_state), jax.tree.leaves(inner))
+  assert jax.tree.structure(state.inner_state) == jax.tree.structure(inner)
+
+
 # What each optimizer makes of a clip ----------------------------------------------------------------------------------
 
 

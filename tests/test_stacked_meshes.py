@@ -69,7 +69,7 @@ def transformations(stacked, axis_name=None):
     "clip_by_group_norm": clipjax.clip_by_group_norm(0.5, last_letters, **by),
     "clip_by_block_rms": clipjax.clip_by_block_rms(0.1, **by),
     "watch": clipjax.watch(history=3, **by),
-    "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(0.5, **by), optax.trace(0.9), **by),
+    "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(0.5, **by), optax.scale(0.5), **by),
     **({"adaptive_grad_clip": clipjax.adaptive_grad_clip(0.1, stacked=stacked)} if axis_name is None else {}),
   }
 

@@ -79,7 +79,9 @@ def clip_effect(
   A clip acts on the gradient, but what trains is the step. Under SGD a clip shortens the step. Under Adam it may leave
   the step alone, lengthen it, or starve every leaf but one. To see which, a second state of the same optimizer is fed
   with the gradient as it came, at the same parameters, and the two updates are compared: the ratio of their norms and
-  the cosine between them, globally and for each leaf. The updates are those of the chain, to the bit.
+  the cosine between them, globally and for each leaf. The updates are those of the chain, to the bit, run eagerly or
+  with `update` compiled by itself. In a larger program XLA may fuse either of the two otherwise, and round a last bit
+  otherwise.
 
   It costs a second optimizer state and a second optimizer pass. By the compiler for a TPU, a step of Adam moves 1.6
   times the bytes (docs/accelerators.md of the project); on a CPU, where both updates are written out before they are
