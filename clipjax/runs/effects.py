@@ -8,8 +8,9 @@ from clipjax.quantities import COSINE, GRAD_RATIO, RATIO, SHARE
 from clipjax.runs.blocks import numbers_by_block
 from clipjax.runs.kept import mean_kept
 from clipjax.runs.norms import column
+from clipjax.runs.roles import effect_names
 from clipjax.runs.run import Run
-from clipjax.runs.schema import key_of, names_with
+from clipjax.runs.schema import key_of
 
 SAME = 0.05  # A ratio as near to 1 is that of a step which the clip leaves alone.
 # A leaf that keeps less of its step is starved by another one, if without that one the clip would leave at least as
@@ -48,11 +49,6 @@ class Starved(NamedTuple):
   left: float
   without: float
   among: tuple[str, ...]
-
-
-def effect_names(run: Run) -> list[str]:
-  """The names of the states of `clip_effect`."""
-  return names_with(run.columns, COSINE)
 
 
 def effect_of(run: Run, name: str, begin: int) -> Effect | None:

@@ -12,8 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from clipjax.quantities import NORM, PARAM_NORM, RATIO
-from clipjax.runs.effects import effect_names
+from clipjax.quantities import COSINE, NORM, PARAM_NORM, RATIO
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.run import Run
 from clipjax.runs.schema import BY_BLOCK, GRAD, LOSS, SKIP, UPDATES, key_of, names_with
@@ -91,6 +90,11 @@ def judged_states(run: Run) -> list[str]:
   names = [name for name in names_with(run.columns, NORM) if not _is_update(name)]
   others = sorted((name for name in names if name != SKIP), key=lambda name: name != GRAD)
   return others or names
+
+
+def effect_names(run: Run) -> list[str]:
+  """The names of the states of `clip_effect`."""
+  return names_with(run.columns, COSINE)
 
 
 def update_states(run: Run) -> list[str]:

@@ -11,11 +11,11 @@ import numpy as np
 from clipjax.quantities import MAX_NORM, NORM, NORM_CLIPPED
 from clipjax.runs.blocks import GROUP, Blocks
 from clipjax.runs.course import began_late, course_of, has_diverged
-from clipjax.runs.effects import SAME, STARVED, Effect, effect_names, effect_of, starved_of
+from clipjax.runs.effects import SAME, STARVED, Effect, effect_of, starved_of
 from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.norms import FEW, Norms, acted, column, main_name, mean
 from clipjax.runs.phase import MOST_OF_FALL, NORMS, OF_FALL, OF_SQUARES, Phase
-from clipjax.runs.roles import losses_of
+from clipjax.runs.roles import effect_names, losses_of
 from clipjax.runs.run import Run
 from clipjax.runs.schema import SKIP, UPDATES, key_of, names_with
 from clipjax.runs.sources import PASCANU, PLAYBOOK

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from clipjax.quantities import CLIP_FRACTION, NORM, NORM_CLIPPED, SCALE
-from clipjax.runs.effects import effect_names
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
 from clipjax.runs.norms import column
 from clipjax.runs.optimizers import scale_free_states
+from clipjax.runs.roles import effect_names
 from clipjax.runs.schema import key_of, names_with
 from clipjax.runs.sources import PLAYBOOK
 from clipjax.runs.words import percent, several

@@ -6,10 +6,11 @@ Of each effect at most one thing is said of the step as a whole, and one of leav
 from collections.abc import Iterator
 
 from clipjax.quantities import RATIO
-from clipjax.runs.effects import SAME, Effect, effect_names, effect_of, starved_of
+from clipjax.runs.effects import SAME, Effect, effect_of, starved_of
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import medians_of
 from clipjax.runs.health.view import View
+from clipjax.runs.roles import effect_names
 from clipjax.runs.words import number, percent, several
 
 _TURNED, _STRAIGHT = 0.9, 0.99  # Median cosines: below, the direction is another; above, it is the same.

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from clipjax.quantities import RATIO
-from clipjax.runs.effects import effect_names
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import medians_of
 from clipjax.runs.health.view import View
+from clipjax.runs.roles import effect_names
 from clipjax.runs.schema import UPDATES, key_of, names_with
 from clipjax.runs.sources import CS231N_RATIO
 from clipjax.runs.words import number

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from clipjax.quantities import COSINE, GRAD_RATIO, RATIO
 from clipjax.rules.base import is_no_limit
-from clipjax.runs.effects import SAME, Effect, effect_names, effect_of
+from clipjax.runs.effects import SAME, Effect, effect_of
 from clipjax.runs.kept import mean_kept
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import column, flag, unseen
@@ -42,6 +42,7 @@ from clipjax.runs.report.page import code
 from clipjax.runs.report.series import Vectors, medians, short, vectors
 from clipjax.runs.report.shown import Section, Shown, section, share, span_words
 from clipjax.runs.report.timeline import Panel, on_one_axis
+from clipjax.runs.roles import effect_names
 from clipjax.runs.schema import EFFECT, key_of
 from clipjax.runs.words import number, percent
 
