@@ -72,9 +72,10 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
   in_trouble = {id(a) for a, last_finite in zip(accumulators, guards, strict=True) if not np.all(last_finite)}
   may_stay = False
   for (name, found), state in zip(ours, states, strict=True):
+    text = ""
     if isinstance(state, EffectState):
-      effects |= _effect_problem(name, state)
-      text = ""
+      if not np.all(state.finite):
+        effects[name] = _effect_problem(name, state)
     elif isinstance(state, SkipState):
       text = _skip_problem(name, state)
     else:
@@ -146,15 +147,13 @@ def _skip_problem(name: str, state: SkipState) -> str:
   )
 
 
-def _effect_problem(name: str, state: EffectState) -> dict[str, str]:
-  """One sentence on an `EffectState` of numpy arrays whose last gradient was not finite."""
-  if np.all(state.finite):
-    return {}
+def _effect_problem(name: str, state: EffectState) -> str:
+  """Two sentences on an `EffectState` of numpy arrays whose last gradient was not finite."""
   bad, steps = np.max(state.nonfinite_steps), np.max(state.steps)
-  return {
-    name: f"step {steps} of '{name}' was not finite. {bad} of {steps} steps were not finite: lower the learning rate, "
+  return (
+    f"step {steps} of '{name}' was not finite. {bad} of {steps} steps were not finite: lower the learning rate, "
     "or look at the batch."
-  }
+  )
 
 
 def _of_loss(state: SkipState) -> str:

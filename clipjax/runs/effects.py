@@ -16,7 +16,6 @@ SAME = 0.05  # A ratio as near to 1 is that of a step which the clip leaves alon
 # A leaf that keeps less of its step is starved by another one, if without that one the clip would leave at least as
 # much of the gradient, and twice as much as it does.
 STARVED, _TIMES = 0.5, 2.0
-_TINY = 1e-30
 _LEAST_ROWS = 4  # With numbers by leaf.
 _HALVED, _HALVED_ROWS = 0.5, 20  # Steps whose gradient is clipped to less, and how many show what comes of it.
 _FREE = 0.25  # Of the logarithm of the factor: what is left of it in a step that divides the scale out.
@@ -77,7 +76,7 @@ def starved_of(run: Run, name: str, begin: int, least: float) -> Starved | None:
   # The cause: the leaf that most often holds the norm, and what the clip would leave of the others without it.
   holder = int(np.bincount(shares.argmax(1)[acts]).argmax())
   others = np.sqrt(np.maximum(1 - shares[:, holder], 0))
-  without = np.where(of_rows < others, of_rows / np.maximum(others, _TINY), 1.0)
+  without = np.divide(of_rows, others, out=np.ones_like(of_rows), where=of_rows < others)
 
   everywhere = left[np.isfinite(left) & (run.steps >= begin)]
   kept, [mean_without] = (mean_kept(x, of_rows, everywhere) for x in (ratios, without[:, None]))

@@ -40,9 +40,10 @@ def clip_lengthens(view: View) -> Iterator[Finding]:
       continue
     names, steps, ratios = view.blocks(name, RATIO)
     longest = medians_of(names, ratios[steps >= view.norms.begin])
-    leaves = tuple(leaf for leaf, ratio in longest.items() if ratio == max(longest.values()) > effect.ratio)[:1]
+    most, leaf = max(((ratio, leaf) for leaf, ratio in longest.items()), key=lambda pair: pair[0], default=(0.0, ""))
+    leaves = (leaf,) if most > effect.ratio else ()
     message = f"With the clip of {name!r} the step is {number(effect.ratio)} times as long as without it (median)"
-    message += f", in {leaves[0]!r} {number(longest[leaves[0]])} times." if leaves else "."
+    message += f", in {leaf!r} {number(most)} times." if leaves else "."
     advice = "It acts like a learning rate that is as many times higher. Raise max_norm to twice the 90th percentile "
     advice += "of the norm, where it catches spikes and leaves the step alone, or count it into the learning rate."
     rule = f"at most {view.limits.lengthened:g} times, a limit of clipjax"
@@ -56,22 +57,26 @@ def clip_effect(view: View) -> Iterator[Finding]:
     if effect.ratio > view.limits.lengthened:
       continue
     is_same = abs(effect.ratio - 1) <= SAME
-    is_starving = starved_of(view.run, name, view.norms.begin, view.limits.starved) is not None
     if effect.cosine < (_STRAIGHT if is_same else _TURNED):
       message = f"The clip of {name!r} turns the step ({said})."
-      advice = "" if is_starving else "A clip by leaf or by value does so by design, and Lion's signs do."
-      yield Finding("INFO", "clip-turns", message, advice)
-    elif effect.ratio < 1 and not is_same:
-      message = f"The clip of {name!r} shortens the step to {percent(effect.ratio)} ({said})."
-      advice = "" if is_starving else "A lower learning rate would do the same to most steps."
-      yield Finding("INFO", "clip-shortens", message, advice)
-    elif not is_same:
-      message = f"The clip of {name!r} lengthens the step to {percent(effect.ratio)} ({said})."
-      yield Finding("INFO", "clip-lengthens", message)
-    else:
+      advice = "A clip by leaf or by value does so by design, and Lion's signs do."
+      yield Finding("INFO", "clip-turns", message, _unless_starving(view, name, advice))
+    elif is_same:
       message = f"The clip of {name!r} leaves the step as it is ({said}); in {percent(effect.changed)} of the steps it "
       message += f"changes the length by more than {percent(SAME)}."
       yield Finding("INFO", "clip-no-effect", message, "The clip is insurance: leave max_norm alone.")
+    elif effect.ratio < 1:
+      message = f"The clip of {name!r} shortens the step to {percent(effect.ratio)} ({said})."
+      advice = "A lower learning rate would do the same to most steps."
+      yield Finding("INFO", "clip-shortens", message, _unless_starving(view, name, advice))
+    else:
+      message = f"The clip of {name!r} lengthens the step to {percent(effect.ratio)} ({said})."
+      yield Finding("INFO", "clip-lengthens", message)
+
+
+def _unless_starving(view: View, name: str, advice: str) -> str:
+  """The advice, or none where a leaf starves, for which there is one already."""
+  return "" if starved_of(view.run, name, view.norms.begin, view.limits.starved) else advice
 
 
 def _effects(view: View) -> Iterator[tuple[str, Effect]]:
