@@ -1,14 +1,13 @@
 """clip_effect: two optimizers beside each other, held to the two run by hand and compared in float64."""
 
 import chex
-import equinox as eqx
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from checkpoints import through_equinox, through_flax, through_orbax
 from flax import nnx
 from helpers import assert_bits_equal, oracle_norm
 
@@ -376,23 +375,6 @@ def test_recorded_and_read_back(tmp_path):
   np.testing.assert_allclose(run.vectors["effect/ratio"][1], ratios, rtol=1e-6)
   np.testing.assert_allclose(run.vectors["effect/share"][1], shares, rtol=1e-5, atol=1e-7)
   assert run.optimizer == ("ScaleByAdamState",)
-
-
-def through_orbax(state, fresh, folder):
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(folder / "state", state)
-    checkpointer.wait_until_finished()
-    return checkpointer.restore(folder / "state", fresh)
-
-
-def through_flax(state, fresh, folder):
-  del folder
-  return flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
-
-
-def through_equinox(state, fresh, folder):
-  eqx.tree_serialise_leaves(folder / "state", state)
-  return eqx.tree_deserialise_leaves(folder / "state", fresh)
 
 
 @pytest.mark.parametrize("way", [through_orbax, through_flax, through_equinox])

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from checkpoints import through_equinox, through_flax, through_orbax
 from flax import nnx
 from flax.training import dynamic_scale, train_state
 from helpers import assert_bits_equal, cases, factories, oracle_clip, oracle_norm, train_on_one_device
@@ -178,23 +179,6 @@ def test_equinox_with_leaves_that_are_none(make):
 # Saving and going on ------------------------------------------------------------------------------------------------
 
 
-def through_orbax(saved, tx, params, folder):
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(folder / "state", saved)
-    checkpointer.wait_until_finished()
-    return checkpointer.restore(folder / "state", (params, tx.init(params)))
-
-
-def through_flax(saved, tx, params, folder):
-  (folder / "state").write_bytes(flax.serialization.to_bytes(saved))
-  return flax.serialization.from_bytes((params, tx.init(params)), (folder / "state").read_bytes())
-
-
-def through_equinox(saved, tx, params, folder):
-  eqx.tree_serialise_leaves(folder / "state", saved)
-  return eqx.tree_deserialise_leaves(folder / "state", (params, tx.init(params)))
-
-
 @pytest.mark.parametrize("way", [through_orbax, through_flax, through_equinox])
 def test_run_that_is_saved_in_the_middle_of_a_warm_up_goes_on_as_if_it_was_not(way, tmp_path):
   tx = clipjax.skip_steps(
@@ -203,7 +187,7 @@ def test_run_that_is_saved_in_the_middle_of_a_warm_up_goes_on_as_if_it_was_not(w
   )
   batches = batches_of(8)
   want_params, want_state = train(tx, batches)
-  params, state = way(train(tx, batches[:3]), tx, start(), tmp_path)
+  params, state = way(train(tx, batches[:3]), (start(), tx.init(start())), tmp_path)
   params, state = train(tx, batches[3:], params, state)
   assert_bits_equal(params, want_params)
   assert_bits_equal(jax.tree.leaves(state), jax.tree.leaves(want_state))
@@ -236,7 +220,7 @@ def test_flax_nnx_optimizer_is_restored_from_orbax(tmp_path):
 def test_constant_becomes_a_schedule_at_the_step_of_the_checkpoint(tmp_path):
   schedule = lambda count: jnp.where(count < 3, LIMIT, 0.1 * (count - 2))  # noqa: E731
   batches, later = batches_of(), clipped_adam(schedule)
-  params, state = through_orbax(train(clipped_adam(), batches[:3]), later, start(), tmp_path)
+  params, state = through_orbax(train(clipped_adam(), batches[:3]), (start(), later.init(start())), tmp_path)
   params, state = train(later, batches[3:], params, state)
   want_params, want_state = train(later, batches)
   assert_bits_equal(params, want_params)
@@ -247,7 +231,7 @@ def test_constant_becomes_a_schedule_at_the_step_of_the_checkpoint(tmp_path):
 def test_optax_checkpoint_goes_on_without_tracking(tmp_path):
   theirs = optax.chain(optax.clip_by_global_norm(LIMIT), optax.adam(0.05))
   ours, batches = clipped_adam(track=False), batches_of()
-  params, state = through_orbax(train(theirs, batches[:3]), ours, start(), tmp_path)
+  params, state = through_orbax(train(theirs, batches[:3]), (start(), ours.init(start())), tmp_path)
   assert_alike(train(ours, batches[3:], params, state)[0], train(theirs, batches)[0])
   with pytest.raises(TypeError) as error:
     train(clipped_adam(), batches[3:], params, state)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from checkpoints import through_flax, through_orbax
 from helpers import assert_bits_equal
 from jax import export, lax
 from unrolled import assert_as_unrolled, assert_same_numbers, slices_of, unrolled
@@ -151,18 +151,6 @@ def test_inject_hyperparams_needs_to_know_that_an_axis_is_static():
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
-
-
-def through_orbax(saved, fresh, folder):
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(folder / "state", saved)
-    checkpointer.wait_until_finished()
-    return checkpointer.restore(folder / "state", fresh)
-
-
-def through_flax(saved, fresh, folder):
-  del folder
-  return flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(saved))
 
 
 def through_pickle(saved, fresh, folder):
