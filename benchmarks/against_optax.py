@@ -1,10 +1,15 @@
-"""The table of the README: what Optax's clip does where gradients are hard, and what clipjax does.
+"""The table of docs/coming_from.md: what Optax's clip does where gradients are hard, and what clipjax does.
 
-Run `python benchmarks/against_optax.py`: every cell is computed here, on CPU; it takes a few seconds.
+  python benchmarks/against_optax.py                              prints the table
+  python benchmarks/against_optax.py --check docs/coming_from.md  exits with 1 if the page ends with another one
+
+Every cell is computed here, on CPU, in a few seconds.
 """
 
+import argparse
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -109,11 +114,15 @@ def rows() -> Iterator[tuple[str, str, str]]:
 
 
 def main() -> None:
-  """Prints the table as Markdown."""
+  """Prints the table as Markdown, or compares it with the end of a page."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--check", type=pathlib.Path, metavar="PAGE")
+  args = parser.parse_args()
   print(f"optax {optax.__version__}, jax {jax.__version__}, {jax.devices()[0].platform}\n")
-  print("| what | Optax | clipjax |\n|---|---|---|")
-  for row in rows():
-    print("| " + " | ".join(row) + " |")
+  table = "| what | Optax | clipjax |\n|---|---|---|\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows())
+  print(table)
+  if args.check is not None and not args.check.read_text(encoding="utf-8").endswith(table):
+    raise SystemExit(f"`{args.check}` must end with the table above: copy it there.")
 
 
 if __name__ == "__main__":
