@@ -34,7 +34,7 @@ from clipjax.transforms.watch import watch as watch
 if TYPE_CHECKING:
   from clipjax import runs as runs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
   "ClipState",
   "EffectState",
