@@ -254,7 +254,7 @@ def test_without_checks_a_missing_axis_name_is_a_warning_and_an_empty_one_is_non
     split = jax.shard_map(step, mesh=mesh_of("auto"), in_specs=P("a"), out_specs=P("a"), check_vma=False)
     return jax.jit(split)(jnp.full(8, 3.0))
 
-  with pytest.warns(UserWarning, match=r"every device takes a norm of its own: pass `axis_name=` the mesh axes"):
+  with pytest.warns(UserWarning, match=r"each device computes its own norm: pass the mesh axes"):
     run(None)
   np.testing.assert_allclose(run(()), run(()).mean())  # Warnings are errors here: there is none.
 

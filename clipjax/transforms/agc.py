@@ -171,8 +171,8 @@ def _spec_of_units(leaves: Sequence[Any], labels: Labels, axis: tuple[int, ...] 
 def _without_rule(state: ClipState) -> ClipState:
   if not isinstance(state.rule, tuple) or state.rule:
     raise ValueError(
-      f"`state` must have no rule, as the one that `init` gave, got {checks.describe(state.rule)}: pass the state of "
-      "this transformation, or call `init` anew."
+      f"`state` must have no rule, as `init` made it, got {checks.describe(state.rule)}: pass the state of this "
+      "transformation, or call `init` again."
     )
   return state
 

@@ -189,7 +189,7 @@ def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:
   if value is None:
     if needed:
       raise ValueError(
-        "`value` must be given where there is a `loss_rule`, got None: call update(grads, state, params, value=loss)."
+        "`value` must be given with a `loss_rule`, got None: call update(grads, state, params, value=loss)."
       )
     return jnp.zeros((), dtype)
   is_number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)

@@ -92,7 +92,7 @@ def next_state(
 
 def check_state(state: Any, unlabelled: Labels, *, stacked: Any, updates: Any) -> ClipState:
   """The state; raises where `update` is given that of something else. The rest as in `Labels.check_state`."""
-  or_else = ", or `track=False` to go on with a checkpoint of optax.clip_by_global_norm"
+  or_else = ", or use `track=False` to continue from a checkpoint of optax.clip_by_global_norm"
   checks.check_state(state, ClipState, or_else=or_else)
   state.labels.check_state(unlabelled, state.norms, stacked=stacked, updates=updates)
   return cast(ClipState, state)

@@ -81,7 +81,7 @@ class WatchState(NamedTuple):
       return np.zeros(0, np.int64), np.zeros(0)
     if shape := np.shape(self.steps):
       raise ValueError(
-        f"`last_norms` must be of one model, got a state with leading axes {shape}: take one of them, "
+        f"`last_norms` needs the state of one model, got a state with leading axes {shape}: select one model with "
         "jax.tree.map(lambda x: x[0], state)."
       )
     read = jax.device_get((self.history, self.steps))
@@ -182,8 +182,8 @@ def _check_history(state: WatchState, history: int) -> None:
   got = 0 if isinstance(state.history, tuple) else jnp.shape(state.history)[-1]
   if got != history:
     raise ValueError(
-      f"`state` must have a history of {history} norms, as the one that `init` gave, got {got}: pass the state of this "
-      "transformation, or call `init` anew."
+      f"`state` must have a history of {history} norms, as `init` made it, got {got}: pass the state of this "
+      "transformation, or call `init` again."
     )
 
 

@@ -26,8 +26,8 @@ def check_inner_state(tx: optax.GradientTransformation, state: Any, field: str, 
   wanted = jax.eval_shape(lambda: tx.init(tree))
   if not same_structure(state, wanted):
     raise ValueError(
-      f"`state.{field}` must be as the `init` of what is wrapped gives it, {_outline(wanted)}, got "
-      f"{_outline(state)}: pass the state of this transformation, or call `init` anew."
+      f"`state.{field}` must match what the wrapped `init` returns, {_outline(wanted)}, got {_outline(state)}: "
+      "pass the state of this transformation, or call `init` again."
     ) from error
 
 
