@@ -65,6 +65,7 @@ def check_takes(fn: Any, what: str, arguments: str, body: str, *, keywords: tupl
     signature = inspect.signature(fn)
   except (TypeError, ValueError):  # Some functions written in C have no signature.
     return
+  # Bind names instead of values: the function itself never runs.
   names = arguments.split(", ")
   try:
     signature.bind(*names, **dict.fromkeys(keywords))
@@ -87,6 +88,7 @@ def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, all
   dtype = value.dtype if isinstance(value, np.generic | np.ndarray | jax.Array) else np.dtype(type(value))
   if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
     raise TypeError(f"{rule}, got {describe(value)}: pass a real number such as 1.0.")
+  # The value of an array may be traced; the state shows what is wrong with it.
   if isinstance(value, jax.Array):
     return value
   number = _as_float(value, argument)

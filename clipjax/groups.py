@@ -81,6 +81,7 @@ class Labels:
     leaves, stacks = leaf_names(tree), stacks_of(tree, stacked, axis_name=axis_name)
     names = slice_names(leaves, stacks)
     labels = _group_labels(tree, names, stacks, groups)
+    # The dict of thresholds fixes the order of the groups, else the leaves do.
     in_use = dict.fromkeys(labels)
     order = tuple(in_use) if known is None else known
     place = {label: i for i, label in enumerate(order)}
@@ -140,17 +141,20 @@ class Labels:
       raise ValueError(
         f"`state` must hold norms of {need}, got norms of {have}: it was made {how} `stacked`; call `init` again."
       )
+    # Another kind of clip would read the norms as those of other blocks.
     if self.unit != unlabelled.unit:
       raise ValueError(
         f"`state` must hold norms {_UNITS[unlabelled.unit]}, got norms {_UNITS[self.unit]}: pass the state of this "
         "transformation, or call `init` again."
       )
+    # Thresholds in another order would go to the wrong groups.
     known = unlabelled.block_names
     if known and self.leaves and self.block_names != known:
       raise ValueError(
         f"`state` must have the labels of `max_norm`, {', '.join(map(repr, known))}, in this order, got "
         f"{', '.join(map(repr, self.block_names))}: pass the state of this transformation, or call `init` again."
       )
+    # Restored arrays may have the shapes of another model.
     got = () if isinstance(norms, tuple) else jnp.shape(norms)
     if got != self.shape:
       raise ValueError(
@@ -219,6 +223,7 @@ def _group_labels(tree: Any, names: tuple[str, ...], stacks: Stacks, groups: Any
   else:
     if not names:
       return []
+    # A tree of labels may be a prefix, and has entries for leaves without a norm.
     leaves = jax.tree.leaves(tree)
     try:
       per_leaf = jax.tree.leaves(jax.tree.broadcast(groups, tree))

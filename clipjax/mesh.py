@@ -48,6 +48,7 @@ def resolve_axes(
   silent = bool(around) and _types_are_silent()
   if around and not silent:
     _check_batched(chosen, names)
+  # Without a name, the types decide. Silent types in shard_map deserve a warning, since nothing else would fail.
   if axis_name is None:
     if not around:
       return ((),) * len(chosen)
@@ -67,6 +68,7 @@ def resolve_axes(
     places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(entries))), tree))
   except ValueError as error:
     raise ValueError(f"{_AXIS_RULE}, got {axis_name!r}: {error}") from None
+  # With names, take each leaf's entry, and check that its axes exist, are of the mesh and are not hidden.
   given = tuple(_as_axes(entries[place]) for place, keep in zip(places, measured, strict=True) if keep)
   _check_in_scope(given)
   if around and not silent:
@@ -240,6 +242,7 @@ def _unreduced_axes(x: Any) -> Axes:
   spec = getattr(_sharding_of(x), "spec", None)
   if spec is None:
     return ()
+  # Under an explicit mesh the spec holds the mark, inside shard_map the type does.
   holders = (spec, getattr(jax.typeof(x), "manual_axis_type", None))
   return tuple(sorted({axis for holder in holders for axis in getattr(holder, "unreduced", None) or ()}, key=str))
 

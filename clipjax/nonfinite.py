@@ -47,6 +47,7 @@ def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
   if isinstance(bad, jax.core.Tracer):
     checkify.check(~bad, text + ': see `on_nonfinite="error"` in the docstring of clipjax.clip_grad_norm', norm=norm)
   elif bool(bad):
+    # Look for the leaves only now: a finite step never pays for it.
     finite = list(map(_finite_slices, prepared.measured, by_leaf(prepared.stacks, len(prepared.measured))))
     slices = slice_names(prepared.names(), prepared.stacks)
     names = [

@@ -92,7 +92,7 @@ def _check_axes(prepared: Prepared) -> None:
     if axes != varying[0]:
       names = prepared.names()
       raise ValueError(
-        "`axis_name` must be given where leaves vary over different mesh axes, got "
+        "`axis_name` must be given if leaves vary over different mesh axes, got "
         f"'{names[0]}' over {list(varying[0])} and '{names[i]}' over {list(axes)}: pass the axes over which the "
         "gradient of one example is sharded."
       )

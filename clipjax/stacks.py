@@ -65,6 +65,7 @@ def stacks_of(tree: Any, stacked: Any, *, axis_name: Any = None) -> Stacks:
   names, leaves = leaf_names(tree), measured_leaves(tree)
   axes = _axes_of(tree, stacked, names, leaves)
   stacks = tuple(map(_checked, axes, leaves, names))
+  # Inside shard_map a type says that a leaf is split, but not along which of its axes: it may be the layers.
   if axis_name is None and mesh.manual_axes():
     for name, leaf, stack in zip(names, leaves, stacks, strict=True):
       if stack and (varying := mesh.varying_axes(leaf)):
@@ -179,6 +180,7 @@ def slice_sizes(leaves: Sequence[Any], stacks: Stacks) -> list[int]:
 
 def split(vector: jax.Array, leaves: Sequence[Any], stacks: Stacks) -> Iterator[jax.Array]:
   """Splits a vector with an entry for each slice into arrays that broadcast against the leaves."""
+  # A whole leaf takes one entry, a stacked leaf one for each layer, laid along the axis of its layers.
   start = 0
   for leaf, stack in zip(leaves, stacks, strict=True):
     if stack is None:

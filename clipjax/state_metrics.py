@@ -86,6 +86,7 @@ def _read(opt_state: Any, per_leaf: bool) -> dict[str, jax.Array]:
   states = list(named_states(opt_state))
   labels = [(name, state.labels) for name, state in states]
   for name, state in states:
+    # Of two states with one name, such as a watch and a clip, the first wins.
     for quantity, value in global_numbers(state).items():
       out.setdefault(f"{name}/{quantity}", value)
     if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
@@ -98,6 +99,7 @@ def _read(opt_state: Any, per_leaf: bool) -> dict[str, jax.Array]:
 
 def blocks_name(name: str, labels: Labels, states: Iterable[tuple[str, Labels]]) -> str:
   """The first part of keys by block: `name`, unless a label is also a leaf with other entries in another state."""
+  # A group with just that one leaf is no clash.
   if labels.unit == "group":
     shared = [set(other.block_names) for base, other in states if base == name and other.unit == "leaf"]
     slices = labels.slices

@@ -111,6 +111,7 @@ def _problem(name: str, state: Any, accumulators: Sequence[Any]) -> str:
   """Describes the nonfinite last step of a clip or watch, whose arrays are numpy; empty if the step was finite."""
   if np.all(state.finite):
     return ""
+  # Where: by block if the state has norms by block, else the first bad leaf, if a clip knows it.
   labels = state.labels
   if isinstance(state, WatchState) and labels.unit == "global":
     where = "somewhere"

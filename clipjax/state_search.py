@@ -74,6 +74,7 @@ def named(everything: Iterable[Found]) -> list[tuple[str, Found]]:
   for found in everything:
     if is_accumulator(found.state):
       continue
+    # A watch and a clip may share a name, two clips may not.
     is_watch = isinstance(found.state, WatchState)
     base = name = "_".join([found.state.labels.name, *_transform_labels(found.path)])
     copy = 1

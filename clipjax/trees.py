@@ -132,6 +132,7 @@ def paired(params: Any, prepared: Prepared) -> list[Any]:
 
 def _is_frozen_part(known: Sequence[str], names: Sequence[str], tree: Any) -> bool:
   """Whether all these names are known, and every other known name is None in the tree."""
+  # A name is explained by a None at its own place, or at that of a branch around it.
   absent = set(known).difference(names)
   frozen = ["/".join(parts) for parts, leaf, _ in named_leaves(tree, with_none=True) if leaf is None]
   starts = tuple(f"{name}/" for name in frozen if name)

@@ -144,7 +144,7 @@ VALUES = [
     lambda: update(
       clipjax.clip_by_leaf_norm(rules.Rule(lambda s, d: (), lambda n, s, *, global_norm: (jnp.ones(3), 1.0, s))), TREE
     ),
-    "a rule's `limit` must have shape () or that of the norms, (2,), got (3,): compute it from `norms` element by "
+    "a rule's `limit` must have shape () or the shape of the norms, (2,), got (3,): compute it from `norms` element by "
     "element.",
   ),
   (

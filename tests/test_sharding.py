@@ -324,7 +324,7 @@ def test_examples_are_clipped_where_they_are():
     run = jax.shard_map(tensor_parallel, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=check_vma)
     chex.assert_trees_all_close(jax.jit(run)(grads), (want, want_norms), rtol=1e-5)
   message = (
-    r"^`axis_name` must be given where leaves vary over different mesh axes, got 'split' over \['a', 'b'\] and 'whole' "
+    r"^`axis_name` must be given if leaves vary over different mesh axes, got 'split' over \['a', 'b'\] and 'whole' "
     r"over \['a'\]: pass the axes over which the gradient of one example is sharded\."
   )
   with pytest.raises(ValueError, match=message):

@@ -116,12 +116,14 @@ def ask(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tup
   if not isinstance(answer, tuple) or len(answer) != 3:
     got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else describe(answer)
     raise TypeError(f"a rule's `update` must return (limit, target, state), got {got}: return all three.")
+  # A state that changes its structure would fail only later, in a scan or at a restore.
   limit, target, new = answer
   if not _is_like(new, state):
     raise ValueError(
       f"a rule's `update` must return a state like the one it was given, {_outline(state)}, got {_outline(new)}: "
       "keep its structure and shapes."
     )
+  # Keep limit and target one array if they are: the engine then skips the work for the target.
   checked = _checked_limit(limit, norms, "limit")
   return checked, checked if target is limit else _checked_limit(target, norms, "target"), new
 
@@ -133,10 +135,11 @@ def _checked_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
       f"a rule's `{what}` must be a real number or an array of them, got {describe(answer)}: compute it from "
       "`norms`, with jnp.inf for no limit."
     )
+  # A host number is clamped to the range first, to avoid NumPy's warning.
   value = number(answer, norms.dtype) if jnp.ndim(answer) == 0 else jnp.asarray(answer).astype(norms.dtype)
   if value.shape not in ((), norms.shape):
     raise ValueError(
-      f"a rule's `{what}` must have shape () or that of the norms, {norms.shape}, got {value.shape}: "
+      f"a rule's `{what}` must have shape () or the shape of the norms, {norms.shape}, got {value.shape}: "
       "compute it from `norms` element by element."
     )
   most = no_limit(value.dtype)

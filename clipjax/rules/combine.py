@@ -88,6 +88,7 @@ def delayed(n: int, rule: Rule | ArrayLike) -> Rule:
   ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, Any]]:
     seen, inner_state = state
     limit, target, inner_state = ask(inner, norms, inner_state, global_norm)
+    # The inner rule has seen these norms, but its limit waits.
     return jnp.where(seen < n, no_limit(limit.dtype), limit), target, (jnp.minimum(seen + 1, n), inner_state)
 
   return Rule(init, update)

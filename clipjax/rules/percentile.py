@@ -57,6 +57,7 @@ def percentile(percentile: float, *, window: int = 1000, include_current: bool =
 
   def update(norms: jax.Array, ring: Ring, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Ring]:
     del global_norm
+    # The ring that the percentile sees.
     pushed = ring.push(norms)
     seen = pushed if include_current else ring
     n, most = seen.counted, no_limit(norms.dtype)

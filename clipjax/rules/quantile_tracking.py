@@ -53,6 +53,7 @@ def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: f
 
   def update(norms: jax.Array, c: jax.Array, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     del global_norm
+    # Up by lr * q after a norm above C, down by lr * (1 - q) after one under it: at rest q of the norms are under C.
     under = (norms <= c).astype(norms.dtype)
     rate, q = number(learning_rate, c.dtype), number(quantile, c.dtype)
     moved = jnp.where(norms == 0, c, c * jnp.exp(-rate * (under - q)))
