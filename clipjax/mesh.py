@@ -94,6 +94,7 @@ def check_axis_name(axis_name: Any) -> tuple[list[Any], Any]:
 def check_reduced(leaves: Sequence[Any], weights: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
   """Raises if an update varies over a mesh axis that its parameter does not vary over: a sum is still to be taken."""
   for i, (x, w) in enumerate(zip(leaves, weights, strict=True)):
+    # JAX sums a gradient over the axes that its parameter does not vary over; an axis left over was not summed.
     extra = [axis for axis in varying_axes(x) if axis not in varying_axes(w)]
     if extra and w is not None:
       raise ValueError(

@@ -142,6 +142,7 @@ def _kept(x: jax.Array, keep: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _sum_examples(usable: jax.Array, limits: Limits, xs: Sequence[jax.Array]) -> list[jax.Array]:
   """The sum of the usable examples of each leaf, each rescaled by the factor of its norm."""
+  # The two multiplications of each example, in the narrowest dtype among the leaves.
   shrink, factor = safe_steps_of(limits, min((x.real.dtype for x in xs), key=lambda d: d.itemsize))
   if any(map(_is_split_by_type, xs)):
     return _sum_at_once(usable, shrink, factor, xs)
@@ -157,6 +158,7 @@ def _sum_examples(usable: jax.Array, limits: Limits, xs: Sequence[jax.Array]) ->
 def _sum_examples_jvp(primals: Any, tangents: Any) -> Any:
   (usable, limits, xs), (_, dlimits, dxs) = primals, tangents
 
+  # The tangent of each clipped example, then their sum. An example that is left out contributes 0.
   def of_example(keep: jax.Array, norm: jax.Array, dnorm: jax.Array, x: jax.Array, dx: jax.Array) -> jax.Array:
     return change(
       _kept(x, keep),

@@ -220,6 +220,7 @@ def slice_types(leaves: Sequence[Any], stacks: Stacks) -> list[Any]:
     if stack is None:
       out.append(leaf)
     else:
+      # Describe a layer by its shape and dtype, instead of slicing the array for each of them.
       shape = jnp.shape(leaf)
       out += [jax.ShapeDtypeStruct(shape[: stack.axis] + shape[stack.axis + 1 :], jnp.result_type(leaf))] * stack.size
   return out

@@ -160,6 +160,7 @@ def _check_opt_state(tree: Any) -> None:
 
   Optax builds its states from NamedTuples. A tree without any is something else, or has lost its types on the way.
   """
+  # The remedy depends on what is there: parts of `nnx.split`, a state that became a dict, or neither.
   parts = jax.tree.leaves(tree, is_leaf=lambda x: _is_split(x) or _is_lost(x) or _is_namedtuple(x))
   is_lost = any(map(_is_lost, jax.tree.leaves(parts, is_leaf=_is_lost)))
   if is_lost or not any(map(_is_namedtuple, parts)):

@@ -107,6 +107,7 @@ def prepare(
     got = names()
     if not _is_frozen_part(known, got, tree):
       raise ValueError(_other_leaves(known, got))
+    # Give every missing leaf a stand-in of norm 0, which keeps the order and number of norms in the state.
     place_of = {name: i for i, name in enumerate(known)}
     places = [place_of[name] for name in got]
     measured = _spread(measured, places, list(map(absent, by_leaf(stacks, len(known)))))

@@ -163,6 +163,7 @@ class StateCheck:
   def fitted(self, state: Any, shape: tuple[int, ...]) -> Any:
     """The state in the dtypes of `init`; raises for the state of another rule, or of one with another window."""
     dtype = norm_dtype()
+    # An eager `update` comes here at every step, so keep what `init` returns for each shape.
     if (shape, dtype) not in self._wanted:
       self._wanted[shape, dtype] = jax.eval_shape(lambda: self._rule.init(shape, dtype))
     wanted = self._wanted[shape, dtype]

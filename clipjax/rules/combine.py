@@ -11,7 +11,7 @@ from clipjax.rules.base import Rule, as_rule, ask, no_limit
 
 
 def minimum(rule_a: Rule | ArrayLike, rule_b: Rule | ArrayLike) -> Rule:
-  """The lower limit of two rules, and the lower target of those that would clip.
+  """The lower limit of two rules, `min(limit_a, limit_b)`, and the lower target of those that would clip.
 
   Each rule sees the norms before the clip and keeps its own state: neither knows what the other clipped.
 

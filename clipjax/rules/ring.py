@@ -27,6 +27,7 @@ class Ring(NamedTuple):
 
   def push(self, norms: jax.Array) -> "Ring":
     """The ring with one more row; a full ring replaces its oldest row."""
+    # The write position wraps, so a full ring overwrites its oldest row.
     window = self.values.shape[0]
     return Ring(
       lax.dynamic_update_index_in_dim(self.values, norms, self.next, 0),

@@ -244,6 +244,7 @@ def _compared(
   poison = sum((n - n for n in (a.norm, b.norm)), start=gradient.norm - gradient.norm)
 
   # For a' and b' of length 1, the cosine is 1 - |a' - b'|^2 / 2, which keeps its digits if the two nearly coincide.
+  # The gap between the two updates, each scaled to length 1, leaf by leaf.
   of_leaves = zip(clipped, a.leaves, plain, b.leaves, strict=True)
   gaps = [_unit(widest(x), m) - _unit(widest(y), n) for x, m, y, n in of_leaves]
   bends = jnp.where((a.vector > 0) & (b.vector > 0), _squares(spec, gaps), 0)

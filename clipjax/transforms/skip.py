@@ -203,6 +203,7 @@ def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:
       return jnp.zeros((), dtype)
     error = ValueError if is_number else TypeError
     raise error(f"`value` must be a scalar loss, got {describe(value)}: pass its mean over the batch.")
+  # A loss that varies over a mesh axis covers only one shard of the batch.
   loss: jax.Array = jnp.asarray(value)
   if axes := varying_axes(loss):
     if not needed:

@@ -168,7 +168,7 @@ def watch(
     _check_history(state, history)
     known, stacks = state.labels.leaves, state.labels.stacks
     prepared = prepare(updates, "updates", axis_name=axis_name, known=known, stacks=stacks, params=params)
-    # Pair each measured leaf with its parameter.
+    # Pair each measured leaf with its parameter; a leaf without one gets a stand-in of norm 0.
     pairs = paired(params, prepared) if param_norms and params is not None else []
     weights = [absent(s) if w is None else w for w, s in zip(pairs, by_leaf(stacks, len(pairs)), strict=False)]
     if weights and stacks:
