@@ -1,7 +1,7 @@
 """Gradient clipping and gradient health for JAX and Optax.
 
-The clip wing is here. The run wing, `clipjax.runs`, records, judges and draws a training run; it is loaded when it is
-first used.
+This module exports the clip wing. The run wing, `clipjax.runs`, records, judges and draws a training run; it loads on
+first use.
 """
 
 from typing import TYPE_CHECKING, Any

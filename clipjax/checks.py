@@ -1,8 +1,7 @@
 """Checks of arguments, the texts that describe a bad one, and the line that a warning points at.
 
-Python numbers are checked where they are given, before any tracing. Arrays are checked for shape and dtype alone: the
-value of one may be traced, so what is wrong with it shows in the state instead. Every error gives name, rule, value and
-remedy.
+Python numbers are checked where they are given, before any tracing. Arrays are checked only for shape and dtype: their
+values may be traced, so a bad value shows in the state instead. Every error gives name, rule, value and remedy.
 """
 
 import inspect
@@ -16,7 +15,7 @@ import numpy as np
 
 POLICIES = ("propagate", "zero", "error")
 
-# What to tell somebody whose number became a tracer inside optax.inject_hyperparams.
+# The remedy for a number that became a tracer inside optax.inject_hyperparams.
 STATIC_ARGS_REMEDY = "under `optax.inject_hyperparams`, name it in `static_args`"
 ZERO_OR_INF = "pass 0 to zero the gradient or `float('inf')` only to measure"
 
@@ -40,12 +39,12 @@ def describe(x: Any) -> str:
 
 
 def describe_choice(x: Any) -> str:
-  """A text for what should be one of some strings."""
+  """A text for an argument that must be one of some strings."""
   return describe(x) if hasattr(x, "shape") else repr(x)
 
 
 def caller_level() -> int:
-  """The `stacklevel` of a warning that points at the user's line, not at one of this package, JAX or Optax."""
+  """The `stacklevel` that points a warning at the user's line, past the frames of this package, JAX and Optax."""
   level, frame = 1, sys._getframe(1)
   while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
     level, frame = level + 1, frame.f_back
@@ -56,16 +55,17 @@ def caller_level() -> int:
 
 
 def is_function(x: Any) -> bool:
-  """Whether this is a function, not a tree that happens to be callable, as an Equinox module is."""
+  """Whether this is a function, rather than a tree that happens to be callable, such as an Equinox module."""
   return callable(x) and (isinstance(x, jax.tree_util.Partial) or jax.tree_util.all_leaves([x]))
 
 
 def check_takes(fn: Any, what: str, arguments: str, body: str, *, keywords: tuple[str, ...] = ()) -> None:
-  """Raises where a function of the user's does not take these arguments, by name and number."""
+  """Raises if a user's function does not take these arguments, by name and number."""
   try:
     signature = inspect.signature(fn)
-  except (TypeError, ValueError):  # Of some functions that are written in C.
+  except (TypeError, ValueError):  # Some functions written in C have no signature.
     return
+  # Bind names instead of values: the function itself never runs.
   names = arguments.split(", ")
   try:
     signature.bind(*names, **dict.fromkeys(keywords))
@@ -79,7 +79,7 @@ def check_takes(fn: Any, what: str, arguments: str, body: str, *, keywords: tupl
 
 
 def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, allow_nan: bool = False) -> Any:
-  """The threshold, a host number as a float; raises unless it is >= 0 or a scalar array, whose value is not read."""
+  """The threshold, with host numbers as floats; raises unless it is >= 0 or a scalar array, whose value is not read."""
   rule = f"`{argument}` must be a number >= 0 or a scalar array"
   if isinstance(value, bool | np.bool_ | str) or not isinstance(value, _HOST_NUMBERS | jax.Array):
     raise TypeError(f"{rule}, got {describe(value)}: pass a float such as 1.0.")
@@ -88,6 +88,7 @@ def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, all
   dtype = value.dtype if isinstance(value, np.generic | np.ndarray | jax.Array) else np.dtype(type(value))
   if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
     raise TypeError(f"{rule}, got {describe(value)}: pass a real number such as 1.0.")
+  # The value of an array may be traced; the state shows what is wrong with it.
   if isinstance(value, jax.Array):
     return value
   number = _as_float(value, argument)
@@ -97,9 +98,9 @@ def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, all
 
 
 def within_range(value: Any) -> Any:
-  """A host number within the range of norms, so that no number in a state is inf, an array as it is; NaN stays NaN.
+  """Clamps a host number to the range of norms, to keep inf out of states; NaN stays NaN, and arrays are unchanged.
 
-  Without x64 a Python number above the largest float32 would be inf there, after a warning of NumPy.
+  Without x64, NumPy would warn about a Python number above the largest float32 and turn it into inf.
   """
   if isinstance(value, jax.Array):
     return value
@@ -118,7 +119,7 @@ def _as_float(value: Any, argument: str) -> float:
 
 
 def check_eps(eps: Any) -> Any:
-  """`eps`, a host number as a float; raises unless it is finite and >= 0, or a scalar array."""
+  """`eps`, with host numbers as floats; raises unless it is finite and >= 0, or a scalar array."""
   remedy = "pass 0.0, or 1e-6 for the factor of torch"
   eps = check_threshold(eps, "eps", remedy=remedy)
   if isinstance(eps, float) and math.isinf(eps):
@@ -127,7 +128,7 @@ def check_eps(eps: Any) -> Any:
 
 
 def check_ord(ord: Any, *, for_clip: bool) -> float:
-  """The order of the norm as a float, 2 for None; raises on what is no order."""
+  """The order of the norm as a float, 2 for None; raises if no norm has this order."""
   if ord is None:
     return 2.0
   if isinstance(ord, jax.Array):
@@ -154,27 +155,26 @@ def check_policy(on_nonfinite: Any) -> None:
 
 
 def check_track(track: Any, argument: str, *thresholds: Any) -> None:
-  """Raises for a `track` that is no bool, and for a threshold that needs a state where there is to be none."""
+  """Raises if `track` is not a bool, or is False with a schedule or a rule, which need a state."""
   check_flag(track, "track")
   if not track and any(callable(value) or callable(getattr(value, "update", None)) for value in thresholds):
     raise ValueError(
-      f"`track=False` keeps no state, so that `{argument}` must be a number or an array, got a schedule or a rule: "
-      "leave `track` at True."
+      f"`{argument}` must be a number or an array with `track=False`, got a schedule or a rule: leave `track` at True."
     )
 
 
 def check_name(name: Any) -> str:
-  """The name, or an error where it is none."""
+  """The name; raises unless it is a nonempty string."""
   if not isinstance(name, str) or not name:
     raise TypeError(f'`name` must be a nonempty string, got {describe(name)}: pass a word such as "grad".')
   return name
 
 
 def check_state(state: Any, kind: type, *, or_else: str = "") -> None:
-  """Raises where `update` is given the state of something else; `or_else` goes on with the remedy."""
+  """Raises if `update` was given another transformation's state; `or_else` extends the remedy."""
   if not isinstance(state, kind):
     raise TypeError(
-      f"`state` must be the {kind.__name__} that `init` gave, got {describe(state)}: pass the state of this "
+      f"`state` must be the {kind.__name__} that `init` returned, got {describe(state)}: pass the state of this "
       f"transformation{or_else}."
     )
 

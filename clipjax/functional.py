@@ -1,8 +1,9 @@
 """Clipping that acts now: functions from gradients to clipped gradients, for eager use and inside jit.
 
-Every Python check runs in the public function, before an inner `jit`, so that an eager call costs one dispatch. The
-scaling is one multiplication of each leaf by a scalar, which XLA fuses into whatever reads the clipped gradient next.
+Every Python check runs in the public function, before an inner `jit`, so an eager call costs one dispatch. Scaling
+multiplies each leaf by a scalar, which XLA fuses into whatever reads the clipped gradient next.
 """
+# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,31 +33,24 @@ def clip_grad_norm(
 ) -> tuple[Any, jax.Array]:
   """Scales gradients down to a global norm: `g * min(1, max_norm / (norm + eps))`.
 
-  With `eps=0` every leaf is bit-identical where `norm <= max_norm`, and 0 stays 0 for every `max_norm`, 0 included,
-  with finite derivatives. `max_norm=inf` only measures. 16-bit leaves are multiplied in float32 and rounded once.
-  Where the norm is inf, NaN or above the largest float32, or `max_norm` is NaN, `on_nonfinite` says what happens. An
-  empty tree has norm 0.
+  With `eps=0`, leaves keep their bits if `norm <= max_norm`, and 0 stays 0 for every `max_norm`, 0 included, with
+  finite derivatives. `max_norm=inf` only measures. 16-bit leaves are multiplied in float32 and rounded once. If the
+  norm is inf, NaN or above the largest float32, or `max_norm` is NaN, `on_nonfinite` decides. An empty tree has norm 0.
 
   Args:
-    grads: pytree of floating or complex arrays of any shape; None and float0 leaves are passed on.
+    grads: pytree of floating or complex arrays of any shape; None and float0 leaves pass through.
     max_norm: number or scalar array >= 0, in the unit of the gradient; a traced negative one counts as 0.
-    ord: order of the norm, 2 when None; 1, `jnp.inf` or any p > 0.
-    norm: the norm, where you already have it; None computes it. A negative one in an array counts as NaN.
-    eps: added to the norm; `1e-6` gives the factor of torch.
-    on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit "error" is a
-      check that the caller turns on with two lines, `err, out = jax.jit(checkify.checkify(step))(...)` and
-      `err.throw()`, `checkify` being `jax.experimental.checkify`.
-    axis_name: as in `global_norm`.
+    norm: the norm, if you already have it; None computes it. A negative one in an array counts as NaN.
+    ord, eps, on_nonfinite, axis_name: see `clip_by_global_norm`.
 
   Returns:
     `(clipped, norm)`: the same structure, shapes and dtypes; the norm before the clip, shape (), float32 (float64
     when x64 is enabled).
 
   Raises:
-    ValueError: if `max_norm`, `eps` or `norm` is a negative Python number, `max_norm` or `eps` a NaN, `ord` is not
-      above 0, or `on_nonfinite` is unknown.
-    TypeError: for an integer, bool or other leaf, with its path.
-    FloatingPointError: eagerly, with "error", for a norm that is not finite, with the leaves.
+    ValueError: if `norm` is a negative Python number; also as `clip_by_global_norm` does.
+    TypeError: for an integer, bool or other leaf, with its path; also as `clip_by_global_norm` does.
+    FloatingPointError: eagerly, with "error", for a nonfinite norm; it names the leaves.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -88,11 +82,11 @@ def clip_grad_norm(
 def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
   """Clips every entry to `[-max_value, max_value]`.
 
-  Entries within the interval are bit-identical, inf becomes `max_value`, NaN stays NaN, `max_value=0` gives zeros.
+  Entries within the interval keep their bits, inf becomes `max_value`, NaN stays NaN, and `max_value=0` gives zeros.
   The direction of the gradient changes; `clip_grad_norm` keeps it.
 
   Args:
-    grads: pytree of floating arrays of any shape; None and float0 leaves are passed on.
+    grads: pytree of floating arrays of any shape; None and float0 leaves pass through.
     max_value: number or scalar array >= 0; a traced negative one counts as 0. It is rounded to the leaf's dtype.
 
   Returns:
@@ -114,7 +108,7 @@ def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
 
 
 def _given_norm(norm: Any) -> Any:
-  """A host number above the range of norms as inf, without the warning of NumPy; an array as it is."""
+  """The norm; a host number above the range of norms becomes inf, without NumPy's warning."""
   within = checks.within_range(norm)
   return np.inf if not isinstance(norm, jax.Array) and norm > within else norm
 
@@ -124,11 +118,14 @@ def _clip(
   spec: NormSpec, leaves: Sequence[Any], max_norm: Any, norm: Any, eps: Any
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
   dtype = norm_dtype()
+  # Measure, unless the caller already has the norm.
   if norm is None:
     norm = measure(spec, leaves).norms[0]
   else:
     norm = jnp.asarray(norm).astype(dtype)
     norm = jnp.where(norm < 0, np.array(np.nan, dtype), norm)
+  # Decide.
   limit = jnp.maximum(jnp.asarray(max_norm).astype(dtype), 0)
   bad = nonfinite.is_bad(norm, [limit])
+  # Scale.
   return rescale(Spread((0,) * len(leaves)), leaves, [Limits.of(norm, limit, limit, bad, eps)]), norm, bad

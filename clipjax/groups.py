@@ -1,11 +1,12 @@
-"""Which leaves, or slices of stacked ones, share a norm: what travels in a state, as a static node without children.
+"""Which leaves, or slices of stacked ones, share a norm. Labels travel in a state as a static node without children.
 
-The names are fixed at `init` and carried, because Flax NNX and Equinox hand `init` and `update` trees of different
-structure: which leaf belongs to which group is known by its position among the floating and complex leaves. A block
-is what has a norm; a slice is a layer of a stacked leaf, or a whole leaf.
+`init` fixes the names and the state carries them, because Flax NNX and Equinox hand `init` and `update` trees of
+different structure: a leaf's position among the floating and complex leaves says which group it belongs to. A block is
+the set of slices that share a norm; a slice is a layer of a stacked leaf, or a whole leaf.
 
-Labels are equal when their content is. The exception is a state that `optax.tree.map_params` makes from a placeholder
-for the parameters, to see which arrays of a real state are copies of them: its labels become those that they meet.
+Labels are equal when their content is. The one exception is a state that `optax.tree.map_params` makes from a
+placeholder for the parameters, to see which arrays of a real state are copies of them: its labels turn into the first
+real labels that they are compared with.
 """
 
 import json
@@ -26,15 +27,15 @@ State = TypeVar("State")
 
 @jax.tree_util.register_pytree_node_class
 class Labels:
-  """Names of the leaves, and the block that each belongs to.
+  """Names of the leaves, and the block of each slice.
 
   Attributes:
     name: first part of the keys of metrics.
     unit: "global", "group" or "leaf": what a block is.
     leaves: the leaf names.
-    block_names: the names of groups, or those of the slices, in the order of the norms; () for global.
+    block_names: the names of the groups or slices, in the order of the norms; () for global.
     block_of: for each slice, the index of its block.
-    stacks: which leaves are stacked layers, and so have many slices; () for none, where a slice is a leaf.
+    stacks: which leaves are stacked layers, with a slice for each layer; () if every slice is a whole leaf.
   """
 
   __slots__ = ("_hash", "_static", "block_names", "block_of", "leaves", "name", "stacks", "unit")
@@ -54,12 +55,12 @@ class Labels:
     self.block_names = block_names
     self.block_of = block_of
     self.stacks = stacks
-    self._hash = hash(self._content())  # Every jitted call asks for it.
+    self._hash = hash(self._content())  # Every jitted call needs it.
     self._static: Labels | _Unknown = self
 
   @classmethod
   def of(cls, tree: Any, *, name: str, unit: str, stacked: Any = None, axis_name: Any = None) -> "Labels":
-    """Labels for one block of all leaves ("global") or a block for each slice ("leaf")."""
+    """Labels with one block of all leaves ("global"), or a block for each slice ("leaf")."""
     leaves, stacks = leaf_names(tree), stacks_of(tree, stacked, axis_name=axis_name)
     slices = slice_names(leaves, stacks)
     blocks = ((), (0,) * len(slices)) if unit == "global" else (slices, tuple(range(len(slices))))
@@ -76,14 +77,15 @@ class Labels:
     stacked: Any = None,
     axis_name: Any = None,
   ) -> "Labels":
-    """Labels from a function or a tree of labels; `known` are the labels that have a threshold, None for any."""
+    """Labels from a function or a tree of labels; `known` lists the labels with a threshold, None allows any."""
     leaves, stacks = leaf_names(tree), stacks_of(tree, stacked, axis_name=axis_name)
     names = slice_names(leaves, stacks)
     labels = _group_labels(tree, names, stacks, groups)
+    # The dict of thresholds fixes the order of the groups, else the leaves do.
     in_use = dict.fromkeys(labels)
     order = tuple(in_use) if known is None else known
     place = {label: i for i, label in enumerate(order)}
-    if names:  # A placeholder without leaves is asked for its structure alone.
+    if names:  # A placeholder without leaves only has to show its structure.
       for label, leaf in zip(labels, names, strict=True):
         if label not in place:
           raise ValueError(
@@ -94,12 +96,12 @@ class Labels:
         if label not in in_use:
           raise ValueError(
             f"`max_norm` must have thresholds for labels in use, got one for '{label}', which no leaf has (the leaves "
-            f"have {', '.join(map(repr, in_use))}): remove it, or mend `groups`."
+            f"have {', '.join(map(repr, in_use))}): remove it, or fix `groups`."
           )
     return cls(name, "group", leaves, order, tuple(place[label] for label in labels), stacks)._for(tree)
 
   def _for(self, tree: Any) -> "Labels":
-    """These labels, which are unknown ones where the tree is the placeholder of `optax.tree.map_params`."""
+    """These labels, marked as unknown if the tree is the placeholder of `optax.tree.map_params`."""
     if type(tree).__name__ == "_ParamsPlaceholder":
       self._static = _Unknown(self)
     return self
@@ -119,42 +121,45 @@ class Labels:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of the norms: () for a global one."""
+    """The shape of the norms: () for a global norm."""
     return () if self.unit == "global" else (len(self.block_names),)
 
   def check_state(self, unlabelled: "Labels", norms: Any, *, stacked: Any, updates: Any, field: str = "norms") -> None:
-    """Raises where the state of these labels is that of another kind of clip, of other thresholds or another model.
+    """Raises if these labels come from another kind of clip, from other thresholds or from another model.
 
     Args:
-      unlabelled: what the transformation would call no leaves at all.
-      norms: those of the state; not every library checks the shapes that it restores.
-      stacked: what the user of the transformation said.
-      updates: the gradients, to be asked where the state knows no stacks though there may be some.
-      field: what a message calls the norms.
+      unlabelled: the labels that the transformation gives to an empty tree.
+      norms: the norms in the state; not every library checks the shapes that it restores.
+      stacked: the user's `stacked`.
+      updates: the gradients, which show whether any leaf is stacked when the state has no stacks.
+      field: the name of the norms in messages.
     """
-    may_be_stacked = is_function(stacked) and not self.stacks  # A tree or a name may not fit these updates.
+    # Only a function can be tried on these updates: a tree or a name may not fit them.
+    may_be_stacked = is_function(stacked) and not self.stacks
     if bool(self.stacks) > (stacked is not None) or (may_be_stacked and stacks_of(updates, stacked, axis_name=())):
+      need, have, how = ("leaves", "layers", "with") if self.stacks else ("layers", "leaves", "without")
       raise ValueError(
-        f"`state` must be of {'leaves' if self.stacks else 'layers'}, as the one that `init` gave, got one of "
-        f"{'layers' if self.stacks else 'leaves'}: it was made {'with' if self.stacks else 'without'} `stacked`; call "
-        "`init` anew."
+        f"`state` must hold norms of {need}, got norms of {have}: it was made {how} `stacked`; call `init` again."
       )
+    # Another kind of clip would read the norms as those of other blocks.
     if self.unit != unlabelled.unit:
       raise ValueError(
-        f"`state` must be of norms by {_UNITS[unlabelled.unit]}, as the one that `init` gave, got one of norms by "
-        f"{_UNITS[self.unit]}: pass the state of this transformation, or call `init` anew."
+        f"`state` must hold norms {_UNITS[unlabelled.unit]}, got norms {_UNITS[self.unit]}: pass the state of this "
+        "transformation, or call `init` again."
       )
+    # Thresholds in another order would go to the wrong groups.
     known = unlabelled.block_names
     if known and self.leaves and self.block_names != known:
       raise ValueError(
         f"`state` must have the labels of `max_norm`, {', '.join(map(repr, known))}, in this order, got "
-        f"{', '.join(map(repr, self.block_names))}: pass the state of this transformation, or call `init` anew."
+        f"{', '.join(map(repr, self.block_names))}: pass the state of this transformation, or call `init` again."
       )
+    # Restored arrays may have the shapes of another model.
     got = () if isinstance(norms, tuple) else jnp.shape(norms)
     if got != self.shape:
       raise ValueError(
-        f"`state` must have {field} of shape {self.shape}, as the one that `init` gave, got {got}: it was restored "
-        "from another model or configuration; call `init` with the parameters that you train."
+        f"`state` must have {field} of shape {self.shape}, as `init` made it, got {got}: it was restored from "
+        "another model or configuration; call `init` with the parameters that you train."
       )
 
   def _content(self) -> tuple[Any, ...]:
@@ -172,7 +177,7 @@ class Labels:
     return f"Labels({self.name!r}, {self.unit!r}, {len(self.leaves)} leaves)"
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return Labels, self._content()  # The hash of a text is another one in each process.
+    return Labels, self._content()  # A string's hash differs between processes.
 
   def tree_flatten(self) -> tuple[tuple[()], "Labels | _Unknown"]:
     """No children: everything is static."""
@@ -180,16 +185,16 @@ class Labels:
 
   @classmethod
   def tree_unflatten(cls, aux: "Labels | _Unknown", children: tuple[()]) -> "Labels":
-    """The static part is the whole."""
+    """The labels are their own static part."""
     del children
     return aux if isinstance(aux, Labels) else aux.labels
 
 
 class _Unknown:
-  """The static part of labels of a placeholder: equal to the first real labels that it meets, and then only to these.
+  """The static part of a placeholder's labels: equal to the first real labels it is compared with, then only to those.
 
-  So `jax.tree.map(fn, state_of_placeholder, state)` gives a state with the labels of the second. JAX builds the result
-  with the structure of the first tree, and offers no other way.
+  This lets `jax.tree.map(fn, state_of_placeholder, state)` return a state with the labels of the second argument. JAX
+  builds the result with the structure of the first tree, and offers no other way.
   """
 
   def __init__(self, labels: Labels):
@@ -206,11 +211,11 @@ class _Unknown:
   __hash__ = object.__hash__
 
 
-_UNITS = {"global": "the whole tree", "group": "group", "leaf": "leaf"}
+_UNITS = {"global": "of the whole tree", "group": "by group", "leaf": "by leaf"}
 
 
 def _group_labels(tree: Any, names: tuple[str, ...], stacks: Stacks, groups: Any) -> list[str]:
-  """The label of each slice, of which these are the names."""
+  """The label of each slice; `names` are the slice names."""
   if is_function(groups):
     types = slice_types(measured_leaves(tree), stacks)
     check_takes(groups, "`groups`", "path, leaf", "path.split('/')[0]")
@@ -218,6 +223,7 @@ def _group_labels(tree: Any, names: tuple[str, ...], stacks: Stacks, groups: Any
   else:
     if not names:
       return []
+    # A tree of labels may be a prefix, and has entries for leaves without a norm.
     leaves = jax.tree.leaves(tree)
     try:
       per_leaf = jax.tree.leaves(jax.tree.broadcast(groups, tree))
@@ -234,10 +240,10 @@ def _group_labels(tree: Any, names: tuple[str, ...], stacks: Stacks, groups: Any
 
 
 def carries_labels(state: type[State]) -> type[State]:
-  """Decorates a state whose field `labels` `flax.serialization` is to pass over.
+  """Decorates a state to make `flax.serialization` skip its field `labels`.
 
-  Flax knows no pytree nodes and asks for a registration by type. It may be imported after a state was made, or read
-  from a file, but not after it asks the state for this field.
+  Flax ignores pytree registrations and needs its own, by type. Flax may be imported after a state was made or read from
+  a file, but never after it reads this field: reading the field therefore registers `Labels`.
   """
   field: Any = vars(state)["labels"]
 

@@ -1,7 +1,7 @@
-"""Leaves: which of a tree are measured, and what each is called.
+"""Leaves: which leaves of a tree are measured, and how each is named.
 
-Floating and complex leaves are measured. None and `optax.MaskedNode` are no leaves at all. A name is the path with '/'
-between its parts; only the `value` of a Flax box is left out of it. A box may also name the axes of its array.
+Floating and complex leaves are measured. None and `optax.MaskedNode` are not leaves. A name is the path with '/'
+between its parts; only the `value` of a Flax box is left out. A box may also name the axes of its array.
 """
 
 import functools
@@ -25,7 +25,7 @@ def is_measured(leaf: Any) -> bool:
 
 
 def is_float0(leaf: Any) -> bool:
-  """Whether this is the cotangent of an integer, which holds nothing."""
+  """Whether this is the cotangent of an integer, which holds no data."""
   return bool(_dtype(leaf) == jax.dtypes.float0)
 
 
@@ -38,12 +38,12 @@ class Named(NamedTuple):
 
 
 def leaf_names(tree: Any, keep: Callable[[Any], bool] = is_measured) -> tuple[str, ...]:
-  """Names the leaves that `keep` wants: '.' for a bare array, '_2' and so on behind a name that is taken."""
+  """Names the leaves that `keep` accepts: '.' for a bare array, '_2' and so on appended to a name already taken."""
   return without_repeats("/".join(parts) or "." for parts, leaf, _ in named_leaves(tree) if keep(leaf))
 
 
 def without_repeats(names: Iterable[str]) -> tuple[str, ...]:
-  """The names, with '_2' and so on behind each that is taken."""
+  """The names, with '_2' and so on appended to each one already taken."""
   taken: dict[str, None] = {}
   for base in names:
     name, copy = base, 1
@@ -57,13 +57,14 @@ def without_repeats(names: Iterable[str]) -> tuple[str, ...]:
 def named_leaves(
   tree: Any, prefix: tuple[str, ...] = (), box: Any = None, *, with_none: bool = False
 ) -> Iterator[Named]:
-  """Every leaf with the parts of its name, without those that a Flax box adds for its content."""
+  """Every leaf with the parts of its name, leaving out the part that a Flax box adds for its content."""
   of_box = _is_box(type(tree))
   box = tree if of_box else box
 
   def ends(x: Any) -> bool:
     return x is not tree and (_is_box(type(x)) or (with_none and x is None))
 
+  # Stop at each inner box, which is then named by a call of its own.
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=ends)[0]:
     keys = path[1:] if of_box and getattr(path[0], "name", None) == "value" else path
     parts = (*prefix, *(jax.tree_util.keystr((key,), simple=True) for key in keys))
@@ -74,7 +75,7 @@ def named_leaves(
 
 
 def axis_names(tree: Any) -> list[tuple[Any, ...]]:
-  """For each measured leaf the names of its axes, as the metadata of its Flax box has them; () without any."""
+  """The axis names of each measured leaf, from the metadata of its Flax box; () without any."""
   return [_axis_names(box) for _, leaf, box in named_leaves(tree) if is_measured(leaf)]
 
 
@@ -83,22 +84,22 @@ def _axis_names(box: Any) -> tuple[Any, ...]:
     box.get_metadata() if hasattr(box, "get_metadata") else {"names": getattr(box, "names", None)}
   )
   found: Any = next((metadata[key] for key in _AXIS_NAMES if metadata.get(key)), ())
-  return tuple(getattr(found, "spec", found))  # It may be a sharding.
+  return tuple(getattr(found, "spec", found))  # The entry may be a sharding, whose spec holds the names.
 
 
-# Of Linen's boxes, of NNX, and of NNX before Flax 0.12.
+# The keys used by Linen's boxes, by NNX, and by NNX before Flax 0.12.
 _AXIS_NAMES = ("names", "out_sharding", "sharding_names", "sharding")
 
 
 def _is_box(kind: Any) -> bool:
-  """Whether this is a Flax NNX variable, or a box that carries metadata beside an array, as Flax Linen has them."""
+  """Whether this is a Flax NNX variable, or a Flax Linen box that carries metadata beside an array."""
   return any(base.__name__ in _BOXES and base.__module__.startswith("flax.") for base in kind.__mro__)
 
 
 _BOXES = ("Variable", "VariableState", "AxisMetadata")
 
 
-@functools.cache  # An eager call asks it of every leaf.
+@functools.cache  # An eager call checks every leaf.
 def _has_norm(dtype: Any) -> bool:
   inexact = jnp.issubdtype(dtype, np.inexact)
   return bool(inexact) and not np.dtype(dtype).name.startswith(("float8_e8m0", "float6_", "float4_"))

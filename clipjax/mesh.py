@@ -1,8 +1,8 @@
-"""Mesh axes: over which of them a leaf is spread, and sums over all shards.
+"""Mesh axes: which ones shard a leaf, and sums over all shards.
 
-Plain jit needs nothing of this: XLA adds the collectives. Inside `shard_map` the type of each leaf says over which axes
-its shards differ. `pmap` and `shard_map(check_vma=False)` have silent types, and `axis_name=` speaks for them; without
-it a leaf in `pmap` is taken to be whole on every device, as `pmean` makes it.
+Plain jit needs none of this: XLA adds the collectives. Inside `shard_map` the type of each leaf names the axes over
+which its shards differ. The types are silent in `pmap` and `shard_map(check_vma=False)`, where `axis_name=` replaces
+them; without it, a leaf in `pmap` is assumed to be whole on every device, as `pmean` makes it.
 """
 
 import math
@@ -28,43 +28,47 @@ def resolve_axes(
 ) -> tuple[Axes, ...]:
   """The mesh axes to reduce each measured leaf over.
 
-  None asks the types, which know inside `shard_map` with its checks on. A name, a tuple of names or a prefix tree of
-  them says it by hand; where the types know better, a leaf is not summed over an axis that it does not vary over.
+  None reads them from the types, which know them inside `shard_map` with its checks on. A name, a tuple of names or a
+  prefix tree of them states them explicitly; if the types know better, a leaf is not summed over an axis that it does
+  not vary over.
 
   Args:
     tree: the tree, for the prefix.
     leaves: all its leaves.
     measured: for each leaf, whether it has a norm.
-    axis_name: what the user said.
+    axis_name: the user's `axis_name`.
     names: the names of the measured leaves, for messages.
 
   Raises:
     TypeError, ValueError: for an `axis_name` that names no axis here.
-    ValueError: where a `vmap` around makes a sum over the mesh impossible.
+    ValueError: if an enclosing `vmap` makes a sum over the mesh impossible.
   """
   chosen = [x for x, keep in zip(leaves, measured, strict=True) if keep]
   around = manual_axes()
   silent = bool(around) and _types_are_silent()
   if around and not silent:
     _check_batched(chosen, names)
+  # Without a name, the types decide. Silent types in shard_map deserve a warning, since nothing else would fail.
   if axis_name is None:
     if not around:
       return ((),) * len(chosen)
     if silent and not _is_in_pmap():
       warnings.warn(
-        "inside shard_map(check_vma=False) the types do not say which leaves are sharded, so that every device takes a "
-        "norm of its own: pass `axis_name=` the mesh axes that leaves are sharded over, or `axis_name=()` where every "
-        "device holds them whole.",
+        "inside shard_map(check_vma=False) the types do not say which leaves are sharded, so each device computes its "
+        "own norm: pass the mesh axes that shard the leaves as `axis_name`, or `axis_name=()` if every device holds "
+        "whole leaves.",
         stacklevel=caller_level(),
       )
     found = tuple(map(varying_axes, chosen))
     _check_not_hidden(found, silent, names)
     return found
   entries, treedef = check_axis_name(axis_name)
-  try:  # Numbers in place of the names: an empty tuple in the tree is no leaf, and is not taken for a name then.
+  # Broadcast numbers in place of the names: JAX takes an empty tuple for an empty subtree, not for a name.
+  try:
     places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(entries))), tree))
   except ValueError as error:
     raise ValueError(f"{_AXIS_RULE}, got {axis_name!r}: {error}") from None
+  # With names, take each leaf's entry, and check that its axes exist, are of the mesh and are not hidden.
   given = tuple(_as_axes(entries[place]) for place, keep in zip(places, measured, strict=True) if keep)
   _check_in_scope(given)
   if around and not silent:
@@ -77,19 +81,20 @@ def resolve_axes(
 
 
 def check_axis_name(axis_name: Any) -> tuple[list[Any], Any]:
-  """The names as `jax.tree.flatten` gives them; raises for what is no name."""
+  """The names as `jax.tree.flatten` gives them; raises for anything that is not a name."""
   names, treedef = jax.tree.flatten(axis_name, is_leaf=_is_axes)
   for some in names:
     if not _is_axes(some):
       raise TypeError(f"{_AXIS_RULE}, got {describe(some)}: pass the names as strings.")
     if len(set(_as_axes(some))) < len(_as_axes(some)):
-      raise ValueError(f"`axis_name` must name each axis once, got {some!r}: leave out what is there twice.")
+      raise ValueError(f"`axis_name` must name each axis once, got {some!r}: remove the repeated name.")
   return names, treedef
 
 
 def check_reduced(leaves: Sequence[Any], weights: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
-  """Raises where an update varies over a mesh axis over which its parameter does not: it is a sum not yet taken."""
+  """Raises if an update varies over a mesh axis that its parameter does not vary over: a sum is still to be taken."""
   for i, (x, w) in enumerate(zip(leaves, weights, strict=True)):
+    # JAX sums a gradient over the axes that its parameter does not vary over; an axis left over was not summed.
     extra = [axis for axis in varying_axes(x) if axis not in varying_axes(w)]
     if extra and w is not None:
       raise ValueError(
@@ -99,9 +104,10 @@ def check_reduced(leaves: Sequence[Any], weights: Sequence[Any], names: Callable
 
 
 def check_unreduced(leaves: Sequence[Any], argument: str, names: Callable[[], Sequence[str]]) -> None:
-  """Raises for a leaf that JAX itself calls unreduced: each device holds a summand of it.
+  """Raises for a leaf whose type JAX marks as unreduced: each device holds one summand of it.
 
-  Also for one that it calls reduced inside `shard_map`, where it neither compares it with a number nor drops the mark.
+  Also raises for a leaf marked as reduced inside `shard_map`: JAX can neither compare it with a number there nor drop
+  the mark.
   """
   for i, x in enumerate(leaves):
     if reduced := getattr(getattr(jax.typeof(x), "manual_axis_type", None), "reduced", None):
@@ -118,12 +124,12 @@ def check_unreduced(leaves: Sequence[Any], argument: str, names: Callable[[], Se
 
 
 def has_spec(x: Any) -> bool:
-  """Whether a leaf may have a mark of its type; quick, since an eager call asks it of every leaf."""
+  """Whether the type of a leaf may carry a mark; quick, since an eager call checks every leaf."""
   return hasattr(_sharding_of(x), "spec")
 
 
 def without_reduced(x: Any) -> Any:
-  """The leaf without the mark "reduced" that an explicit type may have: JAX 0.10 cannot compare it with a number."""
+  """The leaf without the mark "reduced" of an explicit type: JAX 0.10 cannot compare such a leaf with a number."""
   sharding = _sharding_of(x)
   if not getattr(getattr(sharding, "spec", None), "reduced", None):
     return x
@@ -132,14 +138,14 @@ def without_reduced(x: Any) -> Any:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-  """A small array whose type has no explicit mesh axes: JAX puts no arrays together that are sharded differently."""
+  """A small array without explicit mesh axes in its type: JAX refuses to join arrays that are sharded differently."""
   return _resharded(x, x, ()) if any(axes is not None for axes in _explicit_spec(x)) else x
 
 
 def split_as(x: jax.Array, leaf: Any, axis: int) -> jax.Array:
-  """A small array that broadcasts against a leaf, split along one axis as an explicit type says that the leaf is.
+  """A small array that broadcasts against a leaf, split along one axis in the same way as the leaf's explicit type.
 
-  JAX broadcasts what is whole, but chooses between no arrays of one shape that are sharded differently.
+  JAX broadcasts whole arrays, but cannot select between arrays of one shape that are sharded differently.
   """
   spec = _explicit_spec(leaf)
   axes = spec[axis] if axis < len(spec) else None
@@ -147,13 +153,13 @@ def split_as(x: jax.Array, leaf: Any, axis: int) -> jax.Array:
 
 
 def _explicit_spec(x: Any) -> Sequence[Any]:
-  """For each array axis the explicit mesh axes that the type has there."""
+  """The explicit mesh axes in the type, for each array axis."""
   spec: Sequence[Any] = getattr(jax.typeof(x).sharding, "spec", ())
   return spec
 
 
 def _resharded(x: jax.Array, leaf: Any, spec: Sequence[Any]) -> jax.Array:
-  """The array with another spec on the mesh of a leaf, which need not be the one that is set around."""
+  """The array with another spec on the mesh of a leaf, which may differ from the mesh in the context."""
   resharded: jax.Array = jax.sharding.reshard(
     x, jax.sharding.NamedSharding(_sharding_of(leaf).mesh, jax.sharding.PartitionSpec(*spec))
   )
@@ -165,14 +171,14 @@ def varying_axes(x: Any) -> Axes:
   if not isinstance(x, jax.Array):
     return ()
   aval = jax.typeof(x)
-  # Releases before 0.10 keep the set on the type itself.
+  # JAX before 0.10 keeps the set on the type itself.
   holder = getattr(aval, "manual_axis_type", aval)
   varying = getattr(holder, "varying", None)
   return tuple(sorted(getattr(aval, "vma", ()) if varying is None else varying, key=str))
 
 
 def manual_axes() -> Axes:
-  """The mesh axes of the `shard_map` or `pmap` around; empty elsewhere."""
+  """The mesh axes of the enclosing `shard_map` or `pmap`; empty elsewhere."""
   return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
@@ -185,11 +191,12 @@ def axes_size(axes: Axes) -> int:
 
 
 def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float = 1.0) -> list[jax.Array]:
-  """Sums values of any shape over mesh axes, one collective a set of axes and dtype.
+  """Sums values of any shape over mesh axes, with one collective for each set of axes and dtype.
 
-  For inf and -inf the maximum and minimum of values of at least 0, NaN where one is.
+  For p = inf and -inf, takes the maximum and minimum of values >= 0 instead; NaN if any is NaN.
   """
   out = list(values)
+  # Values that share axes and dtype go through one collective, as one vector.
   together: dict[tuple[Axes, Any], list[int]] = {}
   for i, (value, leaf_axes) in enumerate(zip(values, axes, strict=True)):
     if leaf_axes:
@@ -202,51 +209,52 @@ def all_reduce(values: Sequence[jax.Array], axes: Sequence[Axes], p: float = 1.0
     else:
       reduced = lax.psum(stacked, leaf_axes)
     start = 0
-    for i in indices:
+    for i in indices:  # Each value gets its part of the vector back.
       out[i] = reduced[start : start + values[i].size].reshape(values[i].shape)
       start += values[i].size
   return out
 
 
 def _types_are_silent() -> bool:
-  """Whether we are inside `pmap` or `shard_map(check_vma=False)`: there nothing can be made to vary."""
+  """Whether this runs inside `pmap` or `shard_map(check_vma=False)`, where no type can be made to vary."""
   return not varying_axes(_as_varying(jnp.zeros(()), manual_axes()[0]))
 
 
 def _as_varying(x: jax.Array, axis: Hashable) -> jax.Array:
-  """The array with a type that varies over an axis; in `pmap` and `shard_map(check_vma=False)` as it is."""
-  ops: Any = lax  # Releases from 0.8.2 on have `pcast`, those before 0.10 `pvary`.
+  """The array with a type that varies over an axis; unchanged in `pmap` and `shard_map(check_vma=False)`."""
+  ops: Any = lax  # JAX has `pcast` from 0.8.2 on, and `pvary` before 0.10.
   varying: jax.Array = ops.pcast(x, axis, to="varying") if hasattr(ops, "pcast") else ops.pvary(x, axis)
   return varying
 
 
 def _is_in_pmap() -> bool:
-  """Whether `pmap`, and not `shard_map`, is the innermost around: JAX makes one of the other, and only calls tell."""
+  """Whether the innermost enclosing map is `pmap`: JAX builds it from `shard_map`, so only the call stack tells."""
   modules = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(None))
   return next((m for m in modules if m in ("jax._src.pmap", "jax._src.shard_map")), None) == "jax._src.pmap"
 
 
 def _sharding_of(x: Any) -> Any:
-  """The sharding of an array, or of the type of a traced one; None of what has none."""
+  """The sharding of an array, or of the type of a traced one; None without a sharding."""
   return getattr(jax.typeof(x) if isinstance(x, jax.core.Tracer) else x, "sharding", None)
 
 
 def _unreduced_axes(x: Any) -> Axes:
-  """The mesh axes over which JAX calls the type of an array unreduced."""
+  """The mesh axes over which the type of an array is unreduced."""
   spec = getattr(_sharding_of(x), "spec", None)
   if spec is None:
     return ()
+  # Under an explicit mesh the spec holds the mark, inside shard_map the type does.
   holders = (spec, getattr(jax.typeof(x), "manual_axis_type", None))
   return tuple(sorted({axis for holder in holders for axis in getattr(holder, "unreduced", None) or ()}, key=str))
 
 
 def _check_batched(leaves: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
-  """Raises for a leaf that `vmap(spmd_axis_name=)` around a `shard_map` with its checks on has batched."""
+  """Raises for a leaf that a `vmap(spmd_axis_name=)` has batched around a `shard_map` with its checks on."""
   for i, x in enumerate(leaves):
     for axis in manual_axes():
       if not isinstance(x, jax.core.Tracer) or axis in varying_axes(x):
         continue
-      try:  # The type that is seen here does not say it; that of what is batched does.
+      try:  # The type seen here does not show the axis, but the type of the batched array does.
         _as_varying(x, axis)
       except ValueError:
         raise ValueError(
@@ -257,7 +265,7 @@ def _check_batched(leaves: Sequence[Any], names: Callable[[], Sequence[str]]) ->
 
 
 def _check_of_mesh(given: Sequence[Axes], around: Axes, names: Callable[[], Sequence[str]]) -> None:
-  """Raises for an axis of a `vmap` inside a `shard_map` with its checks on, over which JAX does not sum."""
+  """Raises for a `vmap` axis inside a `shard_map` with its checks on: JAX does not sum over it."""
   for i, axes in enumerate(given):
     for axis in axes:
       if axis not in around:
@@ -268,13 +276,13 @@ def _check_of_mesh(given: Sequence[Axes], around: Axes, names: Callable[[], Sequ
 
 
 def _check_not_hidden(given: Sequence[Axes], silent: bool, names: Callable[[], Sequence[str]]) -> None:
-  """Raises where a `vmap` has taken the name of a mesh axis that a leaf is to be summed over."""
+  """Raises if a `vmap` hides a mesh axis that a leaf is summed over, by using its name."""
   sizes = jax.sharding.get_abstract_mesh().shape
   for i, axes in enumerate(given):
     for axis in axes:
       if axis not in manual_axes():
         continue
-      # Types that speak tell for certain; else only another size does.
+      # The types tell for certain; if they are silent, only a different size shows it.
       is_hidden = lax.axis_size(axis) != sizes[axis] if silent else axis not in varying_axes(lax.axis_index(axis))
       if is_hidden:
         raise ValueError(
@@ -284,7 +292,7 @@ def _check_not_hidden(given: Sequence[Axes], silent: bool, names: Callable[[], S
 
 
 def _check_in_scope(given: Sequence[Axes]) -> None:
-  """Raises for an axis that nothing around binds: JAX says so with a `NameError`, or with no word at all."""
+  """Raises for an axis that no enclosing map binds: JAX raises a `NameError`, or says nothing at all."""
   for axis in dict.fromkeys(axis for axes in given for axis in axes):
     try:
       lax.axis_size(axis)

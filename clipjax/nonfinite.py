@@ -1,7 +1,7 @@
-"""The policy for a step whose norm, or threshold, is not finite: once for everything that clips.
+"""The policy for a step with a nonfinite norm or a NaN threshold, shared by everything that clips.
 
-"propagate" makes every leaf NaN: every factor is NaN, so the scaling has done it. "zero" makes every leaf 0. "error"
-raises where values are known, and is a check for `checkify` where they are traced.
+"propagate" makes every leaf NaN: every factor is NaN, so scaling has already done it. "zero" makes every leaf 0.
+"error" raises if values are known, and adds a check for `checkify` if they are traced.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from clipjax.trees import Prepared
 
 
 def is_bad(norm: jax.Array, limits: Sequence[jax.Array]) -> jax.Array:
-  """Whether a step is not finite: its global norm is inf or NaN, or any limit NaN. Shape (), bool."""
+  """Whether a step is nonfinite: its global norm is inf or NaN, or any limit is NaN. Shape (), bool."""
   bad = ~jnp.isfinite(norm)
   for limit in limits:
     bad = bad | jnp.isnan(limit).any()
@@ -26,12 +26,12 @@ def is_bad(norm: jax.Array, limits: Sequence[jax.Array]) -> jax.Array:
 
 
 def number(policy: str, bad: jax.Array, x: jax.Array) -> jax.Array:
-  """A number of the step as the policy has it: under "zero" that of a bad step is 0."""
+  """A number of the step under the policy: "zero" makes it 0 in a bad step."""
   return jnp.where(bad, 0, x) if policy == "zero" else x
 
 
 def settle(policy: str, prepared: Prepared, scaled: Sequence[jax.Array], bad: jax.Array, norm: jax.Array) -> list[Any]:
-  """The scaled leaves as the policy has them."""
+  """The scaled leaves under the policy."""
   if policy == "error":
     _raise(prepared, bad, norm)
   return _zeroed(scaled, bad) if policy == "zero" else list(scaled)
@@ -47,6 +47,7 @@ def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
   if isinstance(bad, jax.core.Tracer):
     checkify.check(~bad, text + ': see `on_nonfinite="error"` in the docstring of clipjax.clip_grad_norm', norm=norm)
   elif bool(bad):
+    # Look for the leaves only now: a finite step never pays for it.
     finite = list(map(_finite_slices, prepared.measured, by_leaf(prepared.stacks, len(prepared.measured))))
     slices = slice_names(prepared.names(), prepared.stacks)
     names = [
@@ -63,9 +64,10 @@ def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
 
 
 def _finite_slices(leaf: Any, stack: Stack | None) -> np.ndarray[Any, Any]:
-  """For each slice of a leaf whether all of it is finite, as far as this process can tell."""
+  """Whether each slice of a leaf is finite, as far as this process can tell."""
   (axes,) = over([leaf], (stack,))
   finite = jnp.isfinite(leaf).all(axis=axes)
-  if not finite.is_fully_addressable:  # Of other processes, which may not have called: the answer for the whole leaf.
+  # Other processes may hold some of the answers and not have called: give one answer for the whole leaf.
+  if not finite.is_fully_addressable:
     finite = jnp.broadcast_to(jnp.asarray(bool(finite.all())), finite.shape)
   return np.asarray(finite).reshape(-1)

@@ -1,9 +1,9 @@
-"""What the states of this package say of a step: the second part of every key, as in "grad/norm".
+"""The quantities that the states of this package report: the second part of every key, such as "grad/norm".
 
-Each name stands here once. `metrics` makes its keys of them, and so does the run wing.
+Each name is defined once, here. `metrics` and the run wing build their keys from these names.
 """
 
-# Of a clip, a watch, `skip_steps` or `clip_effect`, of the step itself.
+# Quantities of the last step, from a clip, a watch, `skip_steps` or `clip_effect`.
 NORM = "norm"
 NORM_CLIPPED = "norm_clipped"
 MAX_NORM = "max_norm"
@@ -18,7 +18,7 @@ COSINE = "cosine"
 GRAD_RATIO = "grad_ratio"
 SHARE = "share"
 
-# Of all steps so far.
+# Quantities of all steps so far.
 STEPS = "steps"
 CLIP_FRACTION = "clip_fraction"
 CLIPPED_STEPS = "clipped_steps"
@@ -31,4 +31,4 @@ WORST_STEP = "worst_step"
 SO_FAR = frozenset(
   {STEPS, CLIP_FRACTION, CLIPPED_STEPS, NONFINITE_STEPS, FRACTION, CONSECUTIVE, WORST_NORM, WORST_STEP}
 )
-LIMITS = frozenset({MAX_NORM, MAX_LOSS})  # inf where there is no limit.
+LIMITS = frozenset({MAX_NORM, MAX_LOSS})  # inf means no limit.

@@ -1,8 +1,8 @@
-"""From norms and limits to clipped leaves: the factor of each block, the product, the clamp, and their derivatives.
+"""Scale: from norms and limits to clipped leaves, by the factor of each block; the clamp; and their derivatives.
 
-A leaf at or under its limit keeps its bits; another is multiplied in float32 (float64 for float64 leaves), and rounded
-once. No product leaves the range of the numbers on the way: where a factor is too small for its dtype, an exact power
-of two comes first. In a step that is not finite every factor is NaN.
+A leaf at or under its limit keeps its bits; any other leaf is multiplied in float32 (float64 for float64 leaves) and
+rounded once. No intermediate product leaves its range: if a factor is too small for its dtype, an exact power of two
+comes first. In a nonfinite step every factor is NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from clipjax.stacks import Stacks, split
 
 
 class Limits(NamedTuple):
-  """What holds for one block of leaves, each of shape (), or of one that broadcasts against its leaf.
+  """The decision for one block of leaves; each field has shape (), or a shape that broadcasts against the leaf.
 
   Attributes:
     norm: the measured norm plus `eps`.
-    limit: the norm above which the block is rescaled; below 0 in a step that is not finite.
-    target: the norm that it is rescaled to; NaN in a step that is not finite.
+    limit: the norm above which the block is rescaled; below 0 in a nonfinite step.
+    target: the norm that the block is rescaled to; NaN in a nonfinite step.
   """
 
   norm: jax.Array
@@ -34,14 +34,14 @@ class Limits(NamedTuple):
 
   @classmethod
   def of(cls, norm: jax.Array, limit: jax.Array, target: jax.Array, bad: jax.Array, eps: Any = 0.0) -> "Limits":
-    """What holds under a limit and a target that a rule gave, of which the target may be any number."""
+    """The limits of a block, from a rule's limit and target; the target may be any number."""
     if target is not limit:
-      # Where the norm is not above the limit the target has no meaning, and `eps` can still ask for it.
+      # At or under the limit the target has no meaning, yet `eps` can still push the norm above the limit.
       target = jnp.where(norm > limit, jnp.clip(target, 0, limit), limit)
     if not (isinstance(eps, float) and eps == 0.0):
       norm = norm + jnp.asarray(within_range(eps)).astype(norm.dtype)
-    # In a bad step no block is kept, and every target is NaN; without a NaN on the way, at which `jax_debug_nans` would
-    # stop where there is no jit. Under jit units may be split over an explicit mesh axis, over which it is not.
+    # In a bad step no block is kept and every target is NaN. Eagerly, `jax_debug_nans` must not see a NaN on the way,
+    # so select from an array of NaN there. Under jit an explicit mesh axis may split units, but not such an array.
     if isinstance(target, jax.core.Tracer):
       return cls(norm, jnp.where(bad, -1, limit), jnp.where(bad, np.array(np.nan, target.dtype), target))
     nan = np.full(jnp.shape(target), np.nan, target.dtype)
@@ -49,20 +49,20 @@ class Limits(NamedTuple):
 
   @property
   def kept(self) -> jax.Array:
-    """Whether the block stays as it is: its norm is at or under the limit."""
+    """Whether the block is unchanged: its norm is at or under the limit."""
     return self.norm <= self.limit
 
 
 def scale_of(limits: Limits) -> jax.Array:
-  """The factor `min(1, target / norm)` where the norm is above the limit, else 1; NaN of a NaN; element by element."""
+  """The factor, element by element: `min(1, target / norm)` above the limit, else 1; NaN for NaN."""
   kept = limits.kept
   return quotient(jnp.where(kept, 1, limits.target), jnp.where(kept, 1, limits.norm))
 
 
 def norm_after(norms: jax.Array, limits: Limits) -> jax.Array:
-  """The norm that is left: not `norm * scale`, which is 0 where the scale is subnormal. Element by element."""
+  """The norm after the clip, element by element; not `norm * scale`, which is 0 if the scale is subnormal."""
   kept = limits.kept
-  share = quotient(jnp.where(kept, 1, norms), jnp.where(kept, 1, limits.norm))  # Below 1 by `eps`.
+  share = quotient(jnp.where(kept, 1, norms), jnp.where(kept, 1, limits.norm))  # Slightly below 1 with `eps`.
   return jnp.where(kept, norms, jnp.where(kept, 0, limits.target) * share)
 
 
@@ -70,11 +70,11 @@ def norm_after(norms: jax.Array, limits: Limits) -> jax.Array:
 
 
 class Spread(NamedTuple):
-  """Which limits hold for which leaf; static.
+  """Which limits apply to which leaf; static.
 
   Attributes:
-    block_of: for each leaf, or slice where leaves are stacked, the index of its block.
-    stacks: which leaves are stacked; where any is, the limits of all blocks come as one `Limits` of shape (n,).
+    block_of: the index of the block of each leaf, or of each slice if leaves are stacked.
+    stacks: which leaves are stacked; if any is, the limits of all blocks come as one `Limits` of shape (n,).
   """
 
   block_of: tuple[int, ...]
@@ -86,17 +86,17 @@ def rescale(spread: Spread, leaves: Sequence[Any], limits: Sequence[Limits]) -> 
   """Each leaf times the factor of its block, or the factors of its slices.
 
   Args:
-    spread: which limits hold for which leaf.
+    spread: which limits apply to which leaf.
     leaves: the measured leaves.
-    limits: what holds for each block.
+    limits: the limits of each block.
   """
   xs = [jnp.asarray(x) for x in leaves]
   dtypes = [upcast(x).real.dtype for x in xs]
-  if spread.stacks:  # All factors together: one for each leaf by itself would be a kernel each.
+  if spread.stacks:  # Compute all factors at once: one computation for each leaf would be one kernel each.
     (whole,) = limits
     of_dtype = {dtype: _of_leaves(spread, factor_of(whole, dtype), xs) for dtype in dict.fromkeys(dtypes)}
     return [_multiplied(x, of_dtype[dtype][i]) for i, (x, dtype) in enumerate(zip(xs, dtypes, strict=True))]
-  # One factor for each block and dtype: leaves of one block share it.
+  # One factor for each block and dtype, shared by the leaves of the block.
   factors = {key: factor_of(limits[key[0]], key[1]) for key in zip(spread.block_of, dtypes, strict=True)}
   return [_multiplied(x, factors[b, dtype]) for x, b, dtype in zip(xs, spread.block_of, dtypes, strict=True)]
 
@@ -105,7 +105,7 @@ rescale_jit = jax.jit(rescale, static_argnums=0, inline=True)
 
 
 def _of_leaves(spread: Spread, vector: jax.Array, leaves: Sequence[Any]) -> list[jax.Array]:
-  """Of a vector with an entry a block, what each leaf has, in a shape that broadcasts against it."""
+  """Splits a vector with an entry for each block into arrays that broadcast against the leaves."""
   in_order = spread.block_of == tuple(range(vector.shape[0]))
   return list(split(vector if in_order else vector[np.array(spread.block_of)], leaves, spread.stacks))
 
@@ -114,32 +114,34 @@ def _of_leaves(spread: Spread, vector: jax.Array, leaves: Sequence[Any]) -> list
 def factor_of(
   limits: Limits, dtype: Any, divide: Callable[[jax.Array, jax.Array], jax.Array] = jnp.divide
 ) -> jax.Array:
-  """The factor of a block for leaves of a dtype, with what else is to be known of it in the same number.
+  """The factor of a block for leaves of a dtype; its range also encodes how to apply it.
 
-  Above 1: the leaf stays as it is. Below 0: the factor is less than the least normal number of the dtype and would be
-  flushed to zero; the leaf takes that number, an exact power of two, first, and then what is here without its sign.
-  What the first product flushes of a leaf is below that number in the answer too. NaN makes every entry NaN.
+  - Above 1: the leaf is unchanged.
+  - Below 0: the factor is less than the least normal number of the dtype and would be flushed to zero. The leaf is
+    multiplied by that number, an exact power of two, first, and then by this factor without its sign. Entries that the
+    first product flushes would be below that number in the answer too.
+  - NaN makes every entry NaN.
 
-  One number, and its division last: XLA on CPU would compute all cheap scalars again in every loop over a leaf, which
-  takes it long to compile.
+  There is only one number, and its division comes last: XLA on CPU would recompute all cheap scalars in every loop over
+  a leaf, which takes long to compile.
   """
   norm, _, target = limits
   kept, tiny = limits.kept, float(jnp.finfo(dtype).tiny)
-  # With a norm up to 1 the target would be subnormal before the factor is. A target of 0 has no sign to give.
+  # For a norm up to 1, the target is subnormal before the factor is. A target of 0 cannot carry a sign.
   far = (norm > jnp.maximum(target / tiny, 1)) & (target > 0)
   share = norm * lax.select(far, jnp.full_like(norm, -tiny), jnp.ones_like(norm))
   return divide(jnp.where(kept, 2, target), jnp.where(kept, 1, share))
 
 
 def steps_of(factor: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-  """The two numbers that a leaf is multiplied with where it is not kept, in this order."""
+  """The two numbers by which a leaf that is not kept is multiplied, in this order."""
   tiny = jnp.full_like(factor, float(jnp.finfo(dtype).tiny))
   below = factor < 0
   return lax.select(below, tiny, jnp.ones_like(factor)), lax.select(below, -factor, factor)
 
 
 def safe_steps_of(limits: Limits, dtype: Any) -> tuple[jax.Array, jax.Array]:
-  """`steps_of` the factor of a block, which are 1, with finite derivatives, where it is kept."""
+  """`steps_of` the factor of a block; both are 1, with finite derivatives, for a block that is kept."""
   kept = limits.kept
   norm, target = jnp.where(kept, 1, limits.norm), jnp.where(kept, 1, limits.target)
   return steps_of(factor_of(Limits(norm, jnp.zeros_like(norm), target), dtype, quotient), dtype)
@@ -158,7 +160,7 @@ def times(wide: jax.Array, *factors: jax.Array) -> jax.Array:
 
 @jax.jit
 def _multiplied(x: jax.Array, factor: jax.Array) -> jax.Array:
-  """The same bits where the leaf is kept, else the product, with one rounding at the end."""
+  """The same bits if the leaf is kept, else the product, with one rounding at the end."""
   if x.dtype != jnp.bfloat16:
     return _rounded(x, factor)
   out: jax.Array = lax.platform_dependent(x, factor, cpu=_rounded_by_hand, default=_rounded)
@@ -175,12 +177,13 @@ def _rounded(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _rounded_by_hand(x: jax.Array, factor: jax.Array) -> jax.Array:
-  """`_rounded` for bfloat16, the upper half of a float32, by integers.
+  """`_rounded` for bfloat16, the upper half of a float32, in integer arithmetic.
 
-  XLA on CPU writes out what is converted to bfloat16 and read twice, as by both moments of Adam; not this.
+  XLA on CPU writes out an array that is converted to bfloat16 and read twice, for instance by both moments of Adam, but
+  fuses these integer operations.
   """
   bits = lax.bitcast_convert_type(_product(x, factor), np.uint32)
-  nearest = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)  # A tie goes to the even one.
+  nearest = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)  # Ties go to even.
   is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
   upper = lax.convert_element_type(jnp.where(is_nan, bits | np.uint32(0x400000), nearest) >> 16, np.uint16)
   kept = lax.bitcast_convert_type(x, np.uint16)
@@ -204,15 +207,15 @@ def _rescale_jvp(spread: Spread, primals: Any, tangents: Any) -> Any:
 
 
 def change(x: jax.Array, dx: jax.Array, block: Limits, dblock: Limits) -> jax.Array:
-  """How `x t / n` changes with x, n and t: `(t / n) (dx - (x / n) dn) + (x / n) dt`, and dx where nothing is touched.
+  """The tangent of `x t / n`: `(t / n) (dx - (x / n) dn) + (x / n) dt`; the caller keeps dx for a block that is kept.
 
-  Written so, no product leaves the range of float32, which differentiating the factor does from n = 1e20 on, and from
-  1e-20 down.
+  In this form no product leaves the range of float32. Differentiating the factor would leave it from n = 1e20
+  upwards and from 1e-20 downwards.
   """
   steps = safe_steps_of(block, x.real.dtype)
   clipped = block.norm > block.limit
   norm = jnp.where(clipped, block.norm, 1).astype(x.real.dtype)
-  # Where nothing is clipped the product is not used, but its own derivative must not be inf.
+  # If nothing is clipped this product goes unused, but its own derivative must not be inf.
   unit = divide(by_parts(lambda part: jnp.where(clipped, part, 0), x), norm)
   return times(dx - times(unit, dblock.norm), *steps) + times(unit, dblock.target)
 
@@ -231,7 +234,7 @@ def _clamped(x: jax.Array, limit: jax.Array) -> jax.Array:
   if x.dtype.itemsize == 1:  # A float8 may have no inf: a bound above its range would be NaN.
     return _clamped(x.astype(jnp.float32), limit).astype(x.dtype)
   bound = limit.astype(x.dtype)
-  # No limit is the largest number of its dtype, under which an infinite entry stays what it is. XLA on CPU makes 0 of a
-  # subnormal entry that it computes with, not of one that it passes on.
+  # The largest number of the dtype means no limit, and leaves an infinite entry unchanged. XLA on CPU flushes a
+  # subnormal entry to 0 if it computes with it, but not if it passes it on: `where` keeps the bits.
   kept = (jnp.abs(x) < bound) | (limit >= jnp.finfo(limit.dtype).max)
   return jnp.where(kept, x, lax.clamp(-bound, x, bound))

@@ -1,10 +1,10 @@
-"""Layers stacked in one array: which axis of a leaf counts them, and what each slice is called.
+"""Layers stacked in one array: which axis of a leaf counts them, and how each slice is named.
 
-A model that scans over its layers keeps the weights of all of them in one array. With `stacked=` each slice along that
-axis is a leaf of its own: slice 3 of `blocks/w` is `blocks/w[3]`. The axes are settled at `init` and travel in the
-labels of a state, with the number of layers, so that `update` can tell a leaf that has lost some.
+A model that scans over its layers keeps the weights of all layers in one array. With `stacked=`, each slice along that
+axis is a leaf of its own: slice 3 of `blocks/w` is `blocks/w[3]`. `init` settles the axes, and the labels of a state
+carry them with the number of layers, which lets `update` notice a leaf that has lost some.
 
-  what the user says of each leaf  ->  Stack(axis, size)  ->  the axes of a norm; names; vectors to leaves and back
+  the user's word on each leaf  ->  Stack(axis, size)  ->  the axes of a norm; names; vectors to leaves and back
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,36 +27,36 @@ class Stack(NamedTuple):
   """A leaf of stacked layers.
 
   Attributes:
-    axis: the axis that counts them, >= 0.
-    size: how many there are.
+    axis: the axis that counts the layers, >= 0.
+    size: the number of layers.
   """
 
   axis: int
   size: int
 
 
-# For each leaf its stack, None for a leaf that is whole; () where no leaf is stacked.
+# The stack of each leaf, None for a whole leaf; () if no leaf is stacked.
 Stacks: TypeAlias = tuple[Stack | None, ...]
 
 
 def by_leaf(stacks: Stacks, leaves: int) -> Stacks:
-  """The stack of each of so many leaves, where none may be stacked."""
+  """The stack of each leaf, with () spelled out as None for each."""
   return stacks or (None,) * leaves
 
 
-# What the user says --------------------------------------------------------------------------------------------------
+# The user's word -----------------------------------------------------------------------------------------------------
 
 
 def stacks_of(tree: Any, stacked: Any, *, axis_name: Any = None) -> Stacks:
-  """The stack of each measured leaf of a tree; () where none is stacked.
+  """The stack of each measured leaf of a tree; () if none is stacked.
 
   Args:
     tree: the parameters, or gradients.
-    stacked: what the user said.
-    axis_name: as in `global_norm`; None where the types are to say over which mesh axes a leaf is spread.
+    stacked: the user's `stacked`.
+    axis_name: the user's `axis_name`; None leaves it to the types to name the mesh axes that shard a leaf.
 
   Raises:
-    TypeError: for an axis that is no Python integer, with the leaf.
+    TypeError: for an axis that is not a Python integer, with the leaf.
     ValueError: for an axis that the leaf does not have, a tree that does not match, a name that no leaf carries, or a
       leaf inside `shard_map` whose layers may be spread over devices.
   """
@@ -65,28 +65,28 @@ def stacks_of(tree: Any, stacked: Any, *, axis_name: Any = None) -> Stacks:
   names, leaves = leaf_names(tree), measured_leaves(tree)
   axes = _axes_of(tree, stacked, names, leaves)
   stacks = tuple(map(_checked, axes, leaves, names))
+  # Inside shard_map a type says that a leaf is split, but not along which of its axes: it may be the layers.
   if axis_name is None and mesh.manual_axes():
     for name, leaf, stack in zip(names, leaves, stacks, strict=True):
       if stack and (varying := mesh.varying_axes(leaf)):
         raise ValueError(
           f"`stacked` needs every layer on each device, got '{name}' varying over {list(varying)} inside shard_map, "
-          "where its type does not say which of its axes are sharded: pass `axis_name=` the mesh axes that single "
-          "layers are spread over, () for none; or, of a transformation with a state, call `init` outside, with whole "
-          "parameters."
+          "where its type does not say which of its axes are sharded: pass the mesh axes that split a single layer as "
+          "`axis_name`, () for none; or, for a transformation with a state, call `init` outside with whole parameters."
         )
   return stacks if any(stacks) else ()
 
 
 def _axes_of(tree: Any, stacked: Any, names: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
-  """What the user said of each measured leaf."""
-  if not names:  # A placeholder without leaves is asked for its structure alone.
+  """The axis that the user gave for each measured leaf."""
+  if not names:  # A placeholder without leaves only has to show its structure.
     return []
   if isinstance(stacked, str):
     return _named_axes(tree, stacked)
   if is_function(stacked):
     check_takes(stacked, "`stacked`", "path, leaf", "0 if path.startswith('blocks/') else None")
     return [stacked(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
-  try:  # Numbers in place of the axes: None is no leaf of a tree.
+  try:  # Broadcast numbers in place of the axes, since JAX does not count None as a leaf.
     entries, treedef = jax.tree.flatten(stacked, is_leaf=lambda x: x is None)
     places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(entries))), tree))
   except ValueError as error:
@@ -95,10 +95,10 @@ def _axes_of(tree: Any, stacked: Any, names: Sequence[str], leaves: Sequence[Any
 
 
 def _named_axes(tree: Any, name: str) -> list[int | None]:
-  """For each leaf the axis that the metadata of its Flax box calls by this name."""
+  """The axis of each leaf that carries this name in the metadata of its Flax box."""
   named = axis_names(tree)
   found = [next((i for i, axis in enumerate(axes) if axis == name), None) for axes in named]
-  # What a mask, a multi_transform or None has left of the model may have no layers.
+  # The part of a model that a mask, a multi_transform or None leaves may have no layers.
   if all(axis is None for axis in found) and not _has_gaps(tree):
     known = sorted({axis for axes in named for axis in axes if isinstance(axis, str)})
     has = f"they have {', '.join(map(repr, known))}" if known else "no leaf has metadata"
@@ -118,7 +118,7 @@ def _has_gaps(tree: Any) -> bool:
 
 
 def _checked(axis: Any, leaf: Any, name: str) -> Stack | None:
-  """The stack of a leaf; raises for an axis that it does not have."""
+  """The stack of a leaf; raises for an axis that the leaf does not have."""
   if axis is None:
     return None
   if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
@@ -135,7 +135,7 @@ def _checked(axis: Any, leaf: Any, name: str) -> Stack | None:
 
 
 def check_layers(leaves: Sequence[Any], stacks: Stacks, names: Callable[[], Sequence[str]], argument: str) -> None:
-  """Raises for a stacked leaf that has not as many layers as `init` saw."""
+  """Raises if a stacked leaf has fewer or more layers than `init` saw."""
   for i, (leaf, stack) in enumerate(zip(leaves, stacks, strict=True)):
     shape = jnp.shape(leaf)
     if stack and (len(shape) <= stack.axis or shape[stack.axis] != stack.size):
@@ -155,7 +155,7 @@ def check_layers(leaves: Sequence[Any], stacks: Stacks, names: Callable[[], Sequ
 
 
 def over(leaves: Sequence[Any], stacks: Stacks) -> tuple[tuple[int, ...] | None, ...]:
-  """For each leaf the axes that a norm of it is taken over: all but that of its layers; None for a whole leaf."""
+  """The axes that the norms of each leaf are taken over: all except the axis of its layers; None for a whole leaf."""
   return tuple(
     tuple(a for a in range(jnp.ndim(leaf)) if a != stack.axis) if stack else None
     for leaf, stack in zip(leaves, stacks, strict=True)
@@ -163,23 +163,24 @@ def over(leaves: Sequence[Any], stacks: Stacks) -> tuple[tuple[int, ...] | None,
 
 
 def sizes(stacks: Stacks) -> list[int]:
-  """How many norms each leaf has."""
+  """The number of norms of each leaf."""
   return [stack.size if stack else 1 for stack in stacks]
 
 
 def spread_out(values: Sequence[Any], stacks: Stacks) -> list[Any]:
-  """For each slice what its leaf has."""
+  """Repeats the value of each leaf for its slices."""
   return [value for value, n in zip(values, sizes(stacks), strict=True) for _ in range(n)]
 
 
 def slice_sizes(leaves: Sequence[Any], stacks: Stacks) -> list[int]:
-  """For each slice the number of its entries."""
+  """The number of entries in each slice."""
   pairs = zip(leaves, sizes(stacks), strict=True)
   return spread_out([jnp.size(leaf) // max(n, 1) for leaf, n in pairs], stacks)
 
 
 def split(vector: jax.Array, leaves: Sequence[Any], stacks: Stacks) -> Iterator[jax.Array]:
-  """Of a vector with an entry a slice, the entries of each leaf, in a shape that broadcasts against the leaf."""
+  """Splits a vector with an entry for each slice into arrays that broadcast against the leaves."""
+  # A whole leaf takes one entry, a stacked leaf one for each layer, laid along the axis of its layers.
   start = 0
   for leaf, stack in zip(leaves, stacks, strict=True):
     if stack is None:
@@ -193,8 +194,8 @@ def split(vector: jax.Array, leaves: Sequence[Any], stacks: Stacks) -> Iterator[
 
 
 def by_slice(x: Any, stack: Stack | None) -> Any:
-  """What broadcasts against a leaf, such as the norms of its units, as a matrix with a row for each slice."""
-  x = mesh.replicated(x)  # JAX merges no axes of which an explicit mesh splits one.
+  """Reshapes an array that broadcasts against a leaf, such as the norms of its units, to one row for each slice."""
+  x = mesh.replicated(x)  # JAX refuses to merge axes if an explicit mesh splits one of them.
   if stack is None:
     return x.reshape(1, x.size)
   return jnp.moveaxis(x, stack.axis, 0).reshape(stack.size, x.size // max(stack.size, 1))
@@ -204,7 +205,7 @@ def by_slice(x: Any, stack: Stack | None) -> Any:
 
 
 def slice_names(leaves: Sequence[str], stacks: Stacks) -> tuple[str, ...]:
-  """The names of all slices: "blocks/w[3]" for one of a stack, that of the leaf for a whole one."""
+  """The names of all slices: "blocks/w[3]" for a layer of a stack, the leaf's name for a whole leaf."""
   if not stacks:
     return tuple(leaves)
   pairs = zip(leaves, stacks, strict=True)
@@ -213,22 +214,23 @@ def slice_names(leaves: Sequence[str], stacks: Stacks) -> tuple[str, ...]:
 
 
 def slice_types(leaves: Sequence[Any], stacks: Stacks) -> list[Any]:
-  """What stands for each slice where a function of the user's asks for a leaf: the leaf itself, or shape and dtype."""
+  """What a user's function gets as the leaf of each slice: the leaf itself, or the shape and dtype of a layer."""
   out: list[Any] = []
   for leaf, stack in zip(leaves, by_leaf(stacks, len(leaves)), strict=True):
     if stack is None:
       out.append(leaf)
     else:
+      # Describe a layer by its shape and dtype, instead of slicing the array for each of them.
       shape = jnp.shape(leaf)
       out += [jax.ShapeDtypeStruct(shape[: stack.axis] + shape[stack.axis + 1 :], jnp.result_type(leaf))] * stack.size
   return out
 
 
 def absent(stack: Stack | None) -> Any:
-  """Stands in for a leaf that is None in a tree: it has norm 0, one a layer where it is stacked, and no entries."""
+  """A stand-in for a leaf that is None: no entries, and norm 0, or one norm 0 for each layer if it is stacked."""
   return np.zeros((0,) if stack is None else (1,) * stack.axis + (stack.size, 0), np.float32)
 
 
 def is_absent(leaf: Any) -> bool:
-  """Whether this stands in for a leaf that is None."""
+  """Whether this is the stand-in for a leaf that is None."""
   return isinstance(leaf, np.ndarray) and leaf.size == 0

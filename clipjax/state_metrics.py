@@ -1,7 +1,7 @@
-"""What the transformations of this package have measured, out of any optimizer state, as device scalars.
+"""Reads what the transformations of this package have measured from any optimizer state, as device scalars.
 
-`metrics` never waits for the device, and moves nothing to it or from it: what it computes, it computes in small
-programs that hold their constants. So it runs under `jax.transfer_guard("disallow")`, and inside jit as well.
+`metrics` never waits for the device and transfers nothing: it computes only in small programs that hold their
+constants. It therefore runs under `jax.transfer_guard("disallow")`, and inside jit too.
 """
 
 import math
@@ -26,25 +26,26 @@ from clipjax.transforms.watch import WatchState
 
 
 def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
-  """What every clip and watch in an optimizer state has measured, as a dict of scalars: `{"grad/norm": ..., ...}`.
+  """The numbers that every clip and watch in an optimizer state has measured, as scalars: `{"grad/norm": ..., ...}`.
 
-  Keys are `<name>/<quantity>`. Those of a clip: `norm` (before the clip), `norm_clipped`, `max_norm` (the limit in
-  force), `scale` (the factor applied; 1 where nothing was clipped), `clip_fraction` (clipped steps over all),
-  `clipped_steps`, `nonfinite_steps` and `steps`; by group, and by leaf with `per_leaf=True`, also `norm/<label>`,
-  `max_norm/<label>` and `scale/<label>`, the plain `max_norm` and `scale` being the smallest ones.
+  Keys are `<name>/<quantity>`. The quantities are:
 
-  Those of a `clipjax.watch`: `norm`, `zero_fraction`, `param_norm`, `ratio` (norm over that of the parameters; 0 where
-  these were not given), `worst_norm`, `worst_step`, `nonfinite_steps` and `steps`; by leaf `norm`, `ratio`,
-  `nonfinite` and `worst_norm`. A watch goes together with the clip of its name, and the first in the chain gives what
-  both have. Those of `clipjax.skip_steps`: `norm`, `loss`, `max_norm`, `max_loss`, `fraction`, `consecutive`, `steps`.
-  Those of `clipjax.clip_effect`: `ratio`, `cosine`, `grad_ratio` and counts; by leaf `ratio`, `cosine` and `share`.
+  - A clip: `norm` (before the clip), `norm_clipped`, `max_norm` (the limit in force), `scale` (the factor applied; 1 if
+    nothing was clipped), `clip_fraction` (clipped steps over all steps), `clipped_steps`, `nonfinite_steps` and
+    `steps`. A clip by group, and a clip by leaf with `per_leaf=True`, adds `norm/<label>`, `max_norm/<label>` and
+    `scale/<label>`; its plain `max_norm` and `scale` are the smallest ones.
+  - `clipjax.watch`: `norm`, `zero_fraction`, `param_norm`, `ratio` (norm over parameter norm; 0 if `update` got no
+    parameters), `worst_norm`, `worst_step`, `nonfinite_steps` and `steps`; by leaf `norm`, `ratio`, `nonfinite` and
+    `worst_norm`. A watch and a clip of the same name share their keys: the first in the chain gives what both have.
+  - `clipjax.skip_steps`: `norm`, `loss`, `max_norm`, `max_loss`, `fraction`, `consecutive` and `steps`.
+  - `clipjax.clip_effect`: `ratio`, `cosine`, `grad_ratio` and counts; by leaf `ratio`, `cosine` and `share`.
 
-  Where a label is also the name of a leaf, of other entries, in a watch or clip of the same name, the numbers by group
-  go by `<name>_group/norm/<label>` and so on. A second clip, or watch, of one name is `<name>_2`; one inside
+  If a group's label is also the name of a leaf with other entries, in a watch or clip of the same name, the numbers by
+  group move to `<name>_group/norm/<label>` and so on. A second clip, or watch, of one name is `<name>_2`; one inside
   `optax.multi_transform` is `<name>_<label>`.
 
-  Before the first step the norms are 0 and the scale is 1. A step that was not finite shows its norm as it was, inf
-  or NaN. A state with `track=False` has nothing to show; a state without any clip gives an empty dict.
+  Before the first step the norms are 0 and the scale is 1. A nonfinite step shows its norm unchanged, inf or NaN. A
+  state with `track=False` has nothing to show; a state without any clip gives an empty dict.
 
   Args:
     opt_state: the state of an optimizer, or an object that holds it as `opt_state`.
@@ -54,8 +55,8 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     A dict of arrays of shape () (with leading axes for a state under `vmap`), on the device.
 
   Raises:
-    TypeError: for what is no optimizer state, such as a transformation, None, a dict of arrays or the `nnx.state` of
-      an optimizer, which has lost the names of the leaves; for a `per_leaf` that is no bool.
+    TypeError: for anything but an optimizer state, such as a transformation, None, a dict of arrays or the `nnx.state`
+      of an optimizer, which has lost the names of the leaves; for a `per_leaf` that is not a bool.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -74,7 +75,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
     grad/steps 1
   """
   check_flag(per_leaf, "per_leaf")
-  # What was measured may be inf or NaN, and to read it is no error.
+  # Measured numbers may be inf or NaN; reading them is not an error.
   with jax.debug_nans(False), jax.debug_infs(False):
     return _read(opt_state, per_leaf)
 
@@ -85,6 +86,7 @@ def _read(opt_state: Any, per_leaf: bool) -> dict[str, jax.Array]:
   states = list(named_states(opt_state))
   labels = [(name, state.labels) for name, state in states]
   for name, state in states:
+    # Of two states with one name, such as a watch and a clip, the first wins.
     for quantity, value in global_numbers(state).items():
       out.setdefault(f"{name}/{quantity}", value)
     if state.labels.unit == "group" or (state.labels.unit == "leaf" and per_leaf):
@@ -96,7 +98,8 @@ def _read(opt_state: Any, per_leaf: bool) -> dict[str, jax.Array]:
 
 
 def blocks_name(name: str, labels: Labels, states: Iterable[tuple[str, Labels]]) -> str:
-  """What numbers by block go by: `name`, unless a label is the name of a leaf, of other entries, in another state."""
+  """The first part of keys by block: `name`, unless a label is also a leaf with other entries in another state."""
+  # A group with just that one leaf is no clash.
   if labels.unit == "group":
     shared = [set(other.block_names) for base, other in states if base == name and other.unit == "leaf"]
     slices = labels.slices
@@ -107,7 +110,7 @@ def blocks_name(name: str, labels: Labels, states: Iterable[tuple[str, Labels]])
 
 
 def global_numbers(state: Any) -> dict[str, jax.Array]:
-  """What a state says of all leaves together, by quantity."""
+  """The numbers of a state for all leaves together, by quantity."""
   if isinstance(state, SkipState):
     return {
       quantities.NORM: state.norm,
@@ -151,7 +154,7 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
 
 
 def vectors_of(state: Any) -> dict[str, Any]:
-  """What a state says of each group or leaf, by quantity, each of shape (..., n)."""
+  """The numbers of a state for each group or leaf, by quantity, each of shape (..., n)."""
   if isinstance(state, ClipState) and state.labels.unit != "global":
     return {quantities.NORM: state.norms, quantities.MAX_NORM: state.max_norm, quantities.SCALE: state.scale}
   if isinstance(state, WatchState) and not isinstance(state.norms, tuple):
@@ -166,33 +169,34 @@ def vectors_of(state: Any) -> dict[str, Any]:
   return {}
 
 
-# Each of these is a program of its own, so that states, or fields of one, may lie on different devices.
+# Each of these is its own program, because states, and even fields of one state, may lie on different devices.
 
 
 @partial(jax.jit, inline=True)
 def _ratio(norm: Any, param_norm: Any) -> jax.Array:
-  """A norm over that of the parameters, 0 where that is 0 or not known."""
+  """A norm over the norm of the parameters; 0 if the latter is 0 or unknown."""
   known = param_norm > 0
   return quotient(jnp.where(known, norm, 0), jnp.where(known, param_norm, 1))
 
 
 @partial(jax.jit, inline=True)
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
-  """A count over another, 0 where that is 0."""
+  """One count over another; 0 if the other is 0."""
   dtype = norm_dtype()
   return part.astype(dtype) / jnp.maximum(whole, 1).astype(dtype)
 
 
 @partial(jax.jit, inline=True, static_argnums=1)
 def _smallest(vector: jax.Array, of_none: float | None) -> jax.Array:
-  """The smallest number of groups or leaves, NaN where one is; None is no limit."""
+  """The smallest number of all groups or leaves; NaN if any is NaN; `of_none` if there are none, None for no limit."""
   least = jnp.min(vector, axis=-1, initial=no_limit(vector.dtype) if of_none is None else of_none)
-  return jnp.where(jnp.isnan(vector).any(axis=-1), jnp.sum(vector, axis=-1), least)  # A minimum on CPU may drop it.
+  return jnp.where(jnp.isnan(vector).any(axis=-1), jnp.sum(vector, axis=-1), least)  # A minimum on CPU may drop a NaN.
 
 
 def _unstacked(vector: Any) -> list[jax.Array]:
   """The entries along the last axis, of shape (...) each."""
   n = vector.shape[-1]
+  # Inside a program slices cost nothing; outside, each would be a dispatch of its own.
   if isinstance(vector, jax.core.Tracer):
     return [vector[..., i] for i in range(n)]
   # XLA takes 30 s to compile a program of 2000 results, and 1 s to compile two of 45.
@@ -202,7 +206,7 @@ def _unstacked(vector: Any) -> list[jax.Array]:
 
 @partial(jax.jit, static_argnums=1)
 def _rows(vector: jax.Array, size: int) -> list[jax.Array]:
-  """Parts of `size` entries each, the last one filled up with zeros."""
+  """Parts of `size` entries each, the last one padded with zeros."""
   count = -(-vector.shape[-1] // size)
   padding = [(0, 0)] * (vector.ndim - 1) + [(0, count * size - vector.shape[-1])]
   padded = jnp.pad(vector, padding)

@@ -1,6 +1,7 @@
-"""Whether the last step went wrong, told on the host: `raise_if_nonfinite`.
+"""Reports on the host whether the last step went wrong: `raise_if_nonfinite`.
 
-All that is asked of the device is read at once, and explicitly, as `jax.transfer_guard("disallow")` allows.
+Everything it needs is read from the device at once, by an explicit transfer, which `jax.transfer_guard("disallow")`
+allows.
 """
 
 from collections.abc import Sequence
@@ -20,29 +21,29 @@ from clipjax.transforms.watch import WatchState
 _AROUND = "put `clipjax.skip_steps` around MultiSteps, or pass it `should_skip_update_fn=optax.skip_not_finite`"
 _MAY_STAY = f"`optax.MultiSteps` around it would keep a NaN in its accumulator for good: {_AROUND}."
 _STAYS = (
-  "The accumulator of `optax.MultiSteps` is not finite and stays so, since Optax resets it by 0 * NaN: no finite step "
-  f"will follow. Resume from before, and {_AROUND}."
+  "The accumulator of `optax.MultiSteps` is nonfinite and stays nonfinite, because Optax resets it with 0 * NaN: no "
+  f"later step will be finite. Resume from an earlier checkpoint, and {_AROUND}."
 )
 
 
 def raise_if_nonfinite(opt_state: Any) -> None:
-  """Raises where the last step was not finite, and names the leaves: call it on the host, between steps.
+  """Raises if the last step was nonfinite, and names the leaves: call it on the host, between steps.
 
-  A clip by leaf or by group, or a `clipjax.watch`, names every leaf or group whose norm was inf or NaN; a global clip
-  names the first leaf with a NaN, or without any, the first with an inf or an overflow. Of several, the one that names
-  most speaks. Waits for the step.
+  A clip by leaf or by group, or a `clipjax.watch`, names every leaf or group whose norm was inf or NaN. A global clip
+  names the first leaf with a NaN or, if there is none, the first with an inf or an overflow. If several transformations
+  share a name, the message of the most specific one is raised. Waits for the step.
 
-  Raises too where `skip_steps` has rejected `max_consecutive_skips` steps in a row, 10 where none were given, and where
-  one NaN has stopped training for good: `optax.MultiSteps` keeps a NaN of any micro-batch in its accumulator, so that
-  `skip_steps`, `on_nonfinite="zero"` or `optax.apply_if_finite` inside it drop every step from then on.
+  Also raises if `skip_steps` has rejected `max_consecutive_skips` steps in a row (10 by default), and if one NaN has
+  stopped training for good: `optax.MultiSteps` keeps a NaN from any micro-batch in its accumulator, after which
+  `skip_steps`, `on_nonfinite="zero"` or `optax.apply_if_finite` inside it drops every step.
 
   Args:
-    opt_state: as in `metrics`.
+    opt_state: see `metrics`.
 
   Raises:
-    FloatingPointError: if the last step of any clip or watch was not finite, too many were rejected, or an accumulator
-      keeps a NaN.
-    TypeError: for what is no optimizer state, as in `metrics`, or inside jit.
+    FloatingPointError: if the last step of any clip or watch was nonfinite, too many steps were rejected, or an
+      accumulator keeps a NaN.
+    TypeError: inside jit; also as `metrics` does.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -55,6 +56,7 @@ def raise_if_nonfinite(opt_state: Any) -> None:
     FloatingPointError: step 1 of 'grad' was not finite: norm nan, first in leaf 'b'. 1 of 1 steps were not finite: \
 lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.
   """
+  # Find our states, and the accumulators of MultiSteps around them.
   everything = found_in(held_tree(opt_state))
   accumulators = [found.state for found in everything if is_accumulator(found.state)]
   ours = named(everything)
@@ -62,11 +64,13 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
   asked = [_without_others(found.state) for _, found in ours], guards
   if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((asked, [a.mini_step for a in accumulators]))):
     raise TypeError(
-      "`opt_state` must be of arrays with values, got traced ones: call `raise_if_nonfinite` outside jit, with what "
-      "the jitted step returns."
+      "`opt_state` must hold concrete arrays, got traced ones: call `raise_if_nonfinite` outside jit, with what the "
+      "jitted step returns."
     )
+  # Read everything in one transfer.
   states, guards = jax.device_get(jax.tree.map(unwrapped, asked, is_leaf=is_wrapper))
 
+  # Describe each state in trouble; of several with one name, a clip or watch by leaf or group says most.
   problems: dict[str, str] = {}
   effects: dict[str, str] = {}
   in_trouble = {id(a) for a, last_finite in zip(accumulators, guards, strict=True) if not np.all(last_finite)}
@@ -85,9 +89,9 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
     if _is_nonfinite(state):
       in_trouble |= {id(a) for a in found.accumulators}
       may_stay |= bool(text and found.accumulators and not np.isfinite(state.norm).all())
-  # The clip inside an effect says more, where it keeps a state.
+  # The clip inside an effect says more, if it keeps a state.
   problems = problems or effects
-  # An accumulator is as large as the gradient: it is looked at only where something inside was not finite.
+  # An accumulator is as large as the gradient: check it only if something inside was nonfinite.
   if any(_has_nonfinite(a.acc_grads) for a in accumulators if id(a) in in_trouble):
     raise FloatingPointError(" ".join([*problems.values(), _STAYS]))
   if problems:
@@ -95,7 +99,7 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
 
 
 def _without_others(state: Any) -> Any:
-  """A state without those of its rules and of what it wraps, which may be large and are not asked for."""
+  """A state without the states of its rules and of the wrapped transformation, which may be large and are unused."""
   if isinstance(state, SkipState):
     return state._replace(norm_rule=(), loss_rule=(), inner_state=())
   if isinstance(state, EffectState):
@@ -104,9 +108,10 @@ def _without_others(state: Any) -> Any:
 
 
 def _problem(name: str, state: Any, accumulators: Sequence[Any]) -> str:
-  """One sentence or two on a clip or watch, of numpy arrays, whose last step was not finite; else an empty text."""
+  """Describes the nonfinite last step of a clip or watch, whose arrays are numpy; empty if the step was finite."""
   if np.all(state.finite):
     return ""
+  # Where: by block if the state has norms by block, else the first bad leaf, if a clip knows it.
   labels = state.labels
   if isinstance(state, WatchState) and labels.unit == "global":
     where = "somewhere"
@@ -129,26 +134,26 @@ def _problem(name: str, state: Any, accumulators: Sequence[Any]) -> str:
 
 
 def _other_reason(state: Any) -> str:
-  """What was not finite where no norm of a leaf or group was."""
+  """What was nonfinite when every leaf or group had a finite norm."""
   if isinstance(state, ClipState) and np.isnan(state.max_norm).any():
     return f"threshold {float(np.min(state.max_norm)):g}"
   return "above the largest number of its dtype"
 
 
 def _skip_problem(name: str, state: SkipState) -> str:
-  """One sentence on a `SkipState` of numpy arrays that has rejected too many steps in a row; else an empty text."""
+  """Describes a `SkipState` of numpy arrays that has rejected too many steps in a row; else empty."""
   in_a_row = np.max(state.consecutive)
   if in_a_row < np.min(state.max_consecutive_skips):
     return ""
   return (
-    f"the last {in_a_row} steps were all rejected by '{name}', the limit is {np.min(state.max_consecutive_skips)}: "
-    f"{_of('norm', state.norm, state.max_norm)}{_of_loss(state)}: look at the data and at the loss, and resume from "
-    "before."
+    f"'{name}' rejected the last {in_a_row} steps, the limit is {np.min(state.max_consecutive_skips)}: "
+    f"{_of('norm', state.norm, state.max_norm)}{_of_loss(state)}: check the data and the loss, and resume from an "
+    "earlier checkpoint."
   )
 
 
 def _effect_problem(name: str, state: EffectState) -> str:
-  """Two sentences on an `EffectState` of numpy arrays whose last gradient was not finite."""
+  """Describes an `EffectState` of numpy arrays whose last gradient was nonfinite."""
   bad, steps = np.max(state.nonfinite_steps), np.max(state.steps)
   return (
     f"step {steps} of '{name}' was not finite. {bad} of {steps} steps were not finite: lower the learning rate, "
@@ -162,14 +167,14 @@ def _of_loss(state: SkipState) -> str:
 
 def _of(what: str, value: Any, limit: Any) -> str:
   lowest = float(np.min(limit))
-  return f"{what} {float(np.max(value)):g}" + ("" if is_no_limit(lowest) else f" against {lowest:g}")
+  return f"{what} {float(np.max(value)):g}" + ("" if is_no_limit(lowest) else f" (limit {lowest:g})")
 
 
 # What optax.MultiSteps keeps -----------------------------------------------------------------------------------------
 
 
 def _guards(tree: Any) -> list[Any]:
-  """What every `optax.apply_if_finite` in a tree says of its last step; a state inside it never sees a bad one."""
+  """Whether each `optax.apply_if_finite` in a tree saw a finite last step: states inside it never see a bad one."""
 
   def is_guard(x: Any) -> bool:
     return isinstance(x, optax.ApplyIfFiniteState)
@@ -178,14 +183,14 @@ def _guards(tree: Any) -> list[Any]:
 
 
 def _is_nonfinite(state: Any) -> bool:
-  """Whether the last step of a state, of numpy arrays, was not finite."""
+  """Whether the last step of a state of numpy arrays was nonfinite."""
   return not (np.isfinite(state.norm) if isinstance(state, SkipState) else state.finite).all()
 
 
 def _has_nonfinite(tree: Any) -> bool:
-  """Whether any entry is inf or NaN, of what this process holds: another one may not have called, and would not answer.
+  """Whether any entry that this process holds is inf or NaN: other processes may not have called, and would not answer.
 
-  On the host, since a mesh that is set around lets no program run on one of its devices alone.
+  Runs on the host, because a mesh in the context lets no program run on just one of its devices.
   """
   for leaf in map(unwrapped, jax.tree.leaves(tree, is_leaf=is_wrapper)):
     parts = [shard.data for shard in leaf.addressable_shards] if isinstance(leaf, jax.Array) else [leaf]

@@ -1,8 +1,8 @@
-"""Finding what the transformations of this package keep, in any optimizer state.
+"""Finds the states of this package in any optimizer state.
 
-Every state is found in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams, apply_if_finite,
-`flax.nnx.Optimizer` or what `nnx.split` makes of it, a train state that has an `opt_state`. Anything else
-raises a TypeError: a check that finds nothing to look at would let every NaN pass.
+It finds them in any nesting: chain, masked, multi_transform, MultiSteps, inject_hyperparams, apply_if_finite,
+`flax.nnx.Optimizer` or its parts from `nnx.split`, and a train state with an `opt_state`. Anything else raises a
+TypeError: a check that finds nothing to look at would let every NaN pass.
 """
 
 import itertools
@@ -21,11 +21,11 @@ from clipjax.transforms.state import ClipState
 from clipjax.transforms.watch import WatchState
 
 _OURS = (ClipState, EffectState, SkipState, WatchState)
-_AROUND = (EffectState, SkipState)  # These hold the state of what they wrap as `inner_state`.
+_AROUND = (EffectState, SkipState)  # These hold the wrapped transformation's state as `inner_state`.
 _SOUGHT = (*_OURS, optax.MultiStepsState, optax.GradientTransformation)
-_SHELLS = (StepCount, optax.EmptyState, optax.MaskedState, optax.MaskedNode)  # They tell nothing of an optimizer.
+_SHELLS = (StepCount, optax.EmptyState, optax.MaskedState, optax.MaskedNode)  # They reveal no optimizer.
 
-# Fields that tell a state of this package which has become a dict, without its type and the names of its leaves.
+# Fields that identify a state of this package after it became a dict, without its type and its leaf names.
 _MARKS = (
   {"norm_clipped", "clipped_steps", "nonfinite_steps"},
   {"skipped_steps", "consecutive", "max_consecutive_skips"},
@@ -35,7 +35,7 @@ _MARKS = (
 
 _RETURNED = "pass what `init` or `update` returned."
 _RESTORE = (
-  "pass what `init` or `update` returned; one that was saved as a dict comes back with "
+  "pass what `init` or `update` returned; restore a state that was saved as a dict with "
   "`flax.serialization.from_state_dict(tx.init(params), saved)`."
 )
 _MERGE = (
@@ -45,11 +45,11 @@ _MERGE = (
 
 
 class Found(NamedTuple):
-  """A state of this package or of `optax.MultiSteps`, and where it is.
+  """A state of this package or of `optax.MultiSteps`, and its place.
 
   Attributes:
-    path: the keys that lead to it, as those of `jax.tree_util.tree_flatten_with_path`.
-    state: as it is in the tree.
+    path: the keys that lead to it, in the form of `jax.tree_util.tree_flatten_with_path`.
+    state: the state in the tree.
     accumulators: every `optax.MultiStepsState` around it, from the outside in.
   """
 
@@ -59,21 +59,22 @@ class Found(NamedTuple):
 
 
 def named_states(opt_state: Any) -> Iterator[tuple[str, Any]]:
-  """Every state of this package with the name that its metrics have, from the outside in, in the order of the chain.
+  """Every state of this package with the name of its metrics, from the outside in, in the order of the chain.
 
-  A clip and a watch may have one name: they are of the same updates.
+  A clip and a watch may share a name: they see the same updates.
   """
   for name, found in named(found_in(held_tree(opt_state))):
     yield name, jax.tree.map(unwrapped, found.state, is_leaf=is_wrapper)
 
 
 def named(everything: Iterable[Found]) -> list[tuple[str, Found]]:
-  """The states of this package among what was found, each with its name."""
+  """The states of this package among those found, each with its name."""
   out: list[tuple[str, Found]] = []
   taken: set[tuple[bool, str]] = set()
   for found in everything:
     if is_accumulator(found.state):
       continue
+    # A watch and a clip may share a name, two clips may not.
     is_watch = isinstance(found.state, WatchState)
     base = name = "_".join([found.state.labels.name, *_transform_labels(found.path)])
     copy = 1
@@ -86,13 +87,13 @@ def named(everything: Iterable[Found]) -> list[tuple[str, Found]]:
 
 
 def held_tree(opt_state: Any) -> Any:
-  """The optimizer state itself, where an object holds it as `opt_state`, or `nnx.split` has taken that apart."""
+  """The optimizer state itself, out of an object that holds it as `opt_state`, or of its parts from `nnx.split`."""
   whole = _merged(opt_state)
   return getattr(whole, "opt_state", whole)
 
 
 def found_in(tree: Any) -> list[Found]:
-  """All there is in a tree that `held_tree` gave, in the order of `named_states`; raises for no optimizer state."""
+  """All states in a tree from `held_tree`, in the order of `named_states`; raises if it is not an optimizer state."""
   everything = list(_walk(tree, (), ()))
   if all(is_accumulator(found.state) for found in everything):
     _check_opt_state(tree)
@@ -106,6 +107,7 @@ def _walk(tree: Any, prefix: tuple[Any, ...], accumulators: tuple[Any, ...]) -> 
       continue
     if isinstance(state, optax.GradientTransformation):
       raise _no_state(state, _RETURNED)
+    # Report the state, then descend into what it wraps.
     here = (*prefix, *path)
     yield Found(here, state, accumulators)
     if isinstance(state, _AROUND):
@@ -117,13 +119,13 @@ def _walk(tree: Any, prefix: tuple[Any, ...], accumulators: tuple[Any, ...]) -> 
 
 
 def optimizer_states(tree: Any) -> tuple[str, ...]:
-  """The classes of the states of other transformations in a tree, each once, as in `("ScaleByAdamState",)`."""
+  """The state classes of other transformations in a tree, each once, such as `("ScaleByAdamState",)`."""
   others = [x for x in _namedtuples(tree) if not isinstance(x, _SHELLS) and not _is_ours(x)]
   return tuple(dict.fromkeys(type(x).__name__ for x in others))
 
 
 def _is_ours(x: Any) -> bool:
-  """Whether this package made it: a state of a clip, or of a rule inside one."""
+  """Whether this is a state of this package: of a clip, or of a rule inside one."""
   return type(x).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
@@ -146,18 +148,19 @@ def _transform_labels(path: tuple[Any, ...]) -> list[str]:
 
 
 def is_accumulator(x: Any) -> bool:
-  """Whether this is what `optax.MultiSteps` keeps."""
+  """Whether this is the state of `optax.MultiSteps`."""
   return isinstance(x, optax.MultiStepsState)
 
 
-# What is no optimizer state ------------------------------------------------------------------------------------------
+# Not an optimizer state ----------------------------------------------------------------------------------------------
 
 
 def _check_opt_state(tree: Any) -> None:
-  """Raises for what is no optimizer state, where no state of this package was found.
+  """Raises if a tree without a state of this package is not an optimizer state at all.
 
-  Optax makes its states of NamedTuples. A tree without any of them is something else, or has lost its types on the way.
+  Optax builds its states from NamedTuples. A tree without any is something else, or has lost its types on the way.
   """
+  # The remedy depends on what is there: parts of `nnx.split`, a state that became a dict, or neither.
   parts = jax.tree.leaves(tree, is_leaf=lambda x: _is_split(x) or _is_lost(x) or _is_namedtuple(x))
   is_lost = any(map(_is_lost, jax.tree.leaves(parts, is_leaf=_is_lost)))
   if is_lost or not any(map(_is_namedtuple, parts)):
@@ -175,7 +178,7 @@ def _is_namedtuple(x: Any) -> bool:
 
 
 def _is_lost(x: Any) -> bool:
-  """Whether this was a state of this package, and is a dict of its fields now."""
+  """Whether this is a dict of the fields of a lost state of this package."""
   return isinstance(x, Mapping) and any(marks <= set(x) for marks in _MARKS)
 
 
@@ -183,23 +186,23 @@ def _is_lost(x: Any) -> bool:
 
 
 def _nnx_types(*names: str) -> tuple[type, ...]:
-  """Types of Flax NNX, none of them where it was not imported."""
+  """Types of Flax NNX; none if it was not imported."""
   nnx = sys.modules.get("flax.nnx")
   return tuple(getattr(nnx, name) for name in names if hasattr(nnx, name))
 
 
 def _is_split(x: Any) -> bool:
-  """Whether this is a part of what `nnx.split` gives."""
+  """Whether this is a part that `nnx.split` returns."""
   return isinstance(x, _nnx_types("State", "GraphDef"))
 
 
 def _merged(x: Any) -> Any:
-  """The object that `nnx.split` has taken apart; anything else as it is."""
+  """The object that `nnx.split` has taken apart; anything else unchanged."""
   if not (isinstance(x, tuple) and x and isinstance(x[0], _nnx_types("GraphDef"))):
     return x
   try:
     return sys.modules["flax.nnx"].merge(*x)
-  except Exception:  # A part is missing, or is of something else: the check of the whole names the remedy.
+  except Exception:  # A part is missing or foreign: the check of the whole names the remedy.
     return x
 
 

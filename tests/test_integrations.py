@@ -236,8 +236,8 @@ def test_optax_checkpoint_goes_on_without_tracking(tmp_path):
   with pytest.raises(TypeError) as error:
     train(clipped_adam(), batches[3:], params, state)
   assert str(error.value) == (
-    "`state` must be the ClipState that `init` gave, got an EmptyState: pass the state of this transformation, or "
-    "`track=False` to go on with a checkpoint of optax.clip_by_global_norm."
+    "`state` must be the ClipState that `init` returned, got an EmptyState: pass the state of this transformation, or "
+    "use `track=False` to continue from a checkpoint of optax.clip_by_global_norm."
   )
 
 
@@ -276,7 +276,7 @@ def test_state_of_another_model_that_flax_put_into_the_new_one(name):
   with pytest.raises(ValueError, match="of shape") as error:
     tx.update(larger, restored, larger)
   assert str(error.value) == (
-    "`state` must have norms of shape (5,), as the one that `init` gave, got (4,): it was restored from another model "
+    "`state` must have norms of shape (5,), as `init` made it, got (4,): it was restored from another model "
     "or configuration; call `init` with the parameters that you train."
   )
 

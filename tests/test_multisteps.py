@@ -20,9 +20,9 @@ SEEN = [jax.tree.map(lambda x: x * jnp.nan, g) if i == BAD else g for i, g in en
 WITHOUT = SEEN[:BAD] + SEEN[BAD + 1 :]
 
 STAYS = (
-  "The accumulator of `optax.MultiSteps` is not finite and stays so, since Optax resets it by 0 * NaN: no finite step "
-  "will follow. Resume from before, and put `clipjax.skip_steps` around MultiSteps, or pass it "
-  "`should_skip_update_fn=optax.skip_not_finite`."
+  "The accumulator of `optax.MultiSteps` is nonfinite and stays nonfinite, because Optax resets it with 0 * NaN: no "
+  "later step will be finite. Resume from an earlier checkpoint, and put `clipjax.skip_steps` around MultiSteps, "
+  "or pass it `should_skip_update_fn=optax.skip_not_finite`."
 )
 
 
@@ -97,8 +97,8 @@ def test_what_is_said_of_each_arrangement():
   # Once it has rejected enough, `skip_steps` speaks too.
   _, said, _ = run(multi(clipjax.skip_steps(chain(), max_consecutive_skips=2)))
   assert said[-1] == (
-    "the last 4 steps were all rejected by 'skip', the limit is 2: norm nan: "
-    f"look at the data and at the loss, and resume from before. {STAYS}"
+    "'skip' rejected the last 4 steps, the limit is 2: norm nan: check the data and the loss, and resume from an "
+    f"earlier checkpoint. {STAYS}"
   )
 
 
@@ -198,7 +198,7 @@ def test_ten_steps_in_a_row_are_enough_where_no_number_is_given():
     _, said, state = run(tx, [SEEN[BAD]] * 12)
     assert said[: limit - 1] == [""] * (limit - 1)
     assert [text.partition(":")[0] for text in said[limit - 1 :]] == [
-      f"the last {n} steps were all rejected by 'skip', the limit is {limit}" for n in range(limit, 13)
+      f"'skip' rejected the last {n} steps, the limit is {limit}" for n in range(limit, 13)
     ]
     _, state = tx.update(GRADS[0], state, START)
     assert problem(state) == ""

@@ -45,7 +45,7 @@ def readers(path):
 
 RETURNED = "pass what `init` or `update` returned"
 RESTORE = (
-  f"{RETURNED}; one that was saved as a dict comes back with "
+  f"{RETURNED}; restore a state that was saved as a dict with "
   "`flax.serialization.from_state_dict(tx.init(params), saved)`"
 )
 MERGE = (

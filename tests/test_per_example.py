@@ -141,11 +141,11 @@ def test_messages():
     return str(error.value)
 
   assert message({"a": jnp.ones((2, 3)), "b": jnp.ones(())}) == (
-    "`grads` must have a leading batch axis in every leaf, got float32[] at 'b': take them with "
+    "`grads` must have a leading batch axis in every leaf, got float32[] at 'b': compute them with "
     "jax.vmap(jax.grad(loss), (None, 0))."
   )
   assert message({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4))}) == (
-    "`grads` must have one batch size in every leaf, got 2 at 'a' and 3 at 'b': the batch is the leading axis."
+    "`grads` must have the same batch size in every leaf, got 2 at 'a' and 3 at 'b': the batch is the leading axis."
   )
   assert message(jnp.ones((2, 3)), -1.0).startswith("`max_norm` must be >= 0, got -1.0")
 

@@ -198,4 +198,4 @@ def test_two_processes_read_and_one_of_them_may_read_alone(tmp_path):
   assert second.splitlines() == [norms, norms]
   before, nothing, after, text = first.splitlines()
   assert (before, nothing, after) == (norms, "None", norms)
-  assert text.startswith("The accumulator of `optax.MultiSteps` is not finite and stays so")
+  assert text.startswith("The accumulator of `optax.MultiSteps` is nonfinite and stays nonfinite")

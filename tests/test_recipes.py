@@ -137,7 +137,7 @@ def test_shard_map_trains_as_one_device_does(heading):
 
 def test_replicated_parameters_drift_apart_without_axis_name():
   code = code_under("`shard_map(check_vma=False)`")
-  with pytest.warns(UserWarning, match="every device takes a norm of its own"):
+  with pytest.warns(UserWarning, match="each device computes its own norm"):
     names, _ = run(code.replace("axis_name=split", "axis_name=None"))
   copies = [np.asarray(shard.data) for shard in names["params"]["bias"].addressable_shards]
   assert max(np.abs(copy - copies[0]).max() for copy in copies) > 1e-3

@@ -254,7 +254,7 @@ def test_without_checks_a_missing_axis_name_is_a_warning_and_an_empty_one_is_non
     split = jax.shard_map(step, mesh=mesh_of("auto"), in_specs=P("a"), out_specs=P("a"), check_vma=False)
     return jax.jit(split)(jnp.full(8, 3.0))
 
-  with pytest.warns(UserWarning, match=r"every device takes a norm of its own: pass `axis_name=` the mesh axes"):
+  with pytest.warns(UserWarning, match=r"each device computes its own norm: pass the mesh axes"):
     run(None)
   np.testing.assert_allclose(run(()), run(()).mean())  # Warnings are errors here: there is none.
 
@@ -324,7 +324,7 @@ def test_examples_are_clipped_where_they_are():
     run = jax.shard_map(tensor_parallel, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=check_vma)
     chex.assert_trees_all_close(jax.jit(run)(grads), (want, want_norms), rtol=1e-5)
   message = (
-    r"^`axis_name` must be given where leaves vary over different mesh axes, got 'split' over \['a', 'b'\] and 'whole' "
+    r"^`axis_name` must be given if leaves vary over different mesh axes, got 'split' over \['a', 'b'\] and 'whole' "
     r"over \['a'\]: pass the axes over which the gradient of one example is sharded\."
   )
   with pytest.raises(ValueError, match=message):

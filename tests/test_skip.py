@@ -131,8 +131,8 @@ def test_metrics_check_and_nesting():
   with pytest.raises(FloatingPointError) as error:
     clipjax.raise_if_nonfinite(state)
   assert str(error.value) == (
-    "the last 3 steps were all rejected by 'skip', the limit is 3: norm 45 against 10: look at "
-    "the data and at the loss, and resume from before."
+    "'skip' rejected the last 3 steps, the limit is 3: norm 45 (limit 10): check the data and the loss, and resume "
+    "from an earlier checkpoint."
   )
   _, state = tx.update(GRADS, state, PARAMS)
   clipjax.raise_if_nonfinite(state)
@@ -199,13 +199,13 @@ def message(call, kind):
 def test_messages():
   tx = adam(loss_rule=rules.rolling_sigma())
   assert message(lambda: tx.update(GRADS, tx.init(PARAMS), PARAMS), ValueError) == (
-    "`value` must be given where there is a `loss_rule`, got None: call update(grads, state, params, value=loss)."
+    "`value` must be given with a `loss_rule`, got None: call update(grads, state, params, value=loss)."
   )
   assert message(lambda: tx.update(GRADS, tx.init(PARAMS), PARAMS, value=jnp.ones(3)), ValueError) == (
     "`value` must be a scalar loss, got float32[3]: pass its mean over the batch."
   )
   assert message(lambda: adam().update(GRADS, (), PARAMS), TypeError) == (
-    "`state` must be the SkipState that `init` gave, got a tuple: pass the state of this transformation."
+    "`state` must be the SkipState that `init` returned, got a tuple: pass the state of this transformation."
   )
   assert message(lambda: clipjax.skip_steps(1e-3), TypeError) == (
     "`inner` must be an Optax transformation, got 0.001 (float): pass one such as optax.adam(1e-3)."

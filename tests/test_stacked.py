@@ -477,8 +477,7 @@ def test_a_state_from_before_stacked_was_given_and_the_reverse(name):
       tx.update(tree, other.init(tree), tree)
     wanted, how = ("layers", "without") if got == "leaves" else ("leaves", "with")
     assert str(caught.value) == (
-      f"`state` must be of {wanted}, as the one that `init` gave, got one of {got}: it was made {how} `stacked`; call "
-      "`init` anew."
+      f"`state` must hold norms of {wanted}, got norms of {got}: it was made {how} `stacked`; call `init` again."
     )
   whole = {"b": jnp.ones(2)}  # A part of a model without layers.
   with_function.update(whole, with_function.init(whole), whole)

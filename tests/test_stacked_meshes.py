@@ -224,8 +224,8 @@ def with_init_inside(tx, specs=INSIDE, **options):
 
 HOLDS_ALL = re.escape(
   "`stacked` needs every layer on each device, got 'by_both' varying over ['a', 'b'] inside shard_map, where its type "
-  "does not say which of its axes are sharded: pass `axis_name=` the mesh axes that single layers are spread over, () "
-  "for none; or, of a transformation with a state, call `init` outside, with whole parameters."
+  "does not say which of its axes are sharded: pass the mesh axes that split a single layer as `axis_name`, () "
+  "for none; or, for a transformation with a state, call `init` outside with whole parameters."
 )
 INIT = ["clip_by_leaf_norm", "clip_by_group_norm", "clip_by_block_rms", "watch"]
 

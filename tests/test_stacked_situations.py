@@ -189,7 +189,7 @@ def test_a_state_of_another_number_of_layers_or_of_none_that_flax_put_into_this_
     with pytest.raises(ValueError, match="of shape") as error:
       ours.update(three, restored)
     assert str(error.value) == (
-      f"`state` must have norms of shape (3,), as the one that `init` gave, got ({n},): it was restored from another "
+      f"`state` must have norms of shape (3,), as `init` made it, got ({n},): it was restored from another "
       "model or configuration; call `init` with the parameters that you train."
     )
 

@@ -1,1 +1,1 @@
-"""Norms that are right in every dtype and at every magnitude: `sums` reads the leaves, `derivatives` has the rules."""
+"""Norms that are right in every dtype and at every magnitude: `sums` reads the leaves, `derivatives` differentiates."""

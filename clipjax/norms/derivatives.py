@@ -1,6 +1,6 @@
-"""Norms with first derivatives that are right wherever the norm is finite, and 0 at zero: `dn = <x / n, dx>`.
+"""Measure, with derivatives: right wherever the norm is finite, and 0 at zero; `dn = <x / n, dx>`.
 
-Derivatives never go through the sums. `measure` is the door to them for everything that clips.
+Derivatives never go through the sums. Everything that clips calls `measure` here, not the one in `sums`.
 """
 
 import math
@@ -21,13 +21,13 @@ from clipjax.norms.sums import Measured, NormSpec, end_to_end, norm_dtype, stack
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(spec: NormSpec, leaves: Sequence[Any]) -> Measured:
-  """The norms of the blocks of `spec`, see `Measured`."""
+  """The norms of the blocks of `spec`; see `Measured`."""
   return sums.measure(spec, leaves)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _measure_beside_derivatives(spec: NormSpec, leaves: Sequence[Any]) -> Measured:
-  """`measure` without `custom_vmap`, of which JAX takes no derivative where it drops ours: twice through a scan."""
+  """`measure` without `custom_vmap`, which JAX cannot differentiate if it drops our rule: twice through a scan."""
   return sums.measure(spec, leaves, lazy_vmap=False)
 
 
@@ -36,22 +36,24 @@ def _measure_beside_derivatives(spec: NormSpec, leaves: Sequence[Any]) -> Measur
 def _measure_jvp(spec: NormSpec, primals: Any, tangents: Any) -> Any:
   (leaves,), (dleaves,) = primals, tangents
   measured = _measure_beside_derivatives(spec, leaves)
+  # The direction of each leaf, x / n, is the gradient of its block's norm.
   block_of = {i: b for b, block in enumerate(spec.blocks) for i in block}
   over = spec.over or (None,) * len(leaves)
 
   def change(weights: Sequence[jax.Array]) -> list[jax.Array]:
-    """The sums of such weights over each block."""
+    """The sums of some weights over each block."""
     summed = (_sum(w, o) for w, o in zip(weights, over, strict=True))
     by_leaf = mesh.all_reduce(list(summed), spec.axes)
     return [_block_sum([by_leaf[i] for i in block]) for block in spec.blocks]
 
   directions = [direction(widest(x), measured.norms[block_of[i]], spec.ord) for i, x in enumerate(leaves)]
+  # Each norm changes by the inner product of the direction with the tangents.
   dnorms = change([_real_product(g, widest(dx)) for g, dx in zip(directions, dleaves, strict=True)])
-  if math.isinf(spec.ord):  # Entries that tie for the extreme share its derivative.
+  if math.isinf(spec.ord):  # Entries that tie for the extreme share the derivative.
     ties = [lax.stop_gradient(jnp.maximum(n, 1)) for n in change([jnp.abs(g) for g in directions])]
     dnorms = [dn / n for dn, n in zip(dnorms, ties, strict=True)]
   vector = end_to_end(dnorms, norm_dtype()) if spec.over else stack(dnorms, norm_dtype())
-  no_change: Any = np.zeros((), jax.dtypes.float0)  # Of a whole number.
+  no_change: Any = np.zeros((), jax.dtypes.float0)  # The tangent type of an integer.
   return measured, Measured(tuple(dnorms), vector, no_change)
 
 
@@ -59,7 +61,7 @@ measure_jit: Callable[[NormSpec, Sequence[Any]], Measured] = jax.jit(measure, st
 
 
 def _real_product(g: jax.Array, dx: jax.Array) -> jax.Array:
-  """Entry by entry `Re(conj(g) dx)`: their sum is the change of the norm when its argument moves by dx."""
+  """`Re(conj(g) dx)`, entry by entry: the sum is the change of the norm when its argument moves by dx."""
   first, *rest = (a * b for a, b in zip(parts(g), parts(dx), strict=True))
   return sum(rest, start=first)
 

@@ -1,4 +1,4 @@
-"""The public norms of a tree: of all its leaves together, and of each by itself."""
+"""The public norms of a tree: one norm over all leaves, and one for each leaf."""
 
 from typing import Any
 
@@ -15,23 +15,23 @@ from clipjax.trees import prepare
 def global_norm(tree: Any, ord: float | None = None, *, axis_name: Any = None) -> jax.Array:
   """The p-norm of all entries of a tree as one vector, `(sum |x|^p)^(1/p)`.
 
-  Right to about 1e-6 as long as the true norm is a normal float32, whatever the magnitude of the entries (1e-30,
-  1e30) and their dtype (16-bit leaves are summed in float32). 0 for an empty tree and for zeros, with the derivative
-  0 there; inf for an inf entry and for a true norm above the largest float32; NaN for a NaN entry. Inside `shard_map`
-  the shards of a leaf are summed over the axes that it varies over.
+  Right to about 1e-6 if the true norm is a normal float32, for entries of any magnitude (1e-30, 1e30) and any dtype
+  (16-bit leaves are summed in float32). 0 for an empty tree and for zeros, with derivative 0 there; inf for an inf
+  entry and for a true norm above the largest float32; NaN for a NaN entry. Inside `shard_map`, the shards of a leaf are
+  summed over the axes that it varies over.
 
   Args:
-    tree: pytree of floating or complex arrays of any shape; None and float0 leaves are passed over.
+    tree: pytree of floating or complex arrays of any shape; None and float0 leaves are ignored.
     ord: 2 when None; 1, `jnp.inf` or any p > 0; 0 counts the nonzero entries; `-jnp.inf` is the smallest magnitude.
     axis_name: mesh axes to reduce over, for `pmap` and `shard_map(check_vma=False)`: a name, a tuple of names, or a
-      prefix tree of them. None: what the types of the leaves say.
+      prefix tree of them. None takes them from the types of the leaves.
 
   Returns:
     The norm, shape (), float32 (float64 when x64 is enabled).
 
   Raises:
-    TypeError: for an integer, bool or other leaf, with its path, and for an `ord` that is no Python number.
-    ValueError: for an `ord` that is negative, other than -inf, or NaN.
+    TypeError: for an integer, bool or other leaf, with its path; for an `ord` that is not a Python number.
+    ValueError: for an `ord` that is NaN, or negative other than -inf.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -52,24 +52,24 @@ def global_norm(tree: Any, ord: float | None = None, *, axis_name: Any = None) -
 
 
 def leaf_norms(tree: Any, ord: float | None = None, *, stacked: Any = None, axis_name: Any = None) -> Any:
-  """The p-norm of each leaf by itself, `(sum |x|^p)^(1/p)`, in a tree of the same structure.
+  """The p-norm of each leaf, `(sum |x|^p)^(1/p)`, in a tree of the same structure.
 
-  Each is as right as `global_norm`, also beside leaves of another magnitude. 0 for an empty leaf, for zeros and for a
-  float0 leaf; inf and NaN stay in their leaf, and in their layer.
+  Each norm is as accurate as `global_norm`, even beside leaves of another magnitude. 0 for an empty leaf, for zeros and
+  for a float0 leaf; inf and NaN stay in their leaf, and in their layer.
 
   Args:
     tree: pytree of floating or complex arrays of any shape; None stays None.
-    ord: as in `global_norm`.
-    stacked: as in `clip_by_leaf_norm`: which axis of a leaf counts layers.
-    axis_name: as in `global_norm`.
+    ord: see `global_norm`.
+    stacked: which axis of a leaf counts layers; see `clip_by_leaf_norm`.
+    axis_name: see `global_norm`.
 
   Returns:
-    The tree with a norm, shape (), float32 (float64 when x64 is enabled), in place of each leaf; of a stacked leaf with
+    The tree with a norm, shape (), float32 (float64 when x64 is enabled), in place of each leaf; a stacked leaf gets
     its norms by layer, shape (layers,).
 
   Raises:
-    TypeError: for an integer, bool or other leaf, with its path, and for an `ord` that is no Python number.
-    ValueError: for an `ord` that is negative, other than -inf, or NaN; for an axis that a leaf does not have.
+    TypeError: for a stacked axis that is not a Python integer; also as `global_norm` does.
+    ValueError: for a stacked axis that a leaf does not have; also as `global_norm` does.
 
   Example:
     >>> import jax.numpy as jnp, clipjax

@@ -1,19 +1,19 @@
 """Rules: how a threshold follows the norms that it sees.
 
-A rule is a pair of pure functions, as an `optax.GradientTransformation` is:
+A rule is a pair of pure functions, like an `optax.GradientTransformation`:
 
   init(shape, dtype) -> state
   update(norms, state, *, global_norm) -> (limit, target, state)
 
-`norms` has shape () where the global norm is clipped and (n,) for n leaves or groups; `limit` and `target` have that
-shape or (). A norm above `limit` is rescaled to `target`, which is at most `limit` and has no meaning elsewhere. A
-rule is built of `jnp` operations on a state of fixed shapes and dtypes, and then works under jit, scan and vmap.
+`norms` has shape () for a clip of the global norm and (n,) for n leaves or groups; `limit` and `target` have that shape
+or (). A norm above `limit` is rescaled to `target`, which is at most `limit` and has no meaning for other norms. A rule
+made of `jnp` operations on a state of fixed shapes and dtypes works under jit, scan and vmap.
 
-Norms of exactly 0 enter no statistic, but for the first one of `ema_ratio`: a leaf whose gradient comes late would be
-held at 0 for good. No limit is the largest number of the dtype of the norms; a rule of your own may answer `jnp.inf`.
+Norms of exactly 0 enter no statistic, except for the first 0 of `ema_ratio`: otherwise a leaf whose gradient comes late
+would be clipped to 0 for good. The largest number of the norms' dtype means no limit; your own rule may answer
+`jnp.inf` instead.
 
-A step whose norms are not all finite changes no rule state, with one exception: the count of a
-schedule moves at every step.
+A nonfinite step changes no rule state, with one exception: the count of a schedule moves at every step.
 """
 
 from clipjax.rules.base import Rule as Rule

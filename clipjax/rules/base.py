@@ -1,6 +1,6 @@
-"""The `Rule` pair, the door through which every threshold comes, and the checks of what a rule answers.
+"""The `Rule` pair, the conversion of every threshold to a rule, and the checks of a rule's answers.
 
-The contract of a rule is in `clipjax.rules`, where the public ones are.
+`clipjax.rules` states the contract of a rule and exports the public ones.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,10 @@ class _Update(Protocol):
 
 
 class Rule(NamedTuple):
-  """A threshold that may depend on the norms seen so far; pass it wherever `max_norm` is taken.
+  """A threshold that may depend on the norms seen so far; pass it as any `max_norm`.
 
   Attributes:
-    init: `init(shape, dtype) -> state`, shape and dtype being those of the norms.
+    init: `init(shape, dtype) -> state`, with the shape and dtype of the norms.
     update: `update(norms, state, *, global_norm) -> (limit, target, state)`.
 
   Example:
@@ -57,10 +57,10 @@ class Rule(NamedTuple):
 
 
 class StepCount(NamedTuple):
-  """The state of a rule that depends on time alone; unlike any other, it also moves on a step that is not finite.
+  """The state of a rule that depends only on time; unlike any other state, it also moves at a nonfinite step.
 
   Attributes:
-    schedule_count: int32, shape (): the `update` calls so far. No other field of a state has this name, by which
+    schedule_count: int32, shape (): the `update` calls so far. The name is unique among all states, which lets
       `optax.tree.get` and `optax.tree.set` find it.
   """
 
@@ -71,23 +71,23 @@ export.register_namedtuple_serialization(StepCount, serialized_name="clipjax.rul
 
 
 def no_limit(dtype: Any) -> Any:
-  """The limit that no norm is above: the largest number of the dtype, since no state may hold an inf."""
+  """The limit that no norm exceeds: the largest number of the dtype, because no state may hold an inf."""
   return jnp.finfo(dtype).max
 
 
 def is_no_limit(limit: Any) -> Any:
-  """Whether a limit on the host is none; a state may have been made before x64 was set."""
+  """Whether a limit on the host means no limit; the state may be older than the x64 setting."""
   return limit >= float(np.finfo(np.float32).max)
 
 
 def number(value: Any, dtype: Any) -> jax.Array:
-  """A number of a rule, or an array, in the dtype of the norms."""
+  """A rule's number or array, in the dtype of the norms."""
   out: jax.Array = jnp.asarray(within_range(value), dtype)
   return out
 
 
 def as_rule(value: Any, argument: str) -> Rule:
-  """The rule that a number, an array, a schedule or a rule stands for: the door through which all thresholds come."""
+  """Turns a number, an array, a schedule or a rule into a rule: every threshold goes through here."""
   if isinstance(value, Rule):
     for field in value._fields:
       if not callable(getattr(value, field)):
@@ -111,36 +111,40 @@ def as_rule(value: Any, argument: str) -> Rule:
 
 
 def ask(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-  """The limit, the target and the next state, checked: a rule may be the user's own. inf becomes `no_limit`."""
+  """The limit, the target and the next state, checked because a rule may be the user's own; inf becomes `no_limit`."""
   answer = rule.update(norms, state, global_norm=global_norm)
   if not isinstance(answer, tuple) or len(answer) != 3:
     got = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else describe(answer)
     raise TypeError(f"a rule's `update` must return (limit, target, state), got {got}: return all three.")
+  # A state that changes its structure would fail only later, in a scan or at a restore.
   limit, target, new = answer
   if not _is_like(new, state):
     raise ValueError(
-      f"a rule's `update` must return a state like the one that it was given, {_outline(state)}, got {_outline(new)}: "
+      f"a rule's `update` must return a state like the one it was given, {_outline(state)}, got {_outline(new)}: "
       "keep its structure and shapes."
     )
+  # Keep limit and target one array if they are: the engine then skips the work for the target.
   checked = _checked_limit(limit, norms, "limit")
   return checked, checked if target is limit else _checked_limit(target, norms, "target"), new
 
 
 def _checked_limit(answer: Any, norms: jax.Array, what: str) -> jax.Array:
-  """What a rule answered, in the dtype of the norms; raises where its shape is neither () nor theirs."""
+  """A rule's answer in the dtype of the norms; raises unless its shape is () or the shape of the norms."""
   if not _is_real(answer):
     raise TypeError(
       f"a rule's `{what}` must be a real number or an array of them, got {describe(answer)}: compute it from "
       "`norms`, with jnp.inf for no limit."
     )
+  # A host number is clamped to the range first, to avoid NumPy's warning.
   value = number(answer, norms.dtype) if jnp.ndim(answer) == 0 else jnp.asarray(answer).astype(norms.dtype)
   if value.shape not in ((), norms.shape):
     raise ValueError(
-      f"a rule's `{what}` must have shape () or that of the norms, {norms.shape}, got {value.shape}: "
+      f"a rule's `{what}` must have shape () or the shape of the norms, {norms.shape}, got {value.shape}: "
       "compute it from `norms` element by element."
     )
   most = no_limit(value.dtype)
-  return jnp.where(value > most, most, value)  # NaN stays: XLA before 0.9 makes a number of a constant `minimum`.
+  # Not `jnp.minimum`, because NaN must stay: before JAX 0.9, XLA folds a constant `minimum` with NaN to a number.
+  return jnp.where(value > most, most, value)
 
 
 def _is_real(answer: Any) -> bool:
@@ -149,7 +153,7 @@ def _is_real(answer: Any) -> bool:
 
 
 class StateCheck:
-  """Compares states with what the `init` of a rule gives, which it is asked for once for each shape and dtype."""
+  """Compares states with the `init` of a rule, which is evaluated once for each shape and dtype."""
 
   def __init__(self, rule: Rule, field: str):
     self._rule = rule
@@ -157,26 +161,27 @@ class StateCheck:
     self._wanted: dict[tuple[tuple[int, ...], Any], Any] = {}
 
   def fitted(self, state: Any, shape: tuple[int, ...]) -> Any:
-    """The state in the dtypes that `init` gives; raises for that of another rule, or of one with another window."""
+    """The state in the dtypes of `init`; raises for the state of another rule, or of one with another window."""
     dtype = norm_dtype()
+    # An eager `update` comes here at every step, so keep what `init` returns for each shape.
     if (shape, dtype) not in self._wanted:
       self._wanted[shape, dtype] = jax.eval_shape(lambda: self._rule.init(shape, dtype))
     wanted = self._wanted[shape, dtype]
     if not _is_like(state, wanted):
       raise ValueError(
-        f"`state.{self._field}` must be as the rule's `init` gave it, {_outline(wanted)}, got {_outline(state)}: pass "
-        "the state of this transformation, or call `init` anew."
+        f"`state.{self._field}` must match what the rule's `init` returned, {_outline(wanted)}, got {_outline(state)}: "
+        "pass the state of this transformation, or call `init` again."
       )
     return jax.tree.map(lambda x, like: in_dtype(x, like.dtype), state, wanted)
 
 
 def in_dtype(x: Any, dtype: Any) -> Any:
-  """A number of a state in its dtype: it may be stored in another width, from before x64 was set, or as bfloat16."""
+  """A number of a state in its own dtype: it may be stored in another, from before x64 was set, or as bfloat16."""
   return x if getattr(x, "dtype", dtype) == dtype else jnp.asarray(x).astype(dtype)
 
 
 def same_structure(state: Any, wanted: Any) -> bool:
-  """Whether two states are trees of one structure, whatever their leaves are."""
+  """Whether two states have the same tree structure; leaves may differ."""
   structures: list[Any] = [jax.tree.structure(x) for x in (state, wanted)]
   return bool(structures[0] == structures[1])
 
@@ -184,7 +189,7 @@ def same_structure(state: Any, wanted: Any) -> bool:
 def _is_like(state: Any, wanted: Any) -> bool:
   if not same_structure(state, wanted):
     return False
-  return all(  # An eager `update` asks this at every step: the usual case is two attributes.
+  return all(  # An eager `update` runs this at every step: the usual case reads just two attributes.
     getattr(x, "shape", ()) == getattr(y, "shape", ())
     and (getattr(x, "dtype", None) == getattr(y, "dtype", float) or _kind(x) == _kind(y))
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True)
@@ -192,7 +197,7 @@ def _is_like(state: Any, wanted: Any) -> bool:
 
 
 def _outline(state: Any) -> str:
-  """The type of a state, and kind and shape of its arrays, as in "Ring(float(1000,), int(), int())"."""
+  """The type of a state, with the kind and shape of its arrays, such as "Ring(float(1000,), int(), int())"."""
   kind = "array" if jax.tree_util.all_leaves([state]) else type(state).__name__
   return f"{kind}({', '.join(f'{_kind(x)}{jnp.shape(x)}' for x in jax.tree.leaves(state))})"
 
@@ -204,7 +209,7 @@ def _kind(x: Any) -> str:
 
 
 def keep_where(bad: jax.Array, old: Any, new: Any) -> Any:
-  """The old state of a rule where `bad`, except for counts of steps, which always move."""
+  """The old state of a rule if `bad`, else the new one; counts of steps always move."""
 
   def keep(before: Any, after: Any) -> Any:
     if isinstance(before, StepCount):

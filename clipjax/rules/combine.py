@@ -1,4 +1,4 @@
-"""The two rules that are made of others: the lower of two limits, and a limit that comes into force later."""
+"""The two rules built from other rules: the lower of two limits, and a limit that takes effect later."""
 
 from typing import Any
 
@@ -11,19 +11,20 @@ from clipjax.rules.base import Rule, as_rule, ask, no_limit
 
 
 def minimum(rule_a: Rule | ArrayLike, rule_b: Rule | ArrayLike) -> Rule:
-  """The rule that asks two rules and takes the lower limit, and the lower target of those that would clip.
+  """The lower limit of two rules, `min(limit_a, limit_b)`, and the lower target of those that would clip.
 
-  Each sees the norms as they are, and keeps its own state: neither knows what the other clipped.
+  Each rule sees the norms before the clip and keeps its own state: neither knows what the other clipped.
 
   Args:
-    rule_a: a `Rule`, or what stands for one: a number, an array, a schedule.
-    rule_b: likewise.
+    rule_a: a `Rule`, or a number, an array or a schedule.
+    rule_b: the other one, of the same types.
 
   Returns:
     A `Rule` whose state is the pair of their states.
 
   Raises:
-    TypeError: for what is no threshold.
+    ValueError: for a negative or NaN Python number.
+    TypeError: for anything else that is not a threshold.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -43,6 +44,7 @@ def minimum(rule_a: Rule | ArrayLike, rule_b: Rule | ArrayLike) -> Rule:
   ) -> tuple[jax.Array, jax.Array, tuple[Any, Any]]:
     limit_a, target_a, state_a = ask(a, norms, state[0], global_norm)
     limit_b, target_b, state_b = ask(b, norms, state[1], global_norm)
+    # Only a rule that would clip has a say in the target.
     limit = jnp.minimum(limit_a, limit_b)
     target_a = jnp.where(norms > limit_a, jnp.minimum(target_a, limit), limit)
     target_b = jnp.where(norms > limit_b, jnp.minimum(target_b, limit), limit)
@@ -52,20 +54,18 @@ def minimum(rule_a: Rule | ArrayLike, rule_b: Rule | ArrayLike) -> Rule:
 
 
 def delayed(n: int, rule: Rule | ArrayLike) -> Rule:
-  """The rule that clips nothing for `n` finite steps, and what `rule` says from then on.
-
-  `rule` sees the norms from the first step on.
+  """Clips nothing for `n` finite steps, then clips by `rule`, which sees the norms from the first step on.
 
   Args:
     n: finite steps without a clip, >= 0.
-    rule: a `Rule`, or what stands for one: a number, an array, a schedule.
+    rule: a `Rule`, or a number, an array or a schedule.
 
   Returns:
     A `Rule` whose state is the number of steps so far, up to `n`, and the state of `rule`.
 
   Raises:
     ValueError: if `n` is negative.
-    TypeError: if `n` is no Python integer, or `rule` no threshold.
+    TypeError: if `n` is not a Python integer, or `rule` is not a threshold.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -88,6 +88,7 @@ def delayed(n: int, rule: Rule | ArrayLike) -> Rule:
   ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, Any]]:
     seen, inner_state = state
     limit, target, inner_state = ask(inner, norms, inner_state, global_norm)
+    # The inner rule has seen these norms, but its limit waits.
     return jnp.where(seen < n, no_limit(limit.dtype), limit), target, (jnp.minimum(seen + 1, n), inner_state)
 
   return Rule(init, update)

@@ -1,4 +1,4 @@
-"""AdaGC's rule: each norm against the moving average of its clipped self."""
+"""AdaGC's rule: limits each norm to a multiple of the EMA of its clipped values."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ class EmaRatioState(NamedTuple):
   """The state of `ema_ratio`.
 
   Attributes:
-    ema: shape of the norms: the average of the clipped norms; 0 where there is none yet.
-    had_zero: bool, shape of the norms: whether a norm of 0 has entered the average.
+    ema: shape of the norms: the EMA of the clipped norms; 0 before there is one.
+    had_zero: bool, shape of the norms: whether a norm of 0 has entered the EMA.
     seen: int32, shape (): finite steps so far, up to `warmup_steps`.
   """
 
@@ -30,27 +30,27 @@ export.register_namedtuple_serialization(EmaRatioState, serialized_name="clipjax
 
 
 def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float) -> Rule:
-  """The rule of AdaGC: clips each norm to `ratio` times the moving average of its clipped self.
+  """The rule of AdaGC: clips each norm to `ratio` times the EMA of its clipped values.
 
-  During the warm-up the whole gradient is clipped by its global norm, to `max_norm`, and the average is the smallest
-  clipped norm that is not 0. A leaf without an average, because its norms were all 0, goes on under the global rule
-  until it has one: else it would be clipped to 0 for ever. After the warm-up the first norm of 0 enters the average, as
-  in the paper. Later ones do not: a leaf whose gradient is 0 now and then would be clipped to 0 in the end. After a
-  lasting rise the average grows by at most `(1 - decay) * (ratio - 1)` a step, so that at the defaults of AdaGC every
-  one of 200 steps after it is clipped (docs/methods.md).
+  During the warm-up, the whole gradient is clipped to the global norm `max_norm`, and the EMA is the smallest nonzero
+  clipped norm. A leaf without an EMA, because all its norms were 0, stays under the global rule until it has one:
+  otherwise it would be clipped to 0 forever. After the warm-up, the first norm of 0 enters the EMA, as in the paper.
+  Later zeros do not: a leaf whose gradient is 0 now and then would end up clipped to 0. After a lasting rise the EMA
+  grows by a share of at most `(1 - decay) * (ratio - 1)` per step: at the defaults of AdaGC, all of the 200 steps after
+  the rise are clipped (docs/methods.md).
 
   Args:
-    ratio: how much larger than its average a norm may be, > 0.
-    decay: weight of the past in the average, between 0 and 1.
+    ratio: how much larger than its EMA a norm may be, > 0.
+    decay: weight of the past in the EMA, between 0 and 1.
     warmup_steps: finite steps under the global rule, >= 0.
-    max_norm: threshold of the global rule, >= 0; inf for none.
+    max_norm: threshold of the global rule, >= 0; inf for no limit.
 
   Returns:
     A `Rule` with an `EmaRatioState`.
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if one is no Python number.
+    TypeError: if an argument is not a Python number.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -81,15 +81,18 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
     unlimited = no_limit(norms.dtype)
     warm = state.seen < warmup_steps
     over = (global_norm > most) & (most < unlimited)
-    # A zero norm is under every limit, so 0 for its limit clips nothing.
+    # The global rule, as a limit for each norm: scaled down by the same factor. A zero norm is under every limit, so a
+    # limit of 0 clips nothing.
     most = jnp.where(over, most, 1)
     global_limit = jnp.where(over, divide(norms, jnp.where(over, global_norm, 1)) * most, unlimited)
+    # The limit: the global rule in the warm-up and for a norm without an EMA, else the ratio to the EMA.
     has_ema = state.ema > 0
     limit = jnp.where(warm | ~has_ema, global_limit, jnp.minimum(number(ratio, norms.dtype) * state.ema, unlimited))
+    # The EMA sees clipped norms. In the warm-up it is the smallest nonzero one.
     kept = jnp.minimum(norms, limit)
     lowest = jnp.where(has_ema & (kept > 0), jnp.minimum(state.ema, kept), jnp.where(has_ema, state.ema, kept))
     moved = jnp.where(has_ema, past * state.ema + (1 - past) * kept, kept)
-    # A gradient that is 0 now and then, as that of an expert, would draw its average down to 0 and stay there.
+    # A gradient that is 0 now and then, such as an expert's, would pull its EMA down to 0 and keep it there.
     is_zero = (norms == 0) & has_ema & ~warm
     ema = jnp.where(warm, lowest, jnp.where(is_zero & state.had_zero, state.ema, moved))
     return limit, limit, EmaRatioState(ema, state.had_zero | is_zero, jnp.minimum(state.seen + 1, warmup_steps))

@@ -13,16 +13,16 @@ from clipjax.rules.ring import Ring
 def percentile(percentile: float, *, window: int = 1000, include_current: bool = True, min_count: int = 1) -> Rule:
   """The rule of AutoClip: limit and target are a percentile of the last norms, linearly interpolated.
 
-  The ring holds norms before the clip, so that the threshold follows a lasting rise within the window: at percentile
-  90 of 50 norms, 32 of the 200 steps after it are clipped (docs/methods.md). Of constant norms nothing is clipped. A
-  norm of 0 takes a place in the ring, but the percentile is of the others: a leaf may have no gradient for a while.
-  With fewer than `min_count` of them nothing is clipped.
+  The ring holds norms before the clip, which lets the threshold follow a lasting rise within the window: at percentile
+  90 of 50 norms, 32 of the 200 steps after the rise are clipped (docs/methods.md). Constant norms are never clipped. A
+  norm of 0 takes a place in the ring but does not count for the percentile: a leaf may have no gradient for a while.
+  With fewer than `min_count` nonzero norms nothing is clipped.
 
   Args:
     percentile: between 0 and 100.
-    window: norms to look back on, the current one included; memory is `4 * window` bytes for each norm, 4 kB for the
+    window: norms to look back on, the current one included; memory is `4 * window` bytes for each norm, 4 kB by
       default, sorted at every step. `quantile_tracking` is the same idea in 4 bytes.
-    include_current: whether the current norm is among those of which the percentile is taken.
+    include_current: whether the percentile includes the current norm.
     min_count: norms to see before the first clip, the current one included; at most `window`.
 
   Returns:
@@ -30,7 +30,7 @@ def percentile(percentile: float, *, window: int = 1000, include_current: bool =
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if one is no Python number.
+    TypeError: if an argument has the wrong type.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -57,9 +57,11 @@ def percentile(percentile: float, *, window: int = 1000, include_current: bool =
 
   def update(norms: jax.Array, ring: Ring, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Ring]:
     del global_norm
+    # The ring that the percentile sees.
     pushed = ring.push(norms)
     seen = pushed if include_current else ring
     n, most = seen.counted, no_limit(norms.dtype)
+    # Sort the norms that count to the front, and find the two ranks around the percentile.
     ordered = jnp.sort(jnp.where(seen.holds, seen.values, most), axis=0)
     last = jnp.maximum(n - 1, 0)
     place = last.astype(norms.dtype) * (number(percentile, norms.dtype) / 100)
@@ -68,6 +70,7 @@ def percentile(percentile: float, *, window: int = 1000, include_current: bool =
     def at(rank: jax.Array) -> jax.Array:
       return jnp.where(n > 0, jnp.take_along_axis(ordered, rank[None], axis=0)[0], 0)
 
+    # Interpolate between them; too few norms give no limit.
     at_low, at_high = at(low), at(jnp.minimum(low + 1, last))
     limit = at_low + (place - low.astype(norms.dtype)) * (at_high - at_low)
     limit = jnp.where((ring.counted + 1 >= min_count) & (n > 0), limit, most)

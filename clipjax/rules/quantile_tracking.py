@@ -1,4 +1,4 @@
-"""One number that follows a quantile of the norms."""
+"""A threshold of one number that tracks a quantile of the norms."""
 
 import math
 from typing import Any
@@ -11,11 +11,11 @@ from clipjax.rules.base import Rule, number
 
 
 def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: float = 1.0) -> Rule:
-  """The rule that moves one number towards a quantile of the norms: `C <- C * exp(-lr * (1[norm <= C] - q))`.
+  """Moves one number C towards a quantile of the norms: `C <- C * exp(-lr * (1[norm <= C] - q))`.
 
-  O(1) memory, against the ring of `percentile`. C is used before it moves, and stays positive. A norm of 0 does
-  not move it. A lasting rise is followed at `learning_rate * quantile` in log C a step: at quantile 0.9, 23 to 29 of
-  the 200 steps after it are clipped (docs/methods.md).
+  Needs O(1) memory, where `percentile` keeps a ring. C is used before it moves, and stays positive. A norm of 0 does
+  not move it. After a lasting rise, log C grows by `learning_rate * quantile` per step: at quantile 0.9, 23 to 29 of
+  the 200 steps after the rise are clipped (docs/methods.md).
 
   Args:
     quantile: the share of norms that should be at or under the threshold, between 0 and 1.
@@ -27,7 +27,7 @@ def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: f
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if one is no Python number.
+    TypeError: if an argument is not a Python number.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -53,10 +53,11 @@ def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: f
 
   def update(norms: jax.Array, c: jax.Array, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     del global_norm
+    # Up by lr * q after a norm above C, down by lr * (1 - q) after one under it: at rest q of the norms are under C.
     under = (norms <= c).astype(norms.dtype)
     rate, q = number(learning_rate, c.dtype), number(quantile, c.dtype)
     moved = jnp.where(norms == 0, c, c * jnp.exp(-rate * (under - q)))
-    # Never 0 and never inf, from which no factor leads back.
+    # Keep C away from 0 and inf: no factor could bring it back.
     info = jnp.finfo(norms.dtype)
     return c, c, jnp.clip(moved, float(info.tiny), float(info.max))
 

@@ -1,4 +1,4 @@
-"""The last norms, for a rule with a window. Only finite norms get here: a nonfinite step changes no state of a rule."""
+"""The last norms, for a rule with a window. All are finite: a nonfinite step changes no state of a rule."""
 
 from typing import Any, NamedTuple
 
@@ -22,11 +22,12 @@ class Ring(NamedTuple):
 
   @classmethod
   def empty(cls, window: int, shape: tuple[int, ...], dtype: Any) -> "Ring":
-    """A ring of no norms."""
+    """A ring without norms."""
     return cls(jnp.zeros((window, *shape), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
   def push(self, norms: jax.Array) -> "Ring":
-    """The ring with one row more, or the oldest one replaced."""
+    """The ring with one more row; a full ring replaces its oldest row."""
+    # The write position wraps, so a full ring overwrites its oldest row.
     window = self.values.shape[0]
     return Ring(
       lax.dynamic_update_index_in_dim(self.values, norms, self.next, 0),
@@ -38,14 +39,14 @@ class Ring(NamedTuple):
   def holds(self) -> jax.Array:
     """Which entries hold a norm that counts, in the shape of `values`.
 
-    A norm of 0 does not: a leaf that has no gradient yet would be held at 0 by what it says.
+    A norm of 0 does not count: it would keep a leaf without a gradient so far clipped to 0.
     """
     rows = jnp.arange(self.values.shape[0], dtype=jnp.int32) < self.filled
     return rows.reshape(-1, *(1,) * (self.values.ndim - 1)) & (self.values != 0)
 
   @property
   def counted(self) -> jax.Array:
-    """How many norms that count there are, int32, in the shape of the norms."""
+    """The number of norms that count, int32, in the shape of the norms."""
     return jnp.sum(self.holds, axis=0, dtype=jnp.int32)
 
 

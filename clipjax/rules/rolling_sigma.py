@@ -1,4 +1,4 @@
-"""OLMo's rule: mean and deviation of the last norms."""
+"""OLMo's rule: a limit from the mean and standard deviation of the last norms."""
 
 import math
 from typing import Any
@@ -16,11 +16,11 @@ from clipjax.rules.ring import Ring
 def rolling_sigma(
   sigma: float = 6.0, *, window: int = 128, ddof: int = 1, std_floor: float = 0.0, min_count: int | None = None
 ) -> Rule:
-  """The rule that clips above `mean + sigma * std` of the last norms, the current one not among them, to that limit.
+  """Clips norms above `mean + sigma * std` of the last norms, without the current one, to that limit.
 
-  The ring holds norms before the clip, so that a lasting rise is soon within the limit: 2 of the 200 steps after it
-  are clipped (docs/methods.md). For the same reason a spike widens the limit until it leaves the window. Of constant
-  norms nothing is clipped. A norm of 0 takes a place in the ring and counts for nothing else.
+  The ring holds norms before the clip, which soon puts a lasting rise within the limit: 2 of the 200 steps after the
+  rise are clipped (docs/methods.md). For the same reason a spike widens the limit until it leaves the window. Constant
+  norms are never clipped. A norm of 0 takes a place in the ring and counts for nothing else.
 
   Args:
     sigma: standard deviations above the mean, >= 0 and finite.
@@ -35,7 +35,7 @@ def rolling_sigma(
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if one is no Python number.
+    TypeError: if an argument is not a Python number.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -64,20 +64,22 @@ def rolling_sigma(
   def update(norms: jax.Array, ring: Ring, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Ring]:
     del global_norm
     holds, n = ring.holds, ring.counted
-    # Distances from a norm in the ring: of constant norms their mean is exactly 0. In units of the largest distance
-    # no square leaves its range.
+    # Measure distances from one norm in the ring: for constant norms their mean is exactly 0. In units of the largest
+    # distance no square leaves its range.
     anchor = jnp.max(jnp.where(holds, ring.values, -no_limit(norms.dtype)), axis=0)
-    anchor = lax.stop_gradient(jnp.where(n > 0, anchor, 0))  # It cancels, as the unit does.
+    anchor = lax.stop_gradient(jnp.where(n > 0, anchor, 0))  # It cancels out, like the unit.
     distance = jnp.where(holds, ring.values - anchor[None], 0)
     largest = jnp.max(jnp.abs(distance), axis=0)
     unit = lax.stop_gradient(jnp.where(largest > 0, largest, 1))
     distance = distance / unit[None]
+    # Mean and standard deviation of the norms that count.
     size = n.astype(norms.dtype)
     mean = jnp.sum(distance, axis=0) / jnp.maximum(size, 1)
     about = jnp.where(holds, distance - mean[None], 0)
     std = unit * root_or_zero(jnp.sum(jnp.square(about), axis=0) / jnp.maximum(size - ddof, 1))
     width = number(sigma, norms.dtype) * jnp.maximum(std, number(std_floor, norms.dtype))
     limit = anchor + unit * mean + width
+    # Too few norms give no limit.
     enough = (n + 1 >= min_count) & (n > ddof)
     limit = jnp.where(enough, limit, no_limit(norms.dtype))
     return limit, limit, ring.push(norms)

@@ -1,1 +1,1 @@
-"""Clipping, skipping and watching as Optax transformations; `engine` is the flow that all clips share."""
+"""Clipping, skipping and watching as Optax transformations; all clips share the stages of `engine`."""

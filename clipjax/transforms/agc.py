@@ -1,8 +1,9 @@
-"""Adaptive gradient clipping: each unit of a leaf is clipped to a share of the norm of its parameters.
+"""Adaptive gradient clipping: clips each unit of a leaf to a share of the norm of its parameters.
 
-A unit is what feeds one output: a column of a matrix, a filter of a convolution, a whole vector. It is the engine's
-flow with a norm for each unit instead of one for each leaf, and limits that come from the parameters.
+A unit is the part of a leaf that feeds one output: a column of a matrix, a filter of a convolution, a whole vector. AGC
+runs the stages of the engine with a norm for each unit instead of each leaf, and with limits from the parameters.
 """
+# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 import math
 from collections.abc import Iterable, Sequence
@@ -40,36 +41,33 @@ def adaptive_grad_clip(
   name: str = "grad",
   track: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-  """AGC: scales each unit of the updates down to `clipping * max(norm of its parameters, eps)`.
+  """AGC: scales each unit of the updates down to a norm of `clipping * max(norm of its parameters, eps)`.
 
-  The units are Optax's: a scalar or vector is one; of rank 2 and 3 the columns (all but axis 0), of rank 4 and 5 the
-  last axis. A zero unit stays zero, a unit at or under its limit is bit-identical. Where any entry of the updates is
-  inf or NaN, or a norm of parameters is, or the global norm is above the largest float32, `on_nonfinite` says what
-  happens to every leaf.
+  The units follow Optax: a scalar or vector is one unit; a leaf of rank 2 or 3 has one for each index of all axes but
+  axis 0 (its columns); a leaf of rank 4 or 5 has one for each index of the last axis. A zero unit stays zero, and a
+  unit at or under its limit keeps its bits. If any entry of the updates or any parameter norm is inf or NaN, or the
+  global norm is above the largest float32, `on_nonfinite` decides for every leaf.
 
-  Layers that are stacked for `lax.scan` have one axis more, which these rules take for something else: say which with
-  `stacked`, and they hold for each slice. Under plain jit on sharded arrays all is right as it stands; inside
-  `shard_map` a leaf that varies over a mesh axis is an error.
+  Layers stacked for `lax.scan` have one more axis, which these rules would mistake for part of a unit: name it with
+  `stacked`, and the rules apply to each slice. Sharded arrays under plain jit need no option; inside `shard_map`, a
+  leaf that varies over a mesh axis is an error.
 
   Args:
-    clipping: number or scalar array >= 0: the largest ratio of the norm of an update to that of its parameters.
-    eps: number or scalar array >= 0: the least norm of parameters, so that units that start at zero can learn.
-    axis: the axes that make up a unit, for every leaf, or slice of a stacked one; None takes the rule above.
-    stacked: as in `clip_by_leaf_norm`.
-    on_nonfinite: "propagate", "zero" or "error", as in `clip_by_global_norm`.
-    name: first part of the keys of `clipjax.metrics`.
-    track: as in `clip_by_global_norm`.
+    clipping: number or scalar array >= 0: the largest ratio of the norm of an update to the norm of its parameters.
+    eps: number or scalar array >= 0: the least parameter norm, which lets units that start at zero learn.
+    axis: the axes that make up a unit, for every leaf or slice of a stacked leaf; None applies the rule above.
+    stacked: see `clip_by_leaf_norm`.
+    on_nonfinite, name, track: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`, whose `update` needs `params`. Its `ClipState` has, by leaf or slice,
     the norm before the clip, the smallest limit of a unit and the smallest factor.
 
   Raises:
-    ValueError: for a negative or NaN Python number or an unknown policy; in `update`, without `params`, or with
-      others than the updates belong to, and for a leaf of rank above 5 without `axis`.
-    TypeError: for an `axis` that is not made of integers, a `track` that is no bool; in `update`, for an integer or
-      bool leaf, with its path.
-    FloatingPointError: in an eager `update` with "error", for a step that is not finite.
+    ValueError: in `update`, without `params` or with parameters of other leaves or shapes; for a leaf of rank above 5
+      without `axis`, or an `axis` that a leaf does not have; for a leaf that varies over a mesh axis.
+    TypeError: for an `axis` that is not made of integers.
+    Also as `clip_by_leaf_norm` does.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -90,13 +88,14 @@ def adaptive_grad_clip(
   checks.check_policy(on_nonfinite)
   axis = _checked_axis(axis)
   checks.check_track(track, "clipping")
-  # With a name there is no error at `init` inside shard_map: `update` has one that says more.
+  # An axis name avoids an error in `init` inside shard_map: the error in `update` says more.
   label = partial(Labels.of, name=checks.check_name(name), unit="leaf", stacked=stacked, axis_name=())
 
   def spec(prepared: Prepared, labels: Labels) -> NormSpec:
     return _spec_of_units(prepared.measured, labels, axis)
 
   def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
+    # Parameters have the units of their updates, and their norms set the limits.
     weights = _matching_params(prepared, params)
     units = _spec_of_units(weights, state.labels, axis)
     share, least = checks.within_range(clipping), checks.within_range(eps)
@@ -119,25 +118,29 @@ def _decide(
   clipping: Any,
   eps: Any,
 ) -> tuple[list[Limits], jax.Array, dict[str, Any]]:
-  """The limits of all units, from the norms of their parameters."""
+  """Decides the limits of all units, from the norms of their parameters."""
   dtype = norm_dtype()
+  # The limit of each unit: a share of its parameter norm, but of no less than eps.
   share, least = (jnp.maximum(jnp.asarray(x).astype(dtype), 0) for x in (clipping, eps))
   limits = [share * jnp.maximum(of_params, least) for of_params in measure(units, weights).norms]
-  most = no_limit(dtype)  # Of parameters that are 0 too, where the share has no limit.
+  # An unlimited share gives no limit, even for parameters that are 0.
+  most = no_limit(dtype)
   limits = [jnp.where(share >= most, most, jnp.minimum(limit, most)) for limit in limits]
-  # What has no entries has no limit: a leaf that is None among them.
+  # A leaf without entries has no limit; this includes a leaf that is None.
   limits = [limit if jnp.size(w) else jnp.full_like(limit, most) for limit, w in zip(limits, weights, strict=True)]
 
   def of_slices(values: Iterable[jax.Array], p: float) -> jax.Array:
-    """The norms of leaves, or slices, from those of their units, each of which counts once."""
+    """The p-norm over the units of each leaf or slice."""
     return end_to_end([vector_norm(by_slice(v, s), p) for v, s in zip(values, stacks, strict=True)], dtype)
 
+  # The global norm and the lowest limits say whether the step is finite.
   norms_of_slices = of_slices(norms, 2.0)
   norm = vector_norm(norms_of_slices, 2.0)
-  # Not `jnp.min`, which may drop the NaN of one unit.
+  # Not `jnp.min`, which may drop a unit's NaN.
   lowest = of_slices(limits, -math.inf)
-  lowest = jnp.where(lowest > most, most, lowest)  # Of a leaf without units.
+  lowest = jnp.where(lowest > most, most, lowest)  # A leaf without units gave inf.
   bad = nonfinite.is_bad(norm, [lowest])
+  # The limits of each unit, and what the state will report of them.
   of_units = [Limits.of(n, limit, limit, bad) for n, limit in zip(norms, limits, strict=True)]
   after = of_slices((norm_after(n, unit) for n, unit in zip(norms, of_units, strict=True)), 2.0)
   scale = of_slices(map(scale_of, of_units), -math.inf)
@@ -156,13 +159,14 @@ def _decide(
 
 
 def _spec_of_units(leaves: Sequence[Any], labels: Labels, axis: tuple[int, ...] | None) -> NormSpec:
-  """What to measure where each unit has a norm of its own."""
+  """The spec with one norm for each unit."""
   for name, x in zip(labels.leaves, leaves, strict=True):
     if axes := varying_axes(x):
       raise ValueError(
         f"`updates` must not vary over mesh axes inside shard_map, got '{name}' varying over {list(axes)}: its type "
         "does not say which of its axes are sharded. Clip outside, under plain jit."
       )
+  # Every leaf is a block, with one norm for each unit.
   stacks = by_leaf(labels.stacks, len(leaves))
   over = tuple(_unit_axes(x, s, axis, name) for x, s, name in zip(leaves, stacks, labels.leaves, strict=True))
   return NormSpec(2.0, tuple((i,) for i in range(len(over))), ((),) * len(over), over)
@@ -171,16 +175,17 @@ def _spec_of_units(leaves: Sequence[Any], labels: Labels, axis: tuple[int, ...] 
 def _without_rule(state: ClipState) -> ClipState:
   if not isinstance(state.rule, tuple) or state.rule:
     raise ValueError(
-      f"`state` must have no rule, as the one that `init` gave, got {checks.describe(state.rule)}: pass the state of "
-      "this transformation, or call `init` anew."
+      f"`state` must have no rule, as `init` made it, got {checks.describe(state.rule)}: pass the state of this "
+      "transformation, or call `init` again."
     )
   return state
 
 
 def _unit_axes(x: Any, stack: Stack | None, axis: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
-  """The axes over which the norm of a unit of this leaf is taken."""
+  """The axes that the norm of a unit of this leaf is taken over."""
   if stack is None:
     return (0,) if is_absent(x) else _unit_axes_of_shape(jnp.shape(x), axis, name)
+  # The axis of the layers is no part of a unit: apply the rule to the shape without it, then map the axes back.
   others = [a for a in range(jnp.ndim(x)) if a != stack.axis]
   if is_absent(x):
     return tuple(others)
@@ -188,7 +193,7 @@ def _unit_axes(x: Any, stack: Stack | None, axis: tuple[int, ...] | None, name: 
 
 
 def _unit_axes_of_shape(shape: tuple[int, ...], axis: tuple[int, ...] | None, name: str) -> tuple[int, ...]:
-  """The axes of a leaf, or slice, of this shape."""
+  """The axes of a unit in a leaf, or slice, of this shape."""
   if axis is not None:
     for a in axis:
       if not -len(shape) <= a < len(shape):
@@ -197,7 +202,7 @@ def _unit_axes_of_shape(shape: tuple[int, ...], axis: tuple[int, ...] | None, na
           "`optax.masked`."
         )
     return tuple(sorted({a % len(shape) for a in axis}))
-  if sum(size != 1 for size in shape) <= 1:  # As in Optax, a vector stays one with axes of size 1 around it.
+  if sum(size != 1 for size in shape) <= 1:  # As in Optax, axes of size 1 do not change a vector.
     return tuple(range(len(shape)))
   if len(shape) in (2, 3):
     return (0,)
@@ -210,7 +215,7 @@ def _unit_axes_of_shape(shape: tuple[int, ...], axis: tuple[int, ...] | None, na
 
 
 def _matching_params(prepared: Prepared, params: Any) -> list[Any]:
-  """The parameters of the measured leaves; those of leaves that are None are absent too."""
+  """The parameters of the measured leaves; a leaf that is None gets an absent parameter too."""
   if params is None:
     raise ValueError(
       "`params` must be given to clip by the norm of parameters, got None: call update(grads, state, params)."

@@ -1,4 +1,8 @@
-"""Clips by norm: of all leaves together, of each leaf, of each group, and by the root mean square of a leaf."""
+"""Clips by norm: over all leaves, over each leaf, over each group, and by the root mean square of a leaf.
+
+Each clip is the engine with other labels. Options that the clips share are documented in `clip_by_global_norm`.
+"""
+# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 import math
 from collections.abc import Callable, Hashable, Mapping
@@ -27,24 +31,24 @@ def clip_by_global_norm(
   name: str = "grad",
   track: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-  """Scales updates down to a global norm: `g * min(1, max_norm / (norm + eps))`, the norm taken over all leaves.
+  """Scales updates down to a global norm over all leaves: `g * min(1, max_norm / (norm + eps))`.
 
-  With `eps=0` every leaf is bit-identical where `norm <= max_norm`, and 0 stays 0 for every `max_norm`, 0 included.
-  `max_norm=inf` only measures. 16-bit leaves are multiplied in float32 and rounded once. Where the norm is inf, NaN or
-  above the largest float32, or the threshold is NaN, `on_nonfinite` says what happens; the step is counted.
+  With `eps=0`, leaves keep their bits if `norm <= max_norm`, and 0 stays 0 for every `max_norm`, 0 included.
+  `max_norm=inf` only measures. 16-bit leaves are multiplied in float32 and rounded once. If the norm is inf, NaN or
+  above the largest float32, or the threshold is NaN, `on_nonfinite` decides, and the state counts the step.
 
   Args:
     max_norm: number or scalar array >= 0, schedule `count -> number`, or `clipjax.rules.Rule`.
     ord: order of the norm, 2 when None; 1, `jnp.inf` or any p > 0.
     eps: added to the norm; `1e-6` gives the factor of torch.
-    on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit "error" is a
-      check that the caller turns on with two lines, `err, out = jax.jit(checkify.checkify(step))(...)` and
-      `err.throw()`, `checkify` being `jax.experimental.checkify`. Inside `optax.MultiSteps`, which keeps a NaN in its
-      accumulator, "zero" drops every step after one: put `clipjax.skip_steps` around MultiSteps instead.
-    axis_name: as in `global_norm`; not needed under jit or in `shard_map` with its checks on.
+    on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit, "error" is a
+      check that two lines of the caller turn on: `err, out = jax.jit(checkify.checkify(step))(...)` and `err.throw()`,
+      with `jax.experimental.checkify`. `optax.MultiSteps` keeps a NaN in its accumulator, and "zero" inside it drops
+      every step from then on: put `clipjax.skip_steps` around MultiSteps instead.
+    axis_name: mesh axes to reduce over, see `global_norm`; not needed under jit or in `shard_map` with its checks on.
     name: first part of the keys of `clipjax.metrics`.
-    track: False keeps `optax.EmptyState()` instead of statistics, so that checkpoints of `optax.clip_by_global_norm`
-      still restore; for a number or an array only.
+    track: False keeps `optax.EmptyState()` instead of statistics, which lets checkpoints of `optax.clip_by_global_norm`
+      restore; only for a number or an array.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`: read it with `clipjax.metrics`.
@@ -52,8 +56,8 @@ def clip_by_global_norm(
   Raises:
     ValueError: for a negative or NaN Python number, an `ord` not above 0, an unknown policy, `track=False` with a
       schedule or rule; in `update`, for another number of leaves than `init` saw.
-    TypeError: for an `ord` that is no Python number; in `update`, for an integer or bool leaf, with its path.
-    FloatingPointError: in an eager `update` with "error", for a norm that is not finite.
+    TypeError: for an `ord` that is not a Python number; in `update`, for an integer or bool leaf, with its path.
+    FloatingPointError: in an eager `update` with "error", for a nonfinite norm.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -87,34 +91,29 @@ def clip_by_leaf_norm(
   name: str = "grad",
   track: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-  """Scales each leaf down to a norm of its own: `g_i * min(1, max_norm / (norm_i + eps))`.
+  """Scales each leaf down by its own norm: `g_i * min(1, max_norm / (norm_i + eps))`.
 
-  0, inf and NaN as in `clip_by_global_norm`. One nonfinite leaf norm makes the whole step nonfinite, for every leaf; so
-  does a global norm above the largest float32, even where the norm of each leaf is finite.
+  Each leaf follows `clip_by_global_norm` at 0, inf and NaN. One nonfinite leaf norm makes the whole step nonfinite, for
+  every leaf; so does a global norm above the largest float32, even if the norm of each leaf is finite.
 
   Args:
-    max_norm: as in `clip_by_global_norm`; one number for all leaves. A rule sees the norms as a vector, with an entry
+    max_norm: one threshold for all leaves, see `clip_by_global_norm`. A rule sees the norms as a vector, with an entry
       for each slice of a stacked leaf.
-    ord: as in `clip_by_global_norm`.
-    stacked: which axis of a leaf counts layers, where layers are stacked in one array, as `nn.scan` and `nnx.scan` keep
-      them: `(path, leaf) -> axis or None`, a prefix tree of axes, or the name of that axis in the metadata of Flax
-      boxes, such as "layers". Each slice is then a leaf of its own, `blocks/w[3]`. By a name, leaves that carry none
-      stay whole, as biases under `nn.scan` do whose initializer makes no box; a function finds them too. Under
+    stacked: which axis of a leaf counts layers, for layers stacked in one array as by `nn.scan` and `nnx.scan`:
+      `(path, leaf) -> axis or None`, a prefix tree of axes, or the name of the axis in the metadata of Flax boxes, such
+      as "layers". Each slice is then a leaf of its own, `blocks/w[3]`. With a name, leaves without that name stay
+      whole, such as biases under `nn.scan` whose initializer makes no box; a function can find those too. Under
       `optax.inject_hyperparams` name it in `static_args`.
-    eps: as in `clip_by_global_norm`.
-    on_nonfinite: as in `clip_by_global_norm`.
-    axis_name: as in `clip_by_global_norm`.
-    name: as in `clip_by_global_norm`.
-    track: as in `clip_by_global_norm`.
+    ord, eps, on_nonfinite, axis_name, name, track: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ClipState`; `metrics(state, per_leaf=True)` has every norm.
 
   Raises:
-    ValueError: as in `clip_by_global_norm`; in `init`, for an axis that a leaf does not have, a tree of axes that does
-      not match, or a name that no leaf carries; in `update`, for another number of layers than `init` saw.
-    TypeError: as in `clip_by_global_norm`; in `init`, for an axis that is no Python integer.
-    FloatingPointError: as in `clip_by_global_norm`.
+    ValueError: in `init`, for an axis that a leaf does not have, a tree of axes that does not match, or a name that no
+      leaf carries; in `update`, for another number of layers than `init` saw.
+    TypeError: in `init`, for an axis that is not a Python integer.
+    Also as `clip_by_global_norm` does.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -130,7 +129,7 @@ def clip_by_leaf_norm(
      [0.3 0.4]]
 
   References:
-    `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm, does this to one tensor.
+    `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm, clips one tensor in this way.
   """
   label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
   check_track(track, "max_norm", max_norm)
@@ -150,31 +149,29 @@ def clip_by_group_norm(
   name: str = "grad",
   track: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-  """Scales each group of leaves down to a norm of its own: `g_i * min(1, max_norm / (norm_of_its_group + eps))`.
+  """Scales each group of leaves down by its own norm: `g_i * min(1, max_norm / (norm_of_its_group + eps))`.
 
-  0, inf and NaN as in `clip_by_global_norm`. One nonfinite group norm makes the whole step nonfinite, for every leaf,
-  exempt ones included; so does a global norm above the largest float32, even where the norm of each group is finite.
+  Each group follows `clip_by_global_norm` at 0, inf and NaN. One nonfinite group norm makes the whole step nonfinite,
+  for every leaf, exempt ones included; so does a global norm above the largest float32, even if the norm of each group
+  is finite.
 
   Args:
-    max_norm: as in `clip_by_global_norm`, for all groups, or a dict of these by label, in which None exempts a group.
-    groups: `(path, leaf) -> label`, the path being the leaf's name such as "encoder/w", or a tree of labels of the
+    max_norm: one threshold for all groups, see `clip_by_global_norm`, or a dict from label to threshold, with None to
+      exempt a group.
+    groups: `(path, leaf) -> label`, with the leaf's name as the path, such as "encoder/w", or a tree of labels with the
       structure of the parameters. Under `optax.inject_hyperparams` name it in `static_args`.
-    ord: as in `clip_by_global_norm`.
-    stacked: as in `clip_by_leaf_norm`; a function `groups` is asked for each slice, of which it gets shape and dtype.
-    eps: as in `clip_by_global_norm`.
-    on_nonfinite: as in `clip_by_global_norm`.
-    axis_name: as in `clip_by_global_norm`.
-    name: as in `clip_by_global_norm`.
-    track: as in `clip_by_global_norm`.
+    stacked: see `clip_by_leaf_norm`; a function `groups` gets the shape and dtype of each slice as its leaf.
+    ord, eps, on_nonfinite, axis_name, name, track: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ClipState`; its metrics have `<name>/norm/<label>` and
     `<name>/scale/<label>`.
 
   Raises:
-    ValueError: as in `clip_by_global_norm`; in `init`, for a label without a threshold and a threshold without leaves.
-    TypeError: as in `clip_by_global_norm`; for `groups` that is an array.
-    FloatingPointError: as in `clip_by_global_norm`.
+    ValueError: for labels that are equal as strings; in `init`, for a label without a threshold, and for a threshold
+      without leaves.
+    TypeError: if `groups` is a number or an array, or a label is None.
+    Also as `clip_by_leaf_norm` does.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -191,6 +188,7 @@ def clip_by_group_norm(
       f"`groups` must be a function (path, leaf) -> label or a tree of labels, got {describe(groups)}: "
       f"pass it as the second argument; {STATIC_ARGS_REMEDY}."
     )
+  # A dict of thresholds becomes one rule, which fixes the labels and their order.
   known = None
   rule = max_norm
   if isinstance(max_norm, Mapping):
@@ -220,25 +218,20 @@ def clip_by_block_rms(
 ) -> optax.GradientTransformationExtraArgs:
   """Scales each leaf down to a root mean square: `g_i * min(1, max_rms / (rms_i + eps))`, `rms_i = sqrt(mean(g_i^2))`.
 
-  0, inf and NaN as in `clip_by_leaf_norm`; the rms of an empty leaf is 0. Same result as
+  Each leaf follows `clip_by_leaf_norm` at 0, inf and NaN; the rms of an empty leaf is 0. Gives the same result as
   `optax.clip_by_block_rms(max_rms)`. After a `scale_by_*` it is the update clipping of Adafactor.
 
   Args:
     max_rms: number or scalar array >= 0, schedule, or rule; a rule sees the rms of the leaves as a vector.
-    stacked: as in `clip_by_leaf_norm`.
-    eps: as in `clip_by_global_norm`, added to the rms.
-    on_nonfinite: as in `clip_by_global_norm`.
-    axis_name: as in `clip_by_global_norm`.
-    name: as in `clip_by_global_norm`.
-    track: as in `clip_by_global_norm`.
+    stacked: see `clip_by_leaf_norm`.
+    eps: added to the rms.
+    on_nonfinite, axis_name, name, track: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ClipState`, whose `norms` and `max_norm` are in units of rms.
 
   Raises:
-    ValueError: as in `clip_by_global_norm`.
-    TypeError: as in `clip_by_global_norm`.
-    FloatingPointError: as in `clip_by_global_norm`.
+    The same errors as `clip_by_leaf_norm`.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -266,6 +259,7 @@ def _by_label(thresholds: Mapping[str, Any]) -> Rule:
     return tuple(rule.init((), dtype) for rule in each)
 
   def update(norms: jax.Array, state: Any, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    # Each rule sees the norm of its own group as a scalar.
     outs = [ask(rule, norms[i], state[i], global_norm) for i, rule in enumerate(each)]
     limits, targets, states = zip(*outs, strict=True)
     return stack(limits, norms.dtype), stack(targets, norms.dtype), states

@@ -1,4 +1,8 @@
-"""The clip of single entries."""
+"""The clip of single entries.
+
+It runs the engine with the norm of order inf as the measure, and a clamp as the scale stage.
+"""
+# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 import math
 from functools import partial
@@ -22,23 +26,22 @@ from clipjax.trees import Prepared, check_real
 def clip_by_value(
   max_value: MaxNorm, *, axis_name: Any = None, name: str = "grad", track: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-  """Clips every entry to `[-max_value, max_value]`, as `optax.clip` does.
+  """Clips every entry to `[-max_value, max_value]`, like `optax.clip`.
 
-  Entries within the interval are bit-identical, inf becomes `max_value`, NaN stays NaN. The norm that is measured is
-  the largest magnitude, the norm of order inf, of which `max_value` is the limit.
+  Entries within the interval keep their bits, inf becomes `max_value`, and NaN stays NaN. The measured norm is the
+  largest magnitude, the norm of order inf; `max_value` is its limit.
 
   Args:
     max_value: number or scalar array >= 0, schedule, or rule; it is rounded to each leaf's dtype.
-    axis_name: as in `clip_by_global_norm`; for what is measured, and a rule.
-    name: as in `clip_by_global_norm`.
-    track: as in `clip_by_global_norm`.
+    axis_name: see `clip_by_global_norm`; it affects only the measured norm, and so a rule.
+    name, track: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ClipState`.
 
   Raises:
-    ValueError: for a negative or NaN Python number, `track=False` with a schedule or rule; in `update`, for leaves that
-      `init` did not see.
+    ValueError: for a negative or NaN Python number, or `track=False` with a schedule or rule; in `update`, for leaves
+      that `init` did not see.
     TypeError: in `update`, for a complex, integer or bool leaf, with its path.
 
   Example:
@@ -55,9 +58,11 @@ def clip_by_value(
   def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
     del params
     check_real(prepared, "updates")
+    # Ask the rule about the largest magnitude; the scale stage needs only its limit.
     norm = measured.norms[0]
     limit, target, rule_state = asked(rule, norm, state.rule, norm)
     bad = nonfinite.is_bad(norm, [limit, target])
+    # The state reports a factor, although entries are clamped one by one.
     whole = Limits(norm, limit, jnp.clip(target, 0, limit))
     fields = {
       "norm": norm,
@@ -76,7 +81,7 @@ def clip_by_value(
 
 
 def _clamp(spread: Spread, leaves: list[Any], limits: list[Limits]) -> list[jax.Array]:
-  """Entry by entry: there is no factor that could be NaN."""
+  """Scales entry by entry: no factor can be NaN."""
   del spread
   clamped: list[jax.Array] = scaling.clamp(leaves, limits[0].limit)
   return clamped

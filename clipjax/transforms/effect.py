@@ -1,7 +1,8 @@
-"""What a clip does to the step of the optimizer behind it: two optimizers, one fed with the clipped gradient.
+"""Measures what a clip does to the optimizer's step: runs two optimizers, one on the clipped gradient.
 
-Both see the same parameters and the same gradient, before and after the clip. The first makes the updates; the second
-is only compared with it. The comparison is one of vectors: the ratio of their norms and the cosine between them.
+Both see the same parameters; one sees the gradient after the clip and makes the updates, the other sees it before the
+clip and is only compared with the first. The comparison is between vectors: the ratio of their norms and the cosine
+between them.
 """
 
 from collections.abc import Callable
@@ -28,24 +29,24 @@ from clipjax.trees import Prepared, prepare
 
 @carries_labels
 class EffectState(NamedTuple):
-  """What a clip did to the last step; one structure from `init` on. n is the number of leaves, and slices of stacks.
+  """What a clip did to the last step; one fixed structure from `init` on.
 
-  Numbers are float32, or float64 when x64 is enabled. At a step whose gradient or either update is not finite, ratios,
-  cosines and shares are NaN.
+  n is the number of leaves, and slices of stacked leaves. Numbers are float32, or float64 when x64 is enabled. At a
+  step with a nonfinite gradient or a nonfinite update of either optimizer, ratios, cosines and shares are NaN.
 
   Attributes:
-    grad_ratio: shape (): norm of the gradient after the clip over that before; 1 where both are 0.
-    ratio: shape (): norm of the update over that of the update without the clip; 1 where both are 0, and the largest
-      number of the dtype where only the latter is.
-    cosine: shape (): cosine between the two, from -1 to 1; 1 where either is 0.
+    grad_ratio: shape (): norm of the gradient after the clip over its norm before; 1 if both are 0.
+    ratio: shape (): norm of the update over the norm of the update without the clip; 1 if both are 0, and the largest
+      number of the dtype if only the latter is.
+    cosine: shape (): cosine between the two updates, from -1 to 1; 1 if either is 0.
     ratios: shape (n,): the ratio for each leaf.
     cosines: shape (n,): the cosine for each leaf.
-    shares: shape (n,): the part of each leaf in the squared global norm of the gradient; they sum to 1, or are all 0.
+    shares: shape (n,): each leaf's part of the squared global norm of the gradient; they sum to 1, or are all 0.
     steps: int32, shape (): updates so far.
-    nonfinite_steps: int32, shape (): those of them whose gradient was not finite.
+    nonfinite_steps: int32, shape (): updates with a nonfinite gradient.
     finite: bool, shape (): whether the last gradient was finite.
     inner_state: the state of `optax.chain(clip, optimizer)`.
-    unclipped_state: the state of the optimizer that sees the gradient without the clip.
+    unclipped_state: the state of the optimizer that sees the unclipped gradient.
     labels: names of the leaves; static, no arrays.
   """
 
@@ -74,46 +75,46 @@ def clip_effect(
   axis_name: Any = None,
   name: str = "effect",
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.chain(clip, optimizer)` that also measures what the clip does to the step: its length and its direction.
+  """`optax.chain(clip, optimizer)` that also measures what the clip does to the length and direction of the step.
 
-  A clip acts on the gradient, but what trains is the step. Under SGD a clip shortens the step. Under Adam it may leave
-  the step alone, lengthen it, or starve every leaf but one. To see which, a second state of the same optimizer is fed
-  with the gradient as it came, at the same parameters, and the two updates are compared: the ratio of their norms and
-  the cosine between them, globally and for each leaf. The updates are those of the chain, to the bit, run eagerly or
-  with `update` compiled by itself. In a larger program XLA may fuse either of the two otherwise, and round a last bit
-  otherwise.
+  A clip acts on the gradient, but the step is what trains. Under SGD a clip shortens the step. Under Adam it may leave
+  the step alone, lengthen it, or starve every leaf but one. To show which, a second state of the same optimizer sees
+  the unclipped gradient at the same parameters, and the two updates are compared: the ratio of their norms and the
+  cosine between them, globally and for each leaf. The updates equal those of the chain bit by bit, if run eagerly or
+  with `update` compiled by itself. In a larger program XLA may fuse the two differently, and round a last bit
+  differently.
 
-  It costs a second optimizer state and a second optimizer pass. By the compiler for a TPU, a step of Adam moves 1.6
-  times the bytes (docs/accelerators.md of the project); on a CPU, where both updates are written out before they are
-  compared, it takes five times as long (docs/speed.md). Use it for a few hundred steps to decide on a threshold, then
-  go back to the chain, whose state is `state.inner_state`.
+  It costs a second optimizer state and a second optimizer pass. According to the compiler for a TPU, a step of Adam
+  moves 1.6 times the bytes (docs/accelerators.md of the project). On a CPU, which writes out both updates before
+  comparing them, the step takes five times as long (docs/speed.md). Use it for a few hundred steps to decide on a
+  threshold, then go back to the chain, whose state is `state.inner_state`.
 
-  A step whose gradient is inf or NaN is handled as the clip's policy says; the second state stays as it was, and the
-  ratio and the cosine are NaN. A gradient of 0 is an ordinary step. Where neither update moves, the ratio and the
-  cosine are 1. Derivatives go through the updates as through those of the chain; the numbers in the state have none.
+  A gradient with inf or NaN follows the policy of the clip; the second state is unchanged, and the ratio and the cosine
+  are NaN. A gradient of 0 is an ordinary step. If neither update moves, the ratio and the cosine are 1. Derivatives go
+  through the updates as in the chain; the numbers in the state have no derivatives.
 
   Extra arguments of `update`, such as `value=`, reach the clip and both optimizers. An optimizer that calls a `grad_fn`
-  or `value_fn` calls it twice. One that keeps parameters of its own, such as `optax.contrib.schedule_free`, steps from
-  where its second state would be, and the ratio compares positions rather than steps.
+  or `value_fn` calls it twice. An optimizer with its own parameters, such as `optax.contrib.schedule_free`, steps from
+  the position of its second state, and the ratio compares positions rather than steps.
 
   Args:
-    clip: the clip: any transformation of the gradient, of this package or of Optax.
+    clip: the clip: any transformation of the gradient, from this package or from Optax.
     optimizer: the optimizer behind it: any transformation, chains included.
-    stacked: as in `clip_by_leaf_norm`: a layer of a stack has numbers of its own.
-    axis_name: as in `global_norm`; it is for the comparison, and the clip has its own.
-    name: first part of the keys of `clipjax.metrics`.
+    stacked: see `clip_by_leaf_norm`; each layer of a stack has its own numbers.
+    axis_name: see `global_norm`; used only for the comparison, since the clip has its own.
+    name: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with an `EffectState`. `clipjax.metrics` has `<name>/ratio` and
     `<name>/cosine` of the updates, `<name>/grad_ratio` of the gradient, and by leaf `<name>/ratio/<leaf>`,
-    `<name>/cosine/<leaf>` and `<name>/share/<leaf>`, beside all that the clip measures itself.
+    `<name>/cosine/<leaf>` and `<name>/share/<leaf>`, along with the numbers of the clip itself.
 
   Raises:
-    TypeError: for what is no transformation; in `update`, for an integer or bool leaf, with its path, and for the state
-      of something else.
+    TypeError: for anything that is not a transformation; in `update`, for an integer or bool leaf, with its path, and
+      for another transformation's state.
     ValueError: in `init`, for an axis that a leaf does not have; in `update`, for another number of leaves or layers
-      than `init` saw, for inner states that do not belong to the clip and the optimizer, and, by most optimizers with
-      weight decay, where `params` is None.
+      than `init` saw, and for inner states that do not belong to the clip and the optimizer. Most optimizers with
+      weight decay also raise it if `params` is None.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -134,10 +135,10 @@ def clip_effect(
   label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
   unlabelled = label(())
   first, second = map(optax.with_extra_args_support, (clip, optimizer))
-  chained = optax.chain(first, second)  # Its state is a pair, one of each.
+  chained = optax.chain(first, second)  # Its state is a pair, one for each.
 
   def init(params: optax.Params) -> EffectState:
-    # Some states hold the parameters themselves, and no buffer may be donated twice.
+    # Some states hold the parameters themselves: copy them, because no buffer may be donated twice.
     unclipped = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, second.init(params))
     return _empty_state(label(params), chained.init(params), unclipped)
 
@@ -150,7 +151,7 @@ def clip_effect(
     prepared = partial(prepare, axis_name=axis_name, known=known, stacks=stacks)
     grads = prepared(updates, "updates", params=params)
 
-    # Both optimizers at the same parameters, one behind the clip.
+    # The chain: its updates are the result.
     tree = updates if params is None else params
     try:
       of_clip, of_optimizer = state.inner_state
@@ -159,7 +160,8 @@ def clip_effect(
     except Exception as error:
       check_inner_state(chained, state.inner_state, "inner_state", tree, error)
       raise
-    # Nothing that is only compared has a derivative: a zero times the slope of Adam's root at 0 would be a NaN.
+    # The same optimizer without the clip, at the same parameters. What is only compared gets no derivative: zero times
+    # the slope of Adam's root at 0 would be NaN.
     still = partial(jax.tree.map, lambda x: x if is_float0(x) else lax.stop_gradient(x))
     try:
       plain, unclipped_state = second.update(still(updates), still(state.unclipped_state), still(params), **extra_args)
@@ -167,6 +169,7 @@ def clip_effect(
       check_inner_state(second, state.unclipped_state, "unclipped_state", tree, error)
       raise
 
+    # Measure the gradient, and compare the two updates.
     gradient = _measured(_spec(grads), still(grads.measured))
     a, b = (prepared(still(tree), "the updates of `optimizer`") for tree in (step, plain))
     left = _left(of_clip, gradient, lambda: prepared(still(clipped), "the updates of `clip`"))
@@ -204,15 +207,16 @@ def _empty_state(labels: Labels, inner_state: Any, unclipped_state: Any) -> Effe
 
 
 def _left(of_clip: Any, gradient: "_Norms", clipped: Callable[[], Prepared]) -> jax.Array:
-  """The norm of the gradient after the clip over that before it."""
+  """The norm of the gradient after the clip over its norm before the clip."""
+  # A global clip keeps its factor in its state; any other clip needs a read of its result.
   if isinstance(of_clip, ClipState) and of_clip.labels.unit == "global":
-    return lax.stop_gradient(of_clip.scale)  # One factor for all leaves, and no read of them.
+    return lax.stop_gradient(of_clip.scale)
   after = clipped()
   return _ratio(_measured(_spec(after), after.measured).norm, gradient.norm)
 
 
 class _Norms(NamedTuple):
-  """Norms of a tree: of each leaf in the shape that broadcasts against it, as a vector, and of all together."""
+  """Norms of a tree: of each leaf, in a shape that broadcasts against it; the same as a vector; the global norm."""
 
   leaves: tuple[jax.Array, ...]
   vector: jax.Array
@@ -220,7 +224,7 @@ class _Norms(NamedTuple):
 
 
 def _spec(prepared: Prepared) -> NormSpec:
-  """What to measure: each leaf, or slice of a stacked one, by itself."""
+  """The spec with one norm for each leaf, or slice of a stacked leaf."""
   return spec_of_slices(2.0, prepared.measured, prepared.axes, prepared.stacks)
 
 
@@ -234,16 +238,17 @@ def _measured(spec: NormSpec, leaves: list[Any]) -> _Norms:
 def _compared(
   spec: NormSpec, gradient: _Norms, left: jax.Array, clipped: list[Any], plain: list[Any]
 ) -> dict[str, jax.Array]:
-  """The fields of the next state: of the gradient, the part of its norm that a clip has left, and two updates."""
+  """The fields of the next state, from the gradient, the share `left` of its norm, and the two updates."""
   a, b = _measured(spec, clipped), _measured(spec, plain)
-  # 0 where everything is finite, else NaN, which makes every number of the step one.
+  # 0 if everything is finite, else NaN, which then spreads to every number of the step.
   poison = sum((n - n for n in (a.norm, b.norm)), start=gradient.norm - gradient.norm)
 
-  # With a' and b' of length 1, the cosine is 1 - |a' - b'|^2 / 2, which keeps its digits where the two are nearly one.
+  # For a' and b' of length 1, the cosine is 1 - |a' - b'|^2 / 2, which keeps its digits if the two nearly coincide.
+  # The gap between the two updates, each scaled to length 1, leaf by leaf.
   of_leaves = zip(clipped, a.leaves, plain, b.leaves, strict=True)
   gaps = [_unit(widest(x), m) - _unit(widest(y), n) for x, m, y, n in of_leaves]
   bends = jnp.where((a.vector > 0) & (b.vector > 0), _squares(spec, gaps), 0)
-  # Of all leaves: the leaves' norms are the lengths of the two vectors along axes of their own.
+  # Globally: each leaf is an axis, along which its norms are the lengths of the two vectors.
   p, q = direction(a.vector, a.norm, 2.0), direction(b.vector, b.norm, 2.0)
   bend = jnp.where((a.norm > 0) & (b.norm > 0), jnp.sum((p - q) ** 2 + p * q * bends), 0)
 
@@ -259,9 +264,9 @@ def _compared(
 
 
 def _unit(x: jax.Array, norm: jax.Array) -> jax.Array:
-  """A leaf over its norm, by multiplications: a division of every entry takes longer than the rest. 0 for norm 0."""
+  """A leaf over its norm; 0 for norm 0. It multiplies: dividing every entry would take longer than all the rest."""
   n = norm.astype(x.real.dtype)
-  # A power of two brings the norm to where its reciprocal is a normal number.
+  # A power of two moves the norm into the range where its reciprocal is a normal number.
   shift = jnp.where(n > 2.0**64, 2.0**-64, jnp.where(n < 2.0**-64, 2.0**64, 1)).astype(n.dtype)
   scaled = n * shift
   inverse = jnp.where(scaled > 0, 1 / jnp.where(scaled > 0, scaled, 1), 0)
@@ -269,7 +274,7 @@ def _unit(x: jax.Array, norm: jax.Array) -> jax.Array:
 
 
 def _squares(spec: NormSpec, leaves: list[Any]) -> jax.Array:
-  """The sum of squares of each leaf, or slice; of numbers that are far from the ends of their range."""
+  """The sum of squares of each leaf or slice, for numbers far from the ends of their range."""
   over = spec.over or (None,) * len(leaves)
   squares = [reduce(lax.add, (y * y for y in parts(x))) for x in leaves]
   sums = [jnp.sum(x, o, keepdims=o is not None) for x, o in zip(squares, over, strict=True)]
@@ -278,7 +283,7 @@ def _squares(spec: NormSpec, leaves: list[Any]) -> jax.Array:
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-  """A norm over another: 1 where both are 0, the largest number where only the other is."""
+  """One norm over another: 1 if both are 0, the largest number if only the other is."""
   known = b > 0
   most = no_limit(a.dtype)
   return jnp.where(known, jnp.minimum(quotient(a, jnp.where(known, b, 1)), most), jnp.where(a > 0, most, 1))

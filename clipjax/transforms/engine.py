@@ -1,9 +1,9 @@
 """The one engine of clipping: prepare -> measure -> decide -> scale -> next state.
 
-`prepare` takes the updates apart and checks them. `measure` reads them once, for the norm of each block of leaves: all
-of them, a group, or one. `decide` asks for the limits, `scale` multiplies, and the state keeps what was measured. What
-distinguishes one clip from another is how it measures, decides and scales: a `Clip`. The usual ways stand below;
-`clip_by_value` and AGC have their own.
+Prepare takes the updates apart and checks them. Measure reads them once, for the norm of each block: all leaves, a
+group, or one leaf. Decide asks the rule for the limits, scale multiplies the leaves, and the next state keeps what was
+measured. Clips differ only in how they measure, decide and scale: a `Clip`. The usual ways are below; `clip_by_value`
+and AGC bring their own.
 """
 
 import math
@@ -32,14 +32,14 @@ MaxNorm: TypeAlias = ArrayLike | Callable[[jax.Array], ArrayLike] | Rule
 
 
 class Decision(NamedTuple):
-  """What a step comes to, before anything is scaled.
+  """The outcome of a step, before anything is scaled.
 
   Attributes:
-    limits: what holds for each block; where leaves have units, for each leaf, of a shape that broadcasts against it;
-      where they are stacked, for all blocks in one.
-    spread: which of them hold for which leaf.
-    bad: shape (), bool: the step is not finite.
-    fields: of the next state.
+    limits: one `Limits` for each block; if leaves have units, one for each leaf, in a shape that broadcasts against it;
+      if leaves are stacked, one for all blocks.
+    spread: which limits apply to which leaf.
+    bad: shape (), bool: whether the step is nonfinite.
+    fields: fields of the next state.
   """
 
   limits: list[Limits]
@@ -58,13 +58,13 @@ class Clip(NamedTuple):
   Attributes:
     label: `(tree) -> Labels`, which leaves share a norm.
     init_rule: `(labels) -> state` of its rule.
-    fit_rule: the state with that of its rule in the right dtypes; raises for the state of another rule.
+    fit_rule: puts the rule's state into the right dtypes; raises for the state of another rule.
     spec: `(prepared, labels) -> NormSpec`, what to measure.
-    decide: from what was measured, to limits and the fields of the next state.
+    decide: from the measured norms to limits and the fields of the next state.
     scale: `(spread, leaves, limits) -> leaves`.
     on_nonfinite: the policy.
-    axis_name: mesh axes.
-    stacked: which axis of a leaf counts layers, as the user said.
+    axis_name: the user's `axis_name`.
+    stacked: the user's `stacked`.
   """
 
   label: Callable[[Any], Labels]
@@ -79,7 +79,7 @@ class Clip(NamedTuple):
 
 
 def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformationExtraArgs:
-  """The transformation of a clip; without `track` it keeps no state."""
+  """The transformation of a clip; with `track=False` it keeps no state."""
   check_axis_name(clip.axis_name)
   unlabelled = clip.label(())
 
@@ -91,21 +91,22 @@ def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformati
     updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, Any]:
     del extra_args
+    # Check the state, or make a fresh one if none is kept.
     if track:
       now = clip.fit_rule(check_state(state, unlabelled, stacked=clip.stacked, updates=updates))
     else:
       now = init(updates)
-    # Prepare: the leaves, their mesh axes, and whether they are those that `init` saw.
+    # Prepare: the leaves and their mesh axes, matched with the leaves that `init` saw.
     known, stacks = now.labels.leaves, now.labels.stacks
     prepared = prepare(updates, "updates", axis_name=clip.axis_name, known=known, stacks=stacks, params=params)
     # Measure: one read of each leaf.
     measured = measure_jit(clip.spec(prepared, now.labels), prepared.measured)
-    # Decide: the rule answers with a limit for each block.
+    # Decide: the rule gives a limit for each block.
     decision = clip.decide(prepared, measured, now, params)
-    # Scale: each leaf by the factor of its block, or as the policy for a nonfinite step has it.
+    # Scale: each leaf by the factor of its block, or as the policy says for a nonfinite step.
     scaled = clip.scale(decision.spread, prepared.measured, decision.limits)
     settled = nonfinite.settle(clip.on_nonfinite, prepared, scaled, decision.bad, decision.fields["norm"])
-    # Next state: what was measured, and the counters.
+    # Next state: the measured numbers, and the counters.
     if not track:
       return prepared.with_measured(settled), state
     fields = {"first_bad": measured.first_bad, **decision.fields}
@@ -127,7 +128,7 @@ def clip_by_rule(
   axis_name: Any = None,
   stacked: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """The clip of norms whose limits a rule gives; with `rms` norms are divided by the root of the number of entries."""
+  """The clip of norms to the limits of a rule; `rms` divides each norm by the root of its number of entries."""
   rule = as_rule(threshold, argument)
   p = checks.check_ord(ord, for_clip=True)
   checks.check_policy(on_nonfinite)
@@ -135,13 +136,15 @@ def clip_by_rule(
 
   def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
     del params
+    # The norms that the rule sees, and the global norm, in the units of the limit.
     labels, is_global = state.labels, state.labels.unit == "global"
     block_norms, norms = measured.norms, measured.norms[0] if is_global else together(measured.vector, labels, p)
     global_norm = norms if is_global else vector_norm(norms, p)
     if rms:
-      roots = _root_sizes(prepared, norms.dtype)  # A block is a slice here.
+      roots = _root_sizes(prepared, norms.dtype)  # Here each block is a slice.
       block_norms = () if labels.stacks else tuple(n / r for n, r in zip(block_norms, roots, strict=True))
       norms = norms / roots
+    # Ask the rule, and decide what its limits mean for each block.
     limit, target, rule_state = asked(rule, norms, state.rule, global_norm)
     bad = nonfinite.is_bad(global_norm, [limit] if target is limit else [limit, target])
     spread = limit if is_global else jnp.broadcast_to(limit, norms.shape)
@@ -149,6 +152,7 @@ def clip_by_rule(
     limits = [whole]
     if not labels.stacks and not is_global:
       limits = [Limits.of(n, _item(limit, b), _item(target, b), bad, eps) for b, n in enumerate(block_norms)]
+    # What the state will report.
     after = norm_after(norms, whole)
     if rms:
       after = after * roots
@@ -168,7 +172,7 @@ def clip_by_rule(
 
 
 def of_rule(rule: Rule) -> dict[str, Any]:
-  """What a clip does with the state of its rule."""
+  """How a clip makes and checks the state of its rule."""
   state_check = StateCheck(rule, "rule")
   return {
     "init_rule": lambda labels: rule.init(labels.shape, norm_dtype()),
@@ -177,7 +181,7 @@ def of_rule(rule: Rule) -> dict[str, Any]:
 
 
 def spec_of_blocks(p: float) -> Callable[[Prepared, Labels], NormSpec]:
-  """What to measure where each block has one norm; of a tree with stacked leaves, each slice."""
+  """The spec with one norm for each block; with stacked leaves, for each slice."""
 
   def spec(prepared: Prepared, labels: Labels) -> NormSpec:
     if not labels.stacks:
@@ -188,10 +192,10 @@ def spec_of_blocks(p: float) -> Callable[[Prepared, Labels], NormSpec]:
 
 
 def together(norms: jax.Array, labels: Labels, p: float) -> jax.Array:
-  """The norms of all blocks from what was measured: those of slices, where leaves are stacked."""
+  """The norms of all blocks; with stacked leaves, they are joined from the norms of slices."""
   if not labels.stacks or labels.unit == "leaf":
     return norms
-  # Blocks of similar size are the rows of a matrix, filled up with the norm 0 that stands behind the others.
+  # Blocks of similar size form the rows of a matrix, padded with the norm 0 appended below.
   alike: dict[int, list[int]] = {}
   blocks = labels.blocks
   for b, block in enumerate(blocks):
@@ -206,19 +210,20 @@ def together(norms: jax.Array, labels: Labels, p: float) -> jax.Array:
 
 
 def asked(rule: Rule, norms: jax.Array, state: Any, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-  """What the rule answers, its limit from 0 to `no_limit`; limit and target stay one array where they are one."""
+  """The rule's answer, with limits between 0 and `no_limit`; limit and target stay one array if they are one."""
   limit, target, new = ask(rule, norms, state, global_norm)
-  least = jnp.where(limit < 0, 0, limit)  # XLA before 0.9 makes 0 of a constant `maximum(NaN, 0)`.
+  # Not `jnp.maximum`, because NaN must stay: before JAX 0.9, XLA folds a constant `maximum(NaN, 0)` to 0.
+  least = jnp.where(limit < 0, 0, limit)
   return least, least if target is limit else target, new
 
 
 def _root_sizes(prepared: Prepared, dtype: Any) -> np.ndarray[Any, Any]:
-  """What turns the rms of each slice into its norm."""
+  """The factors that turn the rms of each slice into its norm."""
   stacks = by_leaf(prepared.stacks, len(prepared.measured))
   pairs = zip(slice_sizes(prepared.measured, stacks), spread_out(prepared.axes, stacks), strict=True)
   return np.array([math.sqrt(max(size * axes_size(axes), 1)) for size, axes in pairs], dtype)
 
 
 def _item(value: jax.Array, b: int) -> jax.Array:
-  """The value for a block. One value for all stays a scalar: a slice for each leaf takes XLA long to compile."""
+  """The value for a block. A value for all blocks stays a scalar: slicing it for each leaf would compile slowly."""
   return value if value.ndim == 0 else value[b]

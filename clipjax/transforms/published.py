@@ -1,7 +1,8 @@
-"""Published adaptive methods, each a line over a rule.
+"""Published adaptive methods, each a thin call around a rule.
 
-Defaults are those of the papers. Where a paper and its reference code differ, the docstring says which is followed.
+Defaults come from the papers. If a paper and its reference code differ, the docstring says which one we follow.
 """
+# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 from typing import Any
 
@@ -25,24 +26,22 @@ def autoclip(
 ) -> optax.GradientTransformationExtraArgs:
   """AutoClip: clips the global norm to a percentile of the norms so far, `clip_by_global_norm(rules.percentile(...))`.
 
-  0, inf and NaN as in `clip_by_global_norm`; a step that is not finite does not enter the history. The paper keeps
-  the norms of all steps, here those of the last `window`; its code divides by `norm + 1e-6`: pass `eps=1e-6` for that.
+  0, inf and NaN: see `clip_by_global_norm`; a nonfinite step does not enter the history. The paper keeps the norms of
+  all steps, this keeps the last `window`. The paper's code divides by `norm + 1e-6`: pass `eps=1e-6` for that.
 
   Args:
     percentile: between 0 and 100; the lower, the more steps are clipped.
     window: norms to look back on, the current one included; 4 bytes each, sorted at every step.
-    include_current: whether the current norm is among those of which the percentile is taken.
-    eps: as in `clip_by_global_norm`.
-    on_nonfinite: as in `clip_by_global_norm`.
-    axis_name: as in `clip_by_global_norm`.
-    name: as in `clip_by_global_norm`.
+    include_current: whether the percentile includes the current norm.
+    eps, on_nonfinite, axis_name, name: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ClipState`.
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if one is no Python number, `window` under `optax.inject_hyperparams` included.
+    TypeError: if an argument has the wrong type, including a traced `window` under `optax.inject_hyperparams`.
+    In `update`, as `clip_by_global_norm` does.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -79,22 +78,19 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
   """ZClip: clips spikes of the global norm by their z-score, `clip_by_global_norm(rules.zscore(...))`.
 
-  0, inf and NaN as in `clip_by_global_norm`; a step that is not finite does not enter the statistics (in the authors'
-  code one NaN disables the clip for good). Where paper and code differ, this follows the code.
+  0, inf and NaN: see `clip_by_global_norm`; a nonfinite step does not enter the statistics (in the authors' code one
+  NaN disables the clip for good). If paper and code differ, this follows the code.
 
   Args:
     z_thresh: z-score above which a norm is a spike.
     decay: weight of the past in mean and variance.
-    warmup_steps: finite steps that start the statistics; only `max_norm` clips in them.
-    mode: what a spike is clipped to: "reciprocal", "mean" or "max", as in `rules.zscore`.
-    max_norm: a cap on every norm, in the warm-up too; None for none. The statistics see norms before the cap.
-    record: what the statistics see of a spike: "clipped", "raw" or "none".
-    restart_after: clipped steps in a row after which the statistics start again; None never does. A lasting rise of
-      the norm can lock the rule in without it.
-    eps: as in `clip_by_global_norm`.
-    on_nonfinite: as in `clip_by_global_norm`.
-    axis_name: as in `clip_by_global_norm`.
-    name: as in `clip_by_global_norm`.
+    warmup_steps: finite steps that start the statistics; only `max_norm` clips during them.
+    mode: the target of a spike: "reciprocal", "mean" or "max", see `rules.zscore`.
+    max_norm: a cap on every norm, in the warm-up too; None for no cap. The statistics see norms before the cap.
+    record: what enters the statistics for a spike: "clipped", "raw" or "none", see `rules.zscore`.
+    restart_after: clipped steps in a row after which the statistics start again; None never restarts them. Without it,
+      a lasting rise of the norm can lock the rule in.
+    eps, on_nonfinite, axis_name, name: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ClipState`.
@@ -135,21 +131,18 @@ def adagc(
   axis_name: Any = None,
   name: str = "grad",
 ) -> optax.GradientTransformationExtraArgs:
-  """AdaGC: clips each leaf to a multiple of its own average norm, `clip_by_leaf_norm(rules.ema_ratio(...))`.
+  """AdaGC: clips each leaf to a multiple of the EMA of its norm, `clip_by_leaf_norm(rules.ema_ratio(...))`.
 
-  0, inf and NaN as in `clip_by_leaf_norm`; a step that is not finite does not enter the averages. A leaf whose norms
-  were all 0 follows the global rule until it has an average, which the paper leaves open.
+  0, inf and NaN: see `clip_by_leaf_norm`; a nonfinite step does not enter the EMAs. A leaf whose norms were all 0
+  follows the global rule until it has an EMA, a case that the paper leaves open.
 
   Args:
-    ratio: how much larger than its average a leaf's norm may be.
-    decay: weight of the past in the averages.
+    ratio: how much larger than its EMA a leaf's norm may be.
+    decay: weight of the past in the EMAs.
     warmup_steps: finite steps in which the global norm is clipped to `max_norm`.
     max_norm: the threshold of the warm-up.
-    stacked: as in `clip_by_leaf_norm`: a layer of a stack has an average of its own.
-    eps: as in `clip_by_global_norm`.
-    on_nonfinite: as in `clip_by_global_norm`.
-    axis_name: as in `clip_by_global_norm`.
-    name: as in `clip_by_global_norm`.
+    stacked: see `clip_by_leaf_norm`; each layer of a stack has its own EMA.
+    eps, on_nonfinite, axis_name, name: see `clip_by_global_norm`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `ClipState`.

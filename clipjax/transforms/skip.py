@@ -1,7 +1,7 @@
-"""A wrapper that rejects a whole step, the state of the wrapped optimizer included.
+"""A wrapper that rejects a whole step, including the state of the wrapped optimizer.
 
-The decision falls on the raw gradient, before anything in the wrapped chain has touched it. Rejecting is a `where`
-over updates and state, which XLA fuses into the passes that the optimizer makes anyway; NaN is never multiplied with 0.
+It judges the raw gradient, before anything in the wrapped chain touches it. Rejecting is a `where` over updates and
+state, which XLA fuses into the passes that the optimizer makes anyway; NaN is never multiplied by 0.
 """
 
 from functools import partial
@@ -25,22 +25,22 @@ from clipjax.transforms.wrapped import check_inner_state, check_transformation, 
 from clipjax.trees import prepare
 
 _MOST_SKIPS = 2**31 - 1
-_DEFAULT_SKIPS = 10  # Steps in a row that no run loses to chance.
+_DEFAULT_SKIPS = 10  # No run loses this many steps in a row by chance.
 
 
 @carries_labels
 class SkipState(NamedTuple):
-  """What `skip_steps` has seen; one structure from `init` on. Norms and losses are float32, float64 under x64.
+  """What `skip_steps` has seen; its structure is fixed from `init` on. Norms and losses are float32, float64 under x64.
 
   Attributes:
-    norm: shape (): global norm of the last gradient, of a rejected one too.
-    loss: shape (): the last loss given as `value=`; 0 where none was.
-    max_norm: shape (): the limit of the norm at the last step; the largest number of the dtype where there is none.
-    max_loss: shape (): the limit of the loss at the last step, likewise.
+    norm: shape (): global norm of the last gradient, rejected or not.
+    loss: shape (): the last loss given as `value=`; 0 without one.
+    max_norm: shape (): the limit of the norm at the last step; the largest number of the dtype for no limit.
+    max_loss: shape (): the limit of the loss at the last step; the largest number of the dtype for no limit.
     steps: int32, shape (): calls of `update` so far.
-    skipped_steps: int32, shape (): those of them that were rejected.
-    consecutive: int32, shape (): rejected calls since the last one that was not.
-    max_consecutive_skips: int32, shape (): how many of these `clipjax.raise_if_nonfinite` lets pass.
+    skipped_steps: int32, shape (): rejected calls so far.
+    consecutive: int32, shape (): rejected calls since the last accepted one.
+    max_consecutive_skips: int32, shape (): rejected calls in a row at which `clipjax.raise_if_nonfinite` raises.
     norm_rule: state of the rule for norms.
     loss_rule: state of the rule for losses.
     inner_state: state of the wrapped transformation.
@@ -72,34 +72,34 @@ def skip_steps(
   axis_name: Any = None,
   max_consecutive_skips: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Rejects steps that are not finite or above a rule: zero updates, and the wrapped state as it was.
+  """Rejects steps that are nonfinite or above the limit of a rule: zero updates, and an unchanged wrapped state.
 
-  A step is rejected when its global norm is inf or NaN, when the norm is above the limit of `norm_rule`, or, with a
-  `loss_rule`, when the loss is above its limit or not finite. At a gradient of zeros it is an ordinary step. Both rules
-  see what they decide on, also of a rejected step, unless norm or loss is not finite.
+  A step is rejected if its global norm is inf or NaN, if the norm is above the limit of `norm_rule` or, with a
+  `loss_rule`, if the loss is nonfinite or above its limit. A gradient of zeros is an ordinary step. Both rules see the
+  norm or loss of rejected steps too, unless norm or loss is nonfinite.
 
-  Wrap the whole chain, clip included: `skip_steps(chain(clip, adam), norm_rule=...)`. Behind a clip it would see
-  clipped norms, which no rule finds large. Wrap `optax.MultiSteps` too: around it a bad micro-batch is left out, as if
-  it had never been. Inside, one NaN rejects every later step, since MultiSteps keeps it in its accumulator;
+  Wrap the whole chain, clip included: `skip_steps(chain(clip, adam), norm_rule=...)`. Behind a clip it would see only
+  clipped norms, which no rule finds large. Wrap `optax.MultiSteps` too: outside it, a bad micro-batch is left out as if
+  it had never existed. Inside it, one NaN rejects every later step, because MultiSteps keeps it in its accumulator;
   `optax.MultiSteps(tx, k, should_skip_update_fn=optax.skip_not_finite)` is the other way out.
 
   Args:
     inner: the transformation to protect.
     norm_rule: `clipjax.rules.Rule`, number, array or schedule for the global norm; only its limit counts. None rejects
-      by finiteness alone.
-    loss_rule: likewise for the loss, which `update(..., value=loss)` must then be given.
-    axis_name: as in `global_norm`.
-    max_consecutive_skips: rejected steps in a row from which on `clipjax.raise_if_nonfinite` raises; 10 when None.
+      only nonfinite norms.
+    loss_rule: the same for the loss, which `update(..., value=loss)` then needs.
+    axis_name: see `global_norm`.
+    max_consecutive_skips: rejected steps in a row at which `clipjax.raise_if_nonfinite` raises; 10 when None.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `SkipState`. `clipjax.metrics` has `skip/norm`, `skip/steps`,
     `skip/fraction`, `skip/consecutive` and more.
 
   Raises:
-    ValueError: for a negative or NaN Python number; in `update`, without `value=` where there is a `loss_rule`, and for
-      another number of leaves than `init` saw.
-    TypeError: for what is no rule or no transformation; in `update`, for an integer or bool leaf, with its path, and
-      for a `value` that is no number.
+    ValueError: for a negative or NaN Python number; in `update`, without `value=` for a `loss_rule`, and for another
+      number of leaves than `init` saw.
+    TypeError: for anything that is not a rule or not a transformation; in `update`, for an integer or bool leaf, with
+      its path, and for a `value` that is not a number.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -119,6 +119,7 @@ def skip_steps(
   if max_consecutive_skips is not None:
     check_whole(max_consecutive_skips, "max_consecutive_skips", 1, _MOST_SKIPS)
   protected = optax.with_extra_args_support(inner)
+  # A missing rule is one without a limit.
   norms = as_rule(jnp.inf if norm_rule is None else norm_rule, "norm_rule")
   losses = as_rule(jnp.inf if loss_rule is None else loss_rule, "loss_rule")
   check_axis_name(axis_name)
@@ -147,9 +148,11 @@ def skip_steps(
   ) -> tuple[optax.Updates, SkipState]:
     check_state(state, SkipState)
     norm_rule_state, loss_rule_state = norm_check.fitted(state.norm_rule, ()), loss_check.fitted(state.loss_rule, ())
+    # Prepare, and measure the raw gradient.
     prepared = prepare(updates, "updates", axis_name=axis_name, known=state.labels.leaves, params=params)
     norm = measure_jit(NormSpec(2.0, state.labels.blocks, prepared.axes), prepared.measured).norms[0]
     loss = _loss(extra_args, loss_rule is not None, norm_dtype())
+    # Decide: a nonfinite step is rejected and keeps the rules unchanged; a large one is only rejected.
     max_norm, _, norm_state = ask(norms, norm, norm_rule_state, norm)
     max_loss, _, loss_state = ask(losses, loss, loss_rule_state, norm)
     bad = ~jnp.isfinite(norm) | jnp.isnan(max_norm) | jnp.isnan(max_loss)
@@ -159,11 +162,13 @@ def skip_steps(
       skip = skip | (loss > max_loss)
     skip = skip | bad
 
+    # Update as usual, then select.
     try:
       new, inner_state = protected.update(updates, state.inner_state, params, **extra_args)
     except Exception as error:
       check_inner_state(protected, state.inner_state, "inner_state", updates if params is None else params, error)
       raise
+    # NaN must not survive, so select zeros instead of multiplying by 0.
     new = jax.tree.map(lambda u: u if is_float0(u) else jnp.where(skip, jnp.zeros_like(u), u), new)
     return new, SkipState(
       norm=norm,
@@ -184,20 +189,21 @@ def skip_steps(
 
 
 def _loss(extra_args: dict[str, Any], needed: bool, dtype: Any) -> jax.Array:
-  """The loss among the extra arguments; 0 where there is none and none is needed."""
+  """The loss among the extra arguments; 0 if there is none and none is needed."""
   value = extra_args.get("value")
   if value is None:
     if needed:
       raise ValueError(
-        "`value` must be given where there is a `loss_rule`, got None: call update(grads, state, params, value=loss)."
+        "`value` must be given with a `loss_rule`, got None: call update(grads, state, params, value=loss)."
       )
     return jnp.zeros((), dtype)
   is_number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
   if not is_number or jnp.shape(value) != () or jnp.iscomplexobj(value):
-    if not needed:  # It may be meant for the wrapped transformation.
+    if not needed:  # The wrapped transformation may want it.
       return jnp.zeros((), dtype)
     error = ValueError if is_number else TypeError
     raise error(f"`value` must be a scalar loss, got {describe(value)}: pass its mean over the batch.")
+  # A loss that varies over a mesh axis covers only one shard of the batch.
   loss: jax.Array = jnp.asarray(value)
   if axes := varying_axes(loss):
     if not needed:

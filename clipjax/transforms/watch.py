@@ -1,9 +1,9 @@
-"""Watching a gradient, or any update, without touching it.
+"""Watches a gradient, or any update, without changing it.
 
-What a step costs is the norms, which XLA shares with a clip beside it. The parameter norms, the share of zeros and the
-entries that are not finite are taken at a look: at every 16th step, and at one that is not finite. On CPU, where a look
-reads everything again, it stands behind a `lax.cond`. Accelerators count in the read that the norms take anyway, at
-every step, and keep what a look has seen: no branch, and the same numbers.
+Every step computes the norms, which XLA shares with a clip in the same program. Parameter norms, the share of zeros and
+the count of nonfinite entries are taken only at a sampled step: at every 16th step, and at a nonfinite one. On CPU,
+where sampling reads everything again, it sits behind a `lax.cond`. Accelerators count at every step, in the read that
+the norms need anyway, and keep the counts of sampled steps: no branch, and the same numbers.
 """
 
 from collections.abc import Sequence
@@ -26,33 +26,33 @@ from clipjax.rules.base import in_dtype
 from clipjax.stacks import absent, by_leaf, check_layers, over
 from clipjax.trees import paired, prepare
 
-# Between two looks at the parameters and at the zeros. Parameters move by about a thousandth a step.
+# Steps between two samples of the parameters and the zeros. Parameters move by about a thousandth per step.
 LOOK_EVERY = 16
 _LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
 
 @carries_labels
 class WatchState(NamedTuple):
-  """What a watch has seen; one structure from `init` on. n is the number of leaves, and slices of stacked ones.
+  """What a watch has seen; one fixed structure from `init` on. n is the number of leaves and slices of stacked leaves.
 
-  Norms are float32, or float64 when x64 is enabled. Fields of shape (n,) are () with `per_leaf=False`, `history` is ()
+  Norms are float32, or float64 when x64 is enabled. Fields of shape (n,) are () with `per_leaf=False`; `history` is ()
   with `history=0`.
 
   Attributes:
     norm: shape (): global norm of the last updates.
     norms: shape (n,): norm of each leaf.
     steps: int32, shape (): updates so far.
-    nonfinite_steps: int32, shape (): those of them whose norm was not finite.
+    nonfinite_steps: int32, shape (): updates with a nonfinite norm.
     finite: bool, shape (): whether the last step was finite.
     nonfinite: int32, shape (n,): entries of the last updates that were inf or NaN.
-    zero_fraction: shape (): share of zeros among the entries; this and the next two as of the last look, which is at
-      every 16th step from the first on, and at one that is not finite.
-    param_norm: shape (): global norm of the parameters; 0 where they were never given.
+    zero_fraction: shape (): share of zeros among the entries. This field and the next two are from the last sampled
+      step: every 16th step from the first on, and every nonfinite step.
+    param_norm: shape (): global norm of the parameters; 0 if they were never given.
     param_norms: shape (n,): norm of each parameter.
-    worst_norm: shape (): the norm of the worst step: the first that was not finite, else the one of the largest norm.
-    worst_step: int32, shape (): its number, counted from 1; 0 before the first step.
-    worst_norms: shape (n,): its norms by leaf.
-    history: shape (history,): the last norms, that of step i at `(i - 1) % history`.
+    worst_norm: shape (): the norm of the worst step: the first nonfinite step, else the step with the largest norm.
+    worst_step: int32, shape (): the number of the worst step, counted from 1; 0 before the first step.
+    worst_norms: shape (n,): the norms of the worst step by leaf.
+    history: shape (history,): the last norms; step i is at `(i - 1) % history`.
     labels: names of the leaves; static, no arrays.
   """
 
@@ -75,13 +75,13 @@ class WatchState(NamedTuple):
     """`(steps, norms)` of the steps in the history, oldest first, as numpy arrays; waits for the device.
 
     Raises:
-      ValueError: for a state of several models, as under vmap.
+      ValueError: for a state of several models, for example under vmap.
     """
     if isinstance(self.history, tuple):
       return np.zeros(0, np.int64), np.zeros(0)
     if shape := np.shape(self.steps):
       raise ValueError(
-        f"`last_norms` must be of one model, got a state with leading axes {shape}: take one of them, "
+        f"`last_norms` needs the state of one model, got a state with leading axes {shape}: select one model with "
         "jax.tree.map(lambda x: x[0], state)."
       )
     read = jax.device_get((self.history, self.steps))
@@ -102,22 +102,22 @@ def watch(
   axis_name: Any = None,
   name: str = "grad",
 ) -> optax.GradientTransformationExtraArgs:
-  """Measures updates and hands them on as they are: norms, zeros, nonfinite entries, the worst step, the last steps.
+  """Measures updates and returns them unchanged: norms, zeros, nonfinite entries, the worst step, the last steps.
 
-  First in a chain it sees the raw gradient, and shares the norms with a clip behind it; last in a chain, with another
-  `name`, the updates that the optimizer makes of it, whose ratio to the parameters is what the learning rate does.
-  inf and NaN are counted, by leaf, and passed on. Parameter norms and the share of zeros are taken at every 16th
-  step, from the first on, so that a watch costs no second read of the updates.
+  First in a chain, it sees the raw gradient and shares the norms with a clip behind it. Last in a chain, with another
+  `name`, it sees the optimizer's updates, whose ratio to the parameters shows the effect of the learning rate. inf and
+  NaN are counted by leaf and passed on. Parameter norms and the share of zeros are taken only at every 16th step from
+  the first on, and at a nonfinite step, which saves a second read of the updates at the others.
 
   Args:
-    history: the norms of so many last steps stay on the device, 4 bytes each, so that a loop that reads once in so
-      many steps, or a `jax.lax.scan` over them, misses none.
+    history: number of last steps whose norms stay on the device, 4 bytes each. A loop that reads once in that many
+      steps, or a `jax.lax.scan` over them, then misses none.
     per_leaf: whether to keep numbers by leaf, 20 bytes for each; the global ones are always kept.
-    stacked: as in `clip_by_leaf_norm`: a layer of a stack has numbers of its own.
-    param_norms: whether to take the norms of the parameters, where `update` is given them. False leaves them alone:
-      what else reads parameters that a step updates in place, donated, makes XLA on CPU copy them.
-    axis_name: as in `global_norm`.
-    name: first part of the keys of `clipjax.metrics`; a clip of the same name is taken to be of the same updates.
+    stacked: see `clip_by_leaf_norm`; each layer of a stack has its own numbers.
+    param_norms: whether to take the norms of the parameters, if `update` gets them. With False nothing here reads
+      them: an extra reader makes XLA on CPU copy donated parameters, which a step would otherwise update in place.
+    axis_name: see `global_norm`.
+    name: see `clip_by_global_norm`; a watch and a clip of the same name are assumed to see the same updates.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` with a `WatchState`. `clipjax.metrics` has `<name>/norm`,
@@ -125,10 +125,10 @@ def watch(
     `<name>/norm/<leaf>`, `<name>/ratio/<leaf>`, `<name>/nonfinite/<leaf>` and `<name>/worst_norm/<leaf>`.
 
   Raises:
-    ValueError: for a negative `history`, `stacked` with `per_leaf=False`; in `init`, for an axis that a leaf does not
-      have; in `update`, for another number of leaves or layers than `init` saw.
-    TypeError: for a `history` that is no Python integer, a `per_leaf` or `param_norms` that is no bool; in `update`,
-      for an integer or bool leaf, with its path.
+    ValueError: for a negative `history`, or `stacked` with `per_leaf=False`; in `init`, for an axis that a leaf does
+      not have; in `update`, for another number of leaves or layers than `init` saw.
+    TypeError: for a `history` that is not a Python integer, or a `per_leaf` or `param_norms` that is not a bool; in
+      `update`, for an integer or bool leaf, with its path.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -168,6 +168,7 @@ def watch(
     _check_history(state, history)
     known, stacks = state.labels.leaves, state.labels.stacks
     prepared = prepare(updates, "updates", axis_name=axis_name, known=known, stacks=stacks, params=params)
+    # Pair each measured leaf with its parameter; a leaf without one gets a stand-in of norm 0.
     pairs = paired(params, prepared) if param_norms and params is not None else []
     weights = [absent(s) if w is None else w for w, s in zip(pairs, by_leaf(stacks, len(pairs)), strict=False)]
     if weights and stacks:
@@ -182,8 +183,8 @@ def _check_history(state: WatchState, history: int) -> None:
   got = 0 if isinstance(state.history, tuple) else jnp.shape(state.history)[-1]
   if got != history:
     raise ValueError(
-      f"`state` must have a history of {history} norms, as the one that `init` gave, got {got}: pass the state of this "
-      "transformation, or call `init` anew."
+      f"`state` must have a history of {history} norms, as `init` made it, got {got}: pass the state of this "
+      "transformation, or call `init` again."
     )
 
 
@@ -211,8 +212,8 @@ def _empty_state(labels: Labels, history: int) -> WatchState:
   )
 
 
-class _Look(NamedTuple):
-  """What is seen at a look alone; fields as in `WatchState`."""
+class _Sample(NamedTuple):
+  """The fields of `WatchState` that are taken only at a sampled step."""
 
   nonfinite: jax.Array | tuple[()]
   zero_fraction: jax.Array
@@ -230,13 +231,16 @@ class _Spread(NamedTuple):
 @partial(jax.jit, static_argnums=0, inline=True)
 def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState) -> WatchState:
   """The state after a step."""
-  # It may be stored in another width, from before x64 was set, or as bfloat16 with the rest of a train state.
+  # The state may be stored in another dtype, from before x64 was set, or as bfloat16 with the rest of a train state.
   state = jax.tree.map(lambda x: in_dtype(x, norm_dtype()) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+  # Measure; sample if due; and remember the worst step and the history.
   norm, norms = _measured(state.labels, axes.updates, leaves)
   bad = ~jnp.isfinite(norm)
-  seen = _look_if(bad | (state.steps % LOOK_EVERY == 0), axes, leaves, weights, state)
+  seen = _sample_if_due(bad | (state.steps % LOOK_EVERY == 0), axes, leaves, weights, state)
+  # The first nonfinite step stays the worst one.
   worse = (state.worst_step == 0) | (jnp.isfinite(state.worst_norm) & (bad | (norm > state.worst_norm)))
   steps = optax.safe_increment(state.steps)
+  # The history is a ring, written at the number of the step.
   history = state.history
   if not isinstance(history, tuple):
     history = history.at[state.steps % history.shape[0]].set(norm)
@@ -256,7 +260,7 @@ def _watched(axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state
 
 
 def _measured(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> tuple[jax.Array, Any]:
-  """The global norm, and those of the leaves where they are kept."""
+  """The global norm, and the norms of the leaves if they are kept."""
   spec = spec_of_slices(2.0, leaves, axes, labels.stacks) if labels.stacks else NormSpec(2.0, labels.blocks, axes)
   measured = measure(spec, leaves)
   if labels.unit == "global":
@@ -264,34 +268,38 @@ def _measured(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> 
   return vector_norm(measured.vector, 2.0), measured.vector
 
 
-def _look_if(due: jax.Array, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState) -> _Look:
-  """What is seen at a look where one is due, else what the last one saw, with no entry counted as not finite."""
-  last = _Look(state.nonfinite, state.zero_fraction, state.param_norm, state.param_norms)
+def _sample_if_due(
+  due: jax.Array, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], state: WatchState
+) -> _Sample:
+  """The sampled fields if a sample is due, else those of the last one, with no entry counted as nonfinite."""
+  last = _Sample(state.nonfinite, state.zero_fraction, state.param_norm, state.param_norms)
   unseen = last._replace(nonfinite=jax.tree.map(jnp.zeros_like, last.nonfinite))
-  look = partial(_look, state.labels, axes)
+  sample = partial(_sample, state.labels, axes)
 
-  def on_cpu(due: jax.Array, leaves: Any, weights: Any, unseen: _Look) -> _Look:
-    seen: _Look = lax.cond(due, look, lambda leaves, weights, unseen: unseen, leaves, weights, unseen)
+  # On CPU the branch saves a read of everything; elsewhere both sides share the read of the norms.
+  def on_cpu(due: jax.Array, leaves: Any, weights: Any, unseen: _Sample) -> _Sample:
+    seen: _Sample = lax.cond(due, sample, lambda leaves, weights, unseen: unseen, leaves, weights, unseen)
     return seen
 
-  def elsewhere(due: jax.Array, leaves: Any, weights: Any, unseen: _Look) -> _Look:
-    seen: _Look = jax.tree.map(partial(jnp.where, due), look(leaves, weights, unseen), unseen)
+  def elsewhere(due: jax.Array, leaves: Any, weights: Any, unseen: _Sample) -> _Sample:
+    seen: _Sample = jax.tree.map(partial(jnp.where, due), sample(leaves, weights, unseen), unseen)
     return seen
 
-  seen: _Look = lax.platform_dependent(due, list(leaves), list(weights), unseen, cpu=on_cpu, default=elsewhere)
+  seen: _Sample = lax.platform_dependent(due, list(leaves), list(weights), unseen, cpu=on_cpu, default=elsewhere)
   return seen
 
 
-def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], unseen: _Look) -> _Look:
+def _sample(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequence[Any], unseen: _Sample) -> _Sample:
   """One read of the updates for the counts, one of the parameters for their norms."""
   dtype, of_slices = norm_dtype(), over(leaves, by_leaf(labels.stacks, len(leaves)))
   pairs = zip(leaves, of_slices, strict=True)
   counts = [count.astype(dtype) for leaf, axes_of in pairs for count in _zeros_and_nonfinite(upcast(leaf), axes_of)]
+  # Two counts for each leaf, in turn: zeros and nonfinite entries.
   counts = all_reduce(counts, [a for a in axes.updates for _ in range(2)])
   joined = end_to_end if labels.stacks else stack
   zeros, nonfinite = joined(counts[::2], dtype), joined(counts[1::2], dtype)
   size = sum(jnp.size(x) * axes_size(a) for x, a in zip(leaves, axes.updates, strict=True))
-  # No more entries are zero than are finite. This keeps both counts in use, and with them the one reduction.
+  # There are at most as many zeros as finite entries. The minimum keeps both counts in use, and so the one reduction.
   fraction = jnp.minimum(zeros.sum(), size - nonfinite.sum()) / max(size, 1)
   seen = unseen._replace(zero_fraction=fraction)
   if labels.unit == "leaf":
@@ -303,12 +311,13 @@ def _look(labels: Labels, axes: _Spread, leaves: Sequence[Any], weights: Sequenc
 
 
 def _zeros_and_nonfinite(x: jax.Array, over: tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
-  """The number of zeros, and of entries that are inf or NaN, over some axes, or all of them, of shape () each."""
-  # One reduction with two results: XLA on CPU would write out a copy of the leaf for either count by itself.
+  """The number of zeros, and of entries that are inf or NaN, over some axes or all of them."""
+  # One reduction with two results: for two separate counts XLA on CPU would write out a copy of the leaf for each.
   flags = (x == 0).astype(jnp.int32), (~jnp.isfinite(x)).astype(jnp.int32)
   zero = jnp.zeros((), jnp.int32)
   axes = tuple(range(x.ndim)) if over is None else over
-  first = int(len(axes) > 1 and x.size > _LARGEST_COUNT)  # More than an int32 counts: first row by row.
+  # With more entries than an int32 can count, count row by row first.
+  first = int(len(axes) > 1 and x.size > _LARGEST_COUNT)
   zeros, nonfinite = lax.reduce(flags, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes[first:])
   if not first:
     return zeros, nonfinite
