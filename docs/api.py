@@ -10,7 +10,6 @@ import inspect
 import pathlib
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +80,7 @@ def entry(name: str) -> Iterator[str]:
     value = getattr(value, part)
   yield f"### {name}"
   if not hasattr(value, "_fields"):
-    yield from ("", "```python", signature(f"clipjax.{name}", value), "```")
+    yield from ("", f"`{signature(f'clipjax.{name}', value)}`")
   yield from ("", *markdown(inspect.getdoc(value) or ""))
   if inspect.isclass(value):
     for method, found in vars(value).items():
@@ -91,13 +90,9 @@ def entry(name: str) -> Iterator[str]:
 
 
 def signature(name: str, value: Any) -> str:
-  """The call without annotations, on several lines where one is too long."""
+  """The call without annotations."""
   parameters = [p.replace(annotation=p.empty) for p in inspect.signature(value).parameters.values()]
-  parameters = [p for p in parameters if p.name not in ("self", "cls")]
-  text = name + str(inspect.Signature(parameters))
-  if len(text) <= 100:
-    return text
-  return f"{name}(\n" + textwrap.indent(textwrap.fill(text[len(name) + 1 : -1], 98), "  ") + "\n)"
+  return name + str(inspect.Signature([p for p in parameters if p.name not in ("self", "cls")]))
 
 
 def markdown(docstring: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The package as a whole: exports, what an import loads, docstrings, the README."""
+"""The package as a whole: exports, what an import loads, docstrings."""
 
 import ast
 import doctest
@@ -7,7 +7,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import textwrap
 import tomllib
 
 import pytest
@@ -18,8 +17,6 @@ import clipjax.__main__
 from clipjax import cli, rules, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXTRAS = ("matplotlib", "rich", "tensorboardX", "torch", "tensorflow", "flax", "IPython", "pandas")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PUBLIC = (
@@ -96,75 +93,6 @@ def test_typical_user_code_runs(tmp_path):
   assert max_norm > 0
   assert "clipped-often" in findings
   assert pathlib.Path(page).exists()
-
-
-def code_blocks(language):
-  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def test_readme_has_exactly_two_setup_commands():
-  lines = [line for block in code_blocks("sh") for line in block.splitlines() if "-m venv" in line]
-  assert len(lines) == 2
-  assert all(line.startswith("python3 -m venv .venv") for line in lines)
-  assert "clipjax demo" in lines[0]
-  assert "pytest" in lines[1]
-
-
-@pytest.mark.parametrize("index", range(len(code_blocks("python"))))
-def test_readme_code_runs(index):
-  code = code_blocks("python")[index]
-  runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-  if ">>>" in code:
-    parsed = doctest.DocTestParser().get_doctest(code, {}, f"README block {index}", "README.md", 0)
-    assert runner.run(parsed).failed == 0
-  else:
-    exec(compile(code, f"README block {index}", "exec"), {"__name__": "readme"})
-
-
-def api_table(text):
-  """The API table: the arguments by name of what is called, and the names of what one gets."""
-  table = text[text.index("| you want to | call |") :].split("\n\n")[0]
-  rows = [row.split(" | ") for row in table.splitlines()[2:]]
-  calls, results = ([span for row in rows for span in re.findall(r"`([^`]+)`", row[i])] for i in (1, 2))
-  return {f"clipjax.{call.partition('(')[0]}": re.findall(r"[(,] ?(\w+)", call) for call in calls}, {
-    f"clipjax.{name}" for name in results
-  }
-
-
-def test_api_table_of_the_readme_has_the_public_names_and_no_other():
-  calls, results = api_table(README)
-  assert set(calls) <= set(PUBLIC) <= set(calls) | results
-  for name, arguments in calls.items():
-    assert set(arguments) <= set(inspect.signature(PUBLIC[name]).parameters), name
-
-
-def test_comparison_with_the_api_table_can_fail():
-  calls, _ = api_table(README.replace("| `global_norm(", "| `globl_norm("))
-  assert set(calls) - set(PUBLIC) == {"clipjax.globl_norm"}
-  calls, results = api_table(README.replace("`ClipState`, ", "").replace("a `runs.Run`: ", ""))
-  assert set(PUBLIC) - set(calls) - results == {"clipjax.ClipState", "clipjax.runs.Run"}
-
-
-def test_code_of_contributing_runs():
-  names = {"__name__": "contributing"}
-  for block in re.findall(r"^ *```python\n(.*?)```", CONTRIBUTING, re.DOTALL | re.MULTILINE):
-    exec(compile(textwrap.dedent(block), "a block of CONTRIBUTING.md", "exec"), names)
-  tests = [value for name, value in names.items() if name.startswith("test_")]
-  assert len(tests) == 1
-  tests[0]()
-
-
-def test_contributing_has_every_module_and_benchmark():
-  table = CONTRIBUTING[CONTRIBUTING.index("| module | subject |") :].split("\n\n")[0]
-  modules = re.findall(r"^\| `([\w/]+)` \|", table, re.MULTILINE)
-  found = (path.relative_to(ROOT / "clipjax").with_suffix("").as_posix() for path in (ROOT / "clipjax").rglob("*.py"))
-  assert sorted(modules) == sorted(found)
-  named = set(re.findall(r"`benchmarks/(\w+)\.py`", CONTRIBUTING))
-  texts = {path.stem: path.read_text("utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
-  programs = {name for name, text in texts.items() if "__main__" in text and "Not a command" not in text}
-  assert named == programs
-  for path in re.findall(r"`((?:tests|docs|clipjax|benchmarks|\.ci)/[\w./]+\w)`", CONTRIBUTING):
-    assert (ROOT / path).exists(), path
 
 
 def test_citation_and_changelog_have_the_version_and_the_project_its_authors():

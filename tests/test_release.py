@@ -1,7 +1,6 @@
-"""The wheel and the sdist: what is in them, what they ask for, and that one is made of the other.
+"""The wheel and the sdist: what they contain and require, and that the sdist builds the same wheel.
 
-That the wheel works where nothing but its run-time dependencies is installed, and the lowest versions, are tested by
-`.ci/run`, which needs the network for that.
+They run with `-m release`, as in `.ci/run release`, which also installs both with only their run-time dependencies.
 """
 
 import pathlib
@@ -19,11 +18,12 @@ import clipjax
 ROOT = pathlib.Path(__file__).parent.parent
 NAME = f"clipjax-{clipjax.__version__}"
 TOP = {"README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"}
-KINDS = {  # What belongs into each folder of the sdist.
+pytestmark = pytest.mark.release
+KINDS = {  # What belongs in each folder of the sdist.
   "clipjax": {".py", ".typed"},
   "tests": {".py", ".json"},
   "benchmarks": {".py"},
-  "docs": {".md", ".png", ".json"},
+  "docs": {".md", ".png", ".json", ".py"},
   "notebooks": {".py", ".ipynb"},
 }
 
