@@ -45,7 +45,8 @@ def _zeroed(leaves: Sequence[jax.Array], bad: jax.Array) -> list[jax.Array]:
 def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
   text = "the gradient is not finite (norm {norm})"
   if isinstance(bad, jax.core.Tracer):
-    checkify.check(~bad, text + ': see `on_nonfinite="error"` in the docstring of clipjax.clip_grad_norm', norm=norm)
+    where_to_look = ': see `on_nonfinite="error"` in the docstring of clipjax.clip_by_global_norm'
+    checkify.check(~bad, text + where_to_look, norm=norm)
   elif bool(bad):
     # Look for the leaves only now: a finite step never pays for it.
     finite = list(map(_finite_slices, prepared.measured, by_leaf(prepared.stacks, len(prepared.measured))))

@@ -256,7 +256,7 @@ def test_leaf_norms_inside_shard_map(check_vma):
     with pytest.raises(ValueError, match=f"^{HOLDS_ALL}"):
       run(None)
   else:
-    with pytest.warns(UserWarning, match="pass `axis_name=` the mesh axes that leaves are sharded over"):
+    with pytest.warns(UserWarning, match="pass the mesh axes that shard the leaves as `axis_name`"):
       run(None)
   assert_same_numbers(run(INSIDE_AXES), clipjax.leaf_norms(some_tree(), stacked=axis_of))
 
