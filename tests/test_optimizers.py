@@ -19,26 +19,15 @@ def updates(tx, scale):
   """What an optimizer makes of some steps whose gradients are all scaled."""
   params = {"w": jnp.full((4, 4), 0.3), "b": jnp.ones(4)}
   state, rng = tx.init(params), np.random.default_rng(0)
-  for _ in range(12):
+  for _ in range(4):
     grads = jax.tree.map(lambda p: scale * (p + jnp.asarray(rng.normal(0, 0.3, p.shape), p.dtype)), params)
     out, state = tx.update(grads, state, params)
     params = optax.apply_updates(params, out)
   return params, optimizer_states(state)
 
 
-FREE_BY_NAME = [
-  "adam",
-  "adamw",
-  "amsgrad",
-  "adan",
-  "adabelief",
-  "adafactor",
-  "lion",
-  "novograd",
-  "rmsprop",
-  "rprop",
-  "sm3",
-]
+FREE_BY_NAME = ("adam", "adamw", "amsgrad", "adan", "adabelief", "adafactor", "lion", "novograd", "rmsprop", "rprop",
+                "sm3")  # fmt: skip
 OPTIMIZERS = {name: (lambda name=name: getattr(optax, name)(1e-2), True) for name in FREE_BY_NAME} | {
   "sgd": (lambda: optax.sgd(1e-5), False),
   "momentum": (lambda: optax.sgd(1e-5, momentum=0.9), False),

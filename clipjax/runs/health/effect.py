@@ -13,8 +13,8 @@ from clipjax.runs.health.view import View
 from clipjax.runs.roles import effect_names
 from clipjax.runs.words import number, percent, several
 
-# Median cosines: below the first the clip changes the direction, above the second it keeps it. Between them the length
-# decides: a step as long as before is held to the second limit.
+# Below this median cosine a clip changes the direction of the step. The stricter limit is for a step that keeps its
+# length, which would otherwise count as unaffected.
 _TURNED, _STRAIGHT = 0.9, 0.99
 
 
