@@ -97,7 +97,8 @@ RUNS = {
   # 'in/w' is the largest throughout; 'out/w' grows 90 times at step 201, and 'in/w' at step 301.
   "the leaf of a spike is the one that grew most": (
     spikes(leaves_at({20: [12.0, 9.0], 30: [40.0, 0.2]}, (5.0, 0.1))),
-    [("spikes", "WARN", (201, 301), ("out/w", "in/w"), f"At step 201 {RISEN}, most of all in 'out/w'.")]),
+    [("spikes", "WARN", (201, 301), ("out/w", "in/w"), f"At step 201 {RISEN}, most of all in 'out/w'."),
+     ("spikes-of-leaves", None)]),
   "a leaf that is nearly 0 did not grow": (
     spikes(leaves_at({20: [40.0, 1e-3]}, (5.0, 1e-7))),
     [("spikes", "WARN", (201, 301), ("in/w",)), ("layer-spread", "WARN", (), ("out/w", "in/w"))]),

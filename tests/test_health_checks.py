@@ -331,6 +331,7 @@ RUNS = {
       run_of({"loss": LOSS, "skip/norm": at(200, 50.0, NORMS), "skip/consecutive": at(200, times, 0.0)}), [want])
      for times, want in ((1.0, ("spikes-caught", "INFO", (201,), ())), (0.0, ("spikes", "WARN", (201,), ())))},
   "a spike of a second state": (of({"critic/norm": at(300, 80.0, NORMS[::-1])}), [("spikes", "WARN", (301,), ())]),
+  "a small jump of a loss that is not trained": (of({"aux_loss": at(200, 1.6) * NOISE}), []),
   "series that are not fully judged": (
     of({"aux_loss": NOISE, "copy/norm": healthy()["grad/norm"], "eval_loss": at([5, 9], 1.0, np.nan)}),
     [("not-judged", "INFO", (), (), "'aux_loss' (only for spikes and nonfinite values, since 'loss' is the training "
