@@ -51,13 +51,17 @@ def test_a_spike_is_what_the_rule_says(role, window, shift):
   np.testing.assert_allclose(judged.usual, usual)
 
 
+def in_parts(detector, values, parts):
+  """What a detector says of the values, fed in parts: spikes, and medians."""
+  got = [detector.feed(values[a:b]) for a, b in itertools.pairwise(np.cumsum([0, *parts]))]
+  return [np.concatenate(part) for part in zip(*got, strict=True)]
+
+
 @pytest.mark.parametrize("parts", [[1] * 1000, [50] * 20, [3, 200, 797]])
 def test_a_detector_fed_in_parts_says_what_it_says_of_all(parts):
   whole = SpikeDetector(6.0, 64, KINDS[Role.NORM]).feed(NORMS)
-  detector, ends = SpikeDetector(6.0, 64, KINDS[Role.NORM]), np.cumsum([0, *parts])
-  got = [detector.feed(NORMS[a:b]) for a, b in itertools.pairwise(ends)]
-  assert np.concatenate([judged.is_spike for judged in got]).tolist() == whole.is_spike.tolist()
-  np.testing.assert_array_equal(np.concatenate([judged.usual for judged in got]), whole.usual)
+  for got, want in zip(in_parts(SpikeDetector(6.0, 64, KINDS[Role.NORM]), NORMS, parts), whole, strict=True):
+    np.testing.assert_array_equal(got, want)
 
 
 def test_a_detector_forgets_what_a_run_went_back_before():
@@ -71,39 +75,34 @@ def test_a_detector_forgets_what_a_run_went_back_before():
   np.testing.assert_array_equal(again.usual[40:], once.usual[40:])
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-300, 1.0, 1e300])
-def test_equal_values_and_what_rounding_makes_of_them_are_no_spikes(value):
-  values = np.full(500, value)
-  values[400] *= 1 + 1e-7
-  assert not SpikeDetector(6.0, 64, KINDS[Role.NORM]).feed(values).is_spike.any()
+VARIED = np.exp(np.random.default_rng(3).normal(0, 1.5, 300))
+LARGE = 40 * np.median(VARIED[128:192])
+SMALL = np.where(np.arange(200) < 8, 2.0, 1e-3)
 
 
-def test_a_level_that_rises_bit_by_bit_is_no_spike_and_one_that_jumps_is():
-  ramp = np.concatenate([np.ones(100), 1.3 ** np.arange(30)])
-  assert not SpikeDetector(6.0, 64, Kind(3, 2)).feed(ramp).is_spike.any()
-  step = np.concatenate([np.ones(100), np.full(100, 50.0)])
-  spikes = np.flatnonzero(SpikeDetector(6.0, 64, Kind(3, 2)).feed(step).is_spike)
-  assert spikes[0] == 100 and spikes[-1] < 140  # Then it is the usual level.
+def put(values, place, value):
+  return np.where(np.arange(len(values)) == place, value, values)
 
 
-def test_thirty_times_the_median_is_a_spike_among_values_that_vary():
-  values = np.exp(np.random.default_rng(3).normal(0, 1.5, 300))
-  values[200] = 40 * np.median(values[128:192])
-  assert values[200] < np.exp(6 * 1.5)
-  assert 200 in np.flatnonzero(SpikeDetector(6.0, 64, KINDS[Role.NORM]).feed(values).is_spike)
+@pytest.mark.parametrize(
+  ("values", "kind", "want"),
+  [
+    *((put(np.full(500, x), 400, x * (1 + 1e-7)), Kind(5, 2), []) for x in (0.0, 1e-300, 1.0, 1e300)),
+    (np.r_[np.ones(100), 1.3 ** np.arange(30)], Kind(3, 2), []),  # A level that rises bit by bit.
+    (np.r_[np.ones(100), np.full(100, 50.0)], Kind(3, 2), [*range(100, 136)]),  # Then it is the usual level.
+    # 200 is below exp(6 * 1.5), but thirty times the median.
+    (put(VARIED, 200, LARGE), KINDS[Role.NORM], [9, 109, 142, 200, 247, 252]),
+    (put(SMALL, 150, 3e-3), KINDS[Role.LOSS], []),  # A small loss may triple.
+    (put(SMALL, 150, 1.0), KINDS[Role.LOSS], [150]),
+  ],
+)
+def test_which_values_are_spikes(values, kind, want):
+  assert np.flatnonzero(SpikeDetector(6.0, 64, kind).feed(values).is_spike).tolist() == want
 
 
 def test_an_infinite_sigma_switches_spikes_off():
   assert not SpikeDetector(np.inf, 64, KINDS[Role.NORM]).feed(NORMS).is_spike.any()
   assert not LeafDetector(Limits(spike_sigma=np.inf)).feed(NORMS[:, None])[0].any()
-
-
-def test_a_small_loss_may_triple():
-  loss = np.full(200, 1e-3)
-  loss[:8], loss[150] = 2.0, 3e-3
-  assert not SpikeDetector(6.0, 64, KINDS[Role.LOSS]).feed(loss).is_spike.any()
-  loss[150] = 1.0
-  assert np.flatnonzero(SpikeDetector(6.0, 64, KINDS[Role.LOSS]).feed(loss).is_spike).tolist() == [150]
 
 
 def test_leaves_have_spikes_of_their_own():
@@ -114,10 +113,8 @@ def test_leaves_have_spikes_of_their_own():
   assert np.argwhere(spikes).tolist() == [[150, 1]]
   np.testing.assert_allclose(usual[150, 1], np.median(norms[128 - 64 : 128, 1]), rtol=1e-3)
   for parts in ([1] * 200, [7] * 28 + [4], [100, 100]):
-    detector, ends = LeafDetector(Limits()), np.cumsum([0, *parts])
-    got = [detector.feed(norms[a:b]) for a, b in itertools.pairwise(ends)]
-    np.testing.assert_array_equal(np.concatenate([spikes for spikes, _ in got]), spikes)
-    np.testing.assert_array_equal(np.concatenate([medians for _, medians in got]), usual)
+    for got, want in zip(in_parts(LeafDetector(Limits()), norms, parts), (spikes, usual), strict=True):
+      np.testing.assert_array_equal(got, want)
 
 
 # Events -------------------------------------------------------------------------------------------------------------
@@ -130,50 +127,52 @@ def event_of(columns=("loss", "grad/norm", "update/norm"), **changes):
   for key, values in changes.items():
     for row, value in values.items():
       columns.setdefault(key, np.ones(400))[row] = value
-  run = run_of(columns)
-  (event,) = clipjax.runs.diagnose(run).events
+  (event,) = clipjax.runs.diagnose(run_of(columns)).events
   return event
 
 
 def test_spikes_at_one_time_are_one_event_that_says_what_moved_first():
   event = event_of(**{"loss": {202: 9.0, 203: 8.0}, "grad/norm": {201: 30.0}, "update/norm": {200: 50.0}})
   assert (event.start, event.end) == (201, 204)
-  assert [(move.key, move.step, move.peak) for move in event.moves] == [
-    ("update/norm", 201, 50.0), ("grad/norm", 202, 30.0), ("loss", 203, 9.0)
-  ]  # fmt: skip
+  moves = [("update/norm", 201, 50.0), ("grad/norm", 202, 30.0), ("loss", 203, 9.0)]
+  assert [(move.key, move.step, move.peak) for move in event.moves] == moves
   assert event.moves[0].usual == pytest.approx(1, abs=0.05)
   assert event.is_recovered and not event.is_caught
 
 
-def test_an_event_is_recovered_where_the_loss_comes_back():
-  up = dict.fromkeys(range(201, 400), 4.0)
-  assert event_of(**{"loss": up, "grad/norm": {200: 30.0}}).is_recovered is False
-  assert event_of(**{"loss": dict.fromkeys(range(201, 260), 4.0), "grad/norm": {200: 30.0}}).is_recovered
+@pytest.mark.parametrize(("end", "is_recovered"), [(400, False), (260, True)])
+def test_an_event_is_recovered_where_the_loss_comes_back(end, is_recovered):
+  event = event_of(**{"loss": dict.fromkeys(range(201, end), 4.0), "grad/norm": {200: 30.0}})
+  assert event.is_recovered is is_recovered
 
 
-def test_an_event_is_caught_where_neither_the_clipped_norm_nor_the_update_moved():
-  ones = {**dict.fromkeys(range(400), 1.0), 200: 0.03}
-  clip = {"grad/norm": {200: 40.0}, "grad/max_norm": {0: 1.0}, "grad/scale": ones}
-  assert event_of(**clip, **{"grad/norm_clipped": {200: 1.2}}).is_caught
-  assert not event_of(**clip, **{"grad/norm_clipped": {200: 1.2}, "loss": {201: 9.0}}).is_caught
-  assert event_of(("grad/norm",), **clip, **{"grad/norm_clipped": {200: 1.2}}).is_caught
-  assert not event_of(("grad/norm",), **clip, **{"grad/norm_clipped": {200: 30.0}}).is_caught
-  assert not event_of(**clip, **{"grad/norm_clipped": {200: 1.2}, "update/norm": {200: 9.0}}).is_caught
+ALL = ("loss", "grad/norm", "update/norm")
+
+
+@pytest.mark.parametrize(
+  ("columns", "after", "other", "is_caught"),
+  [
+    (ALL, 1.2, {}, True),
+    (ALL, 1.2, {"loss": {201: 9.0}}, False),
+    (ALL, 1.2, {"update/norm": {200: 9.0}}, False),
+    (("grad/norm",), 1.2, {}, True),
+    (("grad/norm",), 30.0, {}, False),
+  ],
+)
+def test_an_event_is_caught_where_neither_the_clipped_norm_nor_the_update_moved(columns, after, other, is_caught):
+  scale = {**dict.fromkeys(range(400), 1.0), 200: 0.03}
+  clip = {"grad/norm": {200: 40.0}, "grad/max_norm": {0: 1.0}, "grad/scale": scale, "grad/norm_clipped": {200: after}}
+  assert event_of(columns, **clip, **other).is_caught == is_caught
 
 
 # The course of a loss -----------------------------------------------------------------------------------------------
 
 
 def test_the_course_of_a_loss():
-  rng = np.random.default_rng(2)
-  loss = np.concatenate([np.linspace(3, 1, 200), np.full(100, 1.0), np.full(100, 2.5)]) * np.exp(
-    rng.normal(0, 0.02, 400)
-  )
+  noise = np.exp(np.random.default_rng(2).normal(0, 0.02, 400))
+  loss = np.r_[np.linspace(3, 1, 200), np.full(100, 1.0), np.full(100, 2.5)] * noise
   course = course_of(np.arange(400) + 1000, loss)
-  assert (course.first, course.best, course.last) == (
-    pytest.approx(3, rel=0.05), pytest.approx(1, rel=0.03), pytest.approx(2.5, rel=0.02)
-  )  # fmt: skip
-  assert course.noise == pytest.approx(0.02, rel=0.3)
-  assert course.left == 1300
+  assert (course.first, course.best, course.last) == pytest.approx((3, 1, 2.5), rel=0.05)
+  assert course.noise == pytest.approx(0.02, rel=0.3) and course.left == 1300
   assert course_of(np.arange(7), np.ones(7)) is None
   assert course_of(np.arange(400), np.linspace(3, 1, 400)).left is None

@@ -1,31 +1,19 @@
 """What a finding names: the steps that were pushed, their batches, the leaves that were recorded there."""
 
 import dataclasses
-import json
-import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from synthetic import N, healthy, layered, only, run_of, with_spikes
+from conditions import NORMS, ROWS, at, check, leaves_at, spoiled
+from synthetic import N, healthy, layered, run_of, with_spikes
 
 import clipjax
-from clipjax.runs.health.losses import overfit
 from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
 from clipjax.runs.health.view import view_of
 from clipjax.runs.words import at_steps
 
-STEPS = np.arange(N) * 10 + 1000  # As a caller may count them.
-
-
-def batches_of(**named):
-  """Batches of the rows `r7=...`, of none of the others."""
-  batches = np.full(N, None, object)
-  for row, batch in named.items():
-    batches[int(row[1:])] = batch
-  return batches
+STEPS = ROWS * 10 + 1000  # As a caller may count them.
+SPIKES = with_spikes()["grad/norm"]  # At the steps 201 and 301.
 
 
 # Words --------------------------------------------------------------------------------------------------------------
@@ -49,163 +37,126 @@ def test_steps_with_their_batches(steps, batches, text):
   assert at_steps(steps, batches) == text
 
 
-# Steps and batches --------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------------------------
 
 
-def test_steps_are_those_that_were_pushed_and_all_of_them():
-  columns, at = healthy(), np.isin(np.arange(N), range(70, 90))
-  columns["grad/norm"][at] = columns["grad/norm_clipped"][at] = columns["loss"][at] = np.nan
-  report = clipjax.runs.diagnose(run_of(columns, flags={"grad/norm": at, "loss": at}, steps=STEPS))
-  finding = only(report, "nonfinite")
-  assert finding.steps == tuple(range(1700, 1900, 10))
-  assert "at steps 1700, 1710, 1720, 1730, 1740 and 15 more" in finding.message
+def with_batches(run, **named):
+  """The run with names of the batches of the rows `r7=...`, and none of the others."""
+  batches = np.full(N, None, object)
+  for row, batch in named.items():
+    batches[int(row[1:])] = batch
+  return dataclasses.replace(run, batches=batches)
 
 
-def test_findings_name_the_batch():
-  columns, at = with_spikes(), np.arange(N) == 350
-  columns["grad/norm"][at] = columns["grad/norm_clipped"][at] = np.nan
-  run = run_of(columns | {"grad/scale": np.ones(N)}, flags={"grad/norm": at}, steps=STEPS)
-  run = dataclasses.replace(run, batches=batches_of(r350="shard-3", r200=17, r201=18, r300=("a", "b")))
-  report = clipjax.runs.diagnose(run)
-  assert "inf or NaN, at step 4500 (batch 'shard-3')." in only(report, "nonfinite").message
-  finding = only(report, "spikes")
-  assert (
-    "parameters, at steps 3000 (batch 17), 4000 (batches 'a', 'b'). The largest: At step 3000 (batch 17) 'grad"
-    in (finding.message)
-  )
-  assert "Look at batches 'a' to 'b'." in finding.advice
+def spikes(by_leaf, **columns):
+  """Two spikes of a norm, and norms by leaf: those of step 201 are row 20, those of step 301 row 30."""
+  return run_of({"grad/norm": SPIKES, **columns}, **by_leaf)
 
 
-def test_rejected_steps_are_named():
-  columns = healthy(**{"skip/fraction": np.full(N, 0.125)})
-  columns["skip/consecutive"][[5, 6]] = [1, 2]
-  finding = only(clipjax.runs.diagnose(run_of(columns, steps=STEPS)), "skipped")
-  assert finding.message == "skip_steps rejected 12.5% of 400 steps, at steps 1050, 1060."
-  assert finding.steps == (1050, 1060)
-
-
-def test_what_concerns_the_whole_run_names_no_step():
-  columns = healthy(**{"grad/zero_fraction": np.ones(N)})
-  assert only(clipjax.runs.diagnose(run_of(columns)), "zeros").steps == ()
-
-
-def test_overfit_names_the_best_step():
-  steps = np.arange(1, N + 1)
-  columns = healthy(val_loss=np.where(steps % 4 == 0, 2 + np.abs(steps - 200) / 100, np.nan))
-  (finding,) = overfit(view_of(run_of(columns, steps=STEPS), clipjax.runs.HealthLimits(), None))
-  assert finding.steps == (STEPS[199],) and f"near step {STEPS[199]}" in finding.message
-  assert finding.source.startswith("Prechelt") and finding.rule == "at most 5%, criterion GL5"
-
-
-# Leaves -------------------------------------------------------------------------------------------------------------
-
-
-def spikes_with(values, **columns):
-  """The finding of two spikes, at the steps 201 and 301: the rows 20 and 30 of `values`."""
-  run = run_of({"grad/norm": with_spikes()["grad/norm"], **columns}, **layered(values))
-  return only(clipjax.runs.diagnose(run), "spikes")
-
-
-def test_the_leaf_of_a_spike_is_the_one_that_grew_most():
-  # 'in/w' is the largest throughout; 'out/w' grows 90 times at step 201, and 'in/w' at step 301.
-  values = np.tile([5.0, 0.1], (40, 1))
-  values[20], values[30] = [12.0, 9.0], [40.0, 0.2]
-  finding = spikes_with(values)
-  assert finding.steps == (201, 301) and finding.leaves == ("out/w", "in/w")
-  assert "At step 201 'grad/norm' rose to 30, 26.2 times its usual 1.14, most of all in 'out/w'" in finding.message
-
-
-def test_a_leaf_that_is_nearly_0_or_was_not_finite_or_not_recorded_did_not_grow():
-  values = np.tile([5.0, 1e-7], (40, 1))
-  values[20] = [40.0, 1e-3]  # 'out/w' grew ten thousandfold, to nothing.
-  assert spikes_with(values).leaves == ("in/w",)
-  values = np.tile([5.0, 0.1], (40, 1))
-  values[20], values[30] = [np.nan, 0.2], [np.inf, np.nan]
-  values[0:5, 0] = np.nan
-  assert spikes_with(values).leaves == ("out/w",)
-
-
-def test_the_leaf_that_holds_the_norm_is_named_where_no_usual_norm_is_known():
-  run = run_of({"grad/norm": with_spikes()["grad/norm"]}, leaves={"grad": ("in/w", "out/w")})
-  run.vectors["grad/norm"] = np.array([201, 301]), np.array([[1.0, 30.0], [2.0, 1.0]])
-  assert only(clipjax.runs.diagnose(run), "spikes").leaves == ("out/w", "in/w")
-
-
-def test_a_leaf_may_have_a_spike_of_its_own():
-  values = np.tile([0.9, 0.01], (40, 1)) * np.exp(np.random.default_rng(0).normal(0, 0.1, (40, 2)))
+def jump_of_a_leaf(**columns):
+  """A leaf that holds little of the norm, and a hundred times as much at step 251."""
+  noise = np.exp(np.random.default_rng(0).normal(0, 0.1, (40, 2)))
+  values = np.array([0.9, 0.01]) * noise
   values[25, 1] = 1.0
-  report = clipjax.runs.diagnose(run_of(healthy(), **layered(values)))
-  finding = only(report, "spikes-of-leaves")
-  assert (finding.level, finding.steps, finding.leaves) == ("INFO", (251,), ("out/w",))
-  assert finding.message.startswith("Once a leaf had a spike while the norm was as usual, the largest at step 251 in")
-  columns = healthy(**{"update/norm": np.where(np.arange(N) == 250, 0.5, 0.01)})
-  (event,) = clipjax.runs.diagnose(run_of(columns, **layered(values))).events
-  assert [move.key for move in event.moves] == ["grad/norm/out/w", "update/norm"] and event.leaves == ("out/w",)
+  return run_of(healthy(**columns), **layered(values))
 
 
-def test_groups_have_their_spikes_named_too():
-  columns = with_spikes(at=(205,)) | {"grad/norm/a": np.ones(N), "grad/norm/b": np.ones(N)}
-  columns["grad/norm/b"][205] = 30.0
-  columns.pop("grad/scale")
-  assert only(clipjax.runs.diagnose(run_of(columns)), "spikes").leaves == ("b",)
+# A file of 0.1.0, watch inside `skip_steps`: the row of a rejected step repeats the numbers of the one before.
+SEEN = np.where(np.isin(ROWS, [200, 300]), ROWS - 1, ROWS)
+REJECTED = run_of(
+  healthy(**{
+    "grad/norm": NORMS[SEEN], "grad/steps": np.cumsum(SEEN == ROWS), "skip/consecutive": SEEN != ROWS,
+    "skip/norm": at(300, np.nan, at(200, 30.0, NORMS)),
+  }),
+  flags={"skip/norm": ROWS == 300}, leaves={"grad": ("a", "b")},
+  vectors={"grad/norm": (ROWS + 1, NORMS[SEEN, None] * [0.8, 0.6])},
+)  # fmt: skip
+LEFT_OUT = ("grad/norm", "grad/scale", "grad/norm_clipped")
+RISEN = "'grad/norm' rose to 30, 26.2 times its usual 1.14"
+AT_350 = {"flags": {"grad/norm": ROWS == 350}, "steps": STEPS}
+NAN_AND_SPIKES = spoiled(350, {"grad/norm": SPIKES, "grad/scale": np.ones(N)}, **AT_350)
+KNOWN = run_of(healthy(**{"grad/norm": at(200, 80.0, NORMS), "grad/scale": np.ones(N)}))
+
+# Runs, and the findings as `check` has them.
+RUNS = {
+  "steps are those that were pushed, and all of them": (
+    spoiled(range(70, 90), steps=STEPS),
+    [("nonfinite", "FAIL", tuple(range(1700, 1900, 10)), (), "at steps 1700, 1710, 1720, 1730, 1740 and 15 more")]),
+  "batches are named": (
+    with_batches(NAN_AND_SPIKES, r350="shard-3", r200=17, r201=18, r300=("a", "b")),
+    [("nonfinite", "FAIL", (4500,), (), "at step 4500 (batch 'shard-3').", "Look at the batch of step 4500"),
+     ("spikes", "WARN", (3000, 4000), (), "2 spikes reached the parameters, at steps 3000 (batch 17), 4000 (batches "
+      f"'a', 'b'). The largest: At step 3000 (batch 17) {RISEN}", "Look at batches 'a' to 'b'.")]),
+  "rejected steps are named": (
+    run_of(healthy(**{"skip/fraction": np.full(N, 0.125), "skip/consecutive": at(5, 1, 0) + at(6, 2, 0)}), steps=STEPS),
+    [("skipped", "WARN", (1050, 1060), (), "skip_steps rejected 12.5% of 400 steps, at steps 1050, 1060.\nLook at the "
+      "batches of these steps; if they are ordinary, raise the rule's sigma.\n")]),
+  "the best step of a validation loss is named": (
+    run_of(healthy(val_loss=np.where(ROWS % 4 == 3, 2 + np.abs(ROWS - 199) / 100, np.nan)), steps=STEPS),
+    [("overfit", "WARN", (STEPS[199],), (), f"near step {STEPS[199]})")]),
+  # 'in/w' is the largest throughout; 'out/w' grows 90 times at step 201, and 'in/w' at step 301.
+  "the leaf of a spike is the one that grew most": (
+    spikes(leaves_at({20: [12.0, 9.0], 30: [40.0, 0.2]}, (5.0, 0.1))),
+    [("spikes", "WARN", (201, 301), ("out/w", "in/w"), f"At step 201 {RISEN}, most of all in 'out/w'."),
+     ("spikes-of-leaves", None)]),
+  "a leaf that is nearly 0 did not grow": (
+    spikes(leaves_at({20: [40.0, 1e-3]}, (5.0, 1e-7))),
+    [("spikes", "WARN", (201, 301), ("in/w",)), ("layer-spread", "WARN", (), ("out/w", "in/w"))]),
+  "a leaf that was not finite or not recorded did not grow": (
+    spikes(leaves_at({20: [np.nan, 0.2], 30: [np.inf, np.nan], **{i: [np.nan, 0.1] for i in range(5)}}, (5.0, 0.1))),
+    [("spikes", "WARN", (201, 301), ("out/w",))]),
+  "the leaf that holds the norm, where no usual norm is known": (
+    spikes({"leaves": {"grad": ("in/w", "out/w")},
+            "vectors": {"grad/norm": (np.array([201, 301]), np.array([[1.0, 30.0], [2.0, 1.0]]))}}),
+    [("spikes", "WARN", (201, 301), ("out/w", "in/w"))]),
+  "a spike of a leaf alone": (
+    jump_of_a_leaf(),
+    [("spikes-of-leaves", "INFO", (251,), ("out/w",), "1 leaf spike while the norm was normal; the largest at step "
+      "251, where 'out/w' was 9")]),
+  "a spike of a leaf, and of the update": (
+    jump_of_a_leaf(**{"update/norm": at(250, 0.5, 0.01)}),
+    [("spikes", "WARN", (251,), ("out/w",), "'grad/norm/out/w' rose to 1, ", "; 'update/norm' rose to 0.5")]),
+  "the group of a spike": (
+    run_of({k: v for k, v in with_spikes((205,)).items() if k != "grad/scale"}
+           | {"grad/norm/a": np.ones(N), "grad/norm/b": at(205, 30.0)}),
+    [("spikes", "WARN", (206,), ("b",))]),
+  "the farthest layer, by the limits": (  # 0.0005 is 20 times below 0.01, and 1 is 10 times above 0.1.
+    run_of(healthy(**{"update/ratio": np.full(N, 0.05)}), **layered([5e-4, 1.0], key="update/ratio")),
+    [("update-ratio-by-layer", "INFO", (), ("in/w", "out/w"), "the farthest is 'in/w' at 0.0005.")],
+    {"ratio_low": 0.01, "ratio_high": 0.1}),
+  "rows that were superseded, and a torn line": (
+    dataclasses.replace(run_of(healthy()), superseded=1200, unreadable=1),
+    [("superseded", "INFO", (), (), "1,200 rows were left out: the run went back to an earlier step"),
+     ("unreadable", "INFO", (), (), "1 line could not be read and was left out; a process that dies")]),
+  "one superseded row, and torn lines": (
+    dataclasses.replace(run_of(healthy()), superseded=1, unreadable=2),
+    [("superseded", "INFO", (), (), "1 row was left out: "),
+     ("unreadable", "INFO", (), (), "2 lines could not be read and were left out; ")]),
+  # What may be called sound.
+  "a spike from which the loss recovered": (
+    KNOWN, [("spikes", "WARN", (201,), (), "; the loss recovered.\nNothing needs to be restored. Look at the")]),
+  "a spike, and no loss that says what came of it": (
+    run_of({"grad/norm": KNOWN["grad/norm"]}), [("spikes", "WARN", (201,), (), ".\nLook at the batch of step 201.")]),
+  "a spike, and the run ended by what came after": (
+    spoiled(range(206, N), {"grad/norm": KNOWN["grad/norm"], "grad/scale": np.ones(N), "loss": at(range(206, N), np.nan,
+            healthy()["loss"])}),
+    [("nonfinite", "FAIL", None, ()), ("spikes", "WARN", (201,), (), ".\nLook at the batch of step 201.")]),
+  "rejected steps, whose leaves are not those of the steps before": (
+    REJECTED, [("nonfinite-dropped", "WARN", (301,), ()), ("spikes-caught", "INFO", (201,), ())]),
+  # As a row of format 2 is: only the counters of what is inside are there.
+  **{f"a rejected step, the row {row} its norms": (
+      run_of(healthy(**{"skip/norm": at(200, 30.0), "skip/consecutive": at(200, 1.0, 0.0), **steps,
+                        **{key: at(200, np.nan, healthy()[key]) for key in LEFT_OUT}})),
+      [("spikes-caught", "INFO", (201,), (), "The clip or skip_steps caught 1 spike. At step 201 'grad/norm' rose")])
+     for row, steps in (("with a counter without", {"grad/steps": ROWS + at(range(200), 1.0, 0.0)}),
+                        ("without", {"grad/steps": np.full(N, np.nan)}))},
+}  # fmt: skip
 
 
-def test_the_first_step_with_leaves_is_told_where_the_first_has_none():
-  columns, at = healthy(), np.isin(np.arange(N), [65, 70])
-  columns["grad/norm"][at] = columns["grad/norm_clipped"][at] = np.nan
-  values = np.ones((40, 2))
-  values[7, 1] = np.inf  # Row 7 is step 71.
-  finding = only(clipjax.runs.diagnose(run_of(columns, flags={"grad/norm": at}, **layered(values))), "nonfinite")
-  assert finding.message.endswith("at steps 66, 71; at step 71 in 'out/w'.")
-  assert finding.leaves == ("out/w",)
-
-
-def test_what_was_not_recorded_is_not_taken_for_not_finite():
-  columns, at = healthy(), np.arange(N) == 70
-  columns["grad/norm"][at] = columns["grad/norm_clipped"][at] = np.nan
-  values = np.ones((40, 2))
-  values[7] = np.nan
-  report = clipjax.runs.diagnose(run_of(columns, flags={"grad/norm": at}, **layered(values)))
-  assert only(report, "nonfinite").leaves == ()
-  assert "clipjax.watch()" in only(report, "nonfinite").advice
-
-
-def test_a_loss_that_is_not_finite_names_the_leaves_that_are_not():
-  columns, at = healthy(), np.arange(N) == 70
-  columns["loss"][at] = np.nan
-  values = np.ones((40, 2))
-  values[7, 0] = np.inf
-  finding = only(clipjax.runs.diagnose(run_of(columns, flags={"loss": at}, **layered(values))), "nonfinite-loss")
-  assert finding.message == "1 of 400 values of 'loss' were inf or NaN, at step 71; the gradient too, in 'in/w'."
-  assert finding.leaves == ("in/w",)
-
-
-def test_layers_outside_of_the_usual_updates_are_named():
-  report = clipjax.runs.diagnose(run_of(healthy(), **layered([1e-3, 0.2], key="update/ratio")))
-  assert only(report, "update-ratio-by-layer").leaves == ("out/w",)
-
-
-def test_the_farthest_layer_is_measured_from_the_limits():
-  # 0.0005 is 20 times below the band 0.01 to 0.1, and 1 is 10 times above.
-  limits = clipjax.runs.HealthLimits(ratio_low=0.01, ratio_high=0.1)
-  columns = healthy(**{"update/ratio": np.full(N, 0.05)})
-  run = run_of(columns, **layered([5e-4, 1.0], key="update/ratio"))
-  assert "the farthest 'in/w'" in only(clipjax.runs.diagnose(run, limits=limits), "update-ratio-by-layer").message
-
-
-# The record ---------------------------------------------------------------------------------------------------------
-
-
-def test_rows_that_were_superseded_and_lines_that_were_torn_are_told():
-  run = dataclasses.replace(run_of(healthy()), superseded=1200, unreadable=1)
-  report = clipjax.runs.diagnose(run)
-  assert only(report, "superseded").level == only(report, "unreadable").level == "INFO"
-  assert only(report, "superseded").message.startswith(
-    "1,200 rows were left out, as the run went back to a step before"
-  )
-  assert only(report, "unreadable").message.startswith("1 line could not be read and was left out")
-  names = {finding.name for finding in clipjax.runs.diagnose(run_of(healthy()))}
-  assert not names & {"superseded", "unreadable"}
+@pytest.mark.parametrize("name", RUNS)
+def test_a_finding_names_steps_batches_and_leaves(name):
+  run, want, *limits = RUNS[name]
+  check(run, want, *limits)
 
 
 # As the rows are written --------------------------------------------------------------------------------------------
@@ -219,47 +170,7 @@ def test_the_checks_that_the_recorder_runs_need_no_more_than_a_few_rows():
   assert (norm.level, norm.steps, loss.level, loss.steps) == ("FAIL", (8,), "FAIL", (9,))
 
 
-# Steps that a state did not see -------------------------------------------------------------------------------------
-
-
-def stale(tmp_path):
-  """A file of 0.1.0, watch inside `skip_steps`: the row of a rejected step repeats the numbers of the one before."""
-  tx = clipjax.skip_steps(optax.chain(clipjax.watch(), optax.sgd(1e-3)), norm_rule=100.0)
-  params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-  state, update = tx.init(params), jax.jit(tx.update)
-  lines = [{"clipjax_run": 1, "version": "0", "leaves": {"grad": ["a", "b"]}, "parameters": 4, "every": 1}]
-  for step in range(1, 121):
-    scale = {90: 900.0, 100: math.nan}.get(step, 1.0 + 0.01 * (step % 7))
-    _, state = update({"a": jnp.full(2, scale), "b": jnp.ones(2)}, state, params)
-    values = {key: float(value) for key, value in clipjax.metrics(state).items()}
-    flags = {key: repr(value) for key, value in values.items() if not math.isfinite(value)}
-    row = {"step": step} | {key: None if key in flags else value for key, value in values.items()}
-    lines.append(row | {"nonfinite": flags, "leaf": {"grad/norm": state.inner_state[0].norms.tolist()}})
-  path = tmp_path / "run.jsonl"
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  return clipjax.runs.read_run(path)
-
-
-def test_the_leaves_of_a_rejected_step_are_not_those_of_the_step_before(tmp_path):
-  report = clipjax.runs.diagnose(stale(tmp_path))
-  spike, dropped = only(report, "spikes-caught"), only(report, "nonfinite-dropped")
-  assert (spike.steps, spike.leaves) == ((90,), ()) and (dropped.steps, dropped.leaves) == ((100,), ())
-
-
 def test_the_page_says_that_the_leaves_of_a_rejected_step_are_not_known(tmp_path):
-  run = stale(tmp_path)
-  text = clipjax.runs.write_report(run, tmp_path / "a.html").read_text()
-  assert "Step <strong>90</strong>, the largest norm" in text  # Not the one that was dropped as it was not finite.
+  text = clipjax.runs.write_report(REJECTED, tmp_path / "a.html").read_text()
+  assert "Step <strong>201</strong>, the largest norm" in text  # Not the one that was dropped as it was not finite.
   assert "<code>skip_steps</code> rejected it" in text
-
-
-def test_norms_that_are_left_out_of_a_row_are_those_that_skip_steps_saw():
-  # As a row of format 2 is: only the counters of what is inside are there.
-  columns = healthy(**{"skip/norm": np.full(N, 1.0)})
-  columns["skip/consecutive"][200] = 1
-  columns["skip/norm"][200] = 30.0
-  columns["grad/steps"][200:] -= 1
-  columns["grad/norm"][200] = columns["grad/scale"][200] = columns["grad/norm_clipped"][200] = np.nan
-  assert only(clipjax.runs.diagnose(run_of(columns)), "spikes-caught").steps == (201,)
-  without = {key: value for key, value in columns.items() if key != "grad/steps"}
-  assert only(clipjax.runs.diagnose(run_of(without)), "spikes-caught").steps == (201,)

@@ -58,61 +58,51 @@ def test_a_loss_leaves_where_it_stays_above_its_best(losses, left, course):
 
 # Judging ------------------------------------------------------------------------------------------------------------
 
+SPIKES = truth_of(Expected("spikes", (50,), leaves=("w",)), also=("update-spike",))
+STARVED = truth_of(Expected("clip-starves", leaves=("w",), is_last=True))
+EITHER = truth_of(Expected("diverged", (50,)), Expected("nonfinite", (80,)))
+TWO_STEPS = truth_of(Expected("spikes", (50, 90)))
+BATCH = truth_of(Expected("spikes", (50,), batches=("0-00050",)))
+HEALTHY = truth_of(is_healthy=True)
+
+
+def named(step, leaf, alarms=()):
+  return {"name": True, "step": step, "leaf": leaf, "alarms": alarms, "is_right": step and leaf}
+
 
 @pytest.mark.parametrize(
-  ("findings", "step", "leaf", "alarms"),
+  ("truth", "findings", "want"),
   [
-    ([said("spikes", (50, 51), ("w",))], True, True, ()),
-    ([said("spikes", (52,), ("grad_2/w",))], True, True, ()),
-    ([said("spikes", (53,), ("w",))], False, True, ()),
-    ([said("spikes", (20, 50), ("w",))], False, True, ()),  # A step before it, which was nothing.
-    ([said("spikes", (47, 50), ("w",))], False, True, ()),
-    ([said("spikes", (50,), ("a", "b", "c", "w"))], True, False, ()),  # Who names all leaves names none.
-    ([said("spikes", (), ())], False, False, ()),
-    ([said("diverged", (50,), level="FAIL")], False, False, ("diverged",)),
-    ([said("update-spike", (50,)), said("loss", level="INFO")], False, False, ()),
-    ([], False, False, ()),
+    (SPIKES, [said("spikes", (50, 51), ("w",))], named(True, True)),
+    (SPIKES, [said("spikes", (52,), ("grad_2/w",))], named(True, True)),
+    (SPIKES, [said("spikes", (53,), ("w",))], named(False, True)),
+    (SPIKES, [said("spikes", (20, 50), ("w",))], named(False, True)),  # A step before it, which was nothing.
+    (SPIKES, [said("spikes", (47, 50), ("w",))], named(False, True)),
+    (SPIKES, [said("spikes", (50,), ("a", "b", "c", "w"))], named(True, False)),  # Who names all leaves names none.
+    (SPIKES, [said("spikes")], named(False, False)),
+    (SPIKES, [said("diverged", (50,), level="FAIL")], named(False, False, ("diverged",)) | {"name": False}),
+    (SPIKES, [said("update-spike", (50,)), said("loss", level="INFO")], named(False, False) | {"name": False}),
+    (SPIKES, [], named(False, False) | {"name": False}),
+    # The leaf that holds the norm is named last.
+    (STARVED, [said("clip-starves", (), ("a", "b", "c", "w"))], {"leaf": True}),
+    (STARVED, [said("clip-starves", (), ("w", "a"))], {"leaf": False}),
+    (STARVED, [said("clip-starves")], {"leaf": False}),
+    # Of several right answers the nearest counts.
+    (EITHER, [said("nonfinite", (80, 81), level="FAIL"), said("diverged", (10,), level="FAIL")],
+     {"is_right": True, "is_first": True, "alarms": ()}),
+    # Every planted step must be named.
+    (TWO_STEPS, [said("spikes", (50, 55, 91))], {"step": True}),
+    (TWO_STEPS, [said("spikes", (50, 55))], {"step": False}),
+    (TWO_STEPS, [said("spikes", (51,)), said("spikes", (90,))], {"step": True}),
+    (BATCH, [said("spikes", (50,), message="The norm jumped in batch '0-00050'.")], {"batch": True}),
+    (BATCH, [said("spikes", (50,), message="The norm jumped.")], {"batch": False}),
+    (HEALTHY, [said("spikes-caught", (3,), level="INFO")], Outcome(None, None, None, None, None, ())._asdict()),
+    (HEALTHY, [said("spikes", (3,))], {"alarms": ("spikes",)}),
   ],
-)
-def test_findings_are_held_against_step_and_leaf(findings, step, leaf, alarms):
-  outcome = judge(truth_of(Expected("spikes", (50,), leaves=("w",)), also=("update-spike",)), findings)
-  assert outcome.name is any(finding.name == "spikes" for finding in findings)
-  assert (outcome.step, outcome.leaf, outcome.alarms) == (step, leaf, alarms)
-  assert outcome.is_right is (step and leaf)
-
-
-def test_the_leaf_that_holds_the_norm_is_named_last():
-  truth = truth_of(Expected("clip-starves", leaves=("w",), is_last=True))
-  assert judge(truth, [said("clip-starves", (), ("a", "b", "c", "w"))]).leaf is True
-  assert judge(truth, [said("clip-starves", (), ("w", "a"))]).leaf is False
-  assert judge(truth, [said("clip-starves")]).leaf is False
-
-
-def test_of_several_right_answers_the_nearest_counts():
-  truth = truth_of(Expected("diverged", (50,)), Expected("nonfinite", (80,)))
-  outcome = judge(truth, [said("nonfinite", (80, 81), level="FAIL"), said("diverged", (10,), level="FAIL")])
-  assert outcome.is_right
-  assert outcome.is_first
-  assert outcome.alarms == ()
-
-
-def test_every_planted_step_must_be_named():
-  truth = truth_of(Expected("spikes", (50, 90)))
-  assert judge(truth, [said("spikes", (50, 55, 91))]).step is True
-  assert judge(truth, [said("spikes", (50, 55))]).step is False
-  assert judge(truth, [said("spikes", (51,)), said("spikes", (90,))]).step is True
-
-
-def test_batches_are_looked_for_in_the_text():
-  truth = truth_of(Expected("spikes", (50,), batches=("0-00050",)))
-  assert judge(truth, [said("spikes", (50,), message="The norm jumped in batch '0-00050'.")]).batch is True
-  assert judge(truth, [said("spikes", (50,), message="The norm jumped.")]).batch is False
-
-
-def test_a_healthy_run_has_no_right_answer_and_may_have_infos():
-  outcome = judge(truth_of(is_healthy=True), [said("spikes-caught", (3,), level="INFO")])
-  assert outcome == Outcome(None, None, None, None, None, ())
-  assert judge(truth_of(is_healthy=True), [said("spikes", (3,))]).alarms == ("spikes",)
+)  # fmt: skip
+def test_findings_are_held_against_the_truth(truth, findings, want):
+  outcome = judge(truth, findings)
+  assert {field: getattr(outcome, field) for field in want} == want
 
 
 def test_truths_come_back_from_their_file(tmp_path):
@@ -178,24 +168,17 @@ def outcome(right=True, alarms=()):
 
 def results():
   """Of two conditions and both halves: three of four bad runs are right, one of two healthy ones is left alone."""
-  bad = Expected("spikes", (50,))
+  bad, spikes = Expected("spikes", (50,)), (said("spikes", (50,)),)
+  zeros = (said("zeros", (7,), ("w",)), said("loss", level="INFO"))
   out = [
-    Result(truth_of(bad), outcome(), (said("spikes", (50,)),), {"runmedic": outcome()}),
-    Result(truth_of(bad, seed=101), outcome(), (said("spikes", (50,)),), {"runmedic": outcome(False)}),
-    Result(truth_of(bad, seed=102), outcome(), (said("spikes", (50,)),), {"runmedic": outcome(False)}),
-    Result(
-      truth_of(bad, seed=103),
-      outcome(False, ("zeros",)),
-      (said("zeros", (7,), ("w",)), said("loss", level="INFO")),
-      {"runmedic": outcome(False)},
-      {"grad/norm": 1.25},
-    ),
+    Result(truth_of(bad, seed=seed), outcome(), spikes, {"runmedic": outcome(seed == 100)}) for seed in (100, 101, 102)
   ]
+  last = Result(truth_of(bad, seed=103), outcome(False, ("zeros",)), zeros, {"runmedic": outcome(False)})
+  out.append(last._replace(seen={"grad/norm": 1.25}))
   for seed, alarms in ((100, ()), (101, ("rising-norm",))):
+    none = outcome(None, alarms)
     findings = tuple(said(name, message="The norm rose.") for name in alarms)
-    truth = truth_of(condition="sgd", is_healthy=True, seed=seed)
-    none = Outcome(None, None, None, None, None, alarms)
-    out.append(Result(truth, none, findings, {"runmedic": none}))
+    out.append(Result(truth_of(condition="sgd", is_healthy=True, seed=seed), none, findings, {"runmedic": none}))
   return [*out, out[0]._replace(truth=out[0].truth._replace(is_so=False, seed=104))]
 
 
@@ -249,16 +232,12 @@ def test_what_a_peer_says_counts_in_its_favour(name):
 
 
 def test_a_peer_is_given_losses_norm_and_rate(tmp_path):
-  run = Run.from_arrays(
-    {
-      "train/loss": [1.0, math.nan, 0.5],
-      "grad/norm": [2.0, math.inf, math.nan],
-      "skip/norm": [2.0, math.inf, 7.0],
-      "learning_rate": [0.1, 0.1, 0.1],
-      "update/norm": [1.0, 1.0, 1.0],
-      "val_loss": [1.0, 1.0, 1.0],
-    }
-  )
+  columns = {
+    "train/loss": [1.0, math.nan, 0.5],
+    "grad/norm": [2.0, math.inf, math.nan],
+    "skip/norm": [2.0, math.inf, 7.0],
+  }
+  run = Run.from_arrays(columns | {key: [1.0] * 3 for key in ("learning_rate", "update/norm", "val_loss")})
   flags = {**run.flags, "grad/norm": np.array([False, True, False])}  # The third was not recorded.
   run = dataclasses.replace(run, flags=flags)
   path = tmp_path / "run.csv"
@@ -273,51 +252,43 @@ def test_a_peer_is_given_losses_norm_and_rate(tmp_path):
 # Some of them -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("standard_promotion")  # Optax's Adam wants it.
-def test_one_condition_from_training_to_page(tmp_path):
-  condition = verdicts.CONDITIONS["one leaf"]
-  (truth,) = verdicts.train([condition], "tune", tmp_path, seeds=1)
-  assert truth.is_so
-  assert read_truths(tmp_path / "truth.json") == [truth]
-  (result,) = verdicts.judged([truth], tmp_path, peers=())
-  run = verdicts.clipjax.runs.read_run(tmp_path / truth.file)
-  (step,), (leaf,) = truth.expected[0].steps, truth.expected[0].leaves
-  assert run.steps.tolist() == list(range(STEPS))
-  assert run.steps[np.argmax(run["grad/norm"])] == step
-  assert run[f"grad/norm/{leaf}"][step] > 0.99 * run["grad/norm"][step]
-  assert run.batches[step] == truth.expected[0].batches[0]
-  assert result.outcome.is_right
-  assert result.seen["grad/norm"] > 5
-  assert result.seen["loss"] < 5
-  assert "| one leaf |" in verdicts_page.render([result], {"one leaf": condition.said}, {})
-
-
-def run_of(name, folder):
-  """The truth and the record of the first run of a condition."""
+def trained(name, folder):
+  """The first run of a condition, from training through its files to what is judged."""
   (truth,) = verdicts.train([verdicts.CONDITIONS[name]], "tune", folder, seeds=1)
   assert truth.is_so
-  run = verdicts.clipjax.runs.read_run(folder / truth.file)
-  return truth, run
+  assert read_truths(folder / "truth.json") == [truth]
+  return truth, verdicts.clipjax.runs.read_run(folder / truth.file)
+
+
+@pytest.mark.usefixtures("standard_promotion")  # Optax's Adam wants it.
+def test_one_condition_from_training_to_page(tmp_path):
+  truth, run = trained("one leaf", tmp_path)
+  (result,) = verdicts.judged([truth], tmp_path, peers=())
+  want = truth.expected[0]
+  (step,), (leaf,), (batch,) = want.steps, want.leaves, want.batches
+  assert run.steps.tolist() == list(range(STEPS))
+  assert run.steps[np.argmax(run["grad/norm"])] == step and run.batches[step] == batch
+  assert run[f"grad/norm/{leaf}"][step] > 0.99 * run["grad/norm"][step]
+  assert result.outcome.is_right
+  assert result.seen["grad/norm"] > 5 and result.seen["loss"] < 5
+  assert "| one leaf |" in verdicts_page.render([result], {"one leaf": "x"}, {})
 
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_starved_run_is_one(tmp_path):
   """Where the clip takes most of the gradient, the leaf that is expected holds the norm, and the rest has no step."""
-  truth, run = run_of("starved", tmp_path)
-  (holder,) = truth.expected[0].leaves
-  place = run.leaves["effect"].index(holder)
+  truth, run = trained("starved", tmp_path)
+  place = run.leaves["effect"].index(*truth.expected[0].leaves)
   steps, shares = run.vectors[key_of("effect", SHARE)]
   left = run[key_of("effect", GRAD_RATIO)]
   is_hard = left[np.searchsorted(run.steps, steps)] < 0.1
-  assert is_hard.sum() > 5
-  assert np.median(shares[is_hard, place]) > 0.9
+  assert is_hard.sum() > 5 and np.median(shares[is_hard, place]) > 0.9
   ratios = run.vectors[key_of("effect", RATIO)][1]
-  assert np.delete(np.median(ratios, axis=0), place).max() < 1 / 3
-  assert left.mean() < 1 / 3
+  assert np.delete(np.median(ratios, axis=0), place).max() < 1 / 3 and left.mean() < 1 / 3
 
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("name", "low", "high"), [("lengthened", 2.0, 10.0), ("no effect", 0.95, 1.05)])
 def test_a_step_is_as_long_as_the_condition_says(name, low, high, tmp_path):
-  _, run = run_of(name, tmp_path)
+  _, run = trained(name, tmp_path)
   assert low < np.median(run[key_of("effect", RATIO)]) < high

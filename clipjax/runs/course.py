@@ -1,4 +1,8 @@
-"""The course of a loss: where it began, how low it got, where it ended, and where it left for good."""
+"""The course of a loss: where it started, how low it got, where it ended, and where it left for good.
+
+`diagnose` and `suggest_max_norm` both decide by it whether a run diverged. Medians stand for single losses throughout,
+since single batches are noisy.
+"""
 
 from typing import NamedTuple
 
@@ -7,12 +11,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from clipjax.runs.kinds import Floats, Ints
 
-NORMAL = 1.4826  # Standard deviation of normal values over their median absolute deviation (MAD).
-LEARNED, LOST = 0.1, 0.8  # See `has_diverged`; `HealthLimits` has other values where they are asked for.
-OVER = 0.25  # Over its start, where a loss that ends above it has diverged.
-FEWEST = 8  # Losses of which a course can be told.
-FIRST = 3  # Losses whose median is the start.
-WINDOW = 9  # Losses whose median counts: single batches are noisy.
+NORMAL = 1.4826  # The standard deviation of normal values over their median absolute deviation (MAD).
+LEARNED, LOST = 0.1, 0.8  # Defaults of `has_diverged`; callers of `diagnose` may set others in `HealthLimits`.
+OVER = 0.25  # A loss that ends this part of its start above it has diverged.
+FEWEST = 8  # A course needs at least this many losses.
+FIRST = 3  # The median of this many losses is the start.
+WINDOW = 9  # The best is the lowest median of this many losses in a row.
 
 
 class Course(NamedTuple):
@@ -20,12 +24,12 @@ class Course(NamedTuple):
 
   Attributes:
     steps: the steps of the finite losses.
-    first: the loss at the start: the first, or the median of three where that is less.
-    best: the lowest median of nine that follow each other.
-    best_step: about where that was.
-    last: the loss at the end, a median of the last twentieth, of three at least.
-    noise: standard deviation of a loss around its neighbours, near its best.
-    left: the first step after which the loss was never as low again as near its best; None where it ends there.
+    first: the loss at the start: the first one, or the median of three if that is lower.
+    best: the lowest median of nine losses in a row.
+    best_step: roughly the step of the best.
+    last: the loss at the end: the median of the last twentieth, at least three.
+    noise: the standard deviation of a loss around its neighbours, near its best.
+    left: the first step from which on the loss never came near its best again; None if it ends near it.
   """
 
   steps: Ints
@@ -38,22 +42,22 @@ class Course(NamedTuple):
 
   @property
   def fall(self) -> float:
-    """What was learned: from the start to the best."""
+    """What the run learned: from the start down to the best."""
     return self.first - self.best
 
   @property
   def loss(self) -> float:
-    """What was lost again: from the best to the end."""
+    """What it lost again: from the best up to the end."""
     return self.last - self.best
 
 
 def course_of(steps: Ints, values: Floats, count: int | None = None) -> Course | None:
-  """The course of finite losses; None for too few.
+  """The course of finite losses; None if there are too few.
 
   Args:
-    steps: of the losses, ascending.
+    steps: the steps of the losses, ascending.
     values: the losses.
-    count: how many there were in all, where these are the first, the best and the last of them.
+    count: how many losses there were in all, if these are only the first, the best and the last of them.
   """
   if values.size < FEWEST:
     return None
@@ -68,12 +72,14 @@ def course_of(steps: Ints, values: Floats, count: int | None = None) -> Course |
 
 
 def began_late(steps: Ints, first: int | None = None, rows: int | None = None) -> bool:
-  """Whether a record begins so late that the start of the run is not known; its steps may count examples.
+  """Whether a record begins so late that the start of the run is unknown.
+
+  Steps may count examples, so the first step is compared with the usual distance of two rows.
 
   Args:
-    steps: of the rows.
-    first: the first step of the record, where these are its last rows.
-    rows: how many rows it has, where these are the last.
+    steps: the steps of the rows.
+    first: the first step of the record, if these are only its last rows.
+    rows: how many rows the record has, if these are only the last.
   """
   if steps.size < 2:
     return False
@@ -82,15 +88,16 @@ def began_late(steps: Ints, first: int | None = None, rows: int | None = None) -
 
 
 def has_diverged(course: Course, *, learned: float = LEARNED, lost: float = LOST) -> bool:
-  """Whether a loss left for good: it ends above its start, or has lost most of what it learned.
+  """Whether a loss left for good: it ends above its start, or lost most of its fall again.
 
   Args:
-    course: of the loss that is trained.
-    learned: the fall of a loss, over its first value, below which nothing was learned.
-    lost: the share of the fall whose loss counts.
+    course: the course of the training loss.
+    learned: smallest fall, relative to the first loss, that counts as learning.
+    lost: the share of the fall that must be lost.
   """
   if course.left is None:
     return False
+  # Six deviations are more than noise.
   noise = 6 * course.noise
   if course.last - course.first > max(noise, OVER * abs(course.first)):
     return True
@@ -99,10 +106,10 @@ def has_diverged(course: Course, *, learned: float = LEARNED, lost: float = LOST
 
 
 def _noise(values: Floats, best: float) -> float:
-  """The deviation of a loss around its neighbours, at its best.
+  """The standard deviation of a loss around its neighbours, at its best.
 
-  Differences of neighbours do not see a trend, nor those of logarithms one that grows by a factor; their deviation is
-  sqrt(2) times that of a value.
+  Differences of neighbours ignore a linear trend, differences of logarithms an exponential one. Their deviation is
+  sqrt(2) times the deviation of a value.
   """
   is_positive = values.min() > 0
   differences = np.diff(np.log(values) if is_positive else values)
@@ -111,7 +118,10 @@ def _noise(values: Floats, best: float) -> float:
 
 
 def _left(steps: Ints, values: Floats, first: float, best: float, last: float, noise: float) -> int | None:
-  """The step after the last one at which the loss was near its best: within a half of it, and a tenth of the start."""
+  """The step after the last one at which the loss was near its best; None if it ends there.
+
+  Near means within noise, half of the best, or a tenth of the start, but at most halfway up to the end.
+  """
   near = max(4 * noise, 0.5 * abs(best), 0.1 * abs(first))
   level = best + min(near, 0.5 * (last - best))
   inside = np.flatnonzero(values <= level)

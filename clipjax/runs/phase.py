@@ -1,8 +1,11 @@
-"""The phase of a record in which the run learned: the steps that a percentile of its norms is taken over.
+"""The phase of a record in which the run learned: the steps over which `suggest_max_norm` takes its percentile.
 
-Norms fall as a run converges, down to nothing where it fits its data. A record that goes on after that would say less
-and less, so what follows the phase is left out wherever the norms have fallen by then. The constants were chosen on the
-four models of `benchmarks/small_models.py`; docs/choosing.md shows how the phase fares on others.
+Norms fall as a run converges, down to nothing if it fits its data. The longer such a record, the less its norms would
+say, so the steps after the phase are left out if the norms have fallen by then. The constants were chosen on the four
+models of `benchmarks/small_models.py`; docs/choosing.md shows how the phase does on others.
+
+Stages: find the end of the phase from the loss, or without one from the squared norms; leave out the warm-up; keep the
+phase only if the norms fell after it.
 """
 
 from typing import NamedTuple
@@ -14,32 +17,32 @@ from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import FEW, Norms, default_warmup
 from clipjax.runs.schema import LOSS
 
-# The phase ends where the smoothed loss has made this share of its fall. Without a loss, where this share of the sum of
-# squared norms is reached: to first order a step of gradient descent lowers the loss by learning_rate * norm**2.
-# Both hold the budget of records of 300 and 2000 steps within the tolerance on the feed-forward net and the CNN.
+# The phase ends once the smoothed loss has made this share of its fall, or without a loss once this share of the sum of
+# squared norms is reached: to first order a gradient descent step lowers the loss by learning_rate * norm**2. With
+# both, records of 300 and 2000 steps give the same budget, within the tolerance, on the feed-forward net and the CNN.
 OF_FALL, OF_SQUARES = 0.995, 0.98
-_FELL = 2.0  # Only norms that have fallen by this factor are left out: else the whole record tells more.
-MOST_OF_FALL, _LATE = 0.95, 0.75  # A loss that makes its last twentieth in the last quarter was still falling.
-_WINDOW, _FIRST, _BLOCKS = 15, 3, 20  # Steps of a running median; of the first level; parts among which the lowest is.
-_LEAST = FEW + FEW // 5  # Norms up to the end of the phase: after the warm-up they are not few.
-_CHUNK = 8192  # Windows at a time, which bounds the memory that a long run takes.
-NORMS = "norms"  # What ended a phase that no loss did.
+_FELL = 2.0  # Only norms that fell by this factor are left out; otherwise the whole record says more.
+MOST_OF_FALL, _LATE = 0.95, 0.75  # A loss whose last twentieth of the fall came in the last quarter was still falling.
+_WINDOW, _FIRST, _BLOCKS = 15, 3, 20  # Steps in a running median, and in the first level; parts to find the lowest in.
+_LEAST = FEW + FEW // 5  # The phase has at least this many norms, which leaves enough after the warm-up.
+_CHUNK = 8192  # Windows per batch, to bound memory on long runs.
+NORMS = "norms"  # `Phase.ended_by` if no loss was recorded.
 
 
 class Phase(NamedTuple):
-  """The steps that the percentile is of, and what the record says beyond them.
+  """The steps that the percentile covers, and what else the record says.
 
   Attributes:
     begin: the first step, after the warm-up.
     end: the last one.
-    ended_by: "loss" or "norms", by which the end was found; "" where it is the end of the record.
+    ended_by: "loss" or "norms", whichever gave the end; "" if it is the end of the record.
     warmup: how many norms before `begin` are left out.
-    first: the median norm in the first tenth of the record, and `last` that in its last tenth.
-    after: the median norm after `end`; NaN where the record ends there.
-    has_fallen: whether the loss fell by more than it moves from step to step; None without a loss.
-    most_by: the step by which it had made 95% of its fall; None where it did not fall.
-    is_falling: whether that is in the last quarter of the record: it was still falling.
-    is_missed: whether the warm-up that was given leaves the phase out, where norms have fallen since.
+    first: the median norm in the first tenth of the record; `last` is the same for the last tenth.
+    after: the median norm after `end`; NaN if the record ends there.
+    has_fallen: whether the loss fell by more than its changes from step to step; None without a loss.
+    most_by: the step by which the loss had made 95% of its fall; None if it did not fall.
+    is_falling: whether that step lies in the last quarter of the record, so the loss was still falling.
+    is_missed: whether the given warm-up covers the phase, and the norms have fallen since.
   """
 
   begin: int
@@ -63,28 +66,31 @@ def phase_of(
   of_fall: float = OF_FALL,
   of_squares: float = OF_SQUARES,
 ) -> Phase:
-  """The phase of these norms, of which some are finite.
+  """The phase of these norms, at least one of them finite.
 
   Args:
-    norms: in the order of their steps, with the warm-up that the whole record has.
-    losses: the steps of the training loss and its values, all finite; None or none where it was not recorded.
-    warmup_steps: as it was given; None: a tenth of the rows up to the end of the phase, at most 100.
+    norms: the norms in step order, with the warm-up of the whole record.
+    losses: the steps and values of the training loss, all finite; None or empty if it was not recorded.
+    warmup_steps: the caller's argument; None: a tenth of the rows up to the end of the phase, at most 100.
     of_fall: the share of its fall that the loss makes in the phase.
-    of_squares: the share of the sum of squared norms that the phase has, where there is no loss.
+    of_squares: the share of the sum of squared norms in the phase, used without a loss.
   """
+  # The end, by the loss or by the squared norms; a loss that never fell ends no phase.
   steps, values = norms.steps[norms.finite], norms.values[norms.finite]
   course = None if losses is None or losses[0].size < FEW else _Course.of(*losses)
   has_fallen = None if course is None else course.has_fallen
-  end, by = int(steps[-1]), ""  # Of a loss that never fell.
+  end, by = int(steps[-1]), ""
   most = None
   if course is None:
     end, by = _by_squares(norms, of_squares), NORMS
   elif has_fallen:
     end, by, most = course.reached(of_fall), LOSS, course.reached(MOST_OF_FALL)
-  # Few norms are too few, even of a run that learns in five steps.
+  # Even a run that learns in five steps needs enough norms.
   end = max(end, int(steps[min(_LEAST, steps.size) - 1]))
+  # The warm-up scales with the phase, not with the record.
   begin = norms.begin if warmup_steps is not None else default_warmup(norms.steps[norms.steps <= end])
   inside, after = values[(steps >= begin) & (steps <= end)], values[steps > end]
+  # Keep the phase only if the norms fell after it, else take the whole record.
   is_low = bool(after.size >= FEW and _FELL * np.median(after) <= np.median(values[steps <= end]))
   is_missed = is_low and inside.size < FEW and warmup_steps is not None
   if not by or not is_low or inside.size < FEW:
@@ -106,7 +112,7 @@ def phase_of(
 
 
 class _Course(NamedTuple):
-  """How a loss fell: its steps, its running median, its first level and its lowest."""
+  """How a loss fell: its steps, running median, first level, lowest level and noise from step to step."""
 
   steps: Ints
   smooth: Floats
@@ -117,7 +123,7 @@ class _Course(NamedTuple):
   @classmethod
   def of(cls, steps: Ints, loss: Floats) -> "_Course":
     first = float(np.median(loss[:_FIRST]))
-    # The median of a part, since the lowest of many single values is chance: in a long plateau it comes late.
+    # Medians of parts: the lowest of many single values is chance, and on a long plateau it comes late.
     lowest = min(float(np.median(part)) for part in np.array_split(loss, min(_BLOCKS, loss.size)))
     return cls(steps, _running_median(loss), first, lowest, float(np.median(np.abs(np.diff(loss)))))
 
@@ -126,7 +132,7 @@ class _Course(NamedTuple):
     return self.first - self.lowest > self.noise
 
   def reached(self, share: float) -> int:
-    """The first step at which the loss had made a share of its fall."""
+    """The first step at which the loss had made this share of its fall."""
     return int(self.steps[np.argmax(self.smooth <= self.first - share * (self.first - self.lowest))])
 
   def is_late(self, step: int) -> bool:
@@ -134,9 +140,9 @@ class _Course(NamedTuple):
 
 
 def _by_squares(norms: Norms, share: float) -> int:
-  """The step by which the squared norms, smoothed against spikes, have made most of their sum.
+  """The step by which the squared norms, smoothed against spikes, have reached this share of their sum.
 
-  The last step of norms that have not fallen since the warm-up: large ones at the start alone end no phase.
+  It is the last step if the norms have not fallen since the warm-up: large norms only at the start end no phase.
   """
   steps, values = norms.steps[norms.finite], norms.values[norms.finite]
   first, *_, last = np.array_split(values[steps >= norms.begin], 10)
@@ -148,7 +154,7 @@ def _by_squares(norms: Norms, share: float) -> int:
 
 
 def _running_median(values: Floats) -> Floats:
-  """The median of each value and those before it, a window in all; fewer at the start."""
+  """The median of each value and the values before it, one window in all; fewer at the start."""
   head = [np.median(values[: i + 1]) for i in range(min(_WINDOW - 1, values.size))]
   if values.size < _WINDOW:
     return np.array(head)

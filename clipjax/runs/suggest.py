@@ -1,7 +1,8 @@
 """Which `max_norm` to use, from the norms of a run that went well.
 
-The formula and its constants are `_threshold`. `phase` says which norms it is applied to, and `suggest_notes` what else
-there is to know: how far the record carries, and how the result stands to the rules of others.
+Stages of `suggest_max_norm`: take the norms, find the phase in which the run learned (`phase`), apply the formula
+(`_threshold`), and add the notes (`suggest_notes`): how far to trust the record, and how the result compares with
+published rules.
 """
 
 import math
@@ -23,28 +24,28 @@ from clipjax.runs.suggest_notes import FAMILIES, Case, Rates, notes_of, warnings
 from clipjax.runs.words import described, number, percent
 
 _ALTERNATIVES = (50, 75, 90, 99)
-_PERCENTILE = 90  # The start that the tuning playbook recommends, for the rate of the run itself.
-# For another rate: measured at 3 and 10 times the rate, docs/choosing.md. p90 works there too, nearer to the side on
-# which training breaks.
+_PERCENTILE = 90  # The tuning playbook's starting point, for the learning rate of the run itself.
+# For another learning rate; measured at 3 and 10 times the rate in docs/choosing.md. p90 works there too, but is closer
+# to where training breaks.
 BUDGET_PERCENTILE = 75
-_GUARD = 2.0  # Above nearly all norms that are no spike; the same page.
-_SPIKE_PERCENTILE = 99  # Norms by leaf are recorded at spikes too, more often than these come: they are left out.
+_GUARD = 2.0  # Times p90: above nearly all norms except spikes; measured on the same page.
+_SPIKE_PERCENTILE = 99  # Spikes are overrepresented among norms by leaf, so steps above this percentile are left out.
 _WIDTH = 100
 
 
 class Suggestion(NamedTuple):
-  """A threshold and why; `str()` explains it.
+  """A threshold and the reason for it; `str()` explains it.
 
   Attributes:
     max_norm: the threshold, for `clip_by_global_norm`.
-    clip_fraction: share of the norms of the phase that are above it.
-    reason: where it comes from, in a few sentences with numbers.
+    clip_fraction: share of the norms of the phase above the threshold.
+    reason: how the threshold was derived, in a few sentences with numbers.
     alternatives: pairs `(max_norm, clip_fraction)` for p50, p75, p90 and p99 of these norms.
-    notes: what else to know: what to try first, how far the record carries, how it stands to the rules of others.
-    sources: where the rules of others come from, title and address each.
-    phase: the first and the last step of the norms that the percentile is of.
-    scale_free: whether it is for an optimizer that divides the scale of the gradient out.
-    thresholds: the same by leaf or group, for `clip_by_group_norm`; empty where too few of their norms were recorded.
+    notes: what to try first, how far to trust the record, and how the threshold compares with published rules.
+    sources: title and address of each published rule.
+    phase: the first and last step of the norms that the percentile covers.
+    scale_free: whether the threshold is for an optimizer that divides the scale of the gradient out.
+    thresholds: the same by leaf or group, for `clip_by_group_norm`; empty if too few of their norms were recorded.
 
   Example:
     >>> import clipjax
@@ -86,39 +87,39 @@ def suggest_max_norm(
   model: str | None = None,
   warmup_steps: int | None = None,
 ) -> Suggestion:
-  """A threshold for `clip_by_global_norm`, from a run that went well: `p90(norms)`, or for another rate a budget.
+  """A threshold for `clip_by_global_norm` from a run that went well: `p90(norms)`, or a budget for another rate.
 
-  The budget is `p75(norms) * learning_rate / new_learning_rate`: `learning_rate * max_norm` bounds the length of a step
-  of SGD (times `1 / (1 - momentum)`), and is kept where the rate changes. An optimizer that divides the scale of the
-  gradient out, such as Adam, Adafactor, Lion or Muon, gets a guard against spikes instead, `2 * p90(norms)`, for the
-  rate of the record alone: for another rate, record there.
+  The budget is `p75(norms) * learning_rate / new_learning_rate`: `learning_rate * max_norm` bounds the length of an SGD
+  step (times `1 / (1 - momentum)`), and the budget keeps that bound when the learning rate changes. An optimizer that
+  divides the scale of the gradient out, such as Adam, Adafactor, Lion or Muon, gets a guard against spikes instead,
+  `2 * p90(norms)`, which is only for the rate of the record: for another rate, record a run at that rate.
 
-  The percentiles are of the raw norms, before any clip, of the phase in which the run learned: from the end of the
-  warm-up until the loss had made 99.5% of its fall. What follows is left out where the norms have fallen to less than
-  half, as they do in a run that has converged. Without a loss, the phase holds 98% of the sum of squared norms. How the
-  rules fare on ten models: docs/choosing.md of the project.
+  The percentiles cover the raw norms, before any clip, of the phase in which the run learned: from the end of the
+  warm-up until the loss had made 99.5% of its fall. Later norms are left out if they have fallen to less than half, as
+  they do in a converged run. Without a loss, the phase holds 98% of the sum of squared norms. docs/choosing.md of the
+  project shows how the rules do on ten models.
 
-  Norms of inf and NaN are left out. Norms of 0 in nine steps of ten or more are an error, as 0 would stop the
-  training. Norms of a run that diverged are no base for a threshold, which the reason then says.
+  Nonfinite norms are left out. It is an error if nine norms in ten or more are 0, since a threshold of 0 would stop the
+  training. The norms of a run that diverged are no basis for a threshold; the reason then says so.
 
   Args:
-    norms_or_run: what `read_run` gives, or the norms themselves, one a step, in the order of the steps: a list, a numpy
-      or JAX array. Of a run the norms of "grad", else of the first state that is recorded.
-    learning_rate: the one that the norms were recorded at, > 0.
-    new_learning_rate: the one that the threshold is for, > 0; both or neither.
-    scale_free: whether the optimizer divides the scale of the gradient out; None: as the record says, by the states of
-      the optimizer or by what `clip_effect` measured; False where it does not.
-    model: "feed-forward", "cnn", "rnn", "lstm" or "transformer", to compare with the rule of thumb for it.
-    warmup_steps: how many steps from the first on to leave out; None: those of a tenth of the rows of the phase, at
-      most 100 rows.
+    norms_or_run: a run from `read_run`, or the norms themselves, one per step, in step order: a list, a numpy or JAX
+      array. A run gives the norms of "grad", or of the first recorded state if there is no "grad".
+    learning_rate: the rate at which the norms were recorded, > 0.
+    new_learning_rate: the rate that the threshold is for, > 0; pass both or neither.
+    scale_free: whether the optimizer divides the scale of the gradient out; None: as the record says, from the states
+      of the optimizer or from what `clip_effect` measured, and False if it does not say.
+    model: "feed-forward", "cnn", "rnn", "lstm" or "transformer", to compare with the rule of thumb for that family.
+    warmup_steps: how many steps to leave out at the start; None: those of a tenth of the rows of the phase, at most 100
+      rows.
 
   Returns:
-    A `Suggestion`: a threshold > 0, the share of the recorded norms above it, and why.
+    A `Suggestion`: a threshold > 0, the share of the recorded norms above it, and the reason.
 
   Raises:
-    ValueError: for norms that are negative, empty, not in one dimension, none finite after the warm-up, or 0 nearly
-      throughout; for one learning rate of two, or one that is not > 0; for an unknown model.
-    TypeError: for what is no run and no real numbers.
+    ValueError: if the norms are negative, empty, not one-dimensional, all nonfinite after the warm-up, or nearly all 0;
+      if only one learning rate is given, or one is not > 0; if `model` is unknown.
+    TypeError: if `norms_or_run` is neither a run nor real numbers.
 
   Example:
     >>> import clipjax
@@ -127,25 +128,29 @@ def suggest_max_norm(
     >>> print(f"{suggestion.max_norm:.4f} {suggestion.clip_fraction:.2f}")
     0.3485 1.00
     >>> print(clipjax.runs.suggest_max_norm(norms).reason)
-    The 90th percentile of 90 norms (the 10 of the warm-up left out) is 1.9.
+    The 90th percentile of 90 norms (left out: 10 from the warm-up) is 1.9.
 
   References:
-    Godbole et al., Deep Learning Tuning Playbook, 2023, https://github.com/google-research/tuning_playbook: the 90th
-    percentile as a start.
+    Godbole et al., Deep Learning Tuning Playbook, 2023, https://github.com/google-research/tuning_playbook: start at
+    the 90th percentile.
     Pascanu et al., On the difficulty of training recurrent neural networks, 2013, https://arxiv.org/abs/1211.5063:
     half to ten times the mean norm; section 3.2.
   """
+  # Take the norms.
   _check_options(learning_rate, new_learning_rate, scale_free, model)
   check_warmup(warmup_steps)
   run = norms_or_run if isinstance(norms_or_run, Run) else None
   norms = norms_of_array(norms_or_run, warmup_steps) if run is None else _norms(run, warmup_steps)
   _check(norms)
   rates = None if learning_rate is None or new_learning_rate is None else (learning_rate, new_learning_rate)
+  # Decide whether the optimizer depends on the scale: what the caller says, then the record, then what was measured.
   states = () if run is None else scale_free_states(run)
   is_free = scale_free
-  if is_free is None:  # What was measured speaks where the record has no optimizer that is known.
+  if is_free is None:
     is_free = bool(states) or (run is not None and bool(is_scale_free(run)))
-  with np.errstate(over="ignore"):  # Medians of norms near the largest float64 are inf, which is told.
+  # Medians of norms near the largest float64 may be inf, and are reported as such.
+  with np.errstate(over="ignore"):
+    # Find the phase, apply the formula to its norms, and add warnings and notes.
     phase = phase_of(norms, None if run is None else losses_of(run), warmup_steps)
     typical = norms.values[norms.finite & (norms.steps >= phase.begin) & (norms.steps <= phase.end)]
     max_norm, formula = _threshold(typical, rates, is_free)
@@ -172,23 +177,25 @@ def _norms(run: Run, warmup_steps: int | None) -> Norms:
 
 
 def _threshold(typical: Floats, rates: Rates, scale_free: bool) -> tuple[float, str]:
-  """The threshold, and where it comes from as a text in which `{norms}` says which norms."""
+  """The threshold, and how it was derived: a text with `{norms}` in place of the description of the norms."""
   p90 = float(np.percentile(typical, _PERCENTILE))
-  text = f"90th percentile of {{norms}} is {number(p90)}"
+  text = f"The 90th percentile of {{norms}} is {number(p90)}"
   if scale_free:
-    return _GUARD * p90, f"The {text}, and {_GUARD:g} times that is a guard: it clips spikes and little else."
+    return _GUARD * p90, f"{text}; {_GUARD:g} times that is a guard, which clips spikes and little else."
   if rates is None or rates[0] == rates[1]:
-    return p90, f"The {text}."
+    return p90, f"{text}."
+  # The budget: keep the bound on the length of a step.
   old, new = rates
   p75 = float(np.percentile(typical, BUDGET_PERCENTILE))
   return p75 * (old / new), (
-    f"The 75th percentile of {{norms}} is {number(p75)}, times {old:g} / {new:g} for the new learning rate: under SGD "
-    f"learning_rate * max_norm bounds the length of a step, and that stays at {number(p75 * old)}."
+    f"The 75th percentile of {{norms}} is {number(p75)}. Multiplied by {old:g} / {new:g} for the new learning rate, it "
+    f"keeps learning_rate * max_norm, which bounds the length of an SGD step, at {number(p75 * old)}."
   )
 
 
 def _by_block(blocks: Blocks, norms: Norms, phase: Phase, rates: Rates, scale_free: bool) -> dict[str, float]:
-  """The threshold of each leaf or group that has norms enough and is not 0 nearly throughout."""
+  """The threshold of each leaf or group that has enough norms, unless nearly all of them are 0."""
+  # Only ordinary steps of the phase: norms by leaf are also recorded at spikes.
   inside = norms.finite & (norms.steps >= phase.begin) & (norms.steps <= phase.end)
   usual = norms.values <= np.percentile(norms.values[inside], _SPIKE_PERCENTILE)
   rows = np.isin(blocks.steps, norms.steps[inside & usual])
@@ -205,20 +212,20 @@ def _share_above(typical: Floats, max_norm: float) -> float:
 
 
 def _counted(norms: Norms, typical: Floats, phase: Phase) -> str:
-  """Which norms the percentiles are of."""
+  """Which norms the percentiles cover."""
   inside = (norms.steps >= phase.begin) & (norms.steps <= phase.end)
   nonfinite = int(np.sum(inside)) - typical.size
-  left_out = [f"the {phase.warmup} of the warm-up"] if phase.warmup else []
+  left_out = [f"{phase.warmup} from the warm-up"] if phase.warmup else []
   left_out += [f"{nonfinite} nonfinite"] if nonfinite else []
-  which = f", those of steps {phase.begin} to {phase.end}" if phase.ended_by else ""
-  return f"{typical.size} norms{which}" + (f" ({' and '.join(left_out)} left out)" if left_out else "")
+  which = f" of steps {phase.begin} to {phase.end}" if phase.ended_by else ""
+  return f"{typical.size} norms{which}" + (f" (left out: {', '.join(left_out)})" if left_out else "")
 
 
 # Checks -------------------------------------------------------------------------------------------------------------
 
 
 def _check(norms: Norms) -> None:
-  """Raises unless there are finite norms after the warm-up, not nearly all of them 0."""
+  """Raises unless there are finite norms after the warm-up that are not nearly all 0."""
   typical = norms.typical
   if typical.size == 0:
     raise ValueError(
@@ -229,15 +236,15 @@ def _check(norms: Norms) -> None:
   if np.percentile(typical, _PERCENTILE) == 0:
     raise ValueError(
       f"`norms_or_run` must have norms above 0, got 0 in {percent(float(np.mean(typical == 0)))} of {typical.size}: "
-      "look why the gradient is zero before you clip it."
+      "find out why the gradient is zero before you clip it."
     )
 
 
 def _check_result(max_norm: float, rates: Rates, scale_free: bool) -> None:
-  """Raises unless the threshold is above 0 and finite."""
+  """Raises unless the threshold is > 0 and finite."""
   if 0 < max_norm < math.inf:
     return
-  named, got, remedy = "`norms_or_run`", "", "look at the norms."
+  named, got, remedy = "`norms_or_run`", "", "check the norms."
   if rates is not None and not scale_free:
     named, got, remedy = "`learning_rate` and `new_learning_rate`", f"{rates} and ", "check the two rates."
   raise ValueError(f"{named} must give a threshold > 0 and finite, got {got}{max_norm:g}: {remedy}")

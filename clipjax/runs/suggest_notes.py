@@ -1,7 +1,7 @@
-"""What `suggest_max_norm` says beside the number: whether the run is a base for it, and what it holds for.
+"""What `suggest_max_norm` says beside the number: whether the run is a sound basis, and what the number is for.
 
-Each note is a function from a `Case` to a text, empty where it does not apply. What is claimed of models in general was
-measured by `benchmarks/choosing.py` and is in docs/choosing.md.
+Each note is a function from a `Case` to a text, which is empty if it does not apply. General claims about models were
+measured by `benchmarks/choosing.py`; docs/choosing.md has the results.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -30,24 +30,25 @@ FAMILIES = {
   "lstm": (0.25, 1.0),
   "transformer": (0.5, 2.0),
 }
+# A run diverged if its norms rise by this factor, or if this share of them is nonfinite and was applied.
 _DIVERGED_NORM, _DIVERGED_SHARE = 100.0, 0.05
-_DEAD = 10  # Norms at the end that are not finite, though dropped: nothing trains any more.
-_REJECTED = 0.1  # Of so many steps the norms shift a 90th percentile by much.
-_SHAPED = 0.25  # A clip that acts in more of the steps has shaped the run, and with it the norms.
-_NAMED = 12  # Leaves or groups whose threshold is said; of more, the range.
+_DEAD = 10  # With this many nonfinite norms at the end nothing trains any more, even if each was dropped.
+_REJECTED = 0.1  # From this share on, rejected steps shift the 90th percentile noticeably.
+_SHAPED = 0.25  # A clip that acts in more than this share of the steps has shaped the run and its norms.
+_NAMED = 12  # Up to this many leaves or groups get their threshold named; more get a range.
 
 
 class Case(NamedTuple):
-  """All that a note may look at.
+  """Everything a note may look at.
 
   Attributes:
-    run: None for an array of norms.
-    norms: all of them; `typical` those that the percentile is of, in `phase`.
+    run: the run; None for an array of norms.
+    norms: all norms; `typical` are the ones that the percentile covers, in `phase`.
     max_norm: the threshold.
-    rates: of the record, and the new one.
-    scale_free: what was decided, `given` what was asked for, `states` what the record has of such optimizers.
+    rates: the learning rate of the record and the new one.
+    scale_free: what was decided; `given` is what the caller asked for, `states` lists such optimizers in the record.
     model: the family of the model.
-    blocks: norms by leaf or group; `thresholds` the threshold of each.
+    blocks: norms by leaf or group; `thresholds` has the threshold of each.
   """
 
   run: Run | None
@@ -65,35 +66,36 @@ class Case(NamedTuple):
 
   @property
   def is_other_rate(self) -> bool:
-    """Whether the threshold is for another rate than that of the record."""
+    """Whether the threshold is for a rate other than the recorded one."""
     return self.rates is not None and self.rates[0] != self.rates[1]
 
 
 def warnings_of(case: Case) -> list[str]:
-  """Why the number is not to be relied on; nothing where it is."""
+  """Why not to rely on the number; empty if it is sound."""
   return [text for check in (_few, _divergence, _rejected, _no_fall, _late_warmup) if (text := check(case))]
 
 
 def notes_of(case: Case) -> list[str]:
-  """What else to know, what to do first in front."""
+  """What else to know, with what to do first in front."""
   notes = (
     _budget, _guard, _insurance, _effect, _record, _clipped_by, _shaped, _optimizer, _others, _rules, _half, _family,
   )  # fmt: skip
   return [text for note in notes if (text := note(case))]
 
 
-# Whether the run is a base ------------------------------------------------------------------------------------------
+# Whether the run is a sound basis -----------------------------------------------------------------------------------
 
 
 def _few(case: Case) -> str:
   if case.typical.size >= FEW:
     return ""
-  return f"These are fewer than {FEW} norms, too few to rely on: record more steps."
+  return f"Fewer than {FEW} norms are too few to rely on: record more steps."
 
 
 def _divergence(case: Case) -> str:
-  # The warm-up too: a run that diverges in its first steps may be level afterwards.
+  # Include the warm-up, since a run that diverges in its first steps may be level afterwards.
   norms = case.norms
+  # Three signs: nonfinite norms, norms that rose if no loss was recorded, or a loss that left for good.
   finite, signs = norms.values[norms.finite], _nonfinite(case)
   course = None if case.run is None else course_of(*losses_of(case.run))
   medians = [float(np.median(part)) for part in np.array_split(finite, min(20, finite.size))]
@@ -105,28 +107,29 @@ def _divergence(case: Case) -> str:
   if not signs:
     return ""
   return (
-    f"But the run diverged ({', '.join(signs)}): such norms are no base for a threshold. Record a run at a learning "
-    "rate at which it trains, and go from there with learning_rate= and new_learning_rate=."
+    f"But the run diverged ({', '.join(signs)}): such norms are no basis for a threshold. Record a run at a learning "
+    "rate at which it trains, then pass learning_rate= and new_learning_rate=."
   )
 
 
 def _nonfinite(case: Case) -> list[str]:
-  """Norms of inf and NaN. What was dropped did no harm, unless nothing but that came in the end."""
+  """Signs of divergence in nonfinite norms. Dropped steps did no harm, unless only they were left at the end."""
   norms = case.norms
   rows = np.flatnonzero(norms.finite)
   dropped = norms.rejected if case.run is None else norms.rejected | _zeroed(case.run, norms)
+  # Nonfinite steps that reached the parameters: many of them, the last one, or nothing else at the end.
   is_applied = ~norms.finite & ~dropped
   share = float(np.mean(is_applied))
   if share > _DIVERGED_SHARE:
-    return [f"{percent(share)} of its norms are not finite"]
+    return [f"{percent(share)} of its norms are nonfinite"]
   last = norms.values.size - 1 - int(rows[-1])
   if is_applied[-1] or last >= _DEAD:
-    return [f"its last {f'{last} norms are' if last > 1 else 'norm is'} not finite"]
+    return [f"its last {f'{last} norms are' if last > 1 else 'norm is'} nonfinite"]
   return []
 
 
 def _zeroed(run: Run, norms: Norms) -> Bools:
-  """Whether the clip made a gradient of zeros of each norm that was not finite."""
+  """Which steps with a nonfinite norm the clip set to zero."""
   clipped = column(run, key_of(str(main_name(run)), NORM_CLIPPED))
   return ~norms.finite & np.isfinite(clipped[np.searchsorted(run.steps, norms.steps)])
 
@@ -138,7 +141,7 @@ def _rejected(case: Case) -> str:
   if share < _REJECTED:
     return ""
   return (
-    f"But skip_steps rejected {percent(share)} of these steps, and their norms are among these: find out why first "
+    f"But skip_steps rejected {percent(share)} of these steps, and their norms are included: find out why first "
     "(clipjax.runs.diagnose)."
   )
 
@@ -147,7 +150,7 @@ def _no_fall(case: Case) -> str:
   if case.phase.has_fallen is not False or _divergence(case) or (case.run is not None and began_late(case.run.steps)):
     return ""
   return (
-    "But the loss of this run never fell: the norms of a run that does not learn are no base for a threshold. Record "
+    "But the loss of this run never fell: the norms of a run that does not learn are no basis for a threshold. Record "
     "one that does."
   )
 
@@ -156,8 +159,8 @@ def _late_warmup(case: Case) -> str:
   if not case.phase.is_missed:
     return ""
   return (
-    f"But the run had learned before the warm-up of {case.norms.warmup_steps} steps was over, and these are the norms "
-    "of a run that has converged: lower `warmup_steps`."
+    f"But the run had learned before the {case.norms.warmup_steps}-step warm-up ended, so these are the norms of a "
+    "converged run: lower `warmup_steps`."
   )
 
 
@@ -168,8 +171,9 @@ def _budget(case: Case) -> str:
   if not case.is_other_rate or case.scale_free:
     return ""
   return (
-    "If you can afford more than one run, try half of it and twice as much too: on the models of docs/choosing.md both "
-    "held about as often as this did, and three times as much did not. Above it training breaks, below it is slow."
+    "If you can afford more than one run, also try half and twice this value: on the models of docs/choosing.md both "
+    "worked about as often as the value itself, and three times the value did not. Too high a threshold breaks "
+    "training; too low a threshold slows it down."
   )
 
 
@@ -177,15 +181,15 @@ def _guard(case: Case) -> str:
   if not case.scale_free:
     return ""
   text = (
-    "It is for the learning rate of the record alone. It bounds what one bad batch does, whose gradient would move the "
-    "parameters at once and then stand in the second moment, where it makes about 1 / (1 - b2) later steps too small. "
-    "It does not make up for a learning rate that is too high: the optimizer divides the scale of the gradient out "
-    "again."
+    "This guard is only for the learning rate of the record. It limits the damage of a bad batch: such a gradient "
+    "moves the parameters at once, then stays in the second moment, where it makes about 1 / (1 - b2) later steps too "
+    "small. It does not make up for a learning rate that is too high, because the optimizer divides the scale of the "
+    "gradient out."
   )
   if case.is_other_rate:
     text += (
-      " At another rate the norms are others: record a run at the new rate. No rule of docs/choosing.md did clearly "
-      "better there than no clip."
+      " Norms differ at another rate: record a run at the new rate. No rule in docs/choosing.md did clearly better "
+      "there than no clip."
     )
   return text
 
@@ -194,8 +198,8 @@ def _insurance(case: Case) -> str:
   if case.is_other_rate and not case.scale_free:
     return ""
   return (
-    "At the rate of the record a run may need no clip at all: there it is an insurance, against a batch whose gradient "
-    "is many times the usual one."
+    "At the rate of the record a run may need no clip at all: the clip is insurance against a batch with a gradient "
+    "many times the usual size."
   )
 
 
@@ -209,54 +213,55 @@ def _effect(case: Case) -> str:
       continue
     if (starved := starved_of(case.run, name, case.phase.begin, STARVED)) is not None:
       said.append(
-        f"One leaf, {starved.holder!r}, made the clip of this run act, and {starved.leaves[0]!r} kept "
-        f"{percent(starved.kept)} of its step: a clip by leaf or group serves such a model better than any max_norm "
-        "for all leaves."
+        f"One leaf, {starved.holder!r}, triggered the clip of this run, and {starved.leaves[0]!r} kept "
+        f"{percent(starved.kept)} of its step: a clip by leaf or group suits such a model better than any max_norm for "
+        "all leaves."
       )
     said.append(_of_effect(effect))
   return " ".join(said)
 
 
 def _of_effect(effect: Effect) -> str:
-  """What the clip of the run did to the step, and what follows for a threshold."""
+  """What the clip of the run did to the step, and what that means for a threshold."""
   numbers = f"(clip_effect: median ratio {number(effect.ratio)}, cosine {number(effect.cosine)})"
   if abs(effect.ratio - 1) <= SAME:
     return (
-      f"The clip of this run left the length of the step as it is {numbers}: a threshold above its own changes nothing "
-      "but what a bad batch does."
+      f"The clip of this run kept the length of the step {numbers}: a threshold above its own only changes what a bad "
+      "batch does."
     )
-  kind = "longer" if effect.ratio > 1 else "shorter"
-  times = f"{number(effect.ratio)} times as long" if effect.ratio > 1 else f"{percent(effect.ratio)} of its length"
+  did = f"made the step {number(effect.ratio)} times as long" if effect.ratio > 1 else ""
+  did = did or f"shortened the step to {percent(effect.ratio)} of its length"
   return (
-    f"The clip of this run made the step {kind}, {times} {numbers}. Under another threshold the step, and so the "
-    "learning rate in effect, is another: try both together."
+    f"The clip of this run {did} {numbers}. Another threshold changes the step, and with it the effective learning "
+    "rate: tune both together."
   )
 
 
-# How far the record carries -----------------------------------------------------------------------------------------
+# How far to trust the record ----------------------------------------------------------------------------------------
 
 
 def _record(case: Case) -> str:
   phase = case.phase
+  # How the norms developed.
   course = "fell" if phase.last < phase.first else "rose" if phase.last > phase.first else "stayed"
   change = f"from {number(phase.first)} to {number(phase.last)}" if course != "stayed" else f"at {number(phase.last)}"
-  text = f"The norms {course} {change}, medians of the first and the last tenth of the record."
+  text = f"The norms {course} {change} (medians of the first and last tenth of the record)."
   if phase.ended_by:
     share = f"the loss had made {percent(OF_FALL)} of its fall"
     if phase.ended_by == NORMS:
-      share = f"the squared norms had made {percent(OF_SQUARES)} of their sum (no loss was recorded)"
+      share = f"the squared norms had reached {percent(OF_SQUARES)} of their sum (no loss was recorded)"
     return text + (
-      f" By step {phase.end} {share}. The later norms, {number(phase.after)} in the middle, are left out: they are "
-      "those of a run that has converged, and with a threshold from them no run would learn. A longer record changes "
-      "nothing."
+      f" By step {phase.end} {share}. The later norms (median {number(phase.after)}) are left out: they belong to a "
+      "converged run, and with a threshold from them no run would learn. A longer record changes nothing."
     )
+  # Whether the record is long enough.
   if phase.has_fallen is None:
-    return text + " Without a loss in the record nobody can tell whether the run had learned: push loss=."
+    return text + " Without a recorded loss, nobody can tell whether the run had learned: push loss=."
   if phase.most_by is None:
     return text
   text += f" By step {phase.most_by} the loss had made {percent(MOST_OF_FALL)} of its fall"
   if phase.is_falling:
-    return text + ", so it was still falling: record until it levels off, or for as long as the next run is to be."
+    return text + ", so it was still falling: record until it levels off, or for as long as the next run will take."
   return text + ": the record is long enough."
 
 
@@ -269,19 +274,20 @@ def _clipped_by(case: Case) -> str:
   text = f"max_norm is for clip_by_global_norm, but this run was clipped by {blocks.clipped}."
   if not case.thresholds:
     return text + (
-      f" It has norms by {blocks.clipped} at fewer than {FEW} steps of these, too few for numbers: record them more "
-      "often, Recorder(every=5)."
+      f" Fewer than {FEW} of these steps have norms by {blocks.clipped}, too few for thresholds: record them more "
+      "often with Recorder(every=5)."
     )
+  # Name each threshold, or their range if there are many.
   values = case.thresholds
   said = ", ".join(f"{number(value)} for {several([label], blocks.labels)}" for label, value in values.items())
   if len(values) > _NAMED:
     said = f"{number(min(values.values()))} to {number(max(values.values()))}"
-  text += f" The same formula by {blocks.clipped}, in `thresholds`: {said}."
+  text += f" The same formula by {blocks.clipped} gives `thresholds`: {said}."
   if blocks.clipped == GROUP:
-    return f"{text} clip_by_group_norm takes these as they are."
+    return f"{text} Pass them to clip_by_group_norm as they are."
   return text + (
-    f" clip_by_leaf_norm takes one number for all: {number(max(values.values()))}, the largest, clips none below its "
-    "own. clip_by_group_norm(thresholds, lambda path, leaf: path) takes one for each leaf."
+    f" clip_by_leaf_norm takes one number for all leaves: the largest, {number(max(values.values()))}, clips no leaf "
+    "below its own threshold. clip_by_group_norm(thresholds, lambda path, leaf: path) takes one per leaf."
   )
 
 
@@ -294,17 +300,16 @@ def _shaped(case: Case) -> str:
   if share <= _SHAPED:
     return ""
   text = (
-    f"The clip of this run acted in {percent(share)} of these steps, and shaped it: without it the norms, and this "
-    "number, would be others."
+    f"The clip of this run acted in {percent(share)} of these steps and shaped the run: without it the norms, and this "
+    "number, would differ."
   )
   limits = column(case.run, key_of(str(name), MAX_NORM))
   limits = limits[np.isfinite(limits)]
   if case.rates is not None and case.is_other_rate and not case.scale_free and limits.size:
     old, new = case.rates
-    kept = float(np.median(limits)) * (old / new)
-    text += (
-      f" Its steps were bounded by a threshold of {number(np.median(limits))}: the same bound is now {number(kept)}."
-    )
+    kept = float(np.median(limits)) * (old / new)  # Keeps learning_rate * max_norm of the recorded clip.
+    text += f" Its steps were bounded by a threshold of {number(np.median(limits))}: at the new rate the same bound "
+    text += f"needs {number(kept)}."
   return text
 
 
@@ -314,23 +319,21 @@ def _shaped(case: Case) -> str:
 def _optimizer(case: Case) -> str:
   if case.given is None and case.states:
     return (
-      f"The record says that the optimizer divides the scale of the gradient out ({', '.join(case.states)}): pass "
-      "scale_free=False if the threshold is for another one."
+      f"According to the record, the optimizer divides the scale of the gradient out ({', '.join(case.states)}): pass "
+      "scale_free=False if the threshold is for another optimizer."
     )
   if case.given is None and case.scale_free:
     return (
-      "clip_effect measured steps that stay as long when the gradient is clipped to less than half: the optimizer "
-      "divides the scale of the gradient out. Pass scale_free=False if the threshold is for another one."
+      "clip_effect measured that steps keep their length when the gradient is clipped to less than half: the optimizer "
+      "divides the scale of the gradient out. Pass scale_free=False if the threshold is for another optimizer."
     )
   if case.scale_free or case.rates is not None:
     return ""
   known = "" if case.run is None else ", ".join(case.run.optimizer)
-  said = (
-    f"The record has no such optimizer as Adam ({known})" if known else "The record does not say which optimizer it was"
-  )
+  said = f"The record shows no optimizer like Adam ({known})" if known else "The record does not name the optimizer"
   return (
     f"{said}: the number is for SGD at the learning rate of this run. For another rate pass learning_rate= and "
-    "new_learning_rate=, for Adam and its like scale_free=True."
+    "new_learning_rate=; for Adam and similar optimizers pass scale_free=True."
   )
 
 
@@ -342,21 +345,21 @@ def _others(case: Case) -> str:
   if not others:
     return ""
   key = key_of(others[0], NORM)
-  return f"It is of {name!r}. For {several(others, others)} pass the norms: suggest_max_norm(run[{key!r}])."
+  return f"This is for {name!r}. For {several(others, others)} pass the norms: suggest_max_norm(run[{key!r}])."
 
 
-# The rules of others ------------------------------------------------------------------------------------------------
+# Published rules ----------------------------------------------------------------------------------------------------
 
 
 def _rules(case: Case) -> str:
   middle = mean(case.typical)
   text = (
-    f"{PLAYBOOK.title} recommends the 90th percentile as a start. {PASCANU.title} found that half to ten times the "
-    f"mean norm can work: here {number(middle / 2)} to {number(middle * 10)}, and {number(case.max_norm)} lies "
-    f"{_place(case.max_norm, middle / 2, middle * 10)}."
+    f"{PLAYBOOK.title} recommends starting at the 90th percentile. {PASCANU.title} found that half to ten times the "
+    f"mean norm can work: here {number(middle / 2)} to {number(middle * 10)}, and {number(case.max_norm)} is "
+    f"{_place(case.max_norm, middle / 2, middle * 10)} that range."
   )
   if case.is_other_rate and not case.scale_free:
-    text += " Both are for the learning rate that the norms were recorded at."
+    text += " Both rules are for the learning rate of the record."
   return text
 
 
@@ -365,8 +368,7 @@ def _half(case: Case) -> str:
     return ""
   return (
     "More than half of the recorded norms are above it: at the new learning rate the clip sets the length of most "
-    'steps, as it is meant to here. The playbook calls that "extremely aggressive" and would lower the learning rate '
-    "instead."
+    'steps, as intended here. The playbook calls that "extremely aggressive" and would lower the learning rate instead.'
   )
 
 
@@ -376,8 +378,8 @@ def _family(case: Case) -> str:
   low, high = FAMILIES[case.model.lower()]
   return (
     f"The rule of thumb for this family of models ({case.model.lower()}) is {low:g} to {high:g}, and "
-    f"{number(case.max_norm)} lies {_place(case.max_norm, low, high)}. It knows neither the size of the model nor the "
-    "scale of the loss: trust the norms of the run more."
+    f"{number(case.max_norm)} is {_place(case.max_norm, low, high)} that range. The rule ignores the size of the model "
+    "and the scale of the loss: trust the norms of the run more."
   )
 
 

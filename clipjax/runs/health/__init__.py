@@ -1,1 +1,1 @@
-"""The verdict on a run: one file for each family of findings."""
+"""The verdict on a run, with one file per family of findings."""

@@ -1,4 +1,7 @@
-"""How often a clip acted, and how much of the gradient it left."""
+"""How often a clip acted and how much of the gradient it left: `clipped-often` and `clipped`.
+
+Both need only what a clip always records: its share of clipped steps, and the norm before and after it or its scales.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,16 +20,16 @@ from clipjax.runs.words import percent, several
 
 
 class _Clip(NamedTuple):
-  """The share of steps in which a clip acted, and the part of the gradient that it leaves there, a median."""
+  """How often a clip acted, and the median part of the gradient that it left."""
 
   share: float
   left: float
 
 
 def clipped_often(view: View) -> Iterator[Finding]:
-  """WARN for a clip that takes most of the gradient away in most steps, under an optimizer that feels it.
+  """WARN for a clip that removes most of the gradient in most steps, if the optimizer depends on the scale.
 
-  Adam and its like divide the scale of the gradient out again: what a clip takes in every step, they give back.
+  Adam and similar optimizers divide the scale of the gradient out, which undoes a clip that acts in every step.
   """
   if scale_free_states(view.run):
     return
@@ -35,31 +38,35 @@ def clipped_often(view: View) -> Iterator[Finding]:
       continue
     clips = _clips(view, name)
     limits = view.limits
+    # Both conditions must hold: a clip that acts in every step but removes little is harmless.
     often = {label: c for label, c in clips.items() if c.share > limits.clip_fraction and c.left < limits.clip_left}
     if not often:
       continue
     leaves = () if "" in often else tuple(often)
+    # Report the harshest of them.
     worst = min(often.values(), key=lambda clip: clip.left)
     which = f" in {several(leaves, list(clips))}" if leaves else ""
-    message = f"{name!r} clipped {percent(worst.share)} of the steps{which}, and left {percent(worst.left)} of the "
+    message = f"{name!r} clipped {percent(worst.share)} of the steps{which} and left {percent(worst.left)} of the "
     message += "gradient (median)."
-    rule = f"at most {percent(limits.clip_fraction)} of the steps where less than {percent(limits.clip_left)} is left; "
-    rule += 'more than half is called "extremely aggressive", as it acts like a lower learning rate'
-    advice = "Raise max_norm to what clipjax.runs.suggest_max_norm gives. Fine where you train SGD at a high rate on "
-    advice += "purpose and max_norm sets the length of its steps."
+    rule = f"at most {percent(limits.clip_fraction)} of the steps if less than {percent(limits.clip_left)} of the "
+    rule += 'gradient is left; the playbook calls more than half "extremely aggressive", since it acts like a lower '
+    rule += "learning rate"
+    advice = "Raise max_norm to the value from clipjax.runs.suggest_max_norm. This is fine if you run SGD at a high "
+    advice += "learning rate on purpose and let max_norm set the length of its steps."
     yield Finding("WARN", "clipped-often", message, advice, rule, str(PLAYBOOK), leaves=leaves)
 
 
 def _clips(view: View, name: str) -> dict[str, _Clip]:
-  """What a clip did: by the name "" for a global clip, else by leaf or group."""
+  """What a clip did, by leaf or group; a global clip has the single name ""."""
   labels, _, scales = view.blocks(name, SCALE)
   if not labels:
     share = view.last(name, CLIP_FRACTION)
     before, after = (column(view.run, key_of(name, quantity)) for quantity in (NORM, NORM_CLIPPED))
     with np.errstate(divide="ignore", invalid="ignore"):
       left = after / before
-    left = left[np.isfinite(left) & (left < 1)]
+    left = left[np.isfinite(left) & (left < 1)]  # Only the clipped steps.
     return {} if share is None else {"": _Clip(share, float(np.median(left)) if left.size else 1.0)}
+  # A clip by leaf or group is judged block by block: it acts in some block far more often than in any one of them.
   known = np.isfinite(scales)
   return {
     label: _Clip(float(np.mean(scale[ok] < 1)), float(np.median(scale[ok])))
@@ -69,7 +76,7 @@ def _clips(view: View, name: str) -> dict[str, _Clip]:
 
 
 def clipped(view: View) -> Iterator[Finding]:
-  """INFO: the share of steps that each clip acted in."""
+  """INFO: the share of steps in which each clip acted."""
   for name in names_with(view.run.columns, CLIP_FRACTION):
     share = view.last(name, CLIP_FRACTION)
     if share is None:
@@ -77,7 +84,7 @@ def clipped(view: View) -> Iterator[Finding]:
     what = " some leaf or group in" if view.blocks(name, SCALE)[0] else ""
     message = f"{name!r} clipped{what} {percent(share)} of {view.steps_taken(name)} steps."
     advice = ""
-    is_measured = bool(effect_names(view.run))  # Then it is known what the clip does.
+    is_measured = bool(effect_names(view.run))  # `clip_effect` then says what the clip does.
     if share > view.limits.clip_fraction and scale_free_states(view.run) and not is_measured:
-      advice = "No harm under this optimizer, which divides the scale of the gradient out."
+      advice = "Harmless under this optimizer, which divides out the scale of the gradient."
     yield Finding("INFO", "clipped", message, advice)

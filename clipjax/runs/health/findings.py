@@ -1,4 +1,4 @@
-"""What `diagnose` finds, a `Finding`, and where findings begin, `HealthLimits`."""
+"""`Finding`, one result of `diagnose`, and `HealthLimits`, the thresholds at which findings begin."""
 
 from typing import Any, NamedTuple
 
@@ -10,17 +10,17 @@ from clipjax.runs.words import described
 
 
 class Finding(NamedTuple):
-  """One line of a `HealthReport`; every field is data, and the table, the page and the terminal are made of them.
+  """One line of a `HealthReport`. The table, the page and the terminal output are all built from these fields.
 
   Attributes:
     level: "FAIL", "WARN" or "INFO".
-    name: a short name in the same words each time, such as "clipped-often".
+    name: a short fixed name, such as "clipped-often".
     message: what was found, with its numbers.
-    advice: what to do next; empty where there is nothing to do.
-    rule: the limit in words, as in "at most 50%"; empty where nothing is judged.
-    source: where the rule comes from, title and address; empty for a limit of clipjax.
-    steps: all the steps that it speaks of, as they were pushed; empty where it speaks of the whole run.
-    leaves: the names of the leaves or groups that it speaks of.
+    advice: what to do next; empty if there is nothing to do.
+    rule: the limit in words, such as "at most 50%"; empty if nothing is judged.
+    source: title and address of the source of the rule; empty for a clipjax limit.
+    steps: every step that the finding concerns, as pushed; empty if it concerns the whole run.
+    leaves: the names of the leaves or groups that it concerns.
 
   Example:
     >>> import clipjax
@@ -40,31 +40,31 @@ class Finding(NamedTuple):
 
 
 class HealthLimits(NamedTuple):
-  """Where the findings of `diagnose` begin; the defaults are published rules where there are any.
+  """Where the findings of `diagnose` begin; the defaults are published rules if there are any.
 
-  The others were chosen on runs of known condition: docs/verdicts.md of the project says how they fare on others.
+  The other defaults were chosen on runs with known faults; docs/verdicts.md of the project shows how they do on others.
 
   Attributes:
-    min_steps: finite norms after the warm-up that statistics need.
-    spike_sigma: deviations, each 1.4826 median absolute deviations, above the median from which on a value is a spike.
-    spike_window: over how many values before it.
-    lost: share of what was learned that is lost at the end, for a FAIL.
+    min_steps: how many finite norms after the warm-up statistics need.
+    spike_sigma: how many deviations above the median a spike is; a deviation is 1.4826 median absolute deviations.
+    spike_window: how many previous values that median covers.
+    lost: share of its fall that a loss loses again by the end, for a FAIL.
     rising_loss: the same share for a WARN.
-    learned: the fall of a loss, over its first value, below which nothing was learned.
-    stopped: share of the run at its end in which nothing trains.
-    clip_fraction: share of steps that are clipped; the tuning playbook calls more than 0.5 "extremely aggressive".
-    clip_left: and the part of the gradient that is left there.
-    starved: part of its step that a leaf keeps under a clip which another leaf makes act.
-    lengthened: median norm of the update over its norm without the clip.
-    rise: median norm at the end over the smallest one before.
-    ratio_low: smallest median ratio of update to parameters; around 1e-3 is what CS231n asks for.
+    learned: smallest fall of a loss, relative to its first value, that counts as learning.
+    stopped: share of the run, at its end, in which nothing trains.
+    clip_fraction: share of clipped steps; the tuning playbook calls more than 0.5 "extremely aggressive".
+    clip_left: part of the gradient left in those steps; `clipped-often` needs both limits crossed.
+    starved: smallest part of its step that a leaf keeps when another leaf triggers the clip.
+    lengthened: largest median norm of the update, relative to its norm without the clip.
+    rise: largest median norm at the end, relative to the smallest median before.
+    ratio_low: smallest median ratio of update to parameters; CS231n asks for about 1e-3.
     ratio_high: largest such ratio.
-    spread: largest median norm of a layer over the smallest.
-    norm_low: median norm below which an INFO says so; a hint, which knows neither model nor loss. 0 for none.
-    norm_high: median norm above which an INFO says so; a hint as well. inf for none.
-    skip_fraction: share of steps that are rejected, for a WARN.
+    spread: largest median norm of a layer, relative to the smallest.
+    norm_low: smallest median norm without an INFO; a hint that ignores model and loss. 0 switches it off.
+    norm_high: largest median norm without an INFO; also a hint. inf switches it off.
+    skip_fraction: share of rejected steps, for a WARN.
     skip_most: the same for a FAIL.
-    zero_fraction: median share of zeros in the gradient.
+    zero_fraction: largest median share of zeros in the gradient.
     overfit: last validation loss over the best one, minus 1; Prechelt's criterion GL5.
 
   Example:
@@ -97,13 +97,13 @@ class HealthLimits(NamedTuple):
   overfit: float = 0.05
 
 
-# The smallest value of a field; one that is not here may be 0.
+# The smallest value of these fields, which are whole numbers; every other field is a number >= 0.
 _LEAST = {"min_steps": 1, "spike_window": 8}
 _NUMBER = int | float | np.integer | np.floating
 
 
 def check_limits(limits: Any) -> None:
-  """Raises for what is no `HealthLimits`, or a field that is no number in its range; inf switches a finding off."""
+  """Raises unless `limits` is a `HealthLimits` with every field in its range; inf switches a finding off."""
   if not isinstance(limits, HealthLimits):
     raise TypeError(
       f"`limits` must be a HealthLimits, got {described(limits)}: pass one such as HealthLimits(clip_fraction=0.9)."

@@ -1,4 +1,8 @@
-"""Spikes of single leaves: a detector that runs along the norms by leaf, all leaves at once."""
+"""Spikes of single leaves: one detector runs along the norms by leaf, for all leaves at once.
+
+The rule is that of `detectors`, simplified to stay cheap for thousands of leaves: only logarithms, no jump required,
+and 32 rows share a median.
+"""
 
 from collections.abc import Iterator
 
@@ -13,19 +17,19 @@ from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of
 
-_RATIO = 5.0  # How many times its median a spike of a leaf is at least; there are many leaves to be wrong about.
+_RATIO = 5.0  # A spike is at least this many times the median of its leaf: many leaves mean many false alarms.
 _BLOCK = 32  # Rows that share a median.
-_FIRST = 16  # Rows before the second one.
+_FIRST = 16  # Rows before the second median; `FEWEST` come before the first.
 
 
 class LeafDetector:
-  """As `SpikeDetector`, for rows of shape (leaves,), by their logarithms; the rows of a block of 32 share a window."""
+  """`SpikeDetector` for rows of shape (leaves,), on logarithms; the 32 rows of a block share a window."""
 
   def __init__(self, limits: HealthLimits):
     self._sigma = limits.spike_sigma
     self._window = limits.spike_window
     self._count = 0
-    # A ring of the last rows, shape (window, leaves); -inf for 0.
+    # A ring buffer of the last rows, shape (window, leaves); a norm of 0 is -inf.
     self._logs: Floats = np.empty((limits.spike_window, 0))
     self._limit: Floats | None = None
     self._usual: Floats | None = None
@@ -33,7 +37,7 @@ class LeafDetector:
   def feed(self, norms: Floats) -> tuple[Bools, Floats]:
     """Which entries of the next rows, shape (n, leaves), are spikes, and the medians before them.
 
-    A row that is not finite has none and counts for nothing.
+    A nonfinite row has no spikes and is not counted.
     """
     if norms.shape[1] != self._logs.shape[1]:
       self._logs, self._count, self._limit = np.empty((self._window, norms.shape[1])), 0, None
@@ -41,6 +45,7 @@ class LeafDetector:
     finite = np.flatnonzero(np.isfinite(norms).all(axis=1))
     with np.errstate(divide="ignore"):
       logs = np.log(norms[finite])
+    # Judge the rows up to the next median, put them into the ring, take that median.
     at = 0
     while at < finite.size:
       stop = min(at + self._until_median(), finite.size)
@@ -55,13 +60,14 @@ class LeafDetector:
     return spikes, usual
 
   def _until_median(self) -> int:
-    """How many rows there are until the next median."""
+    """How many rows are left until the next median."""
     ends = (FEWEST, _FIRST, (self._count // _BLOCK + 1) * _BLOCK)
     return min(*(end - self._count for end in ends if end > self._count), self._window)
 
   def _learn(self) -> None:
+    """Takes the median and the limit of each leaf from the ring."""
     known = self._logs[: self._count]
-    with np.errstate(invalid="ignore"):  # Of leaves that were mostly 0 nothing is known.
+    with np.errstate(invalid="ignore"):  # A leaf that was mostly 0 gets no limit.
       middle = np.median(known, axis=0)
       deviation = NORMAL * np.median(np.abs(known - middle), axis=0)
       least = np.log(_RATIO) * (1 if self._count >= _FIRST else 2)
@@ -71,7 +77,7 @@ class LeafDetector:
 
 
 def leaf_spikes(run: Run, name: str, limits: HealthLimits) -> Iterator[Spike]:
-  """The spikes of the leaves of a state, at the steps at which norms by leaf were recorded."""
+  """The leaf spikes of a state, at the steps with recorded norms by leaf."""
   vector = key_of(name, NORM)
   if vector not in run.vectors:
     return

@@ -1,4 +1,4 @@
-"""Which leaves or groups a finding names: those that were not finite, and that whose norm grew most."""
+"""Which leaves or groups a finding names: the nonfinite ones, and the one whose norm grew most."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.run import Run
 from clipjax.runs.words import number, percent, several
 
-_FEW = 4  # Steps, of which a median says little.
-_SHARE = 0.01  # Of the square of the norm.
+_FEW = 4  # A median of fewer steps says little.
+_SHARE = 0.01  # Smaller parts of the squared norm are noise.
 
 
 class Bad(NamedTuple):
-  """The leaves that were not finite at a step, among all that were recorded."""
+  """The nonfinite leaves of a step, among all recorded ones."""
 
   step: int
   leaves: tuple[str, ...]
@@ -26,10 +26,10 @@ class Bad(NamedTuple):
 
 
 class Grown(NamedTuple):
-  """The leaf that made a spike.
+  """The leaf that caused a spike.
 
-  `times` is its norm over its own median of the other steps; None where too few of them have norms by leaf. `share` is
-  its part of the square of the whole norm.
+  `times` is its norm over its own median at the other steps; None if too few of them have norms by leaf. `share` is its
+  part of the squared norm.
   """
 
   step: int
@@ -39,15 +39,16 @@ class Grown(NamedTuple):
 
   def __str__(self) -> str:
     if self.times is None:
-      return f"at step {self.step} {self.leaf!r} held {percent(self.share)} of the square of the norm"
+      return f"at step {self.step} {self.leaf!r} held {percent(self.share)} of the squared norm"
     return f"at step {self.step} {self.leaf!r} grew most, to {number(self.times)} times its median"
 
 
 def first_bad(run: Run, name: str | None, steps: Ints) -> Bad | None:
-  """The leaves at the first of some steps at which any are known to be not finite; None where none are."""
+  """The leaves at the first of these steps with a known nonfinite leaf; None if there is no such step."""
   if name is None:
     return None
-  found = (_bad(run, name, quantity, steps) for quantity in (NONFINITE, NORM))  # The count of entries speaks first.
+  # At one step, counts of nonfinite entries win over norms.
+  found = (_bad(run, name, quantity, steps) for quantity in (NONFINITE, NORM))
   return min(filter(None, found), key=lambda bad: bad.step, default=None)
 
 
@@ -61,17 +62,17 @@ def _bad(run: Run, name: str, quantity: str, steps: Ints) -> Bad | None:
 
 
 def bad_words(bad: Bad | None, first: int) -> str:
-  """These leaves as the end of a sentence that has named the step `first`; nothing for None."""
+  """These leaves as the end of a sentence that has named the step `first`; "" for None."""
   if bad is None:
     return ""
   return f"; first in {bad}" if bad.step == first else f"; at step {bad.step} in {bad}"
 
 
 def grown(run: Run, name: str, steps: Ints, begin: int) -> list[Grown]:
-  """For each of some steps, ascending, at which norms by leaf are known: the leaf whose norm grew most.
+  """The leaf whose norm grew most, for each of these ascending steps that has norms by leaf.
 
-  It is one of those that hold a hundredth of the square of the norm: what is nearly 0 grows by chance. Where too few
-  other steps are known, it is the one that holds the most. `begin` is the first step after the warm-up.
+  Only leaves that hold a hundredth of the squared norm count: a norm near 0 grows by chance. With too few other steps
+  it is the leaf that holds the most. `begin` is the first step after the warm-up.
   """
   names, at, values = numbers_by_block(run, name, NORM)
   inside = np.isin(at, steps)
@@ -85,6 +86,7 @@ def grown(run: Run, name: str, steps: Ints, begin: int) -> list[Grown]:
     shares = scaled**2 / np.sum(scaled**2)
     with np.errstate(over="ignore"):
       times = np.where(known, row, np.nan) / usual
+    # Growth decides among the leaves that matter; without a usual norm the share does.
     if (able := np.isfinite(times) & (shares >= _SHARE)).any():
       leaf = int(np.argmax(np.where(able, times, -1)))
       found.append(Grown(step, names[leaf], float(times[leaf]), float(shares[leaf])))
@@ -95,7 +97,8 @@ def grown(run: Run, name: str, steps: Ints, begin: int) -> list[Grown]:
 
 
 def _usual(names: tuple[str, ...], at: Ints, values: Floats, kept: Bools, begin: int) -> Floats:
-  """The median of each leaf, after the warm-up where that leaves enough; NaN where few are known."""
+  """The median of each leaf, after the warm-up if that leaves enough steps; NaN if too few are known."""
+  # Norms of the warm-up are larger, so they count only if little else is left.
   late = at[kept] >= begin
   values = values[late] if late.sum() >= _FEW else values
   if len(values) < _FEW:
@@ -105,6 +108,6 @@ def _usual(names: tuple[str, ...], at: Ints, values: Floats, kept: Bools, begin:
 
 
 def medians_of(names: tuple[str, ...], values: Floats) -> dict[str, float]:
-  """The median of each column of positive numbers, by name; columns without any are left out."""
+  """The median of the positive numbers of each column, by name; columns without any are left out."""
   kept = [(name, x[(x > 0) & np.isfinite(x)]) for name, x in zip(names, values.T, strict=True)]
   return {name: float(np.median(x)) for name, x in kept if x.size}

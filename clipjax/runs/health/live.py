@@ -1,8 +1,7 @@
-"""The detectors of `diagnose` along the rows of a run as they are written.
+"""The detectors of `diagnose`, run along the rows while they are written.
 
-They say which steps get their numbers by leaf, and make the findings that a `Recorder` hands to `on_finding`. The last
-rows are kept, and what the detectors need of those before, so the spikes are those that `diagnose` has for the whole
-run.
+They decide which steps get numbers by leaf, and make the findings that a `Recorder` passes to `on_finding`. They keep
+the last rows and the state of the detectors, and so find the same spikes as `diagnose` does in the whole run.
 """
 
 import itertools
@@ -32,23 +31,23 @@ from clipjax.runs.schema import BACK, SKIP, STEP, key_of
 
 
 def _lasting(view: View) -> Iterator[Finding]:
-  """The event of a loss that did not come back, which `spikes` leaves to `rising_loss`."""
+  """A loss that did not recover from an event, which `spikes` leaves to `rising_loss`."""
   if lost_with(view) is not None:
     yield from rising_loss(view)
 
 
-# Those that name a step; other findings are of a whole run.
+# Only checks that name a step run here; the others judge a whole run.
 _DEFECTS = zero_gradient, update_spikes, spikes, _lasting
-_ONSETS = 3  # Times that a leaf whose norm becomes 0 gets a row by leaf: that of an expert does so often.
-_PATIENCE = 10  # Rows that a loss has to come back in, before it is told that it diverged.
+_ONSETS = 3  # A leaf whose norm drops to 0 gets this many rows by leaf: an unused expert does it often.
+_PATIENCE = 10  # A loss has this many rows to recover before it is reported as diverged.
 _SKIP_NORM = key_of(SKIP, NORM)
 Row = Mapping[str, Any]
 
 
 class Live:
-  """Detectors that run along rows, one for each series, and one for the leaves of each state.
+  """Detectors that run along rows: one per series, and one for the leaves of each state.
 
-  A finding of a kind is told once, and one below FAIL only of steps that none has told of.
+  Each kind of finding is reported once, and a WARN only if it names a step that no finding has named before.
   """
 
   def __init__(self, limits: HealthLimits):
@@ -60,11 +59,12 @@ class Live:
     self._loss = _Loss()
     self._extent = Extent(0, 0)
     self._kinds: set[str] = set()
-    self._told: set[int] = set()  # The steps of these findings.
+    self._told: set[int] = set()  # The steps of the reported findings.
 
   def marked(self, rows: Sequence[Row], vectors: Sequence[Mapping[str, Any]]) -> set[int]:
-    """The steps of these rows that get their numbers by leaf: a series had a spike, or a leaf did, or became 0."""
+    """The steps that get numbers by leaf: a series or a leaf had a spike there, or a leaf dropped to 0."""
     out: set[int] = set()
+    # Spikes of the series, part by part if the run went back to an earlier step.
     for part in _courses(rows):
       if part[0].get(BACK):
         self._go_back(part[0][STEP])
@@ -74,9 +74,10 @@ class Live:
         found = series.spikes([step for step, _ in known], [value for _, value in known])
         self._spikes += found
         out |= {spike.step for spike in found}
+    # Spikes and zeros of the leaves.
     for key in dict.fromkeys(key for by_leaf in vectors for key in by_leaf if role_of(key) is Role.NORM):
       by_step = [(row[STEP], by_leaf[key]) for row, by_leaf in zip(rows, vectors, strict=True) if key in by_leaf]
-      for _, same in itertools.groupby(by_step, lambda pair: len(pair[1])):  # The model may change on the way.
+      for _, same in itertools.groupby(by_step, lambda pair: len(pair[1])):  # A model may change on the way.
         pairs = list(same)
         norms = np.array([vector for _, vector in pairs], np.float64)
         are_marked = self._leaves.setdefault(key, _Leaves(self._limits)).are_marked(norms)
@@ -84,8 +85,8 @@ class Live:
     return out
 
   def findings(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
-    """What `diagnose` finds in these rows, of the kinds that name a step; each kind once."""
-    size = 2 * self._limits.spike_window  # A half of the rows that are kept.
+    """The new findings of `diagnose` in these rows, of the kinds that name a step."""
+    size = 2 * self._limits.spike_window  # Half of the rows that are kept.
     return [f for i in range(0, len(rows), size) for f in self._found(rows[i : i + size], leaves)]
 
   def _found(self, rows: Sequence[Row], leaves: Mapping[str, tuple[str, ...]]) -> list[Finding]:
@@ -93,10 +94,12 @@ class Live:
     self._extent = Extent(first, self._extent.rows + len(rows))
     self._rows.extend(rows)
     run = run_of_rows(self._rows, dict(leaves))
+    # Judge the kept rows as `diagnose` would, with the spikes found so far.
     spikes = _within(run.steps, self._spikes)
     view = view_with(run, self._limits, 0, spikes, self._loss.of(run), self._extent)
     with np.errstate(over="ignore", invalid="ignore"):
       found = [f for f in judged(view, 0, _DEFECTS, ()) if f.level != "INFO" and f.name not in self._kinds]
+    # Give a loss time to recover, and say nothing twice.
     found = [f for f in found if f.name != DIVERGED or f.steps[0] <= run.steps[-min(_PATIENCE, len(run))]]
     found = [f for f in found if f.level == "FAIL" or not f.steps or not self._told.issuperset(f.steps)]
     self._kinds |= {finding.name for finding in found}
@@ -104,13 +107,14 @@ class Live:
     return found
 
   def _judged(self, rows: Sequence[Row]) -> list[str]:
-    """The series of these rows; that of `skip_steps` where there is no other norm."""
+    """The series of these rows; the norm of `skip_steps` counts if there is no other."""
     keys = dict.fromkeys(key for row in rows for key in row)
     found = [key for key in keys if role_of(key) in KINDS]
     has_norm = any(role_of(key) is Role.NORM for key in (*found, *self._series))
     return found if has_norm or _SKIP_NORM not in keys else [*found, _SKIP_NORM]
 
   def _go_back(self, step: int) -> None:
+    """Forgets everything from this step on, for a run that resumes there."""
     for series in self._series.values():
       series.go_back(step)
     self._rows = deque((row for row in self._rows if row[STEP] < step), self._rows.maxlen)
@@ -118,7 +122,7 @@ class Live:
 
 
 class _Series:
-  """A detector, and the steps of the values that it remembers."""
+  """A detector, with the steps of the values it remembers."""
 
   def __init__(self, key: str, role: Role, limits: HealthLimits):
     self._key = key
@@ -140,7 +144,7 @@ class _Series:
 
 
 class _Loss:
-  """The first losses of a run and the best that follow each other, which the last rows may not have any more."""
+  """The first losses of a run and its best stretch, which may have left the kept rows."""
 
   def __init__(self) -> None:
     self._key: str | None = None
@@ -150,7 +154,7 @@ class _Loss:
     self._best: list[tuple[int, float]] = []
 
   def of(self, run: Run) -> Loss | None:
-    """The loss of a run whose last rows these are."""
+    """The loss of the whole run, given its last rows."""
     loss = loss_of(run)
     if loss is None:
       return None
@@ -161,6 +165,7 @@ class _Loss:
     self._count += len(new)
     self._last = pairs[-1][0] if pairs else self._last
     self._first = (self._first + new)[:FEWEST]
+    # The best stretch is the window with the lowest median, as in `course_of`.
     for i in range(len(pairs) - len(new), len(pairs) - WINDOW + 1):
       few = pairs[i : i + WINDOW]
       if not self._best or _median(few) < _median(self._best):
@@ -174,7 +179,7 @@ def _median(pairs: Sequence[tuple[int, float]]) -> float:
 
 
 class _Leaves:
-  """The norms of the leaves of a state: whether one had a spike, or became 0."""
+  """The norms by leaf of a state: whether a leaf had a spike or dropped to 0."""
 
   def __init__(self, limits: HealthLimits):
     self._detector = LeafDetector(limits)
@@ -182,9 +187,9 @@ class _Leaves:
     self._onsets: Ints = np.zeros(0, np.int64)
 
   def are_marked(self, norms: Floats) -> Bools:
-    """Whether each of the next rows, shape (n, leaves), is."""
+    """Whether each of the next rows, shape (n, leaves), has such a leaf."""
     is_zero = norms == 0
-    if self._was_zero.shape != is_zero.shape[1:]:  # What is 0 from the first row on did not become it.
+    if self._was_zero.shape != is_zero.shape[1:]:  # A leaf that starts at 0 did not drop to it.
       self._was_zero, self._onsets = np.ones(is_zero.shape[1:], np.bool_), np.zeros(is_zero.shape[1:], np.int64)
     began = is_zero & ~np.concatenate([self._was_zero[None], is_zero[:-1]])
     counts = self._onsets + np.cumsum(began, axis=0)
@@ -195,7 +200,7 @@ class _Leaves:
 
 
 def _within(steps: Ints, spikes: Iterable[Spike]) -> list[Spike]:
-  """The spikes at these steps, without those of an event that began before them."""
+  """The spikes at these steps, without the rest of an event that began before them."""
   inside = sorted((spike for spike in spikes if steps[0] <= spike.step <= steps[-1]), key=lambda spike: spike.step)
   rows = np.searchsorted(steps, [spike.step for spike in inside])
   begins = np.flatnonzero(np.diff(rows, prepend=0) > GAP)
@@ -204,7 +209,7 @@ def _within(steps: Ints, spikes: Iterable[Spike]) -> list[Spike]:
 
 
 def _courses(rows: Sequence[Row]) -> list[list[Row]]:
-  """The rows, each part from one where the run went back to the next such one."""
+  """The rows, split wherever the run went back to an earlier step."""
   out: list[list[Row]] = []
   for row in rows:
     if not out or row.get(BACK):
@@ -214,7 +219,7 @@ def _courses(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _value(row: Row, key: str) -> float | None:
-  """The number of a series at a step, where it is finite; that of `skip_steps` where that rejected the step."""
+  """The finite number of a series at a step; for a rejected step, the norm that `skip_steps` saw."""
   if key not in row and role_of(key) == Role.NORM and row.get(key_of(SKIP, CONSECUTIVE), 0):
     return row.get(_SKIP_NORM)
   return row.get(key)

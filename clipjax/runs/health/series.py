@@ -1,4 +1,4 @@
-"""The series of a run that are judged, and their spikes."""
+"""The series of a run in which spikes are looked for, and their spikes."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from clipjax.runs.roles import Role, judged_states, keys_with, role_of
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of, name_of
 
-# What a spike is, by role. Updates of Adam vary by several times, and a loss that is nearly 0 may triple.
+# What counts as a spike, by role. Adam's updates vary several-fold, and a loss near 0 may triple.
 KINDS: dict[Role, Kind] = {
   Role.NORM: Kind(ratio=5, jump=2),
   Role.UPDATE: Kind(ratio=8, jump=3),
@@ -24,7 +24,7 @@ KINDS: dict[Role, Kind] = {
 
 
 class Series(NamedTuple):
-  """A series of finite numbers: its key, its role, the steps and the values."""
+  """A series of finite numbers: its key, its role, its steps and its values."""
 
   key: str
   role: Role
@@ -42,9 +42,10 @@ class Spike(NamedTuple):
 
 
 def series_of(run: Run) -> list[Series]:
-  """Every series of a run whose spikes are looked for. Of several that are the same, as of a watch and a clip, one."""
+  """Every series to search for spikes; equal ones, such as those of a watch and a clip, count once."""
   out: list[Series] = []
   states = judged_states(run)
+  # A watch and the clip after it record the same norm: keep the first, or every spike would count twice.
   for key in [*(key_of(name, NORM) for name in states), *keys_with(run.columns, *KINDS)]:
     role = role_of(key) or Role.NORM
     if any(key == other.key for other in out) or role not in KINDS:
@@ -60,13 +61,14 @@ def _series(run: Run, key: str, role: Role) -> Series:
     norms = norms_of_run(run, name_of(key), 0)
     return Series(key, role, norms.steps[norms.finite], norms.values[norms.finite])
   known = np.isfinite(run.columns[key])
+  # A state inside `skip_steps` or MultiSteps did not see every step: such rows repeat an old number.
   if role in (Role.UPDATE, Role.PARAMETERS):
     known &= ~unseen(run, name_of(key))
   return Series(key, role, run.steps[known], run.columns[key][known])
 
 
 def detector(role: Role, limits: HealthLimits) -> SpikeDetector:
-  """What finds the spikes of a series of this role."""
+  """A spike detector for a series of this role."""
   return SpikeDetector(limits.spike_sigma, limits.spike_window, KINDS[role])
 
 
@@ -75,6 +77,7 @@ def spikes_of(run: Run, limits: HealthLimits) -> list[Spike]:
   out: list[Spike] = []
   for series in series_of(run):
     judged = detector(series.role, limits).feed(series.values)
+    # Keep the usual value beside each spike: messages say how many times it was exceeded.
     at = np.flatnonzero(judged.is_spike)
     found = zip(series.steps[at].tolist(), series.values[at].tolist(), judged.usual[at].tolist(), strict=True)
     out += [Spike(series.key, *spike) for spike in found]

@@ -1,7 +1,10 @@
-"""A verdict on a recorded run: what is wrong, what to look at, and the numbers that practitioners ask for.
+"""The verdict on a recorded run: what is wrong, what to look at, and the numbers that practitioners ask for.
 
-The checks are in the files beside this one, a family of findings each. A finding says its number, the rule with its
-limit, where the rule comes from, and what to do next. The limits are the fields of `HealthLimits`.
+The checks live in the files beside this one, one family of findings each. A finding gives its number, the rule with its
+limit, the source of the rule, and what to do next. The limits are the fields of `HealthLimits`.
+
+Stages of `judged`: find where the training ended, look for defects before that step, add facts about the whole run, and
+drop the findings that another one explains.
 """
 
 import dataclasses
@@ -32,10 +35,10 @@ LEVELS = ("FAIL", "WARN", "INFO")
 
 Check: TypeAlias = Callable[[View], Iterator[Finding]]
 
-# What may end a training: all that comes after that is its aftermath, and is not judged.
+# Checks that may find the end of a training; what comes after it is aftermath and is not judged.
 ENDS: tuple[Check, ...] = (nonfinite_norm, nonfinite_loss, diverged, stopped)
 NONFINITE = frozenset({"nonfinite", "nonfinite-loss"})
-# Of the rows before that, the strongest first. Those of `OF_STATES` are made of each state that is judged.
+# Checks of the rows before that, strongest first. Those in `OF_STATES` run once per judged state.
 DEFECTS: tuple[Check, ...] = (
   zero_gradient, skipped, update_spikes, spikes, not_learning, rising_loss, clip_starves, clipped_often, clip_lengthens,
   update_ratio, layer_spread, rising_norm, overfit, zeros,
@@ -46,7 +49,7 @@ FACTS: tuple[Check, ...] = (
   loss_course, parameters, step_time,
 )  # fmt: skip
 
-# One cause, one advice: where a finding is there, these are its consequences, or the same in other words.
+# One cause, one piece of advice: each finding hides these others, which are its consequences or say the same.
 CONSEQUENCES: dict[str, frozenset[str]] = {
   "nonfinite": frozenset({"nonfinite-loss", "stopped", "skipped"}),
   "diverged": frozenset(
@@ -67,16 +70,16 @@ CONSEQUENCES: dict[str, frozenset[str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class HealthReport(Sequence[Finding]):
-  """The verdict on a run: a sequence of findings, whose `str()` is a table.
+  """The verdict on a run: a sequence of findings; `str()` gives a table.
 
-  `len`, `bool`, iteration, indices and slices are those of `findings`.
+  `len`, `bool`, iteration, indexing and slicing work on `findings`.
 
   Attributes:
     findings: what was found, FAIL before WARN before INFO.
     path: the file of the run.
-    steps: how many steps it has.
-    warmup_steps: how many steps, from the first one on, were left out of medians and percentiles.
-    events: what happened, in the order of the steps: spikes of the series, brought together.
+    steps: how many recorded steps it has.
+    warmup_steps: how many steps at the start were left out of medians and percentiles.
+    events: what happened, in step order: spikes of several series at one time, grouped.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, clipjax
@@ -111,11 +114,11 @@ class HealthReport(Sequence[Finding]):
     return self.table()
 
   def counts(self) -> str:
-    """How many findings each level has: "1 FAIL, 0 WARN, 3 INFO"."""
+    """The number of findings per level: "1 FAIL, 0 WARN, 3 INFO"."""
     return ", ".join(f"{sum(finding.level == level for finding in self)} {level}" for level in LEVELS)
 
   def table(self, width: int = 100) -> str:
-    """The findings as text of `width` columns, 60 or more; a long word may reach beyond."""
+    """The findings as text, `width` columns wide but at least 60; a long word may stick out."""
     if isinstance(width, bool) or not isinstance(width, int):
       raise TypeError(
         f"`width` must be a whole number, got {described(width)}: pass how many columns the text may have."
@@ -132,7 +135,7 @@ class HealthReport(Sequence[Finding]):
 
 
 def _rule(finding: Finding) -> str:
-  """The rule and its source as a sentence, empty where there are none."""
+  """The rule and its source as sentences; "" if there are none."""
   rule = f"Rule: {finding.rule}." if finding.rule else ""
   return f"{rule} Source: {finding.source}.".strip() if finding.source else rule
 
@@ -149,36 +152,36 @@ def _wrapped(text: str, width: int, first: str, indent: int) -> list[str]:
 
 
 def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int | None = None) -> HealthReport:
-  """The verdict on a recorded run: findings of the levels FAIL, WARN and INFO, each with what to do next.
+  """The verdict on a recorded run: FAIL, WARN and INFO findings, each with what to do next.
 
-  FAIL: norms or losses that are not finite, a run that diverged or in which nothing trains any more, a layer without a
-  gradient, steps that were mostly dropped. WARN: spikes that reached the parameters, updates that jumped, a run that
-  never learned or lost a part of what it learned, a norm that rises, overfitting, a clip that takes most of the
-  gradient, or that `clip_effect` saw starve leaves or lengthen the step, layers whose norms are far apart, many zeros.
-  INFO: what a clip caught, what it does to the step, percentiles of the norm, step time, throughput, and which series
-  are not judged.
+  FAIL: nonfinite norms or losses, a run that diverged or stopped training, a layer without a gradient, mostly rejected
+  steps. WARN: spikes that reached the parameters, updates that jumped, a run that never learned or lost a part of what
+  it learned, a rising norm, overfitting, a clip that removes most of the gradient, or that `clip_effect` saw starve
+  leaves or lengthen the step, layers whose norms are far apart, many zeros. INFO: what a clip caught, what it does to
+  the step, percentiles of the norm, step time, throughput, and which series are not fully judged.
 
-  Every state is judged, and every loss; spikes at one time are one event, in `events`. What comes after the end of a
-  training, as where its parameters are NaN, is not judged, and of a cause and its consequences the cause alone is
-  told. The strongest finding of a level comes first.
+  Every state and every loss is judged. Spikes at one time form one event, in `events`. Nothing is judged after the end
+  of a training, such as the step that made its parameters NaN, and a finding hides its consequences. Within a level the
+  strongest finding comes first.
 
-  Update ratios are judged of a watch whose name begins with "update", as `clipjax.watch(name="update")` last in the
-  chain: the ratio of a gradient to its parameters says nothing before the learning rate. Norms of inf and NaN are
-  counted and left out of percentiles, and so is the warm-up. What was not recorded is not judged, and with fewer than
-  `limits.min_steps` norms only what needs no statistics is. How often it is right: docs/verdicts.md of the project.
+  Update ratios are judged only for a watch whose name begins with "update", such as `clipjax.watch(name="update")` last
+  in the chain: before the learning rate, the ratio of gradient to parameters says nothing. Nonfinite norms are counted
+  but left out of percentiles, and so is the warm-up. Quantities that were not recorded are not judged; with fewer than
+  `limits.min_steps` norms, only checks without statistics run. docs/verdicts.md of the project shows how often the
+  verdict is right.
 
   Args:
-    run: what `read_run` gives.
-    limits: where the findings begin; None: the published ones, see `HealthLimits`.
-    warmup_steps: how many steps from the first on to leave out; None: those of a tenth of the rows, at most 100 rows.
+    run: a run from `read_run`.
+    limits: where findings begin; None: the defaults of `HealthLimits`.
+    warmup_steps: how many steps to leave out at the start; None: those of a tenth of the rows, at most 100 rows.
 
   Returns:
-    A `HealthReport`, whose `findings` are in the order FAIL, WARN, INFO, and whose `str()` is a table.
+    A `HealthReport`: its `findings` are in the order FAIL, WARN, INFO, and its `str()` is a table.
 
   Raises:
-    TypeError: if `run` is no `Run`, `limits` no `HealthLimits`, a field of it no number, or `warmup_steps` no whole
-      number.
-    ValueError: if `warmup_steps` is negative, or a field of `limits` out of its range.
+    TypeError: if `run` is not a `Run`, `limits` not a `HealthLimits`, a field of it not a number, or `warmup_steps` not
+      a whole number.
+    ValueError: if `warmup_steps` is negative, or a field of `limits` is out of its range.
 
   Example:
     >>> import json, tempfile, clipjax
@@ -195,43 +198,48 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
   """
   check_arguments(run, limits, warmup_steps)
   view = view_of(run, limits or HealthLimits(), warmup_steps)
-  # Medians and quotients of norms near the largest float64 are inf, which is told.
+  # Medians and quotients of norms near the largest float64 may be inf, and are reported as such.
   with np.errstate(over="ignore", invalid="ignore"):
     findings = judged(view, warmup_steps, DEFECTS, FACTS)
   return HealthReport(tuple(findings), run.path, len(run.steps), view.norms.warmup_steps, view.events)
 
 
 def judged(view: View, warmup_steps: int | None, defects: Sequence[Check], facts: Sequence[Check]) -> list[Finding]:
-  """What is found in a run: its end, then the defects of the rows before that, then facts of the whole."""
+  """All findings in a run, sorted by level; see the stages at the top of this file."""
+  # The end: of everything that stopped the training, the earliest is its cause.
   found = [(finding, _end(view, finding)) for finding in _found(ENDS, view)]
   end = min((step for _, step in found if step is not None), default=None)
   cause = next((finding for finding, step in found if step == end), None)
   ended = [finding for finding, step in found if step is None or finding is cause]
+  # Defects before the end, and facts about the whole run.
   findings = [*ended, *_found(defects, view if end is None else before(view, end, warmup_steps)), *_found(facts, view)]
+  # Hide consequences; an INFO neither hides nor is hidden.
   explained = set().union(*(CONSEQUENCES.get(f.name, frozenset()) for f in findings if f.level != "INFO"))
   kept = [finding for finding in findings if finding.name not in explained or finding.level == "INFO"]
   return sorted(kept, key=lambda finding: LEVELS.index(finding.level))
 
 
 def _found(checks: Sequence[Check], view: View) -> list[Finding]:
+  """What these checks find: for the main state, and if they say so for every other one."""
   states = tuple(views_of(view))
   return [f for check in checks for v in (states if check in OF_STATES else states[:1]) for f in check(v)]
 
 
 def _end(view: View, finding: Finding) -> int | None:
-  """The step at which a training ended by what was found; None where it went on."""
+  """The step at which this finding ended the training; None if the training went on."""
   if finding.level != "FAIL" or not finding.steps:
     return None
   if finding.name not in NONFINITE:
     return finding.steps[0]
+  # Nonfinite numbers end a training only if they last to the end of the record: the last unbroken stretch counts.
   rows = np.searchsorted(view.run.steps, finding.steps)
   if rows[-1] < len(view.run) - 1:
-    return None  # Numbers were finite again.
+    return None
   return finding.steps[int(np.flatnonzero(np.diff(rows, prepend=-2) > 1)[-1])]
 
 
 def check_arguments(run: Any, limits: Any, warmup_steps: Any) -> None:
-  """Raises for what is no run, no limits or no warm-up, as all that judges a run does."""
+  """Raises unless run, limits and warm-up are valid; every function that judges a run calls it."""
   if not isinstance(run, Run):
     raise TypeError(f"`run` must be a Run, got {described(run)}: read the file with clipjax.runs.read_run(path).")
   check_limits(HealthLimits() if limits is None else limits)

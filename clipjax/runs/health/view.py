@@ -1,7 +1,7 @@
-"""What a check of `diagnose` is given: a `View` of a run.
+"""`View`, the input of every check of `diagnose`.
 
-A check is a function `View -> findings`. It yields nothing where what it needs was not recorded, or where there are too
-few steps for its statistics.
+A check is a function `View -> findings`. It yields nothing if the numbers it needs were not recorded, or if there are
+too few steps for its statistics.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from clipjax.runs.words import at_steps
 
 
 class Loss(NamedTuple):
-  """The loss that is trained: its key, the steps and the finite values, and how many there were in all."""
+  """The training loss: its key, the steps and values that are finite, and how many there were in all."""
 
   key: str
   steps: Ints
@@ -36,31 +36,31 @@ class Loss(NamedTuple):
   total: int
 
   def course(self) -> Course | None:
-    """Its course; None for too few."""
+    """Its course; None if there are too few values."""
     return course_of(self.steps, self.values, self.total)
 
 
 class Extent(NamedTuple):
-  """How long the whole run is, of which a view may have the last rows alone."""
+  """The size of the whole run, since a view may hold only its last rows."""
 
   first_step: int
   rows: int
 
 
 class View(NamedTuple):
-  """What a check looks at.
+  """The part of a run that a check looks at, with all that several checks need.
 
   Attributes:
-    run: the run, its rows before the cause of what came after, or its last rows.
-    name: the state that is judged, None where no norm was recorded.
+    run: the whole run, its rows before the end of the training, or its last rows.
+    name: the judged state; None if no norm was recorded.
     norms: its raw norms.
     limits: where findings begin.
-    names: all states that are judged, the main one first.
-    events: spikes, brought together.
-    loss: the loss that is trained, of the whole run; None where none was recorded.
-    extent: that of the whole run.
-    has_ended: whether the training ended by what comes after these rows.
-    leaf_spikes: the spikes of single leaves, by the name of the state.
+    names: all judged states, the main one first.
+    events: spikes, grouped.
+    loss: the training loss of the whole run; None if none was recorded.
+    extent: the size of the whole run.
+    has_ended: whether the training ended right after these rows.
+    leaf_spikes: the spikes of single leaves, by state.
   """
 
   run: Run
@@ -76,58 +76,58 @@ class View(NamedTuple):
 
   @property
   def of(self) -> str:
-    """The state that is judged in the words of a message: nothing for the main one."""
+    """The words " of 'name'" for a message; empty for the main state."""
     return f" of {self.name!r}" if self.names and self.name != self.names[0] else ""
 
   def enough(self, count: int, parts: int = 1) -> bool:
-    """Whether statistics of so many numbers, split into parts, say something."""
+    """Whether this many numbers, split into parts, are enough for statistics."""
     return count >= max(self.limits.min_steps, parts)
 
   def column(self, key: str) -> Floats:
-    """The finite values of a column after the warm-up; none where it was not recorded."""
+    """The finite values of a column after the warm-up; empty if it was not recorded."""
     values = column(self.run, key)
     return values[np.isfinite(values) & (self.run.steps >= self.norms.begin)]
 
   def number(self, quantity: str) -> Floats:
-    """The same of a quantity of the state that is judged."""
+    """The same for a quantity of the judged state."""
     return self.column(key_of(str(self.name), quantity))
 
   def is_solved(self, step: int) -> bool:
-    """Whether the loss is exactly 0 from a step on, as a hinge loss may be: no gradient is needed."""
+    """Whether the loss is exactly 0 from a step on, as a hinge loss may be: it needs no gradient."""
     if self.loss is None:
       return False
     values = self.loss.values[self.loss.steps >= step]
     return bool(values.size) and not values.any()
 
   def last(self, name: str | None, quantity: str) -> float | None:
-    """The last finite value of a counter of a state; None without any."""
+    """The last finite value of a counter of a state; None if there is none."""
     values = column(self.run, key_of(str(name), quantity))
     values = values[np.isfinite(values)]
     return float(values[-1]) if values.size else None
 
   def steps_taken(self, name: str | None) -> int:
-    """How many steps a state has counted; the recorded ones where it does not say."""
+    """How many steps a state has counted; the recorded steps if it has no counter."""
     return max(self.norms.values.size, int(self.last(name, STEPS) or 0))
 
   def at(self, steps: Ints) -> str:
-    """Some steps of the run in words, with their batches."""
+    """Steps in words, with their batches."""
     if self.run.batches is None:
       return at_steps(steps.tolist())
     return at_steps(steps.tolist(), self.run.batches[np.searchsorted(self.run.steps, steps)].tolist())
 
   def batches(self, steps: Ints) -> str:
-    """What to look at: the batches of some steps."""
+    """The batches of these steps in words, for advice."""
     if steps.size == 1:
       return f"batch of step {steps[0]}"
     return "batches of these steps"
 
   def blocks(self, name: str, quantity: str) -> tuple[tuple[str, ...], Ints, Floats]:
-    """As `numbers_by_block`, of the run."""
+    """`numbers_by_block` of the run."""
     return numbers_by_block(self.run, name, quantity)
 
 
 def view_of(run: Run, limits: HealthLimits, warmup_steps: int | None) -> View:
-  """The view of a whole run in which its main state is judged; the limits and the warm-up are those of `diagnose`."""
+  """The view of a whole run that judges its main state; arguments as in `diagnose`."""
   extent = Extent(int(run.steps[0]) if len(run) else 0, len(run))
   return view_with(run, limits, warmup_steps, spikes_of(run, limits), loss_of(run), extent)
 
@@ -140,7 +140,8 @@ def view_with(
   loss: Loss | None,
   extent: Extent,
 ) -> View:
-  """The view of the last rows of a run, with what detectors have found along the whole of it."""
+  """The view of the last rows of a run, with the spikes that detectors found along all of it."""
+  # Events need the leaves that grew, which need the norms of the view: build it without events, then add them.
   names = distinct_states(run)
   of_leaves = {name: tuple(leaf_spikes(run, name, limits)) for name in names}
   main = names[0] if names else None
@@ -150,7 +151,7 @@ def view_with(
 
 
 def loss_of(run: Run) -> Loss | None:
-  """The loss that is trained."""
+  """The training loss; None if there is none."""
   key = main_loss(run.columns)
   if key is None:
     return None
@@ -160,6 +161,7 @@ def loss_of(run: Run) -> Loss | None:
 
 def before(view: View, step: int, warmup_steps: int | None) -> View:
   """The view of the rows before a step."""
+  # Cut everything off at the step, and keep only events that were over by then.
   run = rows_before(view.run, step)
   loss = view.loss
   if loss is not None:
@@ -171,14 +173,14 @@ def before(view: View, step: int, warmup_steps: int | None) -> View:
 
 
 def views_of(view: View) -> Iterable[View]:
-  """A view of each state; the main one's alone where there are no others."""
+  """One view per judged state, the main state first."""
   yield view
   for name in view.names[1:]:
     yield view._replace(name=name, norms=norms_of_run(view.run, name, view.norms.warmup_steps))
 
 
 def distinct_states(run: Run) -> tuple[str, ...]:
-  """The states that are judged; of those that measure the same, as a watch and the clip after it, one."""
+  """The judged states; of those with equal norms, such as a watch and the clip after it, one."""
   out: dict[str, Floats] = {}
   for name in judged_states(run):
     norms = run.columns[key_of(name, NORM)]
@@ -188,12 +190,13 @@ def distinct_states(run: Run) -> tuple[str, ...]:
 
 
 def _with_leaves(view: View, events: tuple[Event, ...]) -> tuple[Event, ...]:
-  """The events with the leaves that grew most at the first step of each at which norms by leaf are known."""
+  """The events with their leaves: those that grew most at the first step of the event with norms by leaf."""
   out = []
   grew = {name: _grew(view, name, events) for name in view.names}
   for event in events:
     found = [grew[name] for name in _states_of(event) if name in grew]
     inside = view.run.steps[slice(*np.searchsorted(view.run.steps, (event.start, event.end + 1)))].tolist()
+    # First the leaves that grew most, then those whose own spike joined the event.
     steps = [step for step in inside if any(step in by_step for by_step in found)]
     leaves = [grown.leaf for step in steps[:1] for by_step in found if (grown := by_step.get(step)) is not None]
     leaves += [leaf for move in event.moves if (leaf := leaf_of(move.key)) is not None]
@@ -202,7 +205,7 @@ def _with_leaves(view: View, events: tuple[Event, ...]) -> tuple[Event, ...]:
 
 
 def _grew(view: View, name: str, events: tuple[Event, ...]) -> dict[int, Grown]:
-  """The leaf of a state that grew most at each step of the events, by step."""
+  """The leaf of a state that grew most, by step of the events."""
   rows = [np.searchsorted(view.run.steps, ends) for event in events for ends in ((event.start, event.end),)]
   inside = np.concatenate([np.arange(first, last + 1) for first, last in rows]) if rows else np.zeros(0, np.int64)
   return {leaf.step: leaf for leaf in grown(view.run, name, view.run.steps[inside], view.norms.begin)}
