@@ -119,7 +119,7 @@ def test_leaves_that_were_not_recorded_are_no_colour_of_the_map():
   assert drawn.mask[0, :20].all() and not drawn.mask[0, 20:40].any() and not drawn.mask[1, :40].any()
   assert (drawn[1] > high).nonzero()[0].tolist() == [30] and (drawn[1] < low).nonzero()[0].tolist() == [35]
   assert tuple(image.cmap(np.ma.masked)) == (0, 0, 0, 0)
-  assert {line.get_label() for line in figure.axes[0].lines} >= {"not finite", "zero"}
+  assert {line.get_label() for line in figure.axes[0].lines} >= {"nonfinite", "zero"}
 
 
 @pytest.mark.parametrize(

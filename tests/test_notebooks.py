@@ -22,9 +22,9 @@ MOST_LINES, MOST_BYTES = 150, 400_000
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~<>-])/(?:[\w.+-]+/)+[\w.+-]*|\b[A-Z]:\\\w")
 
 
-def read(name, folder=FOLDER):
+def read(name):
   """`(cells of the .py, the .ipynb)`; a missing file is an error."""
-  return jupytext.read(folder / f"{name}.py"), nbformat.read(folder / f"{name}.ipynb", as_version=4)
+  return jupytext.read(FOLDER / f"{name}.py"), nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
 def code_cells(notebook):
@@ -91,9 +91,7 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_notebook_is_a_pair_and_in_the_readme(name):
-  assert (FOLDER / f"{name}.py").is_file()
-  assert (FOLDER / f"{name}.ipynb").is_file()
+def test_notebook_is_in_the_readme(name):
   assert f"notebooks/{name}.ipynb" in README
 
 
@@ -162,14 +160,3 @@ def test_check_fails_on_a_spoiled_pair(check, spoil):
   spoil(text, executed)
   with pytest.raises(AssertionError):
     check(text, executed)
-
-
-@pytest.mark.parametrize("missing", [".py", ".ipynb"])
-def test_pair_without_its_partner_cannot_be_read(missing, tmp_path):
-  text, executed = sound()
-  jupytext.write(text, tmp_path / "a.py", fmt="py:percent")
-  nbformat.write(executed, tmp_path / "a.ipynb")
-  check_agreement(*read("a", tmp_path))
-  (tmp_path / f"a{missing}").unlink()
-  with pytest.raises(FileNotFoundError):
-    read("a", tmp_path)

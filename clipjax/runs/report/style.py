@@ -1,4 +1,4 @@
-"""The style sheet of a page: light and dark, on a screen, on a phone and on paper."""
+"""The style sheet of the page: light and dark, for screens, phones and paper."""
 
 CSS = """
 :root{color-scheme:light dark;--page:#fff;--text:#1f2328;--soft:#59636e;--edge:#d1d9e0;--card:#f6f8fa;--link:#0550ae;
