@@ -633,7 +633,7 @@ ONE_LINE = {
   ),
   "the run for its page": (
     ["report", "run.jsonl", "-o", "run.jsonl"],
-    "the report must be another file than the run, got 'run.jsonl': name one with -o",
+    "the report must not be the file of the run, got 'run.jsonl': name another file with -o",
   ),
   "an unknown family": (
     ["suggest", "run.jsonl", "--model", "gan"],

@@ -1,4 +1,4 @@
-"""The demo and the command line. No test asserts a loss: the text, and with it every loss, changes with Python."""
+"""The demo and its command. No test asserts a loss: the text, and so every loss, changes with Python."""
 
 import errno
 import io
@@ -33,7 +33,7 @@ def runs(reports):
 
 
 def trained(loss, norm, max_norm=1.0):
-  """A run with these series, in which every finite norm above `max_norm` was clipped."""
+  """A run with these series; every finite norm above `max_norm` was clipped."""
   norm = np.array(norm, np.float64)
   with np.errstate(invalid="ignore", divide="ignore"):
     clipped = np.isfinite(norm) & (norm > max_norm)
@@ -64,7 +64,7 @@ WIDE = summary(final=445.9, label="max_norm 0.25", largest_norm=1.366e11, median
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def test_runs_have_a_value_for_every_step_and_differ_in_the_threshold_alone(runs):
+def test_runs_have_a_value_for_every_step_and_differ_only_in_the_threshold(runs):
   unclipped, *clipped = runs
   assert [run.max_norm for run in runs] == list(training.MAX_NORMS)
   for run in runs:
@@ -132,7 +132,7 @@ def test_conclusion_in_full():
   others = [summary(4.851, 11.3), best]
   assert demo.conclusion([free(4.851, 445.9), *others]) == (
     "Clipping helped: the loss fell from 4.85 to 1.75 with max_norm 0.25, and rose from 4.85 to 446 without clipping "
-    "(mean of the last 10 steps). The norm of the unclipped gradient had a median of 0.5 and reached 1,234; with "
+    "(mean of the last 10 steps). Without clipping, the gradient norm had a median of 0.5 and reached 1,234; with "
     "max_norm 0.25, 299 of 300 steps were clipped."
   )
 
@@ -167,7 +167,7 @@ def test_numbers_are_short(x, text):
 
 
 def shown(width, encoding, draw, terminal=True):
-  """The text that `draw(console)` leaves in a console of this width and encoding; what cannot be encoded raises."""
+  """What `draw(console)` prints at this width and encoding; a character that cannot be encoded raises."""
   raw = io.BytesIO()
   file = io.TextIOWrapper(raw, encoding=encoding, newline="")
   draw(Console(file=file, width=width, force_terminal=terminal, color_system=None, markup=False, highlight=False))
@@ -282,7 +282,7 @@ def test_demo_in_ascii_without_a_terminal(tmp_path, monkeypatch, capsys):
   assert run.parameters == 128 * 128 * 3 + 128 * 2
   assert not np.any(run["grad/scale"] != 1)  # It is unclipped.
   suggested = clipjax.runs.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.0, model="rnn")
-  assert str(suggested) in text and "With it, at a rate of 2, the loss went from " in text
+  assert str(suggested) in text and "With this threshold and a rate of 2, the loss went from " in text
   assert f">max_norm = {number(suggested.max_norm)}<" in (out / "clipjax_demo_run.html").read_text()
 
 
@@ -311,6 +311,9 @@ def test_wrong_arguments(option, value, message, capsys):
   assert capsys.readouterr().err.endswith(f"\nclipjax demo: error: argument {option}: {message}\n")
 
 
+OVERWRITE = "the demo would overwrite '{}', which it did not write: name another directory with --out"
+
+
 def refuse(dir):  # A mode would not keep root from writing.
   raise PermissionError(errno.EACCES, "Permission denied", str(dir))
 
@@ -320,8 +323,8 @@ def refuse(dir):  # A mode would not keep root from writing.
   [
     ("clipjax_demo.png/x", "cannot write clipjax_demo.png/x: Not a directory"),
     ("read only", "cannot write read only: Permission denied"),
-    ("run", f"the demo writes 'run/{advice._RECORD}', a file that it did not make: name another folder with --out"),
-    ("page", f"the demo writes 'page/{advice._PAGE}', a file that it did not make: name another folder with --out"),
+    ("run", OVERWRITE.format(f"run/{advice._RECORD}")),
+    ("page", OVERWRITE.format(f"page/{advice._PAGE}")),
   ],
 )
 def test_a_folder_unfit_for_the_files_is_reported_before_the_training(out, line, tmp_path, capsys, monkeypatch):

@@ -91,23 +91,26 @@ def test_every_page_is_whole_and_needs_nothing_else(case, page_of):
   assert page.text.count("Verdict: ") == 1
 
 
+def back(values):
+  return np.array([np.nan if x is None else float(x) for x in values])
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_the_data_are_those_of_the_run(case, page_of):
+def test_the_page_contains_the_data_of_the_run(case, page_of):
   run = CASES[case]()
   got = json.loads(page_of(case).data, parse_constant=pytest.fail)
   assert got["steps"] == run.steps.tolist()
   assert got["omitted"] == []
   assert set(got["columns"]) == set(run.columns)
   for key, values in run.columns.items():
-    back = np.array([np.nan if x is None else x for x in got["columns"][key]], np.float64)
-    np.testing.assert_allclose(back, values, rtol=1e-9 if key == "time" else 5.1e-7, atol=0)
+    np.testing.assert_allclose(back(got["columns"][key]), values, rtol=1e-9 if key == "time" else 5.1e-7, atol=0)
   assert got["nonfinite"] == {key: run.steps[mask].tolist() for key, mask in run.flags.items()}
   assert got["leaves"] == {key: list(names) for key, names in run.leaves.items()}
-  assert set(got["vectors"]) == set(run.vectors)
-  for key, (steps, values) in run.vectors.items():
-    assert got["vectors"][key]["steps"] == steps.tolist()
-    back = np.array([[np.nan if x is None else float(x) for x in row] for row in got["vectors"][key]["values"]])
-    np.testing.assert_allclose(back, values, rtol=5.1e-7)
+  assert {key: vector["steps"] for key, vector in got["vectors"].items()} == {
+    key: steps.tolist() for key, (steps, _) in run.vectors.items()
+  }
+  for key, (_, values) in run.vectors.items():
+    np.testing.assert_allclose([back(row) for row in got["vectors"][key]["values"]], values, rtol=5.1e-7)
   if run.weights is not None:
     np.testing.assert_allclose(got["weights"]["counts"], run.weights[2])
 
@@ -167,18 +170,18 @@ def test_the_words_of_a_run(page_of):
   )
   assert "2026-09-21 14:13 UTC, 37.4 s. Step 1 to 300. Written by clipjax" in page.text
   assert "parameters1,234,567" in page.text
-  assert "Step 152, the first nonfinite step: grad/norm nonfinite.layernorm" in page.text
+  assert "Step 152, the first nonfinite step of grad/norm.layernorm" in page.text
   assert "Not in this report" not in page.text
 
 
-def test_the_head_has_the_optimizer_and_leaves_out_a_time_that_is_none():
+def test_the_head_has_the_optimizer_and_leaves_out_an_invalid_time():
   run = dataclasses.replace(full(20), optimizer=("ScaleByAdamState", "<b>"))
   assert "Optimizer states: ScaleByAdamState, <b>. Written" in judged(run).text
   run.columns["time"][:] = 1e300
   assert "Training run demo.jsonl\nStep 1 to 20. Optimizer" in judged(run).text
 
 
-def test_verdict_and_suggestion_are_those_of_the_library(page_of):
+def test_verdict_and_suggestion_come_from_the_library(page_of):
   run, page = full(), page_of("3 layers")
   findings = clipjax.runs.diagnose(run).findings
   assert findings
@@ -196,7 +199,7 @@ def test_verdict_and_suggestion_are_those_of_the_library(page_of):
   assert f"(suggested){words.percent(suggestion.clip_fraction)}" in page.text
 
 
-def test_the_suggestion_of_the_caller_is_that_of_the_page(tmp_path):
+def test_the_page_shows_the_suggestion_of_the_caller(tmp_path):
   run = full()
   given = clipjax.runs.suggest_max_norm(run, learning_rate=0.1, new_learning_rate=0.8)
   assert given.max_norm != clipjax.runs.suggest_max_norm(run).max_norm
@@ -293,7 +296,7 @@ def test_matplotlib_is_loaded_at_the_call_and_named_where_it_is_missing_and_pypl
   assert (got.stderr, got.stdout) == ("", 2 * missing + "True False\n")
 
 
-def test_clipped_steps_are_those_that_the_clip_counted_where_rows_do_not_tell():
+def test_clipped_steps_are_counted_by_the_clip_or_else_by_rows():
   run = full()
   marked = int(np.sum(run["grad/scale"] < 1))
   assert 0 < marked < 250
@@ -303,7 +306,7 @@ def test_clipped_steps_are_those_that_the_clip_counted_where_rows_do_not_tell():
 
 
 @pytest.mark.parametrize("call", [lambda run, path: clipjax.runs.plot_norms(run), clipjax.runs.write_report])
-def test_a_part_that_cannot_be_imported_is_told_as_it_is(monkeypatch, tmp_path, call):
+def test_an_import_error_inside_the_package_is_passed_on(monkeypatch, tmp_path, call):
   for name in ("figures", "build"):
     monkeypatch.setitem(sys.modules, f"clipjax.runs.report.{name}", None)
     monkeypatch.delattr(f"clipjax.runs.report.{name}", raising=False)

@@ -1,4 +1,4 @@
-"""What the report says and draws of a clip's effect: the section, its figure, and that nothing else takes it up."""
+"""The effect of a clip in the report: its section and figure, and no other part of the page."""
 
 import functools
 import json
@@ -18,7 +18,6 @@ from clipjax.runs.health.events import Event, Move
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.kept import mean_kept
 from clipjax.runs.report import effect, grid
-from clipjax.runs.report.series import Vectors
 from clipjax.runs.roles import judged_states, role_of
 from clipjax.runs.run import Run
 
@@ -29,7 +28,7 @@ NAMES = ("embed", "head", "layers/0/w")
 
 
 def with_effect(run, ratio=0.6, cosine=0.9, grad_ratio=0.5, *, leaves=None, names=NAMES, every=10, name="effect"):
-  """The run with an effect beside; NaN is a step that was not finite. `leaves`: the ratio of each, by row or not."""
+  """The run with an effect; NaN marks a nonfinite step. `leaves`: ratios by leaf, or by row and leaf."""
   n = len(run)
   for quantity, values in (("ratio", ratio), ("cosine", cosine), ("grad_ratio", grad_ratio), ("steps", run.steps)):
     key, column = f"{name}/{quantity}", np.broadcast_to(np.asarray(values, np.float64), n).copy()
@@ -74,7 +73,7 @@ def test_a_run_without_an_effect_has_no_section(run):
   assert effect.effects(shown(run())) == []
 
 
-def test_the_numbers_are_those_after_the_warm_up():
+def test_the_numbers_leave_out_the_warm_up():
   # A tenth of 100 steps is the warm-up, whose numbers would turn every median.
   ratio, cosine = np.full(100, 0.5), np.full(100, 0.8)
   ratio[:10], cosine[:10] = 40.0, -1.0
@@ -93,28 +92,19 @@ def test_the_numbers_are_those_after_the_warm_up():
   assert "Adam" in section_of(page)
 
 
+KEEPS = "keeps the smallest part of its step"
+
+
 @pytest.mark.parametrize(
   ("leaves", "said"),
   [
     ([1.0, 0.97, 1.04], "On average every leaf keeps its step to within 5%."),
     ([0.6, 0.6, 0.6], "Every leaf keeps the same part of its step, 60% on average."),
-    (
-      [0.6, 1.01, 1.0],
-      "embed keeps the smallest part of its step, 60% on average. The step of no leaf grows by more than 5% (median).",
-    ),
-    (
-      [1.0, 2.5, 1.0],
-      "No leaf loses more than 5% of its step on average. The step of head grows most, 2.5 times (median).",
-    ),
-    (
-      [0.0, 1.0, MOST],
-      "embed keeps the smallest part of its step, 0% on average. layers/0/w would not move without the clip.",
-    ),
+    ([0.6, 1.01, 1.0], f"embed {KEEPS}, 60% on average. The step of no leaf grows by more than 5% (median)."),
+    ([1.0, 2.5, 1.0], "No leaf loses more than 5% of its step on average. The step of head grows most, 2.5 times"),
+    ([0.0, 1.0, MOST], f"embed {KEEPS}, 0% on average. layers/0/w would not move without the clip."),
     ([np.nan, np.nan, np.nan], "No leaf has a finite ratio after the warm-up."),
-    (
-      [np.nan, 1.0, 0.5],
-      "layers/0/w keeps the smallest part of its step, 50% on average. The step of no leaf grows by more than 5%",
-    ),
+    ([np.nan, 1.0, 0.5], f"layers/0/w {KEEPS}, 50% on average. The step of no leaf grows by more than 5% (median)."),
   ],
 )
 def test_leaves_in_words(leaves, said):
@@ -139,7 +129,7 @@ def test_rows_of_a_spike_do_not_count_more_than_others():
   order = np.argsort(np.append(steps, at), kind="stable")
   run.vectors["effect/ratio"] = np.append(steps, at)[order], np.concatenate([values, low])[order]
   kept = (174 * 0.8 + 6 * 0.01) / 180
-  assert f"embed keeps the smallest part of its step, {100 * kept:.3g}% on average" in sections_of(run).alt(TITLE)
+  assert f"embed {KEEPS}, {100 * kept:.3g}% on average" in sections_of(run).alt(TITLE)
 
 
 def test_each_step_counts_as_the_row_that_was_clipped_as_much():
@@ -205,32 +195,19 @@ def test_ratios_without_a_place_on_the_axis_are_marks_at_its_edge_and_cells_of_a
   assert set(labels(axes)) >= {"nonfinite", "zero"}
 
 
-def test_a_cell_of_many_has_what_is_farthest_from_1():
-  steps = np.arange(1, 1001)
-  values = np.ones((1000, 2))
-  values[500, 0], values[700, 1] = 0.01, 50.0
-  values[501, 0], values[701, 1] = 5.0, 0.1
-  found = Vectors(steps, np.log10(values), ("a", "b"))
-  cells = grid.time_grid(found, grid.steps_of(steps), 50, combine=grid.farthest).values
-  np.testing.assert_allclose(cells.min(1), [-2, 0], atol=1e-12)
-  np.testing.assert_allclose(cells.max(1), [0, np.log10(50)], atol=1e-12)
-  names = tuple(f"w[{i}]" for i in range(1000))
-  lines = grid.by_depth(names, np.log10(values[:, :1]), 100, combine=grid.farthest).values[:, 0]
-  np.testing.assert_allclose(lines, np.where(np.arange(100) == 50, -2, 0), atol=1e-12)
-  some = np.array([[np.nan, 1.0], [np.nan, -np.inf], [np.nan, np.nan]])
-  np.testing.assert_array_equal(grid.farthest(some, np.array([0])), [[np.nan, -np.inf]])
-
-
-def test_one_short_step_of_a_long_run_is_drawn():
+def test_one_short_or_long_step_of_a_long_run_is_drawn():
   values = np.ones((3000, 1))
-  values[1234], values[1235] = 0.02, 3.0
+  values[1234:1236, 0], values[2345:2347, 0] = (0.02, 3.0), (50.0, 0.5)  # In one cell each, the farther from 1 counts.
   ratio = np.exp(np.random.default_rng(0).normal(0, 0.1, 3000))
   figure = drawn(with_effect(make(np.ones(3000)), ratio, leaves=values, names=("w",), every=1))
   (image,) = panel(figure, LEAVES).images
-  assert image.get_array().shape[1] < 500
-  assert image.get_array().min() == pytest.approx(np.log10(0.02))
+  cells = image.get_array()
+  assert cells.shape[1] < 500
+  assert (cells.min(), cells.max()) == (pytest.approx(np.log10(0.02)), pytest.approx(np.log10(50.0)))
   line = curve(panel(figure, LENGTH), "step")
   assert line.size < 2000 and (line.min(), line.max()) == (ratio.min(), ratio.max())
+  some = np.array([[np.nan, 1.0], [np.nan, -np.inf], [np.nan, np.nan]])
+  np.testing.assert_array_equal(grid.farthest(some, np.array([0])), [[np.nan, -np.inf]])
 
 
 def test_a_starved_layer_of_a_deep_stack_is_drawn():
@@ -241,7 +218,7 @@ def test_a_starved_layer_of_a_deep_stack_is_drawn():
   (image,) = panel(drawn(run), LEAVES).images
   assert image.get_array().min() == pytest.approx(np.log10(0.02))
   page = sections_of(run)
-  assert "blocks/w[1234] keeps the smallest part of its step, 2% on average" in page.alt(TITLE)
+  assert f"blocks/w[1234] {KEEPS}, 2% on average" in page.alt(TITLE)
   assert "farthest from 1 among 6 neighbours" in section_of(page)
 
 
@@ -288,7 +265,7 @@ def test_odd_runs_have_a_whole_section(case, steps):
 
 
 @pytest.mark.parametrize("name", ["effect", "update"])
-def test_an_effect_is_no_gradient_and_its_ratio_none_of_updates_to_parameters(name):
+def test_an_effect_is_neither_a_gradient_nor_a_ratio_of_updates(name):
   run = with_effect(make(np.ones(50)), leaves=[0.5, 1.0, 2.0], name=name)
   assert effect_names(run) == [name]
   assert judged_states(run) == ["grad"]
@@ -316,24 +293,18 @@ def test_a_run_of_an_effect_alone_has_its_section_and_no_norm():
 # A recorded run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def heavy():
-  """An effect and gradients of two leaves, of which one is 100 times as large at every third step."""
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_page_of_a_recorded_run_says_what_its_file_says(tmp_path):
+  # One of two gradients is 100 times as large at every third step.
   tx = clipjax.clip_effect(clipjax.clip_by_global_norm(3.0), optax.sgd(0.1))
   params = {"even": jnp.ones(8), "heavy": jnp.ones(8)}
   draws = np.random.default_rng(1).standard_normal((60, 2, 8)).astype(np.float32)
   draws[::3, 1] *= 100
-  return tx, params, {"even": jnp.array(draws[:, 0]), "heavy": jnp.array(draws[:, 1])}
-
-
-@pytest.mark.usefixtures("standard_promotion")
-def test_the_page_of_a_recorded_run_says_what_its_file_says(heavy, tmp_path):
-  tx, params, grads = heavy
   state, update = tx.init(params), jax.jit(tx.update)
   with clipjax.runs.Recorder(tmp_path / "run.jsonl", every=1) as recorder:
-    for i in range(60):
-      _, state = update(jax.tree.map(lambda x, i=i: x[i], grads), state, params)
-      recorder.push(i + 1, state, loss=1.0)
+    for step, (even, heavy) in enumerate(draws, 1):
+      _, state = update({"even": jnp.array(even), "heavy": jnp.array(heavy)}, state, params)
+      recorder.push(step, state, loss=1.0)
   run = clipjax.runs.read_run(tmp_path / "run.jsonl")
   words = sections_of(run).alt(TITLE)
   begin = clipjax.runs.diagnose(run).warmup_steps
@@ -342,17 +313,3 @@ def test_the_page_of_a_recorded_run_says_what_its_file_says(heavy, tmp_path):
   kept = np.minimum(run["effect/ratio/even"][begin:], 1).mean()
   assert 0.3 < kept < 0.9
   assert f"keeps the same part of its step, {100 * kept:.3g}% on average" in words
-
-
-@pytest.mark.usefixtures("standard_promotion")
-def test_a_run_out_of_a_scan_has_the_leaves_of_an_effect(heavy):
-  tx, params, grads = heavy
-
-  def step(state, grad):
-    _, state = tx.update(grad, state, params)
-    return state, clipjax.metrics(state, per_leaf=True)
-
-  run = Run.from_arrays(jax.lax.scan(step, tx.init(params), grads)[1])
-  assert run.leaves["effect"] == ("even", "heavy")
-  assert {"effect/ratio", "effect/cosine", "effect/share"} <= set(run.vectors)
-  assert not any(key.startswith(("effect/cosine/", "effect/share/")) for key in run.columns)

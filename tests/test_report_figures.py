@@ -51,40 +51,25 @@ def test_a_spike_of_one_step_in_many_is_drawn():
 
 
 NAN = np.nan
+SKIPPED = {"grad/steps": [1, 2, 2, 3], "skip/consecutive": [0, 0, 1, 0], "skip/norm": [1, 3, 400, 1.5]}
+MULTI = {"grad/steps": [0, 1, 1, 2], "skip/consecutive": [0, 0, 0, 0], "skip/norm": [2, 4, 7, 3]}
+WATCHED = {"grad/max_norm": [2, NAN, NAN, 4], "grad/scale": [1, NAN, NAN, 0.5]}
 
 
 @pytest.mark.parametrize(
-  ("norm", "columns", "clipped", "seen", "rejected"),
+  ("norm", "columns", "seen", "clipped", "rejected"),
   [
     # With a scale, and without one by the threshold.
-    ([1, 3, 5, 1], {"grad/scale": [1, 0.5, NAN, NAN]}, [0, 1, 1, 0], [1, 3, 5, 1], [0, 0, 0, 0]),
+    ([1, 3, 5, 1], {"grad/scale": [1, 0.5, NAN, NAN]}, [1, 3, 5, 1], [0, 1, 1, 0], [0, 0, 0, 0]),
     # A rejected step has the norm that skip_steps saw.
-    (
-      [1, 3, 3, 1.5],
-      {"grad/steps": [1, 2, 2, 3], "skip/consecutive": [0, 0, 1, 0], "skip/norm": [1, 3, 400, 1.5]},
-      [0, 1, 0, 0],
-      [1, 3, 400, 1.5],
-      [0, 0, 1, 0],
-    ),
+    ([1, 3, 3, 1.5], SKIPPED, [1, 3, 400, 1.5], [0, 1, 0, 0], [0, 0, 1, 0]),
     # As of optax.MultiSteps inside skip_steps: a step that only adds to a larger one is neither rejected nor clipped.
-    (
-      [0, 3, 3, 5],
-      {"grad/steps": [0, 1, 1, 2], "skip/consecutive": [0, 0, 0, 0], "skip/norm": [2, 4, 7, 3]},
-      [0, 1, 0, 1],
-      [NAN, 3, NAN, 5],
-      [0, 0, 0, 0],
-    ),
-    # A norm out of the history of a watch is compared with the threshold of the next push.
-    (
-      [1, 5, 1, 9],
-      {"grad/max_norm": [2, NAN, NAN, 4], "grad/scale": [1, NAN, NAN, 0.5]},
-      [0, 1, 0, 1],
-      [1, 5, 1, 9],
-      [0, 0, 0, 0],
-    ),
+    ([0, 3, 3, 5], MULTI, [NAN, 3, NAN, 5], [0, 1, 0, 1], [0, 0, 0, 0]),
+    # A norm from the history of a watch is compared with the threshold of the next push.
+    ([1, 5, 1, 9], WATCHED, [1, 5, 1, 9], [0, 1, 0, 1], [0, 0, 0, 0]),
   ],
 )
-def test_norms_with_what_was_clipped_and_rejected(norm, columns, clipped, seen, rejected):
+def test_norms_with_what_was_clipped_and_rejected(norm, columns, seen, clipped, rejected):
   run = make(norm)
   run.columns.update({key: np.array(values, np.float64) for key, values in columns.items()})
   found = series.norm_series(run, "grad")
@@ -99,7 +84,7 @@ def test_time_of_a_step_and_throughput():
   assert (steps.tolist(), seconds.tolist()) == ([2, 4], [0.5, 0.5])  # Two steps in a second; a clock set back.
 
 
-def test_the_time_of_a_step_is_that_of_parts_of_the_run():
+def test_the_step_time_is_a_median_over_parts_of_the_run():
   # Pushes come in pairs, 1 ms apart, as the host waits for the device at every other step; a step takes 0.5 s.
   time = np.arange(1001) * 0.5
   time[1::2] -= 0.499
@@ -151,18 +136,21 @@ def test_a_run_without_a_finite_norm_has_no_histogram():
 
 
 @pytest.mark.parametrize(
-  ("names", "want"),
+  ("shorten", "names", "want"),
   [
-    (("p/l0/w", "p/l1/w"), ("l0", "l1")),
-    (("p/l0/w", "p/l1/b"), ("l0/w", "l1/b")),
-    (("a/a", "a/a"), ("a", "a")),
-    (("a", "a/b"), ("a", "a/b")),
-    (("a/b",), ("a/b",)),
-    ((), ()),
+    (series.without_common, ("p/l0/w", "p/l1/w"), ("l0", "l1")),
+    (series.without_common, ("p/l0/w", "p/l1/b"), ("l0/w", "l1/b")),
+    (series.without_common, ("a/a", "a/a"), ("a", "a")),
+    (series.without_common, ("a", "a/b"), ("a", "a/b")),
+    (series.without_common, ("a/b",), ("a/b",)),
+    (series.without_common, (), ()),
+    (series.without_last, ("a/kernel", "a/bias", "b/kernel"), ("a/kernel", "a/bias", "b")),
+    (series.without_last, ("a/b", "a"), ("a/b", "a")),
+    (series.without_last, ("a",), ("a",)),
   ],
 )
-def test_labels_leave_out_what_all_share(names, want):
-  assert series.without_common(names) == want
+def test_labels_leave_out_what_tells_nothing(shorten, names, want):
+  assert shorten(names) == want
 
 
 @pytest.mark.parametrize(

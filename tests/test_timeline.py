@@ -32,7 +32,7 @@ def event(start=151, end=152, **kwargs):
 
 
 def drawn(run, findings=(), events=(), width=report_axes.WIDE, axis=None):
-  """The timeline, whose axes have the places that they have in the page."""
+  """The timeline, laid out as in the page."""
   figure = timeline(course.timeline_of(shown(run, findings, events, 0)), axis or steps_of(run.steps), width)
   FigureCanvasAgg(figure).draw()
   return figure
@@ -43,11 +43,9 @@ def titles(figure):
 
 
 def rings_of(axes):
-  return [
-    (line.get_xdata()[0], line.get_ydata()[0])
-    for line in axes.lines
-    if line.get_fillstyle() == "none" and len(line.get_xdata())
-  ]
+  """The place of each line of rings."""
+  rings = [line for line in axes.lines if line.get_fillstyle() == "none" and len(line.get_xdata())]
+  return [(*line.get_xdata(), *line.get_ydata()) for line in rings]
 
 
 def bold(axes):
@@ -60,16 +58,6 @@ def bold(axes):
 def said(findings, events=()):
   """The first screen without its tags."""
   return re.sub("<[^>]*>", "", happened.first_screen(HealthReport(tuple(findings), "", 300, 0, tuple(events))))
-
-
-def test_the_page_begins_with_what_happened_and_what_to_do():
-  begin = judged(full(), [DIVERGED, SPIKE, INFO], [event()]).text.split("Timeline")[0]
-  first, second = (
-    "FAIL The loss left at step 200.What to do: Go back.Marked in the timeline as diverged.",
-    "WARN The norm rose 50 times at step 151.What to do: Leave out batch 7.Marked in the timeline as 1.",
-  )
-  assert begin.index(first) < begin.index(second) < begin.index("steps300")
-  assert "p50 1." not in begin and "No problem" not in begin
 
 
 MANY = [Finding("WARN", f"name-{i}", f"message {i}") for i in range(5)]
@@ -92,9 +80,16 @@ def test_the_first_screen_has_three_findings_with_what_they_are_marked_with(find
   assert said(findings, events).endswith(text)
 
 
-def test_the_verdict_has_all_findings_and_a_link_to_it():
-  page = judged(run_of({"loss": [1.0, 2.0]}), MANY)
-  assert all(f"message {i}" in page.text.split("Verdict: 0 FAIL, 5 WARN, 0 INFO")[1] for i in range(5))
+def test_the_page_begins_with_what_happened_and_ends_with_the_whole_verdict():
+  page = judged(full(), [DIVERGED, SPIKE, *MANY, INFO], [event()])
+  begin, verdict = page.text.split("Timeline")[0], page.text.split("Verdict: 1 FAIL, 6 WARN, 1 INFO")[1]
+  first, second = (
+    "FAIL The loss left at step 200.What to do: Go back.Marked in the timeline as diverged.",
+    "WARN The norm rose 50 times at step 151.What to do: Leave out batch 7.Marked in the timeline as 1.",
+  )
+  assert begin.index(first) < begin.index(second) < begin.index("see the whole verdict") < begin.index("steps300")
+  assert "p50 1." not in begin and "No problem" not in begin
+  assert all(one.message in verdict for one in (DIVERGED, SPIKE, *MANY, INFO))
   assert '<a href="#verdict">' in page.source and '<h2 id="verdict">' in page.source
 
 
@@ -266,7 +261,7 @@ def test_a_long_run_has_a_close_up_around_what_is_said_first():
   assert "Marked: 1 at step 5,000, grad/norm 50, 50 times the usual 1." in page.alt("The same panels")
 
 
-def test_a_close_up_draws_its_steps_alone():
+def test_a_close_up_draws_only_its_steps():
   run = full(2000)
   figure = drawn(run, [SPIKE], [event(1001, 1002)], axis=Steps(941, 1062, 1.0))
   low, high = panel(figure, "Loss").get_xlim()
@@ -307,7 +302,7 @@ MOVES = "grad/norm 50, 50 times the usual 1; loss 9, 4.5 times the usual 2, 1 st
     ),
   ],
 )
-def test_a_row_says_what_moved_first_and_how_far_where_and_how_it_ended(told, row):
+def test_a_row_says_what_moved_how_far_where_and_how_it_ended(told, row):
   assert rows_of(told) == [row]
 
 

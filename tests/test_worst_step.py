@@ -1,4 +1,4 @@
-"""The worst step of a report: which it is, by its number as it was pushed, and its layers."""
+"""The worst step of a report: which step it is, by its pushed number, and its layers."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def worst(run, *args):
 
 
 def watched(steps, counts, worst, norm, rows, values):
-  """A run of a watch that recorded norms by leaf at its worst step alone, in these rows."""
+  """A run of a watch that recorded norms by leaf only at its worst step, in these rows."""
   columns = {"grad/norm": norm, "grad/steps": counts, "grad/worst_step": worst}
   at = np.array(rows), np.array(values, np.float64)
   return run_of(columns, steps=steps, leaves={"grad": ("a", "b")}, vectors={"grad/worst_norm": at})
@@ -35,7 +35,7 @@ def layers(run):
   ("recorded", "worst"),
   [
     (([100, 200, 300], [1, 2, 3], [1, 2, 2], [1, 9, 2], [100, 300], [[1, 0], [8, 4]]), (200, 9.0, AB)),
-    # By the number of the step alone, none would be found, or that of another step.
+    # A search by the number of the step would find no step or another one.
     (([2, 3, 4], [1, 2, 3], [1, 1, 1], [1, 9, 2], [2, 4], [[1, 0], [1, 0]]), (3, 9.0, ())),
     (([2, 3, 4], [11, 12, 13], [2, 2, 2], [9, 1, 2], [2, 4], [[1, 0], [1, 0]]), (2, 9.0, ())),
     # The worst step may be one out of the history of a watch.
@@ -118,8 +118,8 @@ def test_layers_are_ordered_by_how_far_they_moved():
   assert [layer.times for layer in worst(run, (event(31, 95),)).layers] == [30.0, 1.0, 1.0]
 
 
-def test_the_worst_step_of_the_page_is_that_of_the_finding():
+def test_the_page_shows_the_worst_step_of_the_finding():
   run = make([1.0, 50.0, 1.0], bad=[0], names=("a", "b"), every=1)
   finding = Finding("FAIL", "nonfinite", "m", steps=(1,))
-  assert "Step 1, the first nonfinite step: grad/norm nonfinite.layernormanonfinite" in judged(run, [finding]).text
+  assert "Step 1, the first nonfinite step of grad/norm.layernormanonfinite" in judged(run, [finding]).text
   assert "Step 2, the largest norm" in judged(run, [finding._replace(name="nonfinite-dropped")]).text

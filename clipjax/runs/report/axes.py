@@ -76,6 +76,7 @@ def line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> No
   """Draws a thinned line, with dots if points are few, and at a point between two gaps."""
   kept = thin(values, bins)
   x, y = steps[kept], values[kept]
+  # A point between two gaps has no line: it needs a dot.
   alone = np.isfinite(y)
   alone[1:] &= ~np.isfinite(y[:-1])
   alone[:-1] &= ~np.isfinite(y[1:])
@@ -108,6 +109,7 @@ def log_axis(axes: Axes, values: Floats, which: str = "y", most: int = 7) -> Non
   """Sets a log axis around the finite values, at least a factor of 4 wide; without any, it says so and has no ticks."""
   known = values[np.isfinite(values) & (values > 1e-306)]  # Quotients and powers of 10 are unreliable below.
   low, high = (float(known.min()), float(known.max())) if known.size else (0.1, 10.0)
+  # 6% of the range on both sides, at least a factor of 2.
   room = max(2.0, (high / low) ** 0.06) if math.isfinite(high / low) else 1e3
   low, high = max(low / room, 1e-307), min(high * room, 1e307)
   axis = getattr(axes, f"{which}axis")
@@ -137,6 +139,7 @@ def plain_axis(axes: Axes, values: Floats, *, is_from_zero: bool = False) -> Non
 def ticks(low: float, high: float, most: int) -> list[float]:
   """At most `most` ticks between two log10: at 1, 2 and 5 of each decade on a short axis, else at decades."""
   decades = np.arange(math.floor(low), math.ceil(high) + 1)
+  # 1, 2 and 5 of each decade; if these are too many, decades; if these are too many, every second, third, ...
   places = [i + j for i in decades.tolist() for j in (0, math.log10(2), math.log10(5)) if low <= i + j <= high]
   if len(places) > most:
     places = [i for i in decades.tolist() if low <= i <= high]

@@ -28,6 +28,7 @@ _MOST_NAMED = 5
 def timeline_of(shown: Shown) -> Timeline:
   """Collects what the timeline draws."""
   run, events = shown.run, list(numbered(shown.report.events).values())  # Only these get rings.
+  # Norms of updates or, without a record of them, their ratios to the parameters.
   updates, is_norm = _updates(run, events)
   layers = []
   for series in shown.norms[:_MOST_STATES]:
@@ -70,6 +71,7 @@ def course(shown: Shown) -> list[Section]:
   found, steps = timeline_of(shown), shown.run.steps
   out: list[Section] = []
   if found.losses or found.rates or found.scales or found.norms or found.updates:
+    # One axis for all panels, on which simultaneous changes line up.
     axis = steps_of(steps)
     draw = partial(timeline, found, axis)
     out.append(section("Timeline", draw, _words(shown, found), _caption(shown, found)))
@@ -176,6 +178,7 @@ def norm_words(series: NormSeries) -> str:
   """The norm of a state in words, with the percentiles of the verdict."""
   after = f" after the warm-up, from step {series.begin:,}" if series.steps[0] < series.begin else ""
   said = [f"{series.key}{after}: {distribution(series.typical)}."]
+  # The threshold: none, constant, or its range and its last value.
   limits = series.limit[np.isfinite(series.limit)]
   what = "Smallest threshold of any leaf or group" if series.by_block else "Threshold"
   if not limits.size:
@@ -206,6 +209,7 @@ def _layer_words(key: str, found: Vectors) -> str:
     least, most = (f"{number(middle[i])} in {short(found.names[i], 60)}" for i in (low, high))
     said.append(f"Smallest median {least}, largest {most}.")
   bad = np.flatnonzero(np.isinf(found.values).any(axis=0))
+  # Stacked layers are summarized by depth, others named one by one.
   if len(in_stacks(found.names)) < len(found.names):
     names = several([found.names[i] for i in bad], found.names)
   else:

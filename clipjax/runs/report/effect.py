@@ -100,6 +100,7 @@ def picture_of(shown: Shown, name: str) -> Picture | None:
   ratio, cosine, gradient = (
     np.where(seen, _unbounded(column(run, key_of(name, quantity))), np.nan) for quantity in (RATIO, COSINE, GRAD_RATIO)
   )
+  # The recorder stores nonfinite numbers as flags, so a flag without a number is a nonfinite step.
   bad = flag(run, key) & seen
   if not (bad | ~np.isnan(ratio)).any():
     return None
@@ -133,6 +134,7 @@ def figure(found: Picture, width: float = WIDE) -> Figure:
 def _draw_ratios(found: Picture, axes: Axes, axis: Steps, width: float) -> None:
   """Ratios of step and gradient on a log axis with a line at 1; marks at its edges for values that it cannot show."""
   bins, steps = bins_of(width), found.steps
+  # At 1 the clip changes nothing; the gradient's line shows how much the clip scaled it.
   step, gradient = positive(found.ratio), positive(found.gradient)
   axes.axhline(1.0, color=ink(), linestyle=DASHES[1], linewidth=1.0)
   if steps[0] < found.begin <= steps[-1]:
@@ -189,7 +191,7 @@ def _global_words(found: Picture) -> list[str]:
 
 
 def _leaf_words(found: Picture, named: Callable[[str], str]) -> list[str]:
-  """Which leaf keeps the smallest part of its step, and whose step grows most; nothing for a single leaf."""
+  """Names the leaf that keeps the smallest part of its step, and the one whose step grows most; empty for one leaf."""
   if found.leaves is None or len(found.leaves.names) == 1:
     return []
   names, late = found.leaves.names, found.leaves.steps >= found.begin
@@ -198,6 +200,7 @@ def _leaf_words(found: Picture, named: Callable[[str], str]) -> list[str]:
     return ["No leaf has a finite ratio after the warm-up."]
   # Rows at spikes are over-represented, so each step counts as the row that was clipped as much.
   kept, length = mean_kept(values, found.gradient[at], found.gradient[found.late]), medians(values)
+  # The two extremes: the leaf that the clip holds back most, and the leaf whose step it makes longer.
   low, high = int(np.nanargmin(kept)), int(np.nanargmax(length))
   is_short, is_long = kept[low] < 1 - SAME, length[high] > 1 + SAME
   if not is_short and not is_long:

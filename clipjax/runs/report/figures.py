@@ -112,10 +112,12 @@ def ratios(total: tuple[Ints, Floats], found: Vectors | None, band: tuple[float,
 def weights(steps: Ints, edges: Floats, counts: Floats, width: float = WIDE) -> Figure:
   """The distribution of log10 |weight| at the first, the middle and the last recorded step."""
   figure, axes = figure_of(width, 2.8)
+  # The last recording first: it gets the strongest colour.
   shown = sorted({0, len(steps) // 2, len(steps) - 1}, reverse=True)
   for at, colour, dash in zip(shown, (BLUE, ORANGE, GREY), DASHES, strict=False):
     portion = counts[at] / max(counts[at].sum(), 1)
     axes.stairs(100 * portion, edges, color=colour, linestyle=dash, linewidth=1.6, label=f"step {steps[at]:,}")
+  # Show the bins that were ever used, and one on each side.
   used = np.flatnonzero(counts.sum(axis=0))
   if used.size:
     axes.set_xlim(edges[max(used[0] - 1, 0)], edges[min(used[-1] + 2, edges.size - 1)])

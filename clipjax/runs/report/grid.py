@@ -105,6 +105,7 @@ def _row_for(steps: Ints, places: Floats, alone: Bools | None) -> Ints:
 
   The row is at most half a gap away, with no other row between: a row after a jump says nothing about steps before it.
   """
+  # Of the rows on both sides of a place, take the nearer one that is regular and near enough.
   regular, gap = rhythm(steps, alone)
   after = np.searchsorted(steps, places)
   near = []
@@ -128,6 +129,7 @@ def rhythm(steps: Ints, alone: Bools | None = None) -> tuple[Bools, int]:
   if steps.size < 2:
     return np.zeros(steps.size, np.bool_), 1
   first, last = int(steps[0]), int(steps[-1])
+  # Try the distances from the first row to later ones, the smallest first.
   for gap in (steps[1:_CANDIDATES] - first).tolist():
     count = (last - first) // gap + 1
     if count < _CHAIN:
@@ -184,6 +186,7 @@ class Depth(NamedTuple):
 
 def by_depth(names: tuple[str, ...], values: Floats, most: int, *, combine: Combine = greatest) -> Depth:
   """Reduces values (L, columns) to about `most` lines: neighbouring layers of a stack share one."""
+  # Merge as many neighbours as needed; a line never crosses from one stack to the next.
   stacks = in_stacks(names)
   per = math.ceil(len(names) / most)
   firsts = [range(stack.start, stack.start + stack.size, per) for stack in stacks]

@@ -111,12 +111,14 @@ def worst_of(run: Run, series: NormSeries, report: HealthReport) -> str:
   worst = worst_step(run, series, report.events, applied)
   if worst is None:
     return ""
-  is_finite = math.isfinite(worst.norm)
-  which = "the largest norm" if is_finite else "the first nonfinite step"
-  if is_finite and worst.norm < np.nanmax(series.norm):
-    which = "the largest norm in an event that reached the parameters"
-  size = number(worst.norm) if is_finite else "nonfinite"
-  body = f"<p>Step <strong>{worst.step:,}</strong>, {which}: {code(series.key)} {size}.</p>"
+  key = code(series.key)
+  if not math.isfinite(worst.norm):
+    said = f"the first nonfinite step of {key}"
+  elif worst.norm < np.nanmax(series.norm):
+    said = f"the largest norm in an event that reached the parameters: {key} {number(worst.norm)}"
+  else:
+    said = f"the largest norm: {key} {number(worst.norm)}"
+  body = f"<p>Step <strong>{worst.step:,}</strong>, {said}.</p>"
   if worst.layers:
     return body + _layer_table(worst.layers)
   if series.rejected[run.steps == worst.step].any():

@@ -70,6 +70,7 @@ def draw_over_usual(
     return
   rings = [(step, layer) for step, layer in rings if axis.first <= step <= axis.last]
   grid = time_grid(over, axis, _columns(width), alone)
+  # Colours are symmetric around the usual norm, and reach as far as the data within fixed bounds.
   log = np.log10(positive(grid.values))
   most = float(np.clip(np.abs(log[np.isfinite(log)]).max(initial=0.0), _LEAST, _MOST))
   _draw(axes, found, grid, np.clip(log, -most, most), (-most, most), _AROUND, "times the usual norm", width, rings)
@@ -80,7 +81,7 @@ def _draw_norms(axes: Axes, found: Vectors, axis: Steps, width: float, alone: Bo
   log = np.log10(positive(grid.values))
   known = log[np.isfinite(log)]
   low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
-  if high - low < 0.1:
+  if high - low < 0.1:  # Equal norms would make noise look like structure.
     low, high = low - 0.5, high + 0.5
   _draw(axes, found, grid, log, (low, high), mpl.colormaps["viridis"], "norm", width)
 
@@ -117,6 +118,7 @@ def _draw(
   low, high = limits
   is_bad, is_zero = np.isinf(grid.values), grid.values == 0
   log[is_zero], log[is_bad] = low - 1, high + 1
+  # Stacked layers share lines if there are more than a screen can show.
   depth = by_depth(found.names, log, MOST_LINES, combine=combine)
   image = axes.imshow(
     np.ma.masked_invalid(depth.values),
@@ -129,6 +131,7 @@ def _draw(
   )
   axes.set_facecolor("none")
   axes.grid(visible=False)
+  # Layers that an event names get a ring and a bold label.
   names = without_common(without_last(found.names))
   named = {int(depth.lines[layer]): names[layer] for _, layer in rings}
   _label_layers(axes, depth, height_of(found, width), width, named)

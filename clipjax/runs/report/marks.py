@@ -46,6 +46,7 @@ def numbered(events: Sequence[Event]) -> dict[int, Event]:
 
 def marks_of(events: Sequence[Event], findings: Sequence[Finding]) -> list[Mark]:
   """The marks of all events, numbered ones first, then of each FAIL and WARN that begins at a step."""
+  # Events without a number keep their line and band, but have no label.
   known = numbered(events)
   out = [Mark(str(i), event.start, event.end, _fate(event)) for i, event in known.items()]
   chosen = set(map(id, known.values()))
@@ -67,6 +68,7 @@ def told_by(finding: Finding, events: dict[int, Event]) -> list[int]:
 
 def inside(events: Sequence[Event], steps: Ints) -> Bools:
   """Which of the ascending `steps` lie in an event, as a mask."""
+  # Steps ascend, so each event is one slice.
   out = np.zeros(steps.size, np.bool_)
   for event in events:
     first, last = np.searchsorted(steps, [event.start, event.end + 1])
@@ -79,6 +81,7 @@ def focus(events: Sequence[Event], findings: Sequence[Finding], steps: Ints) -> 
 
   None if nothing is marked, or if the run is hardly longer than the close-up.
   """
+  # Findings are ordered by severity, and the page begins with the first.
   found = [finding for finding in findings if finding.level != "INFO" and finding.steps]
   if found:
     start = found[0].steps[0]

@@ -60,12 +60,14 @@ def code(value: object) -> str:
 
 def source(value: str) -> str:
   """The source of a rule, as a link only if this package knows it: a name in a run may look like an address."""
+  # Only an exact match becomes a link; a lookalike stays text.
   found = BY_TEXT.get(value)
   return text(value) if found is None else f'<a href="{text(found.address)}">{text(found.title)}</a>'
 
 
 def figure(draw: Callable[[float], Figure], alt: str, caption: str) -> str:
   """A figure for a screen and one for a phone, each with the alt text, over a caption of HTML."""
+  # The style sheet hides one of the two; a figure scaled to a phone would be unreadable.
   images = []
   for kind, width in (("wide", axes.WIDE), ("narrow", axes.NARROW)):
     images.append(f'<div class="{kind}">{svg(draw, width, alt)}</div>')
@@ -81,6 +83,7 @@ def svg(draw: Callable[[float], Figure], width: float, alt: str) -> str:
     warnings.filterwarnings("ignore", "Glyph .* missing from")
     out = io.StringIO()
     draw(width).savefig(out, format="svg", metadata={"Date": None})
+  # Strip matplotlib's XML header, metadata and style sheet; keep the drawing.
   source = out.getvalue()
   (box,) = re.findall(r'<svg [^>]*viewBox="([\d. ]+)"', source)
   body = source[source.index("</metadata>") + len("</metadata>") : source.rindex("</svg>")]

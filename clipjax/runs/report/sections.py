@@ -107,6 +107,7 @@ def _layers(shown: Shown, name: str) -> list[Section]:
 def _ratios(run: Run, band: tuple[float, float]) -> Section:
   title, key = "Size of the updates", update_ratio(run)
   total, found = (np.zeros(0), None) if key is None else (column(run, key), vectors(run, key))
+  # The ratio over all parameters or, if only layers were recorded, theirs.
   by_layer = np.zeros(0) if found is None else found.values[found.values > 0]
   known = total[total > 0] if (total > 0).any() else by_layer
   if not known.size:
@@ -138,6 +139,7 @@ def _weights(run: Run) -> Section:
   if run.weights is None or not run.weights[2].sum():
     return Missing(title, f"pass the parameters to push: {code('recorder.push(step, opt_state, params=params)')}.")
   steps, edges, counts = run.weights
+  # Only a histogram was recorded: its median is the centre of the bin that holds it.
   centres = (edges[1:] + edges[:-1]) / 2
   middle = [number(10 ** centres[np.searchsorted(row.cumsum(), row.sum() / 2)]) for row in counts[[0, -1]]]
   alt = f"Histogram of log10 of the size of the weights at {steps.size:,} recorded steps: median about {middle[0]} at "
@@ -151,6 +153,7 @@ def _speed(run: Run, found: Speed | None) -> Section:
   if found is None:
     return Missing(title, f"call {code('recorder.push')} at least twice.")
   steps, seconds = seconds_per_step(run)
+  # One panel for the step time, and one for each recorded amount, such as tokens.
   panels = [("ms per step", steps, 1e3 * seconds, 1e3 * found.step_time)]
   time = column(run, TIME)
   total = long_time(float(np.nanmax(time) - np.nanmin(time)))
@@ -186,6 +189,7 @@ def _table(run: Run, name: str) -> Section:
   ratio = None if key is None else vectors(run, key)
   shares = dict(zip(ratio.names, medians(ratio.values), strict=True)) if ratio is not None else {}
   head = ["layer", "median norm", "largest", "nonfinite", *(["update ratio"] if shares else [])]
+  # One row per leaf or stack; the layers of each stack follow in tables of their own.
   stacks = in_stacks(found.names)
   rows = [_row(found, stack, shares) for stack in stacks]
   label = f"{len(found.names):,} layer{'s' if len(found.names) > 1 else ''} at {found.steps.size:,} recorded steps"
@@ -203,6 +207,7 @@ def _row(found: Vectors, stack: Stack, shares: dict[str, float]) -> list[str]:
   """The cells of a leaf or a whole stack: its median and largest norm; for a stack, also which layer was largest."""
   names = found.names[stack.start : stack.start + stack.size]
   values = found.values[:, stack.start : stack.start + stack.size]
+  # The largest finite norm of each layer, -inf for a layer without one.
   largest = np.where(np.isfinite(values), values, -np.inf).max(axis=0)
   cells, which = [code(stack.name)], int(largest.argmax())
   if stack.size > 1:

@@ -92,17 +92,20 @@ class Vectors(NamedTuple):
 
 def norm_series(run: Run, name: str, warmup_steps: int | None = None, events: Iterable[Event] = ()) -> NormSeries:
   """The norm of the state `name`, with the warm-up and the events that `diagnose` found."""
+  # The judged norms, spread over all steps of the run.
   norms = norms_of_run(run, name, warmup_steps)
   at = np.searchsorted(run.steps, norms.steps)
   norm, bad, clipped = np.full(len(run), np.nan), *(np.zeros(len(run), np.bool_) for _ in range(2))
   norm[at] = np.where(norms.finite, norms.values, np.nan)
   bad[at] = ~norms.finite
   clipped[at] = acted(run, name, norms) & ~norms.rejected
+  # Thresholds by leaf or group: recorded as a vector, or as one column each.
   key = key_of(name, MAX_NORM)
   blocks = [key_of(f"{name}{unit}", MAX_NORM) for unit in UNITS]
   by_block = any(by in run.vectors for by in blocks) or any(other.startswith(f"{key}/") for other in run.columns)
   if by_block:  # Without a scale, the norm alone does not tell which thresholds acted.
     clipped &= np.isfinite(column(run, key_of(name, SCALE)))
+  # One ring per event, at its largest norm.
   spikes = _peaks(events, key_of(name, NORM), run.steps, norm)
   return NormSeries(name, run.steps, norm, column(run, key), clipped, bad, rejected(run), by_block, spikes, norms.begin)
 
@@ -141,6 +144,7 @@ def vectors(run: Run, key: str) -> Vectors | None:
     return None
   steps, values = run.vectors[key]
   name = name_of(key)
+  # Running quantities, such as the norms at the worst step so far, are valid in every row.
   if key.removeprefix(f"{name}/") not in SO_FAR:
     seen = ~unseen(run, name)[np.searchsorted(run.steps, steps)]
     steps, values = steps[seen], values[seen]
@@ -153,7 +157,7 @@ def vectors(run: Run, key: str) -> Vectors | None:
 def medians(values: Floats) -> Floats:
   """The median of the finite numbers of each column, NaN for a column without one."""
   known = np.isfinite(values)
-  if known.all() and values.size:
+  if known.all() and values.size:  # The usual case, without a loop over thousands of layers.
     return np.asarray(np.median(values, axis=0), np.float64)
   return np.array([np.median(values[known[:, i], i]) if known[:, i].any() else np.nan for i in range(values.shape[1])])
 
@@ -170,6 +174,7 @@ def thin(values: Floats, bins: int) -> Ints:
   n = values.size
   if n <= 2 * bins:
     return np.arange(n)
+  # In a part without a finite value both indices are its first, which keeps the gap.
   finite = np.isfinite(values)
   low, high = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
   kept = {0, n - 1}
@@ -192,6 +197,7 @@ def thin_mask(mask: Bools, bins: int) -> Ints:
 def without_common(names: tuple[str, ...]) -> tuple[str, ...]:
   """Paths without the leading and trailing parts that all of them share; each keeps at least one part."""
   parts = [name.split("/") for name in names]
+  # Cut the shared parts at the front, then at the back, but never the last part that is left.
   spare = min(map(len, parts), default=1) - 1
   head = next((i for i in range(spare) if len({part[i] for part in parts}) > 1), spare)
   tail = next((i for i in range(spare - head) if len({part[-1 - i] for part in parts}) > 1), spare - head)

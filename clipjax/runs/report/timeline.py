@@ -121,6 +121,7 @@ def timeline(found: Timeline, axis: Steps, width: float = WIDE) -> Figure:
 def on_one_axis(parts: Sequence[Panel], marks: Sequence[Mark], axis: Steps, width: float) -> Figure:
   """Stacks panels over the steps of `axis`, with the marks on all of them."""
   marks = [mark for mark in marks if mark.end >= axis.first and mark.start <= axis.last]
+  # The lane of labels comes first, as its height depends on how many labels overlap.
   labels = _labels(marks, axis, width)
   tall = 1.0 if is_wide(width) else 1.15
   lanes = max((label.lane for label in labels), default=0) + 1
@@ -130,6 +131,7 @@ def on_one_axis(parts: Sequence[Panel], marks: Sequence[Mark], axis: Steps, widt
   rows = figure.subplots(len(heights), squeeze=False, sharex=True, gridspec_kw=ratios)[:, 0].tolist()
   if marks:
     _draw_lane(rows.pop(0), marks, labels, width)
+  # Marks are drawn after the panel, which decides whether it is a map, but below its curves.
   for axes, panel in zip(rows, parts, strict=True):
     tidy(axes)
     panel.draw(axes, axis, width)
@@ -167,6 +169,7 @@ def _draw_positive(
   """Values above 0 on a log axis, with the usual range if there is one."""
   if band is not None:
     low, high = max(band[0], 1e-306), min(band[1], 1e306)
+    # A log axis cannot show 0 and inf.
     axes.axhspan(
       low, high, color=GREEN, alpha=0.13, linewidth=0, label=f"usual, {number(band[0])} to {number(band[1])}"
     )
@@ -201,6 +204,7 @@ def draw_norms(series: NormSeries, axes: Axes, axis: Steps, width: float) -> Non
   """The norm and the threshold on a log axis; clipped, nonfinite, rejected and zero steps and spikes are marked."""
   series, bins = series.within(axis.span), bins_of(width)
   steps, norm = series.steps, series.norm
+  # The norm as a line, and on it the clipped steps and the spikes.
   line(axes, steps, positive(norm), bins, color=BLUE, label="norm")
   at = np.flatnonzero(series.clipped & (norm > 0))
   at = at[thin(norm[at], bins // 2)]
@@ -212,6 +216,7 @@ def draw_norms(series: NormSeries, axes: Axes, axis: Steps, width: float) -> Non
     axes.axvspan(float(steps[0]), float(series.begin), color=GREY, alpha=0.12, linewidth=0, label="warm-up")
   _draw_limit(axes, series, bins)
   log_axis(axes, np.concatenate([positive(norm), positive(series.limit)]))
+  # Steps without a place on the log axis: nonfinite and rejected ones at the top, zeros at the bottom.
   edge_marks(axes, steps, series.nonfinite, bins, 0.97, marker="x", color=VERMILION, label="nonfinite")
   rejected = series.rejected & ~series.nonfinite
   edge_marks(axes, steps, rejected, bins, 0.93, marker="s", color=PURPLE, label="rejected")
@@ -221,6 +226,7 @@ def draw_norms(series: NormSeries, axes: Axes, axis: Steps, width: float) -> Non
 def _draw_limit(axes: Axes, series: NormSeries, bins: int) -> None:
   limits, what = series.limit[np.isfinite(series.limit)], "smallest threshold" if series.by_block else "threshold"
   style: dict[str, Any] = {"color": ink(), "linestyle": DASHES[1], "linewidth": 1.5}
+  # A constant threshold is a line across the panel with its value in the legend; a schedule or rule is a curve.
   if limits.size and limits.min() == limits.max() > 0:
     axes.axhline(limits[0], label=f"{what} {number(limits[0])}", **style)
   elif limits.size:

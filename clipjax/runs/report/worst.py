@@ -39,9 +39,11 @@ def worst_step(run: Run, series: NormSeries, events: Sequence[Event] = (), appli
   reached the parameters; else the largest norm; else the first nonfinite step.
   """
   finite = np.isfinite(series.norm)
+  # The candidates in order of rank; the first set that is not empty decides.
   reached = inside([event for event in events if not event.is_caught], run.steps)
   for mask in (series.nonfinite & np.isin(run.steps, applied), finite & reached, finite, series.nonfinite):
     if mask.any():
+      # The largest norm of the set, or its first step if all of its norms are nonfinite.
       at = int(np.argmax(np.where(mask & finite, series.norm, -1) if (mask & finite).any() else mask))
       return Worst(int(run.steps[at]), float(series.norm[at]), _layers(run, series.name, at, events))
   return None
@@ -60,6 +62,7 @@ def _layers_at(found: Vectors | None, steps: Ints, middle: Floats | None) -> tup
   rows = np.flatnonzero(np.isin(found.steps, steps)) if found is not None else np.zeros(0, np.int64)
   if found is None or not rows.size:
     return ()
+  # Without a usual norm (another set of leaves, too few rows), the order is by norm.
   values = found.values[rows[0]]
   times = np.full(values.size, np.nan) if middle is None or middle.size != values.size else values / middle
   order = np.argsort(-_rank(values, times), kind="stable")
@@ -68,6 +71,7 @@ def _layers_at(found: Vectors | None, steps: Ints, middle: Floats | None) -> tup
 
 def _rank(values: Floats, times: Floats) -> Floats:
   """Sort key of the layers: how far they moved if that is known for any, else their norms."""
+  # Nonfinite layers come first, layers without a usual norm last, and layers that were not recorded are dropped.
   known: Bools = np.isfinite(times)
   rank = np.where(known, times, np.where(np.isinf(values), np.inf, -1)) if known.any() else values
   return np.where(np.isnan(values), -np.inf, rank)
@@ -80,13 +84,14 @@ def _steps_of_worst(run: Run, name: str, at: int) -> Ints:
   step from the count of the next push. A new state counts from the start again.
   """
   counts, worst = column(run, key_of(name, STEPS)), column(run, key_of(name, WORST_STEP))
-  if not np.isfinite(counts).any():
+  if not np.isfinite(counts).any():  # Without counts, compare with the number of the step.
     same: Ints = run.steps[worst == run.steps[at]]
     return same
   counted = at + np.flatnonzero(np.isfinite(counts[at:]))
   if not counted.size or unseen(run, name)[at]:
     return run.steps[:0]
   count = counts[counted[0]] - (run.steps[counted[0]] - run.steps[at])
+  # A count that falls belongs to a new state, whose worst step is another one.
   fell = np.flatnonzero(np.diff(counts[counted]) < 0)
   end = counted[fell[0] + 1] if fell.size else len(run)
   later: Ints = run.steps[at:end][worst[at:end] == count]

@@ -112,6 +112,7 @@ def write_report(
       f"`suggestion` must be a Suggestion, got {described(suggestion)}: pass what clipjax.runs.suggest_max_norm "
       "returns."
     )
+  # Refuse before anything is computed: no file but a page may be replaced, least of all the run.
   target = pathlib.Path(checked_path(path))
   if target.exists() and os.path.exists(run.path) and target.samefile(run.path):
     raise ValueError(f"`path` must not be the file of the run, got {str(path)!r}: name another file for the page.")
@@ -137,6 +138,7 @@ def write_report(
 
 def _write(target: pathlib.Path, content: bytes) -> None:
   """Writes all or nothing, through a temporary file beside it; directly if the path is a device such as /dev/stdout."""
+  # `os.replace` is atomic within a file system, so the temporary file is in the same directory.
   is_special = target.exists() and not target.is_file()
   beside = target if is_special else target.with_name(f".clipjax-{os.getpid()}-{target.name}"[:200])
   try:
