@@ -1,9 +1,9 @@
-"""What the compilers for TPUs and GPUs make of a clip, without a TPU or a GPU.
+"""Compiles steps with a clip for TPUs and GPUs, without a TPU or a GPU.
 
 Run `python benchmarks/accelerators.py [--target tpu pod gpu] [--only one tf many stack train] [--rounds 2] [--quick]
-[--dtype float32 bfloat16] [--out docs/accelerators.md]`: it prints what it finds, and writes the page and, beside it,
-the numbers as JSON. Cases that are not compiled keep the numbers that the JSON has. `pip install -e ".[aot]"` installs
-the compilers; a target without one is left out. Each target has a process of its own, one after another.
+[--dtype float32 bfloat16] [--out docs/accelerators.md]`: it prints the results, and writes the page and, beside it,
+the numbers as JSON. Cases that are not compiled keep their numbers in the JSON. `pip install -e ".[aot]"` installs the
+compilers; a target without a compiler is left out. Each target runs in its own process, one after another.
 """
 
 import argparse
@@ -31,10 +31,10 @@ DTYPES = ("float32", "bfloat16")
 def compile_cases(
   target: str, only: Sequence[str], dtypes: Sequence[str], *, quick: bool = False, rounds: int = 1
 ) -> Iterator[dict[str, Any]]:
-  """The cases of a target, each when it is done, with where and when it was compiled.
+  """Yields each case of a target when it is done, with where and when it was compiled.
 
   Raises:
-    RuntimeError: where the process fails, with the end of what it said.
+    RuntimeError: if the process fails; the text is the end of its output.
   """
   asked = json.dumps({"only": list(only), "dtypes": list(dtypes), "quick": quick, "rounds": rounds})
   command = [sys.executable, str(HERE / "accelerators_compile.py"), target, asked]
@@ -62,7 +62,7 @@ def compile_cases(
 
 
 def rounded(value: Any) -> Any:
-  """The same with three digits after the point of every float, which are seconds."""
+  """Rounds every float, which is in seconds, to three decimals."""
   if isinstance(value, float):
     return round(value, 3)
   if isinstance(value, dict):
@@ -71,7 +71,7 @@ def rounded(value: Any) -> Any:
 
 
 def merged(data: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
-  """The data with a case in the place of an older one of the same target, key and dtype."""
+  """The data with a case, which replaces an older one with the same target, key and dtype."""
 
   def name(x: dict[str, Any]) -> tuple[str, str, str]:
     return x["target"], x["key"], x["dtype"]
@@ -81,22 +81,24 @@ def merged(data: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(data: dict[str, Any], out: Path) -> None:
-  """The numbers and the page."""
+  """Writes the numbers and the page."""
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
   out.write_text(accelerators_page.render(data), encoding="utf-8")
 
 
 def main() -> int:
-  """Compiles for the targets whose compiler is here; writes after each case, so that nothing is lost when stopped."""
+  """Compiles for each target with a compiler; writes after each case, so an interrupted run loses nothing."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="what to compile for")
   parser.add_argument("--only", nargs="+", choices=accelerators_page.ORDER, default=list(accelerators_page.ORDER),
                       help="cases to compile")  # fmt: skip
-  parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of parameters and gradients")
-  parser.add_argument("--rounds", type=int, help=f"compilations of each step; {ROUNDS}, or 1 with --quick")
+  parser.add_argument(
+    "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of parameters and gradients"
+  )
+  parser.add_argument("--rounds", type=int, help=f"compilations per step (default: {ROUNDS}, or 1 with --quick)")
   parser.add_argument("--quick", action="store_true", help="fewer leaves")
-  parser.add_argument("--out", type=Path, help=f"{OUT}; a quick run writes only where this says so")
+  parser.add_argument("--out", type=Path, help=f"the page (default: {OUT}; a quick run writes nothing by default)")
   args = parser.parse_args()
   rounds = args.rounds or (1 if args.quick else ROUNDS)
   if rounds < 1:

@@ -1,7 +1,7 @@
-"""The bounds on what a clip makes of a compiled step, and whether they hold: for the page and for the test.
+"""Bounds on what a clip adds to a compiled step, and whether they hold; for the page and for the test.
 
-Everything is computed from the cases of the JSON; nothing here is typed in but the limits. Optax's global clip in the
-same case is the measure, as it is the least that a clip does: sum, compare, scale.
+Everything but the limits comes from the cases of the JSON. The bounds are relative to Optax's global clip in the same
+case, which does the least that a clip can do: sum, compare, scale.
 """
 
 import math
@@ -14,8 +14,8 @@ Json = Mapping[str, Any]
 
 MB = 1e6
 BARE = (CLIPJAX, BY_LEAF, ZCLIP)  # Clips without a watch.
-SMALL = 32_256  # Bytes that the TPU compiler sets aside for a scalar or a tuple in HBM.
-SCALARS = 256  # Bytes a leaf, and 16 times for the state, of scalars that go through HBM: they count in small steps.
+SMALL = 32_256  # Bytes that the TPU compiler reserves for a scalar or a tuple in HBM.
+SCALARS = 256  # Bytes per leaf, and 16 times once for the state, of scalars in HBM: they matter in small steps.
 COMPILE = "compile time"
 
 
@@ -23,13 +23,13 @@ class Bound(NamedTuple):
   """A limit on one number of a step.
 
   Attributes:
-    what: is bounded, as the page calls it.
+    what: the bounded number, as the page names it.
     limit_text: the limit in words.
-    clips: that it binds.
-    targets: for which it is measured.
+    clips: the clips that it applies to.
+    targets: the targets that it applies to.
     value: `(case, clip) -> number`.
-    limit: the same for the largest number that holds.
-    only: the keys of the cases that it binds; () for all.
+    limit: `(case, clip) -> largest number that holds`.
+    only: keys of the cases that it applies to; () for all.
   """
 
   what: str
@@ -58,12 +58,12 @@ class Verdict(NamedTuple):
 
 
 def of(key: str) -> Callable[[Json, str], float]:
-  """The number of that key."""
+  """A function that returns the number `key` of a clip."""
   return lambda case, clip: float(case["variants"][clip][key])
 
 
 def traffic(case: Json, clip: str) -> float:
-  """HBM traffic of a step beyond that without a clip, with every branch taken."""
+  """HBM traffic that a clip adds to the step without one, with every branch taken."""
   base = case["variants"][NO_CLIP]
   return all_traffic(case["variants"][clip]) - all_traffic(base)
 
@@ -74,32 +74,32 @@ def all_traffic(variant: Json) -> float:
 
 
 def added_reduces(case: Json, clip: str) -> float:
-  """How many all-reduces there are beyond those of Optax's clip; inf for too few: a sum over one device alone."""
+  """The all-reduces beyond Optax's clip; inf for too few, as a sum over only one device would be wrong."""
   v = case["variants"]
   more = float(v[clip]["all_reduces"] - v[OPTAX]["all_reduces"])
   return more if more >= 0 else math.inf
 
 
 def reduces_limit(case: Json, clip: str) -> float:
-  """The compiler joins up to 256 sums in one, and a leaf has three."""
+  """The compiler joins up to 256 sums, and a leaf has three."""
   return math.ceil(3 * case["leaves"] / 256) - 1
 
 
 def traffic_limit(case: Json, clip: str) -> float:
   """A global clip may move 2% of the step more than Optax's, a clip by leaf 0.1%, and both a few scalars.
 
-  A leaf could be scaled while the chip still holds it, if a clip by leaf did not wait for all norms. It waits, for in
-  a step that is not finite every leaf is NaN.
+  A clip by leaf could scale each leaf while the chip still holds it, but it must wait for all norms: in a nonfinite
+  step every leaf becomes NaN.
 
-  Leaves of stacked layers are large, and which of them the chip holds between its norm and its use is up to the
-  compiler: there a global clip may read one of them again.
+  Leaves of stacked layers are large, and the compiler decides which of them the chip holds between norm and use. There,
+  a global clip may read one of them again.
   """
   room = 0.001 if clip == BY_LEAF else 0.03 if case["key"] == "stack" else 0.02
   return traffic(case, OPTAX) + room * all_traffic(case["variants"][NO_CLIP]) + of_scalars(case)
 
 
 def watch_limit(case: Json, clip: str) -> float:
-  """One more read of the gradient than the clip alone, or one and a half where layers are stacked, and scalars."""
+  """One more read of the gradient than the clip itself, one and a half for stacked layers, and scalars."""
   return traffic(case, CLIPJAX) + (1.5 if case["key"] == "stack" else 1) * case["gradient"] + of_scalars(case)
 
 
@@ -109,10 +109,10 @@ def of_scalars(case: Json) -> float:
 
 
 def temporaries_limit(case: Json, clip: str) -> float:
-  """Optax's and 1 MB; by leaf a quarter of the gradient, for leaves that are held between their norm and their use.
+  """Optax's temporaries and 1 MB; by leaf, a quarter of the gradient, for leaves held between norm and use.
 
-  On a TPU every scalar that goes through HBM takes as much as 8000 entries. A clip by leaf may have eight of them for
-  each leaf, and on many chips, each of which holds little else, any clip sixteen.
+  On a TPU, every scalar that goes through HBM takes as much room as 8000 entries. A clip by leaf may have eight of them
+  per leaf. On many chips, each of which holds little else, any clip may have sixteen.
   """
   room = 0.25 * case["gradient"] if clip == BY_LEAF else MB
   scalars = {"tpu": 8 if clip == BY_LEAF else 0, "pod": 16, "gpu": 0}[case["target"]]
@@ -120,10 +120,10 @@ def temporaries_limit(case: Json, clip: str) -> float:
 
 
 def effect_traffic(case: Json, clip: str) -> float:
-  """The clip's alone and a pass of Adam, which reads the gradient and two moments and writes these: five gradients.
+  """The clip's own traffic and 7.5 gradients.
 
-  Two and a half more are for updates that the chip does not hold until they are compared, as those that are rounded
-  to bfloat16.
+  A pass of Adam reads the gradient and two moments and writes the moments: five gradients. Two and a half more cover
+  updates that the chip does not hold until they are compared, such as updates rounded to bfloat16.
   """
   return traffic(case, CLIPJAX) + 7.5 * case["gradient"] + of_scalars(case)
 
@@ -133,19 +133,19 @@ BOUNDS = (
   Bound("conditionals", "0", (*BARE, WATCHED_LEAVES), ALL, of("conditionals"), lambda case, clip: 0),
   Bound("conditionals, of the Transformer", "0", (EFFECT,), ALL, of("conditionals"), lambda case, clip: 0, ("tf",)),
   Bound(
-    "kernels", "Optax's + 16 + 2 a leaf", BARE, ALL, of("kernels"),
+    "kernels", "Optax's + 16 + 2 per leaf", BARE, ALL, of("kernels"),
     lambda case, clip: of("kernels")(case, OPTAX) + 16 + 2 * case["leaves"],
   ),
   Bound(
-    "kernels", "the clip's alone + 16 + 5 a leaf", (WATCHED_LEAVES,), ALL, of("kernels"),
+    "kernels", "the clip's own + 16 + 5 per leaf", (WATCHED_LEAVES,), ALL, of("kernels"),
     lambda case, clip: of("kernels")(case, CLIPJAX) + 16 + 5 * case["leaves"],
   ),
   Bound(
-    "kernels, of the Transformer", "the clip's alone + 16 + 9 a leaf", (EFFECT,), ALL, of("kernels"),
+    "kernels, of the Transformer", "the clip's own + 16 + 9 per leaf", (EFFECT,), ALL, of("kernels"),
     lambda case, clip: of("kernels")(case, CLIPJAX) + 16 + 9 * case["leaves"], ("tf",),
   ),
   Bound(
-    "HBM traffic, of the Transformer", "the clip's alone + 7.5 gradients", (EFFECT,), ("tpu",), traffic,
+    "HBM traffic, of the Transformer", "the clip's own + 7.5 gradients", (EFFECT,), ("tpu",), traffic,
     effect_traffic, ("tf",),
   ),
   Bound(
@@ -153,10 +153,10 @@ BOUNDS = (
     temporaries_limit,
   ),
   Bound(
-    "HBM traffic", "Optax's + 2% of the step, 3% of stacks, by leaf + 0.1%", BARE, ("tpu",), traffic, traffic_limit,
+    "HBM traffic", "Optax's + 2% of the step, 3% for stacks, by leaf + 0.1%", BARE, ("tpu",), traffic, traffic_limit,
   ),
   Bound(
-    "HBM traffic", "the clip's alone + one read of the gradient, one and a half of stacks", (WATCHED_LEAVES,),
+    "HBM traffic", "the clip's own + one read of the gradient, one and a half for stacks", (WATCHED_LEAVES,),
     ("tpu",), traffic, watch_limit,
   ),
   Bound(
@@ -164,11 +164,11 @@ BOUNDS = (
     lambda case, clip: traffic(case, CLIPJAX) + of_scalars(case), ("stack",),
   ),
   Bound(
-    "all-reduces, beyond Optax's", "0, and 1 for each 256 sums after the first", BARE, ("pod",), added_reduces,
+    "all-reduces, beyond Optax's", "0, and 1 per 256 sums after the first", BARE, ("pod",), added_reduces,
     reduces_limit,
   ),
   Bound(
-    # A training step is what people wait for; in a step of a second every scalar of a state shows.
+    # People wait for training steps; if a step compiles in a second, every scalar of a state shows.
     COMPILE, "1.3 x Optax's, in a training step", BARE, ALL, of("compile"),
     lambda case, clip: 1.3 * of("compile")(case, OPTAX), ("train",),
   ),
@@ -176,7 +176,7 @@ BOUNDS = (
 
 
 def verdicts(cases: Iterable[Json]) -> list[Verdict]:
-  """Every bound in every case that it binds, for the clips that were compiled there."""
+  """Every bound in every case it applies to, for the clips compiled there."""
   return [
     Verdict(bound, clip, case["target"], f"{case['title']}, {case['dtype']}", *numbers(bound, case, clip))
     for case in cases
@@ -188,5 +188,5 @@ def verdicts(cases: Iterable[Json]) -> list[Verdict]:
 
 
 def numbers(bound: Bound, case: Json, clip: str) -> tuple[float, float]:
-  """The number that is bounded, and its limit."""
+  """The bounded number and its limit."""
   return bound.value(case, clip), bound.limit(case, clip)

@@ -1,7 +1,7 @@
-"""The process that compiles for one target, as `accelerators.py` starts it. Not a command of its own.
+"""The process that compiles for one target; `accelerators.py` starts it. It is not a command.
 
-Arguments: the target, then a JSON object with "only", "dtypes", "quick" and "rounds". It prints each case that is done
-as a line of JSON. `accelerators_targets.environment` gives the variables that it needs.
+Arguments: the target, then a JSON object with "only", "dtypes", "quick" and "rounds". It prints each finished case as a
+line of JSON. It needs the variables of `accelerators_targets.environment`.
 """
 
 import json
@@ -18,17 +18,17 @@ from accelerators_targets import TARGETS, mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from speed_trees import ITEMSIZE
 
-BATCH = 8  # Sequences on one device; on many there is one for each.
+BATCH = 8  # Sequences on one device; many devices have one each.
 
 
 def sharding(mesh_: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-  """Matrices, and those in a stack, are split over both axes where they divide; the rest is on every device."""
+  """Splits matrices, also in stacks, over both axes if they divide evenly; replicates everything else."""
   divides = len(shape) >= 2 and shape[-2] % mesh_.shape["x"] == 0 and shape[-1] % mesh_.shape["y"] == 0
   return NamedSharding(mesh_, PartitionSpec(*[None] * (len(shape) - 2), "x", "y") if divides else PartitionSpec())
 
 
 def compiled(tx: optax.GradientTransformation, case: Case, dtype: str, mesh_: Mesh) -> tuple[Any, float]:
-  """The program of one step, and the seconds from tracing it to its end."""
+  """The program of one step, and the seconds to trace and compile it."""
 
   def placed(x: Any, spec: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec or sharding(mesh_, x.shape))
@@ -49,7 +49,7 @@ def compiled(tx: optax.GradientTransformation, case: Case, dtype: str, mesh_: Me
 
 
 def facts(program: Any, on_tpu: bool) -> dict[str, Any]:
-  """What a program consists of, moves and allocates."""
+  """The counts, traffic and temporaries of a program."""
   text = program.as_text()
   found = {**count(text)._asdict(), "temporaries": program.memory_analysis().temp_size_in_bytes}
   if on_tpu:
@@ -58,7 +58,7 @@ def facts(program: Any, on_tpu: bool) -> dict[str, Any]:
 
 
 def measured(case: Case, dtype: str, mesh_: Mesh, rounds: int, on_tpu: bool) -> dict[str, Any]:
-  """All clips in one case; compile times are the best of rounds in which the clips take turns."""
+  """All clips in one case; compile times are the best of several rounds in which the clips take turns."""
   variants: dict[str, dict[str, Any]] = {}
   for _ in range(rounds):
     for name, tx in transformations(case, optax.adam(1e-3)).items():
@@ -78,10 +78,10 @@ def measured(case: Case, dtype: str, mesh_: Mesh, rounds: int, on_tpu: bool) -> 
 
 
 def main() -> None:
-  """Compiles what it is asked for, case by case."""
+  """Compiles the requested cases one by one."""
   target, asked = sys.argv[1], json.loads(sys.argv[2])
   mesh_ = mesh(target)
-  # The first program of a process takes seconds longer: not one of those that are timed.
+  # The first program of a process takes seconds longer, so an untimed one goes first.
   jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), "float32", sharding=sharding(mesh_, ()))).compile()
   for key in asked["only"]:
     for dtype in asked["dtypes"]:

@@ -1,12 +1,13 @@
-"""Reads what a compiler made of a step off its optimized HLO: conditionals, kernels, copies, all-reduces, HBM traffic.
+"""Counts conditionals, kernels, copies, all-reduces and HBM traffic in the optimized HLO of a step.
 
-Only the standard library, and a pure function of the text. Computations that fusions and reductions apply to their
-entries are not run on their own, so their instructions do not count; those of branches, loops and calls do.
+It uses only the standard library, and everything is a pure function of the text. Instructions in branches, loops and
+calls count. Instructions in computations that a fusion or reduction applies to its entries do not run by themselves and
+do not count.
 
-The traffic is an estimate of the bytes that pass between HBM and the cores of a TPU. Every instruction that runs moves
-its operands and results, as far as their layouts are in HBM: `S(1)` marks the chip's own memory, and a program keeps
-there what it uses again. `cost_analysis()["bytes accessed"]` is no help here, for it counts that memory too. A gather
-counts its whole table, a loop as many rounds as the compiler knows of, and the branches of conditionals go apart.
+The traffic estimates the bytes between HBM and the cores of a TPU. Every instruction that runs moves its operands and
+results, unless their layouts are in the chip's own memory, marked `S(1)`, where a program keeps what it uses again.
+`cost_analysis()["bytes accessed"]` does not help, as it counts that memory too. A gather counts its whole table, a loop
+as many rounds as the compiler knows, and branches of conditionals are counted separately.
 """
 
 import math
@@ -20,11 +21,11 @@ SIZES = {
   **dict.fromkeys(("f32", "s32", "u32"), 4),
   **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
 }
-# Names for what is there already, and constants: nothing runs. Of an asynchronous pair the start counts.
+# Constants and new names for existing data: nothing runs. Of an asynchronous pair, the start counts.
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "opt-barrier"}
 FREE |= {"partition-id", "replica-id"}
-FREE_CALLS = {"ConcatBitcast", "AllocateBuffer"}  # Targets of custom calls that only name memory.
-CONTROL = {"conditional", "while", "call", "async-start"}  # Their computations run.
+FREE_CALLS = {"ConcatBitcast", "AllocateBuffer"}  # Custom calls that only name memory.
+CONTROL = {"conditional", "while", "call", "async-start"}  # The computations that they call run.
 
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
@@ -37,12 +38,12 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
 class Counts(NamedTuple):
-  """What a program consists of.
+  """The instructions of a program.
 
   Attributes:
-    conditionals: instructions that wait for a number before it is known which branch runs.
-    kernels: fusions, each of which is a launch on a GPU.
-    others: instructions that run beside fusions, copies and conditionals; custom calls are among them.
+    conditionals: instructions that wait for a number to choose a branch.
+    kernels: fusions; each is a launch on a GPU.
+    others: all other instructions that run, such as custom calls.
     copies: `copy` and `copy-start`.
     all_reduces: `all-reduce` and `all-reduce-start`; one that reduces several arrays together counts once.
   """
@@ -55,7 +56,7 @@ class Counts(NamedTuple):
 
 
 class Instruction(NamedTuple):
-  """A line of HLO: result, its type, operation, names of the operands, and the rest of the line."""
+  """A line of HLO: result, type, operation, names of the operands, and the rest of the line."""
 
   name: str
   type: str
@@ -78,7 +79,7 @@ def parse(text: str) -> Program:
   """The program of an HLO text as `compiled.as_text()` prints it.
 
   Raises:
-    ValueError: for a text without an entry computation.
+    ValueError: if the text has no entry computation.
   """
   computations: dict[str, list[Instruction]] = {}
   entry, current = "", None
@@ -98,7 +99,7 @@ def parse(text: str) -> Program:
 
 
 def _split_at_close(text: str) -> tuple[str, str]:
-  """What stands before and after the parenthesis that closes the one before the text."""
+  """The text before and after the parenthesis that closes one opened before the text."""
   depth = 1
   for i, character in enumerate(text):
     depth += (character == "(") - (character == ")")
@@ -117,7 +118,7 @@ def arrays(type_text: str) -> list[tuple[int, bool]]:
 
 
 def called(instruction: Instruction) -> dict[str, list[str]]:
-  """The computations that a control instruction runs, by the attribute that names them."""
+  """The computations that a control instruction runs, by attribute."""
   attributes = instruction.rest.split(", metadata={")[0]
   found = {key: [name] for key, name in _ATTRIBUTE.findall(attributes)}
   if branches := _BRANCHES.search(attributes):
@@ -136,16 +137,16 @@ def count(text: str) -> Counts:
   conditionals = sum(op == "conditional" for op, _ in ops)
   copies = sum(op in ("copy", "copy-start") for op, _ in ops)
   ran = sum(not free and op not in CONTROL for op, free in ops)
-  # A fusion may hold an all-reduce, as where each chip keeps its part of the sum: those count where they are written.
+  # A fusion may contain an all-reduce, for instance if each chip keeps its part of the sum: count all in the text.
   everywhere = (x.op for instructions in program.computations.values() for x in instructions)
   all_reduces = sum(op in ("all-reduce", "all-reduce-start") for op in everywhere)
   return Counts(conditionals, kernels, ran - kernels - copies, copies, all_reduces)
 
 
 def running(program: Program) -> list[str]:
-  """Names of the computations whose instructions run on their own: the entry, and what control instructions call."""
+  """Names of the computations that run by themselves: the entry, and those called by control instructions."""
   found = [program.entry]
-  for name in found:  # It grows on the way.
+  for name in found:  # The list grows during the loop.
     for instruction in program.computations[name]:
       if instruction.op in CONTROL:
         names = (name for group in called(instruction).values() for name in group)
@@ -164,7 +165,7 @@ def _is_free(instruction: Instruction) -> bool:
 
 
 def traffic(text: str) -> tuple[int, int]:
-  """Bytes that a step moves to and from HBM: `(in every step, in branches, all of them added up)`."""
+  """Bytes that a step moves to and from HBM: `(in every step, in all branches together)`."""
   program = parse(text)
   return _traffic(program, program.entry)
 
@@ -192,12 +193,12 @@ def _moved(instruction: Instruction, types: dict[str, str]) -> Iterator[int]:
   op, results = instruction.op, arrays(instruction.type)
   if op == "copy-start":  # Target, source, and a token.
     yield from (size for size, in_hbm in results[:2] if in_hbm)
-  elif op in ("slice-start", "dynamic-slice-start"):  # ((source and indices), target, token): the slice alone moves.
+  elif op in ("slice-start", "dynamic-slice-start"):  # ((source and indices), target, token): only the slice moves.
     operands, _ = _split_at_close(instruction.type.removeprefix("(("))
     (_, from_hbm), (size, to_hbm) = results[0], results[len(arrays(operands))]
     yield size * (from_hbm + to_hbm)
   else:
-    if op in ("all-gather-start", "collective-permute-start"):  # They repeat their operands before the results.
+    if op in ("all-gather-start", "collective-permute-start"):  # Their types repeat the operands before the results.
       results = results[len(instruction.operands) :]
     yield from (size for size, in_hbm in results if in_hbm)
     for name in dict.fromkeys(instruction.operands):

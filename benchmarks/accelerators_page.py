@@ -1,7 +1,6 @@
-"""The page of `accelerators.py`: from its JSON to Markdown, and nothing else.
+"""Turns the JSON of `accelerators.py` into its page, in Markdown.
 
-`render` is a pure function, so that a test can hold the page against the numbers; the bounds are those of
-`accelerators_bounds.py`.
+`render` is a pure function, so a test can compare the page with the numbers. `accelerators_bounds.py` has the bounds.
 """
 
 from collections.abc import Sequence
@@ -13,19 +12,19 @@ from speed_sections import DASH, table
 from speed_trees import CLIPJAX, NO_CLIP, OPTAX
 
 ORDER = ("one", "tf", "many", "stack", "train")
-BYTES = ("temporaries", "HBM traffic")  # Bounds on bytes; tables give them in MB.
+BYTES = ("temporaries", "HBM traffic")  # Bounds on bytes; tables show MB.
 
 
 def render(data: Json) -> str:
-  """The whole page; what has not been compiled is left out."""
+  """The whole page; cases that were not compiled are left out."""
   cases = ordered(data["cases"])
   lines = [
     "# What compilers for TPUs and GPUs make of a clip",
     "",
-    "One step with a clip, compiled ahead of time for devices that were not there. **Every figure is the compiler's: "
-    "no device ran any of this, and nothing here is a time on one.** Where a GPU is at hand, `python "
-    "benchmarks/gpu.py` times the same steps; no GPU has run it yet. All numbers and verdicts are derived from "
-    "`accelerators.json`, which `python benchmarks/accelerators.py` writes.",
+    "One step with a clip, compiled ahead of time for devices that were not present. **Every figure comes from the "
+    "compiler: no device ran any of this, and no figure is a time on a device.** On a GPU, `python benchmarks/gpu.py` "
+    "times the same steps; no GPU has run it yet. All numbers and verdicts are derived from `accelerators.json`, which "
+    "`python benchmarks/accelerators.py` writes.",
     "",
   ]
   if any(case["quick"] for case in cases):
@@ -40,7 +39,7 @@ def render(data: Json) -> str:
 
 
 def ordered(cases: Sequence[Json]) -> list[Json]:
-  """By target, case and dtype."""
+  """The cases sorted by target, case and dtype."""
   return sorted(cases, key=lambda x: (ALL.index(x["target"]), ORDER.index(x["key"]), x["dtype"] != "float32"))
 
 
@@ -48,7 +47,7 @@ def ordered(cases: Sequence[Json]) -> list[Json]:
 
 
 def in_short(cases: Sequence[Json]) -> list[str]:
-  """The main results in sentences, those that there are."""
+  """The main results in sentences, as far as they were compiled."""
   lines = []
   for case in cases:
     if (case["key"], case["dtype"]) != ("tf", "float32"):
@@ -58,22 +57,22 @@ def in_short(cases: Sequence[Json]) -> list[str]:
       added = {name: mb(traffic(case, name)) for name in (CLIPJAX, OPTAX)}
       lines.append(
         f"- {where}: the clip adds {added[CLIPJAX]} MB of HBM traffic to the {mb(v[NO_CLIP]['traffic'])} MB of Adam's "
-        f"step, Optax's adds {added[OPTAX]} MB."
+        f"step; Optax's clip adds {added[OPTAX]} MB."
       )
     elif case["target"] == "pod":
       reduces = {name: v[name]["all_reduces"] - v[NO_CLIP]["all_reduces"] for name in (CLIPJAX, OPTAX)}
       lines.append(f"- {where}: all-reduces added: {reduces[CLIPJAX]}; by Optax's clip: {reduces[OPTAX]}.")
     else:
       kernels = (v[name]["kernels"] for name in (NO_CLIP, CLIPJAX, OPTAX))
-      lines.append(f"- {where}: kernels without a clip, with the clip, with Optax's: {', '.join(map(str, kernels))}.")
+      lines.append(f"- {where}: kernels without a clip, with it, with Optax's: {', '.join(map(str, kernels))}.")
   found = verdicts(cases)
   if found:
-    lines.append(f"- Of {len(found)} bounds, one for each number, clip and case, {sum(x.holds for x in found)} hold.")
+    lines.append(f"- Of {len(found)} bounds, one per number, clip and case, {sum(x.holds for x in found)} hold.")
   return ["## In short", "", *lines, ""] if lines else []
 
 
 def bound_section(cases: Sequence[Json]) -> list[str]:
-  """Each bound and clip by target, with the case in which it fails by most."""
+  """Each bound and clip by target, with the case that exceeds it most."""
   found = verdicts(cases)
   rows = []
   for bound in BOUNDS:
@@ -85,11 +84,11 @@ def bound_section(cases: Sequence[Json]) -> list[str]:
   return [
     "## Bounds",
     "",
-    "In how many cases each bound holds; where it does not, the worst case, what was found there, and the most that "
-    "the bound allows. HBM traffic is what goes beyond the step without a clip. On a TPU the compiler sets aside "
-    f"{SMALL:,} bytes for each scalar that goes through HBM: the bounds on temporaries leave room for 8 a leaf where a "
-    "clip by leaf runs on one chip, and for 16 a leaf on 256 chips. Those on traffic leave "
-    f"{SCALARS} bytes a leaf, and 16 times that, for scalars.",
+    "In how many cases each bound holds; if it fails somewhere, the worst case with the value found there and the "
+    f"bound. HBM traffic counts what a clip adds to the step without one. On a TPU, the compiler reserves {SMALL:,} "
+    "bytes for each scalar that goes through HBM. The bounds on temporaries therefore allow 8 scalars per leaf for a "
+    f"clip by leaf on one chip, and 16 per leaf on 256 chips. The bounds on traffic allow {SCALARS} bytes per leaf, "
+    "and 16 times that once, for scalars.",
     "",
     *table(head, rows, left=6),
   ]
@@ -118,7 +117,7 @@ def number(bound: Bound, value: float) -> str:
 
 
 def case_text(case: Json) -> list[str]:
-  """All clips in one case."""
+  """The table of all clips in one case."""
   target, v = case["target"], case["variants"]
   columns: dict[str, list[str]] = {"clip": list(v)}
   columns["conditionals"] = [str(x["conditionals"]) for x in v.values()]
@@ -130,7 +129,7 @@ def case_text(case: Json) -> list[str]:
   if target != "gpu":
     columns["HBM traffic, MB"] = [mb(x["traffic"]) for x in v.values()]
     columns["in branches, MB"] = [mb(x["traffic_in_branches"]) for x in v.values()]
-    columns["beyond no clip, MB"] = [DASH if name == NO_CLIP else mb(traffic(case, name)) for name in v]
+    columns["added by the clip, MB"] = [DASH if name == NO_CLIP else mb(traffic(case, name)) for name in v]
   if target == "pod":
     base = v[NO_CLIP]["all_reduces"]
     columns["all-reduces"] = [str(x["all_reduces"]) for x in v.values()]
@@ -149,12 +148,12 @@ def case_text(case: Json) -> list[str]:
 
 
 def upper(text: str) -> str:
-  """The text as a heading begins."""
+  """The text with a capital first letter."""
   return text[:1].upper() + text[1:]
 
 
 def mb(size: float) -> str:
-  """Megabytes with three digits or more."""
+  """Megabytes with at least three digits."""
   x = size / MB
   if abs(x) < 0.0005:
     return "0"
@@ -165,27 +164,27 @@ def mb(size: float) -> str:
 
 
 def how_measured() -> list[str]:
-  """What the columns are."""
+  """What the columns mean."""
   return [
     "## How it is measured",
     "",
-    "A step is `optax.chain(clip, optax.adam(1e-3))` and `optax.apply_updates` in one jitted function, state and "
-    "parameters donated, lowered for abstract devices and compiled. The training step computes its gradients first: a "
-    "decoder of width 512, 8 heads, sequences of 256 tokens, a vocabulary of 8192, with 8 sequences on one device and "
-    "one on each of 256 chips. Parameters, gradients and moments are in the dtype of the heading. On 256 chips, a mesh "
-    "of 16 x 16, matrices are split over both axes and everything else is on every chip.",
+    "A step is `optax.chain(clip, optax.adam(1e-3))` and `optax.apply_updates` in one jitted function, with state and "
+    "parameters donated, lowered for abstract devices and compiled. The training step first computes the gradients of "
+    "a decoder with width 512, 8 heads, sequences of 256 tokens and a vocabulary of 8192, for 8 sequences on one "
+    "device or one on each of 256 chips. Parameters, gradients and moments have the dtype of the heading. The 256 "
+    "chips form a mesh of 16 x 16; matrices are split over both axes, and everything else is replicated.",
     "",
-    "- **Conditionals, kernels, copies, all-reduces** are instructions of the optimized HLO that run on their own: in "
-    "the entry computation, and in branches, loops and calls. Kernels are fusions; on the GPU each is a launch, and "
-    "*other launches* are what is neither fusion nor copy, such as matrix products of a library. A loop counts once.",
-    "- **Temporaries** are `memory_analysis().temp_size_in_bytes`: what the step allocates beside arguments and "
+    "- **Conditionals, kernels, copies, all-reduces** are instructions of the optimized HLO that run by themselves: in "
+    "the entry computation, and in branches, loops and calls. Kernels are fusions; on the GPU, each is a launch, and "
+    "*other launches* are neither fusions nor copies, such as matrix products of a library. A loop counts once.",
+    "- **Temporaries** are `memory_analysis().temp_size_in_bytes`: what the step allocates besides arguments and "
     "results.",
-    "- **HBM traffic** adds up the operands and results of these instructions as far as their layout is in HBM, not in "
-    "the chip's own memory; an asynchronous copy or slice counts what it moves. Branches are added up apart. It is an "
-    "estimate from the program. The training step's gathers count the whole table that they read from.",
-    "- **Compile** is the time from tracing the step to the compiled program, the best of the rounds in which the "
-    "clips took turns, each with empty caches. It depends on the machine; the rest does not.",
-    "- **On the H100** autotuning and Triton's matrix products are off, as both need the card.",
+    "- **HBM traffic** adds up the operands and results of these instructions that are in HBM, not in the chip's own "
+    "memory; an asynchronous copy or slice counts what it moves. Branches are added up separately. It is an estimate "
+    "from the program. The training step's gathers count the whole table that they read from.",
+    "- **Compile** is the time from tracing the step to the compiled program: the best of several rounds in which the "
+    "clips took turns, each with empty caches. It depends on the machine; the other figures do not.",
+    "- **On the H100**, autotuning and Triton's matrix products are off, as both need the card.",
     "",
   ]
 
@@ -200,14 +199,14 @@ def how_to_run() -> list[str]:
     "python benchmarks/accelerators.py",
     "```",
     "",
-    "`--target tpu`, `--only tf many` and `--dtype float32` compile a part, and the rest keeps its numbers. `--quick` "
+    "`--target tpu`, `--only tf many` and `--dtype float32` compile a part; the rest keeps its numbers. `--quick` "
     "compiles fewer leaves once and, without `--out`, writes nothing.",
     "",
   ]
 
 
 def made(cases: Sequence[Json]) -> list[str]:
-  """Where and when, the cases of one machine, day and set of packages in one row."""
+  """Where and when the cases were compiled, one row per machine, set of packages and day."""
   groups: dict[tuple[str, ...], list[Json]] = {}
   for case in cases:
     versions = ", ".join(f"{package} {number}" for package, number in case["versions"].items())

@@ -1,7 +1,7 @@
-"""The steps that `accelerators.py` compiles and `gpu.py` times: their trees, the clips in them, and a small decoder.
+"""The steps that `accelerators.py` compiles and `gpu.py` times: their trees, their clips, and a small decoder.
 
-A step is `(data, state, params) -> (params, state)` with state and parameters to be donated. The data are gradients,
-or the tokens of a training step, which computes its gradients itself.
+A step is `(data, state, params) -> (params, state)` and donates state and parameters. The data are gradients or, in a
+training step, the tokens from which the step computes its gradients.
 """
 
 import math
@@ -23,14 +23,14 @@ SEQUENCE, HEADS = 256, 8
 
 
 class Case(NamedTuple):
-  """What a step works on.
+  """The input of a step.
 
   Attributes:
-    title: what the page calls it.
-    shapes: of the parameters, by name.
+    title: its name on the page.
+    shapes: shapes of the parameters, by name.
     trains: whether the step computes its gradients from tokens.
-    stacked: whether the leaves of "blocks/" are layers stacked along axis 0, each with a norm of its own.
-    effect: whether `clip_effect` is compiled too, which has an optimizer of its own beside the one of the step.
+    stacked: whether the leaves under "blocks/" are layers stacked along axis 0, each with its own norm.
+    effect: whether `clip_effect`, which runs a second optimizer, is compiled too.
   """
 
   title: str
@@ -60,7 +60,7 @@ def transformer(width: int, blocks: int, vocabulary: int, positions: int, *, sta
 
 
 def cases(quick: bool = False) -> dict[str, Case]:
-  """The cases by key; a quick run has fewer leaves, for they are what compilers take their time over."""
+  """The cases by key; a quick run has fewer leaves, as compile time grows with them."""
   count, blocks, layers = (60, 1, 6) if quick else (300, 4, 24)
   return {
     "one": Case("one leaf of 16M", {"w": (4096, 4096)}),
@@ -74,7 +74,7 @@ def cases(quick: bool = False) -> dict[str, Case]:
 
 
 def transformations(case: Case, optimizer: optax.GradientTransformation) -> dict[str, optax.GradientTransformation]:
-  """The optimizer behind each clip, by the name of the clip; the first is none."""
+  """The optimizer after each clip, by the name of the clip; the first entry has no clip."""
   out: dict[str, optax.GradientTransformation] = {
     name: optax.chain(clip, optimizer) for name, clip in clips(case).items()
   }
@@ -84,7 +84,7 @@ def transformations(case: Case, optimizer: optax.GradientTransformation) -> dict
 
 
 def clips(case: Case) -> dict[str, optax.GradientTransformation]:
-  """The clips by name. By leaf is by layer where layers are stacked."""
+  """The clips by name. If layers are stacked, the clip by leaf clips by layer."""
 
   def layers(path: str, leaf: Any) -> int | None:
     del leaf
@@ -102,12 +102,12 @@ def clips(case: Case) -> dict[str, optax.GradientTransformation]:
 
 
 def step_of(tx: optax.GradientTransformation, trains: bool = False, shardings: Any = None) -> Step:
-  """A step of a transformation: updates, and parameters after them.
+  """A step of a transformation: computes the updates and applies them.
 
   Args:
     tx: the clip and the optimizer.
     trains: whether the data are tokens.
-    shardings: of the gradients that a training step computes; None leaves them to the compiler.
+    shardings: shardings of the gradients that a training step computes; None lets the compiler choose.
   """
 
   def step(data: Any, state: Any, params: Any) -> tuple[Any, Any]:
@@ -124,7 +124,7 @@ def step_of(tx: optax.GradientTransformation, trains: bool = False, shardings: A
 
 
 def loss(params: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
-  """Mean cross entropy of each next token; products in the dtype of the parameters, sums and softmax in float32."""
+  """Mean cross-entropy of the next tokens; products in the dtype of the parameters, sums and softmax in float32."""
   x = params["embedding"][tokens[:, :-1]] + params["positions"][: tokens.shape[1] - 1]
   for i in range(sum(name.endswith("/qkv") for name in params)):
     block = {name.removeprefix(f"{i}/"): value for name, value in params.items() if name.startswith(f"{i}/")}
@@ -135,7 +135,7 @@ def loss(params: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-  """Zero mean and unit variance over the last axis, times the gain."""
+  """Normalizes the last axis to mean 0 and variance 1, then multiplies by the gain."""
   wide = x.astype(jnp.float32)
   centered = wide - wide.mean(-1, keepdims=True)
   scaled = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + 1e-6)

@@ -1,7 +1,7 @@
-"""The targets that `accelerators.py` compiles for, none of which is there: their compilers, environments and devices.
+"""The absent targets that `accelerators.py` compiles for: their compilers, environments and devices.
 
-The compilers are in pip. Each wants its environment before JAX is imported, so every target gets a process of its own,
-and this file imports JAX only where it asks for the devices.
+pip installs the compilers. Each needs its environment before JAX is imported, so every target gets its own process, and
+this file imports JAX only to create the devices.
 """
 
 import importlib.metadata
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 EXTRA = 'pip install -e ".[aot]"'
-# What XLA asks about the card: an H100 SXM with 80 GB. Keys are those of XLA's `GpuDeviceInfoProto`.
+# What XLA needs to know about the card, an H100 SXM with 80 GB; the keys are from XLA's `GpuDeviceInfoProto`.
 H100 = {
   "core_count": 132,
   "fpus_per_core": 128,
@@ -34,13 +34,13 @@ H100 = {
 
 
 class Target(NamedTuple):
-  """What a step is compiled for.
+  """A target of the compiler.
 
   Attributes:
-    title: what the page calls it.
-    packages: the compiler, besides JAX; a plugin must have the version of JAX.
-    side: devices along each of the two axes of the mesh.
-    topology: its name for the TPU compiler, "" for the GPU.
+    title: its name on the page.
+    packages: the compiler's packages besides JAX; a plugin must have JAX's version.
+    side: number of devices along each of the two axes of the mesh.
+    topology: name of the topology for the TPU compiler, "" for the GPU.
   """
 
   title: str
@@ -58,7 +58,7 @@ TARGETS = {
 
 
 def version(package: str) -> str | None:
-  """The version of a package; None where it is not installed."""
+  """The version of a package; None if it is not installed."""
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
@@ -66,7 +66,7 @@ def version(package: str) -> str | None:
 
 
 def missing(name: str) -> str | None:
-  """Why nothing can be compiled for a target here, and what helps; None where it can."""
+  """Why a target cannot be compiled for, and the remedy; None if it can."""
   found = {package: version(package) for package in TARGETS[name].packages}
   jax = version("jax")
   absent = [package for package, number in found.items() if number is None]
@@ -81,24 +81,24 @@ def missing(name: str) -> str | None:
 
 
 def environment(name: str) -> dict[str, str]:
-  """The variables of a process that compiles for a target: the caller's, without what would steer JAX elsewhere."""
+  """The environment of a process that compiles for a target: the caller's, without variables that redirect JAX."""
   env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "TPU_", "LIBTPU_"))}
-  # Devices that are there stay out of it, so that the same is compiled on every machine.
+  # Present devices are hidden, so every machine compiles the same.
   env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
   if TARGETS[name].topology:
-    # The compiler asks the cloud's metadata server which chip it is on, unless it is told.
+    # Otherwise the compiler would ask the cloud's metadata server which chip it runs on.
     env |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     return env
   nvcc = Path(sysconfig.get_path("purelib")) / "nvidia" / "cuda_nvcc"
   env["PATH"] = os.pathsep.join([str(nvcc / "bin"), env.get("PATH", "")])
-  # Autotuning runs kernels on the card, and without it Triton's matrix products have no tiling.
+  # Autotuning runs kernels on the card; without it, Triton's matrix products have no tiling.
   flags = ("autotune_level=0", "enable_triton_gemm=false", f"cuda_data_dir={nvcc}")
   env["XLA_FLAGS"] = " ".join(f"--xla_gpu_{flag}" for flag in flags)
   return env
 
 
 def mesh(name: str) -> Any:
-  """A mesh of the target's devices with the axes x and y; JAX must have been imported in its environment."""
+  """A mesh of the target's devices with axes x and y; JAX must have been imported in the target's environment."""
   import jax  # noqa: PLC0415  (the environment comes first)
   import numpy as np  # noqa: PLC0415
   from jax.experimental import topologies  # noqa: PLC0415

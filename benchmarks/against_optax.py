@@ -1,9 +1,9 @@
-"""The table of docs/coming_from.md: what Optax's clip does where gradients are hard, and what clipjax does.
+"""The table of docs/coming_from.md: what Optax's clip does with hard gradients, and what clipjax does.
 
   python benchmarks/against_optax.py                              prints the table
   python benchmarks/against_optax.py --check docs/coming_from.md  exits with 1 if the page ends with another one
 
-Every cell is computed here, on CPU, in a few seconds.
+It computes every cell on the CPU, in a few seconds.
 """
 
 import argparse
@@ -24,19 +24,19 @@ import clipjax
 
 
 def clipped(factory: Any, grads: Any, max_norm: Any = 1.0) -> Any:
-  """The updates of one step, jit-compiled."""
+  """The updates of one jitted step."""
   tx = factory(max_norm)
   return jax.jit(lambda g: tx.update(g, tx.init(g))[0])(grads)
 
 
 def show(x: Any) -> str:
-  """A number or a few, short."""
+  """A number or a few numbers in short form."""
   flat = np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(x)])
   return ", ".join(f"{v:.3g}" for v in flat[:3]) + (", ..." if flat.size > 3 else "")
 
 
 def outcome(fn: Callable[[], Any]) -> str:
-  """What a call gives, or the name of the error that it raises."""
+  """The result of a call, or the name of the error that it raises."""
   try:
     result = fn()
   except Exception as error:
@@ -45,14 +45,14 @@ def outcome(fn: Callable[[], Any]) -> str:
 
 
 def scan(factory: Any) -> str:
-  """Whether the state of a transformation can be the carry of a scan, and what it then holds."""
+  """Whether a transformation's state can be the carry of a scan, and its content afterwards."""
   tx = factory()
   state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s, g)[1], None), tx.init(jnp.zeros(2)), jnp.ones((3, 2)))
   return "works" + (f", norm {float(v):.3g}" if (v := clipjax.metrics(state).get("grad/norm")) is not None else "")
 
 
 def injected(factory: Any, tree: Any, **options: Any) -> str:
-  """The norm after one step of a clip whose threshold is injected."""
+  """The norm after one step of a clip with an injected threshold."""
   tx = optax.inject_hyperparams(factory)(**options)
   updates, _ = tx.update(tree, tx.init(tree), tree)
   return f"works, norm after {float(clipjax.global_norm(updates)):.3g}"

@@ -1,9 +1,9 @@
-"""How to choose `max_norm`: the advice of `suggest_max_norm` against a sweep of thresholds, no clip, and other rules.
+"""How to choose `max_norm`: compares the advice of `suggest_max_norm` with a sweep of thresholds, no clip, other rules.
 
 Run `python benchmarks/choosing.py [--quick] [--models vae gru] [--steps 300] [--seeds 5] [--out docs/choosing.md]`: it
-trains what `choosing_runs.py` says, on the models of `choosing_models.py` under every optimizer and on two of
-`small_models.py`, on which the rule was chosen, under SGD. It writes the page and, beside it, the pictures. Every
-number of the page is taken from the runs, and every list and verdict is derived from them.
+trains the runs of `choosing_runs.py`, on the models of `choosing_models.py` under every optimizer, and under SGD on two
+models of `small_models.py`, on which the rule was chosen. It writes the page and the pictures beside it. Every number,
+list and verdict on the page is derived from the runs.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from choosing_picture import picture
 from choosing_runs import FACTORS, OPTIMIZERS, Study, study
 from small_models import MODELS
 
-MIN_STEPS = 60  # Less leaves no room for the poisoned batches and for a phase.
-OLD_SEEDS = 3  # For the models of the rule, and for long records.
-FAST_OLD = ("mlp", "cnn")  # The other two take longer than all else together.
+MIN_STEPS = 60  # Fewer leave no room for the poisoned batches and for a phase.
+OLD_SEEDS = 3  # For the models that the rule was chosen on, and for long records.
+FAST_OLD = ("mlp", "cnn")  # The other two take longer than everything else together.
 LONG = ("residual", "mixer", "vae", "mlp", "cnn")  # Models that converge, and one that does not.
 
 
 def write(
   groups: Sequence[Sequence[Study]], old: Sequence[Study], longs: dict[str, Long], steps: int, out: Path
 ) -> str:
-  """Writes the page and its pictures, and gives the text of the page."""
+  """Writes the page and its pictures; returns the text of the page."""
   everything = [s for studies in groups for s in studies]
   shown = groups if everything else [old]
   seeds = shown[0][0].grid.shape[0]
@@ -56,8 +56,8 @@ def write(
     *(long_section(new_longs, old_longs, steps) if longs else []),
     *choice_section(old_longs),
     *(old_section(old) if everything and old else []),
-    "What holds for models this small, a constant rate and a few hundred steps need not hold for a large model with a "
-    "schedule; the sweep is the way to find out.",
+    "What holds for models this small, at a constant rate and for a few hundred steps, need not hold for a large model "
+    "with a schedule. A sweep is the way to find out.",
   ]
   text = "\n".join(lines) + "\n"
   out.write_text(text, encoding="utf-8")
@@ -98,7 +98,7 @@ def main() -> None:
     print(f"{name}, long records: done after {time.perf_counter() - start:.0f} s", flush=True)
     return done
 
-  # Two at a time: one compiled scan of small models leaves a second core idle for much of the time.
+  # Two at a time: a compiled scan over a small model leaves a second core mostly idle.
   with ThreadPoolExecutor(2) as pool:
     new, old = ([name for name in args.models if name in among] for among in (NEW_MODELS, MODELS))
     sgd = {name: pool.submit(timed, name, "sgd") for name in (*old, *new)}

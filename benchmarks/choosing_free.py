@@ -1,4 +1,4 @@
-"""The part of the page of `choosing.py` on optimizers that divide the scale of the gradient out."""
+"""The part of the page of `choosing.py` about optimizers that divide out the scale of the gradient."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from choosing_verdicts import At, anded, cells_of, held, hopeless
 
 
 def free_section(groups: Sequence[Sequence[Study]], image: str) -> list[str]:
-  """Optimizers that divide the scale out: the guard at the rate of the record, and at others."""
+  """Optimizers that divide out the scale: the advice at the recorded rate and at higher ones."""
   lines = [
     f"## {anded([OPTIMIZERS[g[0].optimizer].title for g in groups])}",
     "",
@@ -26,13 +26,13 @@ def free_section(groups: Sequence[Sequence[Study]], image: str) -> list[str]:
   below = sum(at.is_worse(at.cell.rules[NO_CLIP], at.cell.rules[ADVICE]) for at in fast)
   return [
     *lines,
-    f"At the rate of the record the guard holds in {held(here, ADVICE)} of {len(here)} cells, no clip in "
-    f"{held(here, NO_CLIP)}. At {anded([str(k) for k in FAST])} times the rate {len(fast)} cells train, and in "
-    f"{len(hopeless(everything, FAST))} more nothing does. Of these {len(fast)} hold: {said}. The guard of the record "
+    f"At the recorded rate, the advice holds in {held(here, ADVICE)} of {len(here)} cells, no clip in "
+    f"{held(here, NO_CLIP)}. At {anded([str(k) for k in FAST])} times the rate, {len(fast)} cells train with some "
+    f"threshold, and {len(hopeless(everything, FAST))} with none. Of these {len(fast)} cells hold: {said}. The advice "
     f"ends above no clip by more than the tolerance in {above}, and below it in {below}.",
     "",
-    f"Even the best threshold ends above the unclipped run at the stable rate by more than the tolerance in "
-    f"{sum(map(is_slower, fast))} of the {len(fast)}: a clip does not make up for a rate that is too high. "
+    "Even the best threshold ends above the unclipped run at the stable rate by more than the tolerance in "
+    f"{sum(map(is_slower, fast))} of the {len(fast)}: a clip does not compensate for a rate that is too high. "
     + claim(fast),
     "",
     *stretch_section(groups),
@@ -40,19 +40,19 @@ def free_section(groups: Sequence[Sequence[Study]], image: str) -> list[str]:
 
 
 def claim(fast: Sequence[At]) -> str:
-  """What may be said of a threshold at another rate than that of the record."""
+  """What the runs show about a threshold at a higher rate than the recorded one."""
   best = max((ADVICE, "1.0", ROLLING, AT_NEW), key=lambda rule: held(fast, rule))
   lead = held(fast, best) - held(fast, NO_CLIP)
   if lead > len(fast) / 4:
     return f"`{best}` holds most often there, in {lead} cells more than no clip."
   return (
-    f"No rule holds in more than {max(lead, 0)} cells more than no clip, too few to recommend one for another rate "
-    "than that of the record."
+    f"No rule beats no clip by more than {max(lead, 0)} cells, too few to recommend one for a higher rate than the "
+    "recorded one."
   )
 
 
 def stretch_section(groups: Sequence[Sequence[Study]]) -> list[str]:
-  """How much longer or shorter a step is than that of the unclipped gradient."""
+  """How much longer or shorter a step is than the step of the unclipped gradient."""
   rows = []
   for studies in groups:
     for name in STRETCH:
@@ -64,25 +64,25 @@ def stretch_section(groups: Sequence[Sequence[Study]]) -> list[str]:
   return [
     "### How long the steps are",
     "",
-    "The length of each step over that of the step that the unclipped gradient would have made there, with a second "
-    "moment of its own, at the stable rate:",
+    "The length of each step over the length of the step that the unclipped gradient would have made there, with its "
+    "own second moment, at the stable rate:",
     "",
-    *table(["optimizer", "threshold", "5th percentile", "middle", "95th", "95th of the worst model"], rows, left=2),
+    *table(["optimizer", "threshold", "5th percentile", "median", "95th", "95th on the worst model"], rows, left=2),
     *lengths_text(groups),
     "",
   ]
 
 
 def lengths_text(groups: Sequence[Sequence[Study]]) -> list[str]:
-  """Under which threshold the steps are as long as without a clip."""
+  """With which threshold the steps are as long as without a clip."""
   out = []
   for studies in groups:
     high = {name: max(float(np.nanpercentile(s.stretch[name], 95)) for s in studies) for name in STRETCH}
     title = OPTIMIZERS[studies[0].optimizer].title
     if max(high.values()) < 1.001:
-      out.append(f"{title}: every step is as long with any of these thresholds as without a clip.")
+      out.append(f"{title}: with any of these thresholds, every step is as long as without a clip.")
     else:
       said = anded([f"{high[name]:.2g} at `{name}`" for name in STRETCH])
-      out.append(f"{title}: steps are not as long with one threshold as with another; on the worst model one in twenty "
-                 f"is longer than without a clip by these factors or more: {said}.")  # fmt: skip
+      out.append(f"{title}: the threshold changes the length of the steps; on the worst model, one step in twenty is "
+                 f"longer than without a clip by at least these factors: {said}.")  # fmt: skip
   return [" ".join(out)]

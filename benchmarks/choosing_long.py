@@ -1,8 +1,8 @@
-"""Records of several lengths for `choosing.py`: their advice, and how a run at ten times the rate fares with it.
+"""Records of several lengths for `choosing.py`: their advice, and how a run at ten times the rate does with it.
 
-A model that converges trains once without a clip for as long as the longest record, at its stable rate; shorter records
-are the first steps of that run. Each gives the advice of the whole record and that of the phase in which it learned, by
-the loss and without it, and for some shares of the loss and of the squared norms.
+Each model trains once without a clip, at its stable rate, for as long as the longest record; shorter records are the
+first steps of that run. For each record the advice is computed from the whole record and from the phase in which the
+run learned, found with and without the loss, for several shares of the fall of the loss and of the squared norms.
 """
 
 import math
@@ -25,15 +25,16 @@ WHOLE = "whole record"
 
 
 class Long(NamedTuple):
-  """What records of several lengths say of one model; arrays of shape (seeds,).
+  """Results of one model for records of several lengths; arrays have shape (seeds,).
 
   Attributes:
-    title: of the model.
-    lengths: of the records, in steps.
+    title: title of the model.
+    lengths: lengths of the records, in steps.
     best: the lowest median final loss of the sweep at `FACTOR` times the rate.
-    p75: by the way to find the phase and the length: the percentile that the budget is made of.
-    final: the same: the final loss at `FACTOR` times the rate with that budget.
-    first: the median norm in the first tenth of the longest record, and `last` that in its last tenth.
+    p75: the percentile that the budget is made of, by (way to find the phase, length).
+    final: the final loss at `FACTOR` times the rate with that budget, by the same keys.
+    first: the median norm in the first tenth of the longest record.
+    last: the median norm in its last tenth.
   """
 
   title: str
@@ -46,21 +47,21 @@ class Long(NamedTuple):
 
 
 def ways() -> dict[str, tuple[bool, float, float]]:
-  """The ways to find the phase: with the loss or without, share of its fall, share of the squares."""
+  """The ways to find the phase: whether by the loss, share of its fall, share of the squares."""
   out = {WHOLE: (False, math.nan, math.nan)}
   out |= {f"{share:.1%} of the fall": (True, share, phase.OF_SQUARES) for share in OF_FALL}
   return out | {f"{share:.0%} of the squares": (False, phase.OF_FALL, share) for share in OF_SQUARES}
 
 
 def long_study(model: Model, rate: float, lengths: Sequence[int], steps: int, seeds: int) -> Long:
-  """Records at one rate, and runs of `steps` steps at ten times that.
+  """Records at one rate, and runs of `steps` steps at ten times that rate.
 
   Args:
-    model: what is trained, by SGD.
-    rate: the stable one.
-    lengths: of the records.
-    steps: of the runs at the higher rate.
-    seeds: how many.
+    model: the model to train with SGD.
+    rate: its stable rate.
+    lengths: lengths of the records.
+    steps: steps of the runs at the higher rate.
+    seeds: number of seeds.
   """
   make = OPTIMIZERS["sgd"].make
   record, run = trainer(model, make, max(lengths), lanes=1), trainer(model, make, steps)
@@ -88,7 +89,7 @@ def long_study(model: Model, rate: float, lengths: Sequence[int], steps: int, se
 
 
 def percentile(norms: Array, losses: Array, way: str) -> float:
-  """The 75th percentile of a record, in the phase that is found in one way."""
+  """The 75th percentile of a record, over the phase found in one of the `ways`."""
   with_loss, of_fall, of_squares = ways()[way]
   if way == WHOLE:
     return float(np.percentile(norms[min(norms.size // 10, 100) :], 75))
@@ -98,11 +99,11 @@ def percentile(norms: Array, losses: Array, way: str) -> float:
   return float(np.percentile(norms[found.begin : found.end + 1], suggest.BUDGET_PERCENTILE))
 
 
-LOSS, NORMS = f"{phase.OF_FALL:.1%} of the fall", f"{phase.OF_SQUARES:.0%} of the squares"  # Of `suggest_max_norm`.
+LOSS, NORMS = f"{phase.OF_FALL:.1%} of the fall", f"{phase.OF_SQUARES:.0%} of the squares"  # As in `suggest_max_norm`.
 
 
 def cell(long: Long, way: str, length: int) -> str:
-  """The budget's percentile, and the final loss with it, in bold where it holds."""
+  """The percentile behind the budget, and the final loss with it, in bold if it holds."""
   text = median_text(long.final[way, length])
   return f"{np.median(long.p75[way, length]):.3g}: " + (f"**{text}**" if holds(long, way, length) else text)
 
@@ -113,20 +114,20 @@ def holds(long: Long, way: str, length: int) -> bool:
 
 
 def spread(long: Long, way: str) -> float:
-  """How far the percentiles of records of several lengths are apart, as a factor."""
+  """The largest factor between the percentiles of records of different lengths."""
   values = [float(np.median(long.p75[way, n])) for n in long.lengths]
   return max(values) / min(values)
 
 
 def long_summary(everything: Sequence[Long]) -> list[str]:
-  """The same in a line."""
+  """The result in one line."""
   keys = [(long, n) for long in everything for n in long.lengths]
   if not keys:
     return []
   kept = {way: sum(holds(long, way, n) for long, n in keys) for way in (WHOLE, LOSS)}
   return [
-    f"- Of {len(keys)} records of {min(n for _, n in keys)} to {max(n for _, n in keys)} steps the budget for {FACTOR} "
-    f"times the rate holds in {kept[LOSS]}; made of the whole record, in {kept[WHOLE]}.",
+    f"- For {len(keys)} records of {min(n for _, n in keys)} to {max(n for _, n in keys)} steps, the budget for "
+    f"{FACTOR} times the rate holds in {kept[LOSS]}; if computed from the whole record, in {kept[WHOLE]}.",
   ]
 
 
@@ -151,22 +152,23 @@ def long_section(longs: Sequence[Long], old: Sequence[Long], steps: int) -> list
   return [
     "## A record that goes on after the run has learned",
     "",
-    "The norms of a run that fits its data fall to nothing, and a percentile of the whole record with them. So the "
-    f"advice is of the phase in which the run learned: until the smoothed loss has made {phase.OF_FALL:.1%} of its "
-    f"fall, or without a loss until the squared norms have made {phase.OF_SQUARES:.0%} of their sum, and only where "
-    "the norms have fallen to less than half since. Records of several lengths, under SGD at the stable rate: p75, and "
-    f"the final loss of {steps} steps at {FACTOR} times the rate with p75 / {FACTOR}, in bold where it holds.",
+    "When a run fits its data, its norms fall to nothing, and so does a percentile of the whole record. The advice "
+    f"therefore uses the phase in which the run learned: until the smoothed loss has completed {phase.OF_FALL:.1%} of "
+    f"its fall or, without a loss, until the squared norms have reached {phase.OF_SQUARES:.0%} of their sum; and only "
+    "if the norms have fallen to less than half since. The table covers records of several lengths, under SGD at the "
+    f"stable rate: p75, and the final loss after {steps} steps at {FACTOR} times the rate with p75 / {FACTOR}, in bold "
+    "if it holds.",
     "",
     *table(head, rows, left=1),
-    f"Of {len(keys)} records the budget holds in {kept[WHOLE]} with the whole record, in {kept[LOSS]} with the phase "
-    f"by the loss, in {kept[NORMS]} without a loss. Between the lengths of a record p75 differs by up to "
-    f"{apart[WHOLE]:.3g} times, {apart[LOSS]:.2g} and {apart[NORMS]:.2g} times.",
+    f"Of {len(keys)} records, the budget holds in {kept[WHOLE]} with the whole record, in {kept[LOSS]} with the phase "
+    f"by the loss, and in {kept[NORMS]} with the phase without a loss. Across the lengths of a record, p75 differs by "
+    f"factors of up to {apart[WHOLE]:.3g}, {apart[LOSS]:.2g} and {apart[NORMS]:.2g}.",
     "",
   ]
 
 
 def choice_section(old: Sequence[Long]) -> list[str]:
-  """Which share of the fall, or of the squares, was chosen, and on what."""
+  """Which share of the fall, or of the squares, was chosen, and on which models."""
   if not old:
     return []
   rows = [
@@ -177,15 +179,14 @@ def choice_section(old: Sequence[Long]) -> list[str]:
   is_open = all(holds(long, way, n) for way in ways() if way != WHOLE for long in old for n in long.lengths)
   head = ["phase", *(f"{long.title.split(',')[0]}, {n}" for long in old for n in long.lengths), "apart", "hold"]
   return [
-    "### How its end was chosen",
+    "### How the end of the phase was chosen",
     "",
-    f"On {anded([named(long.title) for long in old])}, which belong to the models of the rule, the same for other "
-    "shares. "
+    f"The same for other shares, on {anded([named(long.title) for long in old])}, models that the rule was chosen on. "
     '"apart" is the largest factor between records of one model.',
     "",
     *table(head, rows),
-    f"Chosen: {LOSS}, and {NORMS} where there is no loss. "
+    f"Chosen: {LOSS}, and {NORMS} without a loss. "
     + ("Every share holds here, so the table does not decide between them. " if is_open else "")
-    + "A later end gives the smaller budget, further from the side on which training breaks.",
+    + "A later end gives a smaller budget, which is further from the side on which training breaks.",
     "",
   ]

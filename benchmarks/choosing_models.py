@@ -1,8 +1,8 @@
-"""Six more models for `choosing.py`, which no rule or constant was chosen on.
+"""Six more models for `choosing.py`; no rule or constant was chosen on them.
 
 A variational autoencoder, a residual net with layer norm and an MLP-Mixer see scikit-learn's digits; a GRU reads the
 text of `clipjax demo` by character, another net by word; a mixture density network learns a curve with several branches
-and heavy-tailed noise. As in `small_models.py` each is five pure functions, plain and small on purpose.
+and heavy-tailed noise. As in `small_models.py`, each consists of five pure functions, plain and small on purpose.
 """
 
 import math
@@ -24,18 +24,18 @@ RES_WIDTH, RES_BLOCKS = 32, 4
 PATCHES, PIXELS, MIXER_WIDTH, MIXER_BLOCKS = 4, 16, 32, 2  # Patches of 4x4 pixels.
 GRU_UNITS, GRU_LENGTH, GRU_BATCH = 48, 12, 8
 VOCABULARY, WORDS_BACK, WORD_WIDTH = 256, 3, 32
-BRANCHES, TAILS = 3, 2.5  # Gaussians of the mixture; degrees of freedom of the noise, whose fourth moment is infinite.
+BRANCHES, TAILS = 3, 2.5  # Gaussians of the mixture; degrees of freedom of the noise: its fourth moment is infinite.
 
 
 def matrices(key: jax.Array, shapes: dict[str, tuple[int, int]], gain: float = 1.0) -> Params:
-  """Matrices whose entries have a standard deviation of `gain / sqrt(rows)`, and a bias of 0 for each."""
+  """Matrices with entries of standard deviation `gain / sqrt(rows)`, each with a bias of 0."""
   keys = jax.random.split(key, len(shapes))
   out = {name: normal(k, s, gain / math.sqrt(s[0])) for k, (name, s) in zip(keys, shapes.items(), strict=True)}
   return out | {f"{name}_bias": jnp.zeros(columns) for name, (_, columns) in shapes.items()}
 
 
 def dense(params: Params, name: str, x: jax.Array) -> jax.Array:
-  """A matrix and its bias."""
+  """Applies a matrix and its bias."""
   bias = params[f"{name}_bias"]
   return jnp.matmul(x, params[name]) + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
@@ -62,7 +62,7 @@ def vae_batch(data: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[jax.Ar
 
 
 def vae_poison(batch: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Images of noise."""
+  """Random images."""
   return jax.random.uniform(key, batch[0].shape), batch[1]
 
 
@@ -78,7 +78,7 @@ def vae_loss(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def init_residual(key: jax.Array) -> Params:
-  """Blocks whose branches end small, as in GPT-2."""
+  """Blocks with a small end of each branch, as in GPT-2."""
   key_ends, *keys = jax.random.split(key, 1 + RES_BLOCKS)
   ends = matrices(key_ends, {"in": (64, RES_WIDTH), "out": (RES_WIDTH, CLASSES)})
   shapes = {"up": (RES_WIDTH, 2 * RES_WIDTH), "down": (2 * RES_WIDTH, RES_WIDTH)}
@@ -103,7 +103,7 @@ def init_mixer(key: jax.Array) -> Params:
 
 
 def mixer_loss(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """The mean over the patches in the end."""
+  """Mixer blocks, then the mean over the patches."""
   patches = batch[0].reshape(BATCH, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4).reshape(BATCH, PATCHES, PIXELS)
   x = dense(params, "in", patches)
   for block in params["blocks"]:
@@ -152,13 +152,13 @@ def words_data() -> jax.Array:
 
 
 def words_batch(words: jax.Array, key: jax.Array) -> jax.Array:
-  """Some words and the one that follows them, shape (batch, words + 1)."""
+  """Some words and the next one, shape (batch, words + 1)."""
   starts = jax.random.randint(key, (BATCH, 1), 0, words.size - WORDS_BACK)
   return words[starts + jnp.arange(WORDS_BACK + 1)[None, :]]
 
 
 def words_poison(batch: jax.Array, key: jax.Array) -> jax.Array:
-  """Words drawn by chance."""
+  """Random words."""
   return jax.random.randint(key, batch.shape, 0, VOCABULARY, jnp.int32)
 
 
@@ -184,7 +184,7 @@ def no_data() -> tuple[()]:
 
 
 def curve_batch(data: tuple[()], key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Points of `x = y + 0.3 sin(2 pi y)`, where y is to be told from x (Bishop, 1994), with noise of Student's t."""
+  """Points of `x = y + 0.3 sin(2 pi y)` with Student's t noise; y must be predicted from x (Bishop, 1994)."""
   del data
   key_y, key_noise = jax.random.split(key)
   y = jax.random.uniform(key_y, (4 * BATCH, 1))
@@ -193,7 +193,7 @@ def curve_batch(data: tuple[()], key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def curve_poison(batch: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Targets drawn by chance."""
+  """Random targets."""
   return batch[0], jax.random.uniform(key, batch[1].shape)
 
 
@@ -203,7 +203,7 @@ def init_mixture(key: jax.Array) -> Params:
 
 
 def mixture_loss(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """The negative log-likelihood under a mixture of Gaussians, which is below 0 where the density is above 1."""
+  """The negative log-likelihood under a mixture of Gaussians; it is below 0 if the density is above 1."""
   hidden = jnp.tanh(dense(params, "hidden", jnp.tanh(dense(params, "in", batch[0]))))
   logits, means, log_widths = jnp.split(dense(params, "out", hidden), 3, axis=-1)
   squares = jnp.square((batch[1] - means) * jnp.exp(-log_widths))

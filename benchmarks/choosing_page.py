@@ -1,6 +1,6 @@
-"""The page that `choosing.py` writes, but for the long records: tables, and sentences that follow from them.
+"""The page of `choosing.py`, except for the long records: tables, and sentences that follow from them.
 
-Every list, count and verdict is derived from the runs. A sentence that could turn out either way is made of both.
+Every list, count and verdict is derived from the runs. A sentence that could turn out either way has both versions.
 """
 
 import os
@@ -42,36 +42,36 @@ FAST = FACTORS[1:]
 
 
 def loss_text(x: float) -> str:
-  """Three digits after the point for a small loss, none for a large one."""
+  """A loss with three decimals if it is small, with fewer if it is large."""
   if np.isinf(x):
     return "inf"
   return f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}" if abs(x) < 1e3 else f"{x:.0e}"
 
 
 def median_text(losses: Array) -> str:
-  """The median of the seeds."""
+  """The median over the seeds."""
   return loss_text(float(np.median(losses)))
 
 
 def bold(at: At, losses: Array) -> str:
-  """The median, in bold where it holds."""
+  """The median, in bold if it holds."""
   return f"**{median_text(losses)}**" if at.holds(losses) else median_text(losses)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-  """A table whose first columns are aligned to the left."""
+  """A table whose first `left` columns are left-aligned."""
   lines = [head, ["---"] * left + ["--:"] * (len(head) - left), *rows]
   return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
 
 
 def named(title: str) -> str:
-  """A model in a sentence: its size in brackets."""
+  """A model's name in a sentence, with its size in brackets."""
   name, _, size = title.partition(", ")
   return f"{name} ({size})" if size else name
 
 
 def kind(s: Study) -> str:
-  """The kind of the model."""
+  """The model's name without its size."""
   return s.title.split(",")[0]
 
 
@@ -84,62 +84,61 @@ def introduction(models: Sequence[str], are_new: bool, steps: int, seeds: int) -
   """What was done."""
   command = shlex.join(["python", "benchmarks/choosing.py", *sys.argv[1:]])
   old = anded([named(model.title) for model in MODELS.values()])
-  chosen = f" The rule and its constants were chosen on others: {old}." if are_new else ""
+  chosen = f" The rule and its constants were chosen on other models: {old}." if are_new else ""
   return [
     "# Choosing `max_norm`",
     "",
     f"Made by `{command}` on {os.cpu_count()} {platform.machine()} cores, jax {jax.__version__}, optax "
-    f"{optax.__version__}. Every number is measured, and the sentences with numbers are derived from them.",
+    f"{optax.__version__}. Every number is measured, and every sentence with a number is derived from the runs.",
     "",
-    "A run without a clip has recorded its gradient norms. Which `max_norm` follows from them, for the same learning "
-    "rate or for a higher one? `clipjax.runs.suggest_max_norm` has an answer, the *advice*: for SGD `p90` of the norms "
-    "at the rate of the record and `p75 / k` at k times that rate, for optimizers that divide the scale of the "
-    f"gradient out `2 * p90`. Here it is held against the best of {SWEEP.size} thresholds and of no clip, beside "
-    "other rules.",
+    "A run without a clip has recorded its gradient norms. Which `max_norm` follows from them, at the same learning "
+    "rate or at a higher one? `clipjax.runs.suggest_max_norm` gives this *advice*: for SGD, `p90` of the norms at the "
+    "recorded rate and `p75 / k` at k times that rate; for optimizers that divide out the scale of the gradient, "
+    f"`2 * p90`. This page compares the advice and other rules with the best of {SWEEP.size} thresholds and no clip.",
     "",
     f"The models: {anded([named(title) for title in models])}.{chosen} They train for {steps} steps with {seeds} "
-    f"seed{'s'[: seeds - 1]} at a constant learning rate, SGD with momentum {MOMENTUM:g}. The *stable rate* of a model "
-    f"is the one of 16 at which its worst seed ends lowest without a clip; neighbours are apart by a factor of "
-    f"{anded([rate_steps(name) for name in OPTIMIZERS])}. A rule sees "
-    "the norms and losses of the unclipped run of the same seed at that rate; p90 is the 90th percentile without the "
-    f"first tenth. `{ROLLING}` clips at the median of the last {ROLLING_WINDOW} norms as it goes. `{AT_NEW}` has a "
-    "record of its own, without a clip, at the rate of the 16 that is nearest to the new one.",
+    f"seed{'s'[: seeds - 1]} at a constant learning rate; SGD has momentum {MOMENTUM:g}. The *stable rate* of a model "
+    "is the one of 16 rates at which its worst seed ends lowest without a clip; neighbouring rates differ by a factor "
+    f"of {anded([rate_steps(name) for name in OPTIMIZERS])}. A rule sees the norms and losses of the unclipped run "
+    "with the same seed at that rate; p90 is the 90th percentile after the first tenth of the steps. "
+    f"`{ROLLING}` clips at the median of the last {ROLLING_WINDOW} norms during training. `{AT_NEW}` takes its norms "
+    "from another run without a clip, at the one of the 16 rates that is nearest to the new rate.",
     "",
-    "The final loss is the mean of the last tenth of the steps, and tables give its median over the seeds. It *holds* "
-    f"where it is above the best by at most {SHARE:.0%} or {NATS:g}, whichever is more. A cell is one model at one "
-    "rate. Cells in which the best threshold does not make half of the fall of the loss that the stable rate makes are "
-    "left out of every count: no threshold trains there.",
+    "The final loss is the mean over the last tenth of the steps; tables give its median over the seeds. It *holds* "
+    f"if it exceeds the best by at most {SHARE:.0%} or {NATS:g}, whichever is more. A cell is one model at one "
+    "rate. Cells whose best threshold lowers the loss by less than half as much as the stable rate does are left out "
+    "of every count: no threshold trains there.",
     "",
   ]
 
 
 def rate_steps(name: str) -> str:
-  """How far apart the rates of an optimizer are."""
+  """The factor between neighbouring rates of an optimizer."""
   rates = OPTIMIZERS[name].rates
   return f"{rates[1] / rates[0]:.3g} under {OPTIMIZERS[name].title}"
 
 
 def needed_section(studies: Sequence[Study]) -> list[str]:
-  """Whether a clip is needed at the stable rate, and what against."""
+  """Whether a clip is needed at the stable rate."""
   cells = cells_of(studies, [1])
   worse = [at for at in cells if not at.holds(at.cell.rules[NO_CLIP])]
   better = [at for at in cells if at.is_worse(at.cell.rules[ADVICE], at.cell.rules[NO_CLIP])]
   return [
     "## Is a clip needed?",
     "",
-    f"At the stable rate itself {len(cells) - len(worse)} of {len(cells)} cells hold without a clip"
+    f"At the stable rate, {len(cells) - len(worse)} of {len(cells)} cells hold without a clip"
     + (
-      f"; the rest: {anded([f'{kind(at.study)} ({OPTIMIZERS[at.study.optimizer].title})' for at in worse])}"
+      f"; the others: {anded([f'{kind(at.study)} ({OPTIMIZERS[at.study.optimizer].title})' for at in worse])}"
       * bool(worse)
     )
-    + f". The advice ends above no clip by more than the tolerance in {len(better)}. So a clip there is an insurance, "
-    "against what the next section shows.",
+    + f". The advice ends above no clip by more than the tolerance in {len(better)}. A clip at this rate is therefore "
+    "insurance; the next section shows against what.",
     "",
   ]
 
 
 def poison_section(studies: Sequence[Study], steps: int) -> list[str]:
-  """A few poisoned batches, with and without a guard."""
+  """A few poisoned batches, with and without a clip."""
   at = ", ".join(map(str, spike_steps(steps)))
   lines = []
   for name in dict.fromkeys(s.optimizer for s in studies):
@@ -154,25 +153,25 @@ def poison_section(studies: Sequence[Study], steps: int) -> list[str]:
       rows.append([guard, *cells, f"{sum(survives(s, guard) for s in own)} of {len(own)}"])
     lines += [f"{OPTIMIZERS[name].title}:", "", *table(["", *(kind(s) for s in own), "hold"], rows)]
   total = {guard: sum(survives(s, guard) for s in studies) for guard in GUARDS}
-  said = anded([f"`{guard}` on {total[guard]}" for guard in GUARDS])
+  said = anded([f"`{guard}` {total[guard]}" for guard in GUARDS])
   return [
     "## What it insures against",
     "",
-    f"The batches of steps {at} have targets drawn by chance and a loss {POISON_WEIGHT:g} times as heavy, at the "
-    "stable rate. The threshold comes from the clean, unclipped run of the same seed. Each cell: final loss, and in "
-    f"brackets the largest jump of the loss in the {JUMP_WINDOW} steps after a poisoned batch, whose own loss is left "
-    "out. In bold: within the tolerance of the clean run.",
+    f"At the stable rate, the batches of steps {at} get random targets and a loss {POISON_WEIGHT:g} times as heavy. "
+    "The threshold comes from the clean, unclipped run with the same seed. Each cell shows the final loss, and in "
+    f"brackets the largest jump of the loss in the {JUMP_WINDOW} steps after a poisoned batch, without the loss of "
+    "that batch. Bold: within the tolerance of the clean run.",
     "",
     *lines,
-    f"Of {len(studies)} models and optimizers the loss is within the tolerance of the clean run: {said}. Under SGD an "
-    "unclipped bad batch is one step as long as its gradient. Under Adam it is a step of its own, and then stands in "
-    "the second moment for about 1 / (1 - b2) = 1000 steps, which makes every later step too small.",
+    f"In how many of {len(studies)} pairs of model and optimizer the loss stays within the tolerance of the clean run: "
+    f"{said}. Under SGD, an unclipped bad batch is one step as long as its gradient. Under Adam, it is one bad step, "
+    "and then stays in the second moment for about 1 / (1 - b2) = 1000 steps, which makes every later step too small.",
     "",
   ]
 
 
 def survives(s: Study, guard: str) -> bool:
-  """Whether a guard ends within the tolerance of the clean run."""
+  """Whether a run with this clip ends within the tolerance of the clean run."""
   clean = float(np.median(s.grid[:, s.stable]))
   return bool(np.median(s.poisoned.final[guard]) <= clean + max(SHARE * abs(clean), NATS))
 
@@ -189,17 +188,16 @@ def rules_section(studies: Sequence[Study], factors: Sequence[int]) -> list[str]
     texts = [bold(at, x) for at, x in zip(cells, losses, strict=True)]
     rows.append([f"`{rule}`", *texts, f"{held(cells, rule)} of {len(cells)}", f"{single} of {runs}"])
   head = ["rule", *(f"{kind(at.study)}, x{at.k}" for at in cells), "cells", "seeds"]
-  left_out = f" Left out, as no threshold trains: {where(out)}." if out else ""
+  left_out = f" Left out because no threshold trains: {where(out)}." if out else ""
   return [
     *table(head, rows),
-    'In bold: what holds. "seeds": runs that hold against the best threshold of their own seed, a harder test.'
-    + left_out,
+    'Bold: holds. "seeds": runs that hold against the best threshold for their own seed, a harder test.' + left_out,
     "",
   ]
 
 
 def sgd_section(studies: Sequence[Study], image: str) -> list[str]:
-  """The budget against no clip, p90 and the best of the sweep."""
+  """The step budget compared with no clip, p90 and the best of the sweep."""
   cells = cells_of(studies, FAST)
   rows = []
   for at in cells:
@@ -221,15 +219,15 @@ def sgd_section(studies: Sequence[Study], image: str) -> list[str]:
     "",
     *table(head, rows, left=2),
     "The advice keeps the *step budget*: the product of rate and threshold bounds how far one step moves the "
-    f"parameters (with momentum m, times 1 / (1 - m)). It holds in {held(cells, ADVICE)} of {len(cells)} of these "
-    f"cells, p90 as it is in {held(cells, P90)}, 1.0 in {held(cells, '1.0')}, no clip in {held(cells, NO_CLIP)}.",
+    f"parameters (with momentum m, times 1 / (1 - m)). It holds in {held(cells, ADVICE)} of these {len(cells)} cells, "
+    f"plain p90 in {held(cells, P90)}, 1.0 in {held(cells, '1.0')}, no clip in {held(cells, NO_CLIP)}.",
     "",
-    "A higher rate with the budget kept is safe; it is not faster by itself. Against the unclipped run at the stable "
-    f"rate even the best threshold ends higher by more than the tolerance in {slower} of {len(cells)} cells, and lower "
-    f"by more than that in {faster}.",
+    "A higher rate under the same budget is safe, but not faster by itself. Compared with the unclipped run at the "
+    f"stable rate, even the best threshold ends higher by more than the tolerance in {slower} of {len(cells)} cells, "
+    f"and lower by more than the tolerance in {faster}.",
     "",
     *aim(cells),
-    "All rules, at the stable rate too:",
+    "All rules, including the stable rate:",
     "",
     *rules_section(studies, FACTORS),
   ]
@@ -256,19 +254,19 @@ def aim(cells: Sequence[At]) -> list[str]:
     rows.append([f"`{rule}`", f"{held(cells, rule)} of {len(cells)}", f"{np.median(excess):.2f}", f"{max(excess):.3g}"])
   near = [rule for rule in (*LOWER[::-1], *HIGHER) if held(cells, rule) >= held(cells, ADVICE) - 1]
   return [
-    "Where to look further, if a second run can be afforded? The cells that hold, and how many tolerances above the "
-    "best they end:",
+    "Which threshold should a second run try? For each, the cells that hold, and how many tolerances above the best "
+    "they end:",
     "",
-    *table(["threshold", "hold", "in the middle", "at worst"], rows),
-    f"The best of the sweep is {np.median(ratios):.2g} times the advice in the middle, from {ratios[0]:.2g} to "
-    f"{ratios[-1]:.2g} times, and above it in {sum(ratio > 1 for ratio in ratios)} of {len(cells)}. These hold "
-    f"in at most one cell fewer than the advice: {anded([f'`{rule}`' for rule in near])}.",
+    *table(["threshold", "hold", "median", "worst"], rows),
+    f"The best threshold of the sweep is {np.median(ratios):.2g} times the advice (median), between {ratios[0]:.2g} "
+    f"and {ratios[-1]:.2g} times, and above it in {sum(ratio > 1 for ratio in ratios)} of {len(cells)} cells. These "
+    f"hold in at most one cell fewer than the advice: {anded([f'`{rule}`' for rule in near])}.",
     "",
   ]
 
 
 def sources_section(studies: Sequence[Study]) -> list[str]:
-  """The budget from runs at other rates than the best."""
+  """The step budget from records at lower rates."""
   cells = cells_of(studies, FAST)
   step = OPTIMIZERS["sgd"].rates[1] / OPTIMIZERS["sgd"].rates[0]
   rows = []
@@ -278,19 +276,19 @@ def sources_section(studies: Sequence[Study]) -> list[str]:
     kept = sum(at.holds(losses) for at, losses in zip(cells, found, strict=True))
     rows.append([f"{step**shift:.3g}", *texts, f"{kept} of {len(cells)}"])
   return [
-    "### A record at another rate than the stable one",
+    "### A record at a lower rate",
     "",
-    "The same fast rates, but the norms were recorded at a fraction of the stable rate, and k is counted from there:",
+    "The same fast rates, but with norms recorded at a fraction of the stable rate, from which k counts:",
     "",
     *table(["recorded at", *(f"{kind(at.study)}, x{at.k}" for at in cells), "cells"], rows),
-    "The budget hands on the pace of the record: from a slow run it is safe and slow. Take the norms from a run at the "
-    "best rate that is stable without a clip.",
+    "The budget inherits the pace of the record: from a slow run it is safe and slow. Record the norms at the best "
+    "rate that is stable without a clip.",
     "",
   ]
 
 
 def summary(groups: Sequence[Sequence[Study]], old: Sequence[Study], longs: Sequence[str]) -> list[str]:
-  """The advice, and how it fared."""
+  """The advice, and how often it holds."""
   everything = [s for studies in groups for s in studies]
   rules = (ADVICE, NO_CLIP, "1.0", P90, ROLLING)
   rows = []
@@ -304,19 +302,19 @@ def summary(groups: Sequence[Sequence[Study]], old: Sequence[Study], longs: Sequ
   lines = [
     "## In short",
     "",
-    "Models on which the advice and other rules hold, at 1, 3 and 10 times the rate of the record:",
+    "On how many models the advice and other rules hold, at 1, 3 and 10 times the recorded rate:",
     "",
     *table(["", "the advice is", ADVICE, *(f"`{rule}`" for rule in rules[1:])], rows, left=2),
-    f"- At the rate of the record no clip holds in {held(here, NO_CLIP)} of {len(here)} cells: there a clip is an "
-    f"insurance. With poisoned batches no clip holds in {sum(survives(s, NO_CLIP) for s in everything)} of "
-    f"{len(everything)}, `{GUARD}` in {sum(survives(s, GUARD) for s in everything)}.",
+    f"- At the recorded rate, no clip holds in {held(here, NO_CLIP)} of {len(here)} cells: there, a clip is insurance. "
+    f"With poisoned batches, no clip holds in {sum(survives(s, NO_CLIP) for s in everything)} of {len(everything)}, "
+    f"`{GUARD}` in {sum(survives(s, GUARD) for s in everything)}.",
     *longs,
   ]
   if old:
     fast = cells_of(old, FAST)
     lines.append(
-      f"- On {anded([kind(s) for s in old])}, of the models that the rule was chosen on, under SGD: the advice holds "
-      f"in {held(fast, ADVICE)} of {len(fast)} cells at {anded([str(k) for k in FAST])} times the rate, no clip in "
+      f"- Under SGD on {anded([kind(s) for s in old])}, models that the rule was chosen on: the advice holds in "
+      f"{held(fast, ADVICE)} of {len(fast)} cells at {anded([str(k) for k in FAST])} times the rate, no clip in "
       f"{held(fast, NO_CLIP)}, p90 in {held(fast, P90)}."
     )
   return [*lines, ""]

@@ -1,4 +1,4 @@
-"""The pictures of `choosing.py`: final loss against the threshold, a panel for each model."""
+"""The pictures of `choosing.py`: final loss against the threshold, with one panel per model."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 LEGEND = ("curve", "holds", "advice", "other")
-COLOURS = {1: "#009E73", 3: "#0072B2", 10: "#D55E00"}  # Okabe and Ito's, which are told apart with any colour vision.
+COLOURS = {1: "#009E73", 3: "#0072B2", 10: "#D55E00"}  # Okabe and Ito's, distinguishable with any colour vision.
 COLUMNS = 3
 
 
 def picture(studies: Sequence[Study], factors: Sequence[int]) -> Figure:
-  """The models of one optimizer at some rates."""
+  """One panel for each model of an optimizer, at several rates."""
   columns = min(COLUMNS, len(studies))
   rows = -(-len(studies) // columns)
   figure = Figure(figsize=(4.6 * columns + 0.4, 3.6 * rows + 1.3), layout="constrained")
@@ -29,7 +29,7 @@ def picture(studies: Sequence[Study], factors: Sequence[int]) -> Figure:
   for axes in panels.flat[len(studies) :]:
     axes.remove()
   handles, labels = panels.flat[0].get_legend_handles_labels()
-  order = sorted(range(len(labels)), key=lambda i: LEGEND.index(handles[i].get_gid()))  # A legend fills its columns.
+  order = sorted(range(len(labels)), key=lambda i: LEGEND.index(handles[i].get_gid()))  # By columns.
   figure.legend(
     [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=4, frameon=False
   )
@@ -41,12 +41,12 @@ def _listed(factors: Sequence[int]) -> str:
 
 
 def _draw(axes: Axes, s: Study, factors: Sequence[int]) -> None:
-  """Medians and the span of the seeds, what holds, the advice, p90, and the stable rate without a clip."""
+  """Draws medians and ranges over the seeds, points that hold, the advice, p90, and the stable rate without a clip."""
   stable = float(np.median(s.grid[:, s.stable]))
   shown = [loss for k in factors for loss in (s.cells[k].sweep, s.cells[k].rules[NO_CLIP])]
   lowest = min(float(loss.min()) for loss in shown)
   is_log = lowest > 0
-  # A run that ends above where it began has diverged, and is drawn at the upper edge.
+  # A run that ends above its start has diverged; it is drawn at the upper edge.
   top = 1.2 * s.start if is_log else s.start + 0.2 * (s.start - lowest)
   for k in factors:
     at, colour = At(s, k), COLOURS[k]

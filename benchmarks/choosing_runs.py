@@ -1,9 +1,9 @@
 """The runs of `choosing.py`: models trained without a clip, at thresholds of a sweep and by rules, 16 runs at once.
 
-Each model first trains without a clip at 16 learning rates, of which the best is kept: the stable rate. A rule sees the
-norms and losses of that run and k, by which the rate is then multiplied, and gives the threshold. All that differs
-between the lanes of the one jitted `vmap` is the threshold, the rate and whether some batches are poisoned; every run
-of a seed has the same weights and batches.
+Each model first trains without a clip at 16 learning rates; the best one is the stable rate. A rule sees the norms and
+losses of that run, and the factor k by which the rate will be multiplied, and returns a threshold. The lanes of the one
+jitted `vmap` differ only in the threshold, the rate and whether some batches are poisoned; all runs of a seed have the
+same weights and batches.
 """
 
 import math
@@ -20,12 +20,12 @@ from small_models import Array, Model
 import clipjax
 
 LANES = 16  # Runs in one call.
-FINAL = 10  # The final loss is the mean over the last one in so many steps.
-SWEEP = 2.0 ** np.arange(-6, 5)  # Thresholds, in units of the power of two that is nearest to p90.
+FINAL = 10  # The final loss is the mean over the last tenth of the steps.
+SWEEP = 2.0 ** np.arange(-6, 5)  # Thresholds in units of the power of two nearest to p90.
 FACTORS = (1, 3, 10)  # New rate over stable rate.
 MOMENTUM = 0.9
 
-POISON_AT, POISON_WEIGHT = (0.5, 0.6, 0.7), 1000.0  # Shares of the run; the weight of the loss there.
+POISON_AT, POISON_WEIGHT = (0.5, 0.6, 0.7), 1000.0  # Places as shares of the run; the weight of the loss there.
 JUMP_WINDOW = 20  # Steps after a poisoned batch in which the loss may jump.
 ROLLING_PERCENTILE, ROLLING_WINDOW = 50.0, 100
 
@@ -36,10 +36,10 @@ class Optimizer(NamedTuple):
   """An optimizer of the study.
 
   Attributes:
-    title: what the page calls it.
+    title: its name on the page.
     make: `learning_rate -> transformation`.
-    rates: the 16 among which the stable one is.
-    scale_free: whether it divides the scale of the gradient out.
+    rates: the 16 rates from which the stable one is chosen.
+    scale_free: whether it divides out the scale of the gradient.
   """
 
   title: str
@@ -56,13 +56,14 @@ OPTIMIZERS = {
 
 
 class Record(NamedTuple):
-  """What a rule may look at.
+  """What a rule may use.
 
   Attributes:
-    norms: of the unclipped run at the stable rate, and its losses.
-    k: new rate over the rate of the record.
-    at_new: norms of the unclipped run at the rate of the grid that is nearest to the new one.
-    scale_free: whether the optimizer is.
+    norms: norms of the unclipped run at the stable rate.
+    losses: losses of the same run.
+    k: new rate over recorded rate.
+    at_new: norms of the unclipped run at the rate of the grid nearest to the new one.
+    scale_free: whether the optimizer divides out the scale of the gradient.
   """
 
   norms: Array
@@ -78,7 +79,7 @@ def typical(norms: Array) -> Array:
 
 
 def advice(record: Record) -> float:
-  """What `clipjax.runs.suggest_max_norm` says."""
+  """The threshold that `clipjax.runs.suggest_max_norm` suggests."""
   suggestion = clipjax.runs.suggest_max_norm(
     clipjax.runs.Run.from_arrays({"grad/norm": record.norms, "loss": record.losses}),
     learning_rate=1.0,
@@ -95,7 +96,7 @@ def percentile(record: Record, q: float) -> float:
 
 NO_CLIP, P90, GUARD, BUDGET, ROLLING = "no clip", "p90", "2 * p90", "p75 / k", "rolling p50"
 ADVICE, HIGHER, LOWER = "advice", ("2 * advice", "3 * advice"), ("advice / 2", "advice / 3")
-P50, AT_NEW = "p50", "2 * p90 of the new rate"  # Under a scale-free optimizer alone.
+P50, AT_NEW = "p50", "2 * p90 of the new rate"  # Only under a scale-free optimizer.
 RULES: dict[str, Callable[[Record], float]] = {
   NO_CLIP: lambda record: math.inf,
   "1.0": lambda record: 1.0,
@@ -104,7 +105,7 @@ RULES: dict[str, Callable[[Record], float]] = {
   GUARD: lambda record: 2 * percentile(record, 90),
   "10 * p90": lambda record: 10 * percentile(record, 90),
   BUDGET: lambda record: percentile(record, 75) / record.k,
-  ROLLING: lambda record: math.nan,  # Its lanes have a rule of clipjax.
+  ROLLING: lambda record: math.nan,  # Its lanes use a rule of clipjax.
   AT_NEW: lambda record: 2 * float(np.percentile(at_new, 90)) if (at_new := clean(record.at_new)).size else math.inf,
   ADVICE: advice,
   HIGHER[0]: lambda record: 2 * advice(record),
@@ -117,8 +118,8 @@ TRIED = {
   True: (NO_CLIP, "1.0", P90, GUARD, BUDGET, ROLLING, AT_NEW, ADVICE, HIGHER[1], LOWER[1]),
 }  # By whether the optimizer is scale-free.
 GUARDS = (NO_CLIP, "1.0", P90, GUARD, "10 * p90", ROLLING)  # Against poisoned batches.
-SOURCES = (-2, -1)  # Steps of the grid from the stable rate, where the budget is taken from another record.
-STRETCH = (P50, P90, GUARD)  # Thresholds under which the length of a step is held against the unclipped one.
+SOURCES = (-2, -1)  # Steps of the grid below the stable rate at which other records are taken.
+STRETCH = (P50, P90, GUARD)  # Thresholds for which the length of a step is compared with the unclipped one.
 
 
 def clean(norms: Array) -> Array:
@@ -137,13 +138,13 @@ class Lane(NamedTuple):
 
 
 class Cell(NamedTuple):
-  """What happened at one rate; arrays have one row for each seed.
+  """The results at one rate; arrays have one row per seed.
 
   Attributes:
     sweep: final losses, shape (seeds, thresholds).
-    thresholds: of each rule, shape (seeds,).
+    thresholds: threshold of each rule, shape (seeds,).
     rules: final losses of each rule, shape (seeds,).
-    sources: by steps of the grid: final losses with the budget from another record.
+    sources: final losses with the budget from another record, by steps of the grid.
   """
 
   sweep: Array
@@ -153,11 +154,11 @@ class Cell(NamedTuple):
 
 
 class Poisoned(NamedTuple):
-  """What poisoned batches do at the stable rate; arrays of shape (seeds,).
+  """The effect of poisoned batches at the stable rate; arrays have shape (seeds,).
 
   Attributes:
-    final: final loss of each guard.
-    jump: largest rise of the loss after a poisoned batch, of each guard.
+    final: final loss with each guard.
+    jump: largest rise of the loss after a poisoned batch with each guard.
   """
 
   final: dict[str, Array]
@@ -165,19 +166,19 @@ class Poisoned(NamedTuple):
 
 
 class Study(NamedTuple):
-  """All that was measured on one model under one optimizer.
+  """Everything measured on one model under one optimizer.
 
   Attributes:
-    title: of the model.
-    optimizer: its key in `OPTIMIZERS`.
-    rates: the grid, and `grid` the final losses of its unclipped runs, shape (seeds, rates).
+    title: title of the model.
+    optimizer: key of the optimizer in `OPTIMIZERS`.
+    rates: the grid of rates; `grid` has the final losses of its unclipped runs, shape (seeds, rates).
     stable: index of the stable rate.
-    start: the loss before the first step, the median of the seeds.
-    p90: of the norms at the stable rate, shape (seeds,).
-    thresholds: of the sweep.
-    cells: by factor.
-    poisoned: the spikes.
-    stretch: length of a step over that of the unclipped gradient, by threshold, shape (seeds, steps).
+    start: the loss before the first step, median over the seeds.
+    p90: 90th percentile of the norms at the stable rate, shape (seeds,).
+    thresholds: thresholds of the sweep.
+    cells: results by factor.
+    poisoned: results with poisoned batches.
+    stretch: length of a step over the length of the unclipped step, by threshold, shape (seeds, steps).
   """
 
   title: str
@@ -196,7 +197,7 @@ class Study(NamedTuple):
 def trainer(
   model: Model, optimizer: Callable[[Any], optax.GradientTransformation], steps: int, lanes: int = LANES
 ) -> Callable[[Sequence[Lane], int], Runs]:
-  """What trains some runs, `lanes` at a time in one compiled function."""
+  """A function that trains runs, `lanes` at a time in one compiled call."""
   spikes = jnp.asarray(spike_steps(steps))
 
   def train(data: Any, seed: jax.Array, lane: Lane) -> Any:
@@ -218,7 +219,7 @@ def trainer(
       grads, loss = jax.grad(weighted, has_aux=True)(params)
       clipped, clip_state = clip.update(grads, clip_state)
       updates, state = plain.update(clipped, state, params)
-      unclipped, beside = plain.update(grads, beside, params)  # What the whole gradient would have made of this step.
+      unclipped, beside = plain.update(grads, beside, params)  # The step that the unclipped gradient would have made.
       ratio = optax.global_norm(updates) / optax.global_norm(unclipped)
       return (optax.apply_updates(params, updates), clip_state, state, beside), (loss, clip_state.norm, ratio)
 
@@ -243,7 +244,7 @@ def trainer(
 
 
 def fixed_or_rolling(max_norm: Any, rolling: Any) -> clipjax.rules.Rule:
-  """The rule with a fixed threshold, or where `rolling` the median of the last norms."""
+  """A rule with a fixed threshold or, if `rolling`, with the median of the last norms."""
   inner = clipjax.rules.percentile(ROLLING_PERCENTILE, window=ROLLING_WINDOW)
 
   def update(norms: jax.Array, state: Any, *, global_norm: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
@@ -260,15 +261,15 @@ def spike_steps(steps: int) -> Array:
 
 
 def final_loss(losses: Array) -> Array:
-  """Mean of the last tenth of each run; inf where that is not finite."""
+  """Mean over the last tenth of each run; inf if nonfinite."""
   final = losses[..., -max(losses.shape[-1] // FINAL, 1) :].mean(-1)
   return np.where(np.isfinite(final), final, np.inf)
 
 
 def largest_jump(losses: Array) -> Array:
-  """Largest loss soon after a poisoned batch, less the mean of the steps before it; inf where it is not finite.
+  """Largest loss soon after a poisoned batch, minus the mean of the steps before it; inf if nonfinite.
 
-  The loss of the poisoned batch itself is left out: its targets are noise.
+  The loss of the poisoned batch itself is left out, as its targets are noise.
   """
   jumps, spikes = [], [*spike_steps(losses.shape[-1]), losses.shape[-1]]
   for i, following in pairwise(spikes):
@@ -279,7 +280,7 @@ def largest_jump(losses: Array) -> Array:
 
 
 def study(model: Model, optimizer: str, steps: int, seeds: int) -> Study:
-  """Trains one model under one optimizer in every way."""
+  """Trains one model under one optimizer in all ways."""
   kind = OPTIMIZERS[optimizer]
   run, rates = trainer(model, kind.make, steps), kind.rates
   free = [run([Lane(math.inf, rate) for rate in rates], seed) for seed in range(seeds)]
@@ -297,7 +298,7 @@ def study(model: Model, optimizer: str, steps: int, seeds: int) -> Study:
 
 
 def lanes_of(kind: Optimizer, norms: Array, losses: Array, stable: int, thresholds: Array) -> dict[Any, Lane]:
-  """All runs of one seed, by what they are for."""
+  """All runs of one seed, by purpose."""
   rates = kind.rates
   rate = float(rates[stable])
 
@@ -319,17 +320,17 @@ def lanes_of(kind: Optimizer, norms: Array, losses: Array, stable: int, threshol
 
 
 def lane_of(name: str, record: Record, rate: float) -> Lane:
-  """The run that a rule of `RULES` gives."""
+  """The run for a rule of `RULES`."""
   return Lane(math.inf if name == ROLLING else RULES[name](record), rate, rolling=name == ROLLING)
 
 
 def measured(rows: list[Any], thresholds: Array) -> tuple[dict[int, Cell], Poisoned, dict[str, Array]]:
-  """The runs of all seeds as the fields of a `Study`."""
+  """The runs of all seeds as fields of a `Study`."""
 
   def final(*key: Any) -> Array:
     return np.array([float(final_loss(losses[key])) for _, losses, _ in rows])
 
-  rules = [name for name in RULES if ("rule", FACTORS[0], name) in rows[0][0]]  # In the order of the tables.
+  rules = [name for name in RULES if ("rule", FACTORS[0], name) in rows[0][0]]  # In table order.
   cells = {
     k: Cell(
       np.stack([final("sweep", k, i) for i in range(thresholds.size)], 1),

@@ -1,10 +1,10 @@
-"""Golden numbers: what torch, TensorFlow, Optax and jax_privacy answer to the clip cases of their own tests, and more.
+"""Golden numbers: the results of torch, TensorFlow, Optax and jax_privacy on the clip cases of their tests, and more.
 
-`python benchmarks/golden.py` asks the libraries, which the extra `bench` installs, and writes
-`tests/data/golden.json`. `python benchmarks/golden.py check` asks them again and compares. `tests/test_golden.py` holds
-clipjax against that file, with none of the libraries but Optax.
+`python benchmarks/golden.py` runs the libraries, which the extra `bench` installs, and writes `tests/data/golden.json`.
+`python benchmarks/golden.py check` runs them again and compares. `tests/test_golden.py` compares clipjax with that file
+and needs only Optax of these libraries.
 
-An array is `{"dtype", "shape", "values"}`; its numbers read back exactly. What is not finite is "nan", "inf" or "-inf".
+An array is `{"dtype", "shape", "values"}`; its numbers read back exactly. Nonfinite numbers are "nan", "inf" or "-inf".
 """
 
 import argparse
@@ -22,13 +22,13 @@ import numpy as np
 
 PATH = pathlib.Path(__file__).parent.parent / "tests" / "data" / "golden.json"
 LIBRARIES = ("torch", "tensorflow", "optax", "jax_privacy")
-# A unit or two in the last place: another processor may add in another order.
+# A unit or two in the last place: processors may add in different orders.
 TOLERANCE = {"float64": 1e-14, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Cases:
-  """The cases of one library, and the gradients that they share by name."""
+  """The cases of one library, and the gradients that they share, by name."""
 
   def __init__(self, library: str, version: str):
     self.library = library
@@ -40,12 +40,12 @@ class Cases:
     """Adds one case.
 
     Args:
-      function: its name in the library.
-      grads: tree of numpy arrays, lists, dicts and None.
-      outputs: what the function gave, by name.
-      source: address of the test file that the case comes from, with the test's name.
-      key: name of `grads`; cases with the same gradients give the same.
-      **arguments: the library's own, by name.
+      function: name of the function in the library.
+      grads: tree of NumPy arrays, lists, dicts and None.
+      outputs: results of the function, by name.
+      source: address of the test file that the case comes from, and the name of the test.
+      key: name of `grads`; cases with the same gradients share it.
+      **arguments: the library's arguments, by name.
     """
     encoded = encode(grads)
     if self.inputs.setdefault(f"{self.library}: {key}", encoded) != encoded:
@@ -68,7 +68,7 @@ class Cases:
 
 
 def encode(x: Any) -> Any:
-  """A tree as JSON: arrays are dicts of dtype, shape and values."""
+  """A tree as JSON; arrays become dicts of dtype, shape and values."""
   if isinstance(x, dict):
     return {key: encode(value) for key, value in x.items()}
   if isinstance(x, list | tuple):
@@ -79,7 +79,7 @@ def encode(x: Any) -> Any:
 
 
 def decode(x: Any) -> Any:
-  """The tree that `encode` was given, tuples as lists."""
+  """Inverts `encode`, except that tuples become lists."""
   if isinstance(x, dict):
     if set(x) == {"dtype", "shape", "values"}:
       return np.array([decode(v) for v in x["values"]], np.float64).astype(_dtype(x["dtype"])).reshape(x["shape"])
@@ -90,13 +90,13 @@ def decode(x: Any) -> Any:
 
 
 def load() -> dict[str, Any]:
-  """The file as it is."""
+  """The content of the file."""
   loaded: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
   return loaded
 
 
 def generate() -> dict[str, Any]:
-  """Every case, asked of the libraries."""
+  """Runs every case in the libraries."""
   everything: dict[str, Any] = {"format": "clipjax-golden/1", "versions": {}, "inputs": {}, "cases": []}
   for library in LIBRARIES:
     cases = importlib.import_module(f"golden_{library}").cases()
@@ -107,7 +107,7 @@ def generate() -> dict[str, Any]:
 
 
 def dumps(everything: dict[str, Any]) -> str:
-  """The file's text: a line for each tree of gradients and each case."""
+  """The text of the file: one line per tree of gradients and per case."""
   head = [f'"{key}": {json.dumps(everything[key], allow_nan=False)}' for key in ("format", "versions")]
   inputs = ",\n".join(f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in everything["inputs"].items())
   cases = ",\n".join(json.dumps(case, allow_nan=False) for case in everything["cases"])
@@ -115,7 +115,7 @@ def dumps(everything: dict[str, Any]) -> str:
 
 
 def differences(stored: dict[str, Any], fresh: dict[str, Any]) -> Iterator[str]:
-  """A line for each thing in which the file and a fresh run differ by more than rounding."""
+  """One line for each difference between the file and a fresh run beyond rounding."""
   if stored["versions"] != fresh["versions"]:
     yield f"versions: {stored['versions']} stored, {fresh['versions']} installed"
   for key in sorted(stored["inputs"].keys() | fresh["inputs"].keys()):
@@ -145,7 +145,7 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def _number(x: Any) -> Any:
-  """The shortest number that reads back as this one."""
+  """The shortest number that reads back exactly."""
   if x.dtype.kind in "biu":
     return x.item()
   word = _word(float(x))
@@ -181,7 +181,7 @@ def main() -> None:
   fresh = generate()
   if mode == "check":
     found = list(differences(load(), fresh))
-    print("\n".join(found) or f"{len(fresh['cases'])} cases are as stored.")
+    print("\n".join(found) or f"{len(fresh['cases'])} cases match the file.")
     sys.exit(bool(found))
   PATH.write_text(dumps(fresh), encoding="utf-8")
   print(f"{len(fresh['cases'])} cases, {PATH.stat().st_size / 1e3:.0f} kB, {fresh['versions']}")

@@ -1,6 +1,6 @@
-"""The clip cases of jax_privacy's own tests, and of sums of clipped examples, asked of jax_privacy.
+"""The clip cases of jax_privacy's tests, and sums of clipped examples, run in jax_privacy.
 
-Its limits by layer came after the release that is asked here: each layer is clipped by a call of its own.
+The release used here has no limits by layer yet, so each layer is clipped by a separate call.
 """
 
 import importlib.metadata
@@ -20,7 +20,7 @@ TREES, GRADIENTS = f"{ROOT}/clipping_test.py", f"{ROOT}/gradient_clipping_test.p
 
 
 def arrays(tree: Any) -> Any:
-  """A tree of JAX arrays as one of numpy's."""
+  """A tree of JAX arrays as NumPy arrays."""
   return jax.tree.map(np.asarray, tree)
 
 
@@ -102,14 +102,14 @@ def _layers(out: Cases) -> None:
 
 
 def _summed(clip_norm: float) -> Callable[..., Any]:
-  """The sum of clipped examples, and the norms of all of them."""
+  """The sum of clipped examples, and all their norms."""
   clipped_sum = clipping.clipped_fun(
     lambda x: x, batch_argnums=0, keep_batch_dim=False, l2_clip_norm=clip_norm, return_norms=True
   )
 
   def call(*args: Any, **given: Any) -> tuple[Any, Any]:
     total, beside = clipped_sum(*args, **given)
-    return total, beside[-1] if isinstance(beside, tuple) else beside  # 2.0.0 gives (None, norms).
+    return total, beside[-1] if isinstance(beside, tuple) else beside  # 2.0.0 returns (None, norms).
 
   return call
 

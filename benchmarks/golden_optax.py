@@ -1,4 +1,4 @@
-"""The clip cases of Optax's own tests, and more thresholds and shapes, asked of Optax."""
+"""The clip cases of Optax's tests, and more thresholds and shapes, run in Optax."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ CLIPS: dict[str, Callable[..., Any]] = {
 
 
 def arrays(tree: Any) -> Any:
-  """A tree of JAX arrays as one of numpy's."""
+  """A tree of JAX arrays as NumPy arrays."""
   return jax.tree.map(np.asarray, tree)
 
 
@@ -51,7 +51,7 @@ def _clips(out: Cases) -> None:
   for limit in (1e6, 1.0):
     _clip(out, "clip", "two pairs", UPDATES, limit, f"{CLIPPING} test_clip")
   for name in ("clip_by_block_rms", "clip_by_global_norm"):
-    # What one threshold leaves goes to the next, and each sees the updates themselves too.
+    # The output of one threshold is the input of the next, and each also sees the original updates.
     again, steps = UPDATES, []
     for limit in FRACTIONS:
       again = CLIPS[name](limit).update(again, optax.EmptyState())[0]
@@ -110,7 +110,7 @@ def _adaptive(out: Cases) -> None:
     out.add("adaptive_grad_clip", six, {"raises": True}, source=where, key="rank 6", params=six, clipping=0.5)
   shapes = [(), (5,), (1, 5), (5, 1), (4, 3), (2, 4, 3), (2, 3, 2, 2)]
   grads, params = normal(*shapes, seed=2), normal(*shapes, seed=3)
-  params[1] = np.zeros(5, np.float32)  # Held up by `eps` alone.
+  params[1] = np.zeros(5, np.float32)  # Only `eps` keeps this limit above 0.
   for clipping in (0.01, 0.5, 10.0):
     for eps in (1e-3, 2.0):
       agc("seven shapes", grads, params, MORE, clipping=clipping, eps=eps)
@@ -155,7 +155,7 @@ def _layers(out: Cases) -> None:
 
 
 def _privacy(out: Cases) -> None:
-  """The mean of clipped examples, without noise: example i is full of i."""
+  """The mean of clipped examples without noise; every entry of example i is i."""
   shapes = {"key_a": [(2, 3, 4), ()], "key_b": (6, 7)}
 
   def is_shape(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The clip cases of TensorFlow's own tests, and more thresholds and places, asked of TensorFlow."""
+"""The clip cases of TensorFlow's tests, and more thresholds and places, run in TensorFlow."""
 
 import math
 from typing import Any
@@ -105,7 +105,7 @@ def _norms(out: Cases) -> None:
 
 
 def _derivatives(out: Cases) -> None:
-  """The derivative of the weighted sum of what is clipped."""
+  """The derivative of a weighted sum of the clipped entries."""
 
   def derivative(clip: Any, x: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     with tf.GradientTape() as tape:
@@ -171,7 +171,7 @@ def _global_norms(out: Cases) -> None:
 
 
 def _others(out: Cases) -> None:
-  """What the optimizers of Keras subtract after a clip."""
+  """The updates of Keras optimizers after a clip."""
   for argument in ("clipnorm", "global_clipnorm", "clipvalue"):
     variables = [tf.Variable(np.zeros_like(x)) for x in (MATRIX, PAIR)]
     optimizer = tf.keras.optimizers.SGD(1.0, **{argument: 0.5})

@@ -1,4 +1,4 @@
-"""The clip cases of torch's own tests, and more orders, thresholds and dtypes, asked of torch."""
+"""The clip cases of torch's tests, and more orders, thresholds and dtypes, run in torch."""
 
 import math
 import warnings
@@ -33,7 +33,7 @@ def draw(*shapes: tuple[int, ...], seed: int = 0, scale: float = 3.0) -> list[An
 
 
 def tensor(x: np.ndarray) -> torch.Tensor:
-  """The tensor of an array; torch reads no bfloat16 of numpy."""
+  """The tensor of an array; torch cannot read NumPy's bfloat16."""
   if x.dtype == ml_dtypes.bfloat16:
     return torch.tensor(x.astype(np.float32)).to(torch.bfloat16)
   return torch.tensor(x)
@@ -57,7 +57,7 @@ def parameters(grads: list[Any]) -> list[torch.nn.Parameter]:
 
 
 def clipped(clip: Callable[..., Any], grads: Any, *args: Any, **options: Any) -> dict[str, Any]:
-  """What one of torch's clips makes of gradients, and the norm if it gives one."""
+  """The gradients after one of torch's clips, and the norm if the clip returns it."""
   params = parameters(grads if isinstance(grads, list) else [grads])
   norm = clip(params if isinstance(grads, list) else params[0], *args, **options)
   after = [None if p.grad is None else array(p.grad) for p in params]
@@ -69,7 +69,7 @@ def cases() -> Cases:
   """All of torch's cases."""
   out = Cases("torch", torch.__version__.partition("+")[0])
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Of an empty list of parameters.
+    warnings.simplefilter("ignore")  # torch warns about an empty list of parameters.
     for part in (_norms, _errors, _more_norms, _total_norms, _values, _training):
       part(out)
   return out
@@ -102,7 +102,7 @@ def _norms(out: Cases) -> None:
 
 
 def _errors(out: Cases) -> None:
-  """Whether a norm is an error with `error_if_nonfinite`, and what comes without."""
+  """Whether a norm is an error with `error_if_nonfinite`, and the result without it."""
   for scalar in (math.inf, -math.inf, math.nan, 2e22, -2e22, 2e200, -2e200):
     for one_entry in (False, True):
       for prefix in (False, True):

@@ -1,9 +1,9 @@
-"""What a clip costs on one NVIDIA GPU: the steps of `accelerators.py`, timed.
+"""Times the steps of `accelerators.py` on one NVIDIA GPU: what does a clip cost?
 
-In five minutes, with `pip install "jax[cuda12]" optax` and nothing else, from the root of the project:
-`PYTHONPATH=. python benchmarks/gpu.py [--rounds 21] [--out gpu.json]`. Three parts: what each clip adds to a step of
-Adam, the share of the memory's bandwidth that `clipjax.global_norm` reaches, and how far the norm is from one in
-float64. `--quick` runs everything on small trees, on a CPU too, and measures nothing. No GPU has run it yet.
+It takes five minutes and needs only `pip install "jax[cuda12]" optax`. Run it from the root of the project:
+`PYTHONPATH=. python benchmarks/gpu.py [--rounds 21] [--out gpu.json]`. It has three parts: what each clip adds to a
+step of Adam; the share of the memory bandwidth that `clipjax.global_norm` reaches; and the error of the norm against
+float64. `--quick` runs everything on small trees, also on a CPU, and measures nothing. No GPU has run it yet.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from timing import Turn, interleave, summary, turn_of
 import clipjax
 
 ROUNDS, QUICK_ROUNDS = 21, 2
-# Bytes a second by `device_kind`, from NVIDIA's data sheets: https://www.nvidia.com/en-us/data-center/h200/, /h100/
+# Bytes per second by `device_kind`, from NVIDIA's data sheets: https://www.nvidia.com/en-us/data-center/h200/, /h100/
 # and /a100/. HBM3 in the name of an H100 means the SXM module.
 BANDWIDTH = {
   "NVIDIA H200": 4.8e12,
@@ -37,18 +37,18 @@ BANDWIDTH = {
   "NVIDIA A100-SXM4-40GB": 1.555e12,
 }
 SUM, NORM, LEAST = "jnp.sum", "clipjax.global_norm", "optax.tree.norm"
-TOLERANCE = 1e-6  # Of a norm, relative to float64.
+TOLERANCE = 1e-6  # Relative error of a norm against float64.
 
 
 def trees(quick: bool) -> dict[str, Case]:
-  """The trees of `accelerators.py` that need no tokens; a quick run has one tiny tree."""
+  """The trees of `accelerators.py` without tokens; one tiny tree in a quick run."""
   if quick:
     return {"many": Case("3 leaves of 8x8", {f"w{i}": (8, 8) for i in range(3)})}
   return {key: case for key, case in cases().items() if not case.trains}
 
 
 def turn(run: Callable[[int], object], quick: bool) -> Turn:
-  """A turn of several runs that are queued one after another, as in training; the time is that of one."""
+  """A turn that queues several runs, as training does; its time is per run."""
   count = 2 if quick else 10
   take = turn_of(partial(run, count))
   return lambda: take() / count
@@ -58,7 +58,7 @@ def turn(run: Callable[[int], object], quick: bool) -> Turn:
 
 
 class Steps:
-  """Compiled steps of all clips on the same parameters and moments, which are donated; each clip has its own state."""
+  """Compiled steps of all clips on the same donated parameters and moments; each clip has its own state."""
 
   def __init__(self, case: Case, dtype: str):
     keys = jax.random.split(jax.random.key(0), len(case.shapes))
@@ -74,7 +74,7 @@ class Steps:
       self.programs[name] = jax.jit(step, donate_argnums=(1, 2)).lower(self.grads, state, self.params).compile()
 
   def run(self, name: str, count: int) -> None:
-    """So many steps, to the end of the last."""
+    """Runs `count` steps and waits for the last one."""
     for _ in range(count):
       out = self.programs[name](self.grads, (self.clips[name], self.adam), self.params)
       self.params, (self.clips[name], self.adam) = out
@@ -96,7 +96,7 @@ def step_times(quick: bool, rounds: int) -> list[dict[str, Any]]:
 
 
 def step_text(found: list[dict[str, Any]]) -> list[str]:
-  """A row for each tree, dtype and clip."""
+  """One row per tree, dtype and clip."""
   rows = []
   for case in found:
     v = case["variants"]
@@ -113,7 +113,7 @@ def step_text(found: list[dict[str, Any]]) -> list[str]:
 
 
 def norm_times(quick: bool, rounds: int) -> list[dict[str, Any]]:
-  """Times of the norm of one leaf of 1 GB, of Optax's, and of a plain sum of the same bytes."""
+  """Times of the norm of one leaf of 1 GB, of Optax's norm, and of a plain sum over the same bytes."""
   found = []
   for dtype in DTYPES:
     size = 10**5 if quick else 10**9
@@ -129,14 +129,14 @@ def norm_times(quick: bool, rounds: int) -> list[dict[str, Any]]:
 
 
 def calls(program: Callable[[jax.Array], jax.Array], x: jax.Array, count: int) -> None:
-  """So many calls, to the end of the last."""
+  """Makes `count` calls and waits for the last one."""
   for _ in range(count):
     out = program(x)
   jax.block_until_ready(out)
 
 
 def norm_text(found: list[dict[str, Any]], kind: str) -> list[str]:
-  """A row for each dtype and function."""
+  """One row per dtype and function."""
   nominal, rows = BANDWIDTH.get(kind), []
   for case in found:
     for name, t in case["variants"].items():
@@ -153,14 +153,14 @@ def norm_text(found: list[dict[str, Any]], kind: str) -> list[str]:
 
 
 def errors(quick: bool) -> list[dict[str, Any]]:
-  """How far the norm is from the one in float64, relative to it."""
+  """The relative error of the norm against float64."""
   found = []
   norm = jax.jit(lambda x: clipjax.global_norm({"w": x}))
   for count in (10**4, 10**5) if quick else (10**7, 10**8):
     entries = np.random.default_rng(0).standard_normal(count, np.float32)
     for magnitude in (1e-30, 1.0, 1e30):
       x = entries * np.float32(magnitude)
-      # A dot of float64 chunks: their copies stay small, and 1e60 and 1e-60 are far from its ends.
+      # Dot products of float64 chunks: copies stay small, and 1e60 and 1e-60 are well within its range.
       chunks = (chunk.astype(np.float64) for chunk in np.array_split(x, max(1, count // 10**7)))
       want = math.sqrt(math.fsum(float(chunk @ chunk) for chunk in chunks))
       error = abs(float(norm(x)) - want) / want
@@ -169,7 +169,7 @@ def errors(quick: bool) -> list[dict[str, Any]]:
 
 
 def error_text(found: list[dict[str, Any]]) -> list[str]:
-  """A row for each number of entries and magnitude."""
+  """One row per number of entries and magnitude."""
   rows = [
     (f"{x['entries']:,}", f"{x['magnitude']:g}", f"{x['error']:.1e}", "yes" if x["holds"] else "**no**") for x in found
   ]
@@ -180,8 +180,8 @@ def error_text(found: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
   """Runs the three parts, and prints each when it is done."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--rounds", type=int, help=f"of each measurement; {ROUNDS}, or {QUICK_ROUNDS} with --quick")
-  parser.add_argument("--quick", action="store_true", help="small trees: only to see that it runs")
+  parser.add_argument("--rounds", type=int, help=f"rounds each (default: {ROUNDS}, or {QUICK_ROUNDS} with --quick)")
+  parser.add_argument("--quick", action="store_true", help="small trees, only to see that everything runs")
   parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
   args = parser.parse_args()
   rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)

@@ -1,9 +1,9 @@
-"""What each way of clipping does to a training run: two small models, learning rates from safe to too high.
+"""Compares ways of clipping on small models, at learning rates from safe to too high.
 
 Run `python benchmarks/methods.py [--models rnn transformer] [--steps 150] [--seeds 3] [--out docs/methods.md]`. The
 models learn the next character of the standard library's prose, the text of `clipjax demo`. Every method starts from
-the same weights and sees the same batches. Last, the rules see synthetic norms with a lasting rise. The sentences
-that are written beside the tables are derived from the numbers, but for `FINDINGS`.
+the same weights and sees the same batches. Finally, the rules see synthetic norms with a lasting rise. The sentences
+beside the tables are derived from the numbers, except for `FINDINGS`.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from clipjax import rules
 from clipjax.demo import model
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 96, 2, 4, 64, 8
-WITHIN = 1.01  # Medians up to 1 % above the lowest of a row are set in bold too: three seeds tell no less apart.
-LEARNED = 0.9  # A run whose final loss is above this share of its first one has learned nothing, or unlearned it.
+WITHIN = 1.01  # Medians up to 1% above the lowest of a row are bold too: three seeds cannot tell them apart.
+LEARNED = 0.9  # A run with a final loss above this share of its first loss counts as diverged.
 
 SIGMA_WINDOW = 128
 Optimizer = optax.GradientTransformation
@@ -49,11 +49,11 @@ class Model(NamedTuple):
 
 
 class Result(NamedTuple):
-  """One method at one learning rate; one entry for each seed.
+  """One method at one learning rate; one entry per seed.
 
   Attributes:
-    final: mean loss of the last tenth of the steps; inf where that is not finite.
-    diverged: whether the final loss is not finite or above 90 % of the loss of the first step.
+    final: mean loss of the last tenth of the steps; inf if nonfinite.
+    diverged: whether the final loss is nonfinite or above 90% of the loss of the first step.
     clipped: share of steps clipped, NaN for a method that does not clip.
     skipped: share of steps skipped, NaN for a method that does not skip.
   """
@@ -85,7 +85,7 @@ METHODS: dict[str, Callable[[Optimizer], Optimizer]] = {
 
 
 def init_transformer(key: jax.Array) -> Params:
-  """Weights of a decoder; every matrix keeps the scale of its input, and those that end a branch start smaller."""
+  """Weights of a decoder; matrices keep the scale of their input, and those that end a branch start smaller."""
   shapes = {"qkv": (WIDTH, 3 * WIDTH), "mixed": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
   keys = iter(jax.random.split(key, 3 + LAYERS * len(shapes)))
 
@@ -93,7 +93,7 @@ def init_transformer(key: jax.Array) -> Params:
     return jax.random.normal(next(keys), shape, jnp.float32) * std
 
   def block() -> Params:
-    # With the residual branches scaled by 1 / sqrt(2 * layers), as in GPT-2.
+    # Residual branches are scaled by 1 / sqrt(2 * layers), as in GPT-2.
     ends = {"mixed": 1 / math.sqrt(2 * LAYERS), "down": 1 / math.sqrt(2 * LAYERS)}
     matrices = {name: normal(shape, ends.get(name, 1.0) / math.sqrt(shape[0])) for name, shape in shapes.items()}
     return {**matrices, "attention_gain": jnp.ones(WIDTH), "mlp_gain": jnp.ones(WIDTH)}
@@ -199,7 +199,7 @@ def compare(model: Model, steps: int, seeds: int) -> dict[tuple[float, str], Res
 
 
 def summarize(runs: Sequence[tuple[Any, dict[str, Any]]]) -> Result:
-  """The numbers of the tables, from the losses and the last metrics of each seed."""
+  """The numbers in the tables, from the losses and the last metrics of each seed."""
   last = max(1, runs[0][0].size // 10)
   final = np.array([np.mean(losses[-last:], dtype=np.float64) for losses, _ in runs])
   first = np.array([float(losses[0]) for losses, _ in runs])
@@ -266,7 +266,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def best_of(results: dict[tuple[float, str], Result], rate: float) -> set[str]:
-  """The methods with the lowest median at a learning rate, and those that come within 1 % of it, as they are shown."""
+  """The methods whose median, as printed, is within 1% of the lowest at a learning rate."""
   medians = {name: round(float(np.median(results[rate, name].final)), 2) for name in METHODS}
   lowest = min(medians.values())
   return {name for name, median in medians.items() if math.isfinite(median) and median <= WITHIN * lowest}
@@ -284,9 +284,9 @@ def model_section(model: Model, results: dict[tuple[float, str], Result], steps:
     losses.append(_row([f"{rate:g}", *(f"**{cells[n][0]}**" if n in best else cells[n][0] for n in METHODS)]))
     shares.append(_row([f"{rate:g}", *(cells[n][1] for n in METHODS)]))
   lines += [model_sentences(model, results), ""]
-  lines += ["Final loss, median of the seeds (and the worst seed):", ""]
+  lines += ["Final loss, median over the seeds (and the worst seed):", ""]
   lines += [_row(["learning rate", *METHODS]), bar, *losses, ""]
-  lines += ["Steps clipped (for `skip`: skipped), mean of the seeds, and seeds that diverged:", ""]
+  lines += ["Steps clipped (for `skip`: skipped), mean over the seeds, and seeds that diverged:", ""]
   lines += [_row(["learning rate", *METHODS]), bar, *shares, ""]
   return lines
 
@@ -311,7 +311,7 @@ def rise_section() -> list[str]:
 
 
 def model_sentences(model: Model, results: dict[tuple[float, str], Result]) -> str:
-  """What the numbers of one model say: where clipping is needed, the best median, and how the fixed thresholds fare."""
+  """What the numbers of one model show: where clipping is needed, the best median, and how fixed thresholds do."""
   medians = {key: float(np.median(result.final)) for key, result in results.items()}
   low = model.learning_rates[0]
   at_low = [medians[low, name] for name in METHODS]
@@ -323,8 +323,8 @@ def model_sentences(model: Model, results: dict[tuple[float, str], Result]) -> s
   bold = {n: sum(n in best_of(results, r) for r in model.learning_rates) for n in METHODS}
   return (
     f"At the lowest learning rate the medians lie between {_loss(min(at_low))} and {_loss(max(at_low))}. The lowest "
-    f"median of all, {_loss(medians[rate, name])}, is that of `{name}` at {rate:g}. "
-    f"Rows with nothing but a fixed threshold in bold: {', '.join(alone) or 'none'}. "
+    f"median of all, {_loss(medians[rate, name])}, belongs to `{name}` at {rate:g}. "
+    f"Rows with only fixed thresholds in bold: {', '.join(alone) or 'none'}. "
     f"Rows in bold, of {len(model.learning_rates)}: {_listed(bold)}. Runs that diverged, of {runs}: {_listed(failed)}."
   )
 
@@ -334,7 +334,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def rise_sentence(counts: dict[str, list[tuple[int, int]]]) -> str:
-  """Which rules never let go after the rise, and which hardly take notice."""
+  """Which rules keep clipping after the rise, and which hardly clip."""
   after = RISE_STEPS - RISE_AT
   held = [f"`{name}`" for name, pairs in counts.items() if all(n == after for _, n in pairs)]
   brief = [f"`{name}`" for name, pairs in counts.items() if all(n <= after // 4 for _, n in pairs)]
@@ -344,21 +344,21 @@ def rise_sentence(counts: dict[str, list[tuple[int, int]]]) -> str:
   )
 
 
-# Written after a run without arguments, and shown with such a run only: look at them again where the tables change.
+# Written by hand after a run without arguments and shown only with such a run; check them if the tables change.
 FINDINGS = (
-  "- At the safe learning rates clipping hardly matters: all methods end within a few percent of each other, and the "
-  "low threshold 0.25 is the slowest under SGD.",
-  "- Under SGD at rates that are too high, the low fixed threshold wins: 0.25 is the only method with which both "
-  "models train at every rate. The value has to fit, though: 1.0 saves the Transformer and not the RNN, for which 0.25 "
+  "- At safe learning rates, clipping hardly matters: all methods end within a few percent of each other, and the low "
+  "threshold 0.25 is the slowest under SGD.",
+  "- Under SGD at rates that are too high, the low fixed threshold wins: with 0.25, and with no other method, both "
+  "models train at every rate. The value must fit, though: 1.0 saves the Transformer but not the RNN, for which 0.25 "
   "is the demo's choice.",
-  "- `adagc` and `autoclip` widen the range of usable rates with their defaults: fewer of their runs diverge than "
-  "without a clip, but at the highest rate of the RNN both fail.",
-  "- `zclip` and `skip` save next to nothing here. Nearly all of these runs break within the first 15 steps, when "
-  "neither has a limit yet (25 and 63 steps), and their statistics then begin with the broken run. They "
-  "are made for spikes in a run that is otherwise sound, which this comparison does not have; a cap for the start, "
-  "`zclip(max_norm=...)`, was not tried.",
-  "- Under Adam no run diverges. Rates that are too high end at a worse loss with every method: Adam divides the scale "
-  "of the gradient out again.",
+  "- With their defaults, `adagc` and `autoclip` widen the range of usable rates: fewer of their runs diverge than "
+  "without a clip, but both fail at the highest rate of the RNN.",
+  "- `zclip` and `skip` save almost nothing here. Nearly all of these runs break within the first 15 steps, before "
+  "either has a limit (25 and 63 steps), and their statistics then begin with the broken run. They are made for spikes "
+  "in an otherwise sound run, which this comparison does not have; a cap for the start, `zclip(max_norm=...)`, was not "
+  "tried.",
+  "- Under Adam, no run diverges. With rates that are too high, every method ends at a worse loss: Adam divides out "
+  "the scale of the gradient again.",
 )
 
 
@@ -373,16 +373,16 @@ def introduction(seeds: int) -> list[str]:
     f"optax {optax.__version__}. The sentences beside the tables are derived from the numbers.",
     "",
     f"Small models learn the next character of the prose in Python's standard library, with {seeds} seeds, for a few "
-    "hundred steps, without a schedule of the learning rate. `none` only measures; `fixed` is `clip_by_global_norm`; "
-    "`autoclip`, `zclip` and `adagc` have their defaults, which come from papers with much longer runs; `skip` is "
-    f"`skip_steps` with `rules.rolling_sigma(6.0, window={SIGMA_WINDOW})` for norm and loss and no clip inside. That "
-    f"rule has no limit for the first {minimum} steps, of which only those that are not finite are skipped.",
+    "hundred steps, without a learning rate schedule. `none` only measures; `fixed` is `clip_by_global_norm`; "
+    "`autoclip`, `zclip` and `adagc` use their defaults, which come from papers with much longer runs; `skip` is "
+    f"`skip_steps` with `rules.rolling_sigma(6.0, window={SIGMA_WINDOW})` for norm and loss, with no clip inside. That "
+    f"rule has no limit for the first {minimum} steps, of which it skips only nonfinite ones.",
     "",
-    "The final loss is the mean of the last tenth of the steps, in nats. In bold: the lowest median of a row, and what "
-    "comes within 1 % of it. A run counts as diverged when its final loss is not finite or above 90 % of the loss of "
-    "its first step. A step whose norm is not finite is not counted as clipped. The seed sets weights and batches, the "
-    "same for every method. Differences of one or two percent say little, and what holds for models this small need "
-    "not hold for a large one.",
+    "The final loss is the mean over the last tenth of the steps, in nats. Bold: the lowest median of a row, and "
+    "medians within 1% of it. A run counts as diverged if its final loss is nonfinite or above 90% of the loss of its "
+    "first step. A step with a nonfinite norm does not count as clipped. The seed sets weights and batches, the same "
+    "for every method. Differences of one or two percent mean little, and what holds for models this small need not "
+    "hold for a large one.",
     "",
     *([] if sys.argv[1:] else ["## What came out", "", *FINDINGS, ""]),
   ]
@@ -392,7 +392,7 @@ def main() -> None:
   """Trains, prints the tables, and writes them as Markdown."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-  parser.add_argument("--steps", type=int, help="of every model; without it, the number that each model has")
+  parser.add_argument("--steps", type=int, help="steps of every model (default: each model's own number)")
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--out", type=Path, default=Path("docs/methods.md"))
   args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""What reading a long run takes: seconds and peak memory of `read_run`, beside those of another version.
+"""Measures the seconds and the peak memory that `read_run` needs for a long run, also for another version.
 
 Run `python benchmarks/reading.py [--rows 1000000] [--columns 20] [--rounds 3] [--against CHECKOUT]`. It writes a file
-of rows as a watch and a clip make them, with numbers of 12 leaves in every 50th row, and reads it in processes of their
-own, by turns with the version in the folder CHECKOUT, such as a `git worktree` of 0.1.0. The file is of format 1, which
-both read. Memory is what the process has grown by at its peak, over the size of what it has read. Then the end of the
-file is read by `tail`, and the run is judged, which should not take more than a few columns.
+of rows like those of a watch and a clip, with numbers for 12 leaves in every 50th row, and reads it in separate
+processes, in turn with the version in the folder CHECKOUT, such as a `git worktree` of 0.1.0. The file has format 1,
+which both versions read. Memory is the growth of the process at its peak, over the size of the data. Then `tail` reads
+the end of the file, and the run is judged, which should need no more memory than a few columns.
 """
 
 import argparse
@@ -74,19 +74,19 @@ def lines(rows: int, columns: int) -> Iterator[str]:
 
 
 def measured(code: str, path: Path, checkout: Path) -> str:
-  """What a process prints that imports clipjax from a folder."""
+  """The output of a process that imports clipjax from a folder."""
   environment = {**os.environ, "PYTHONPATH": str(checkout)}
   command = [sys.executable, "-c", code, str(path)]
   return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=checkout).stdout
 
 
 def main() -> None:
-  """Prints the times and the memory of both, and their quotient."""
+  """Prints the time and memory of both versions, and the ratio of the times."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--rows", type=int, default=1_000_000)
   parser.add_argument("--columns", type=int, default=len(COLUMNS))
   parser.add_argument("--rounds", type=int, default=3)
-  parser.add_argument("--against", type=Path, help="the folder of another version")
+  parser.add_argument("--against", type=Path, help="folder of another version")
   args = parser.parse_args()
   here = Path(__file__).resolve().parent.parent
   versions = {"this version": here} | ({"the other one": args.against.resolve()} if args.against else {})

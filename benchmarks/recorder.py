@@ -1,11 +1,11 @@
-"""What seeing costs: `clipjax.watch` and `Recorder.push` on the demo's training step, and the push by itself.
+"""The cost of `clipjax.watch` and `Recorder.push` on the demo's training step, and of a push by itself.
 
-Run `python benchmarks/recorder.py [--rounds 1000]`. The demo's step without a watch, with one before the clip, and
-with that and a push take turns in an order of chance, each on a training of its own, timed on the wall and on the
-processor; the latter is what counts where other processes disturb the wall time. The median of the differences is
-what an ordinary step adds; the sum has the reads of every 50th in it. Then the host time of one push in a loop of 4.7
-ms, and of pushes that follow each other at once, for states of 3 to 1000 leaves. Last the time of a row, all reads
-and writes in it, of 200 layers in 12 stacked arrays beside 24 plain leaves.
+Run `python benchmarks/recorder.py [--rounds 1000]`. Three variants of the demo's step take turns in random order, each
+in its own run: without a watch, with a watch before the clip, and with that watch and a push. It reports wall time and
+processor time; rely on processor time if other processes disturb the wall time. The median difference is the cost of an
+ordinary step; the sum includes the reads of every 50th step. Next come the host time of a push in a loop of 4.7 ms, and
+of pushes in direct succession, for states of 3 to 1000 leaves. The last part is the time of a row, with all reads and
+writes, for 200 layers in 12 stacked arrays and for 24 plain leaves.
 """
 
 import argparse
@@ -24,17 +24,17 @@ import optax
 import clipjax
 from clipjax.demo import model
 
-Clocks = tuple[float, float]  # Seconds on the wall, and of all cores together.
+Clocks = tuple[float, float]  # Wall seconds, and processor seconds over all cores.
 
 
 def optimizer(watched: bool) -> optax.GradientTransformationExtraArgs:
-  """The demo's optimizer, or the same with a watch before its clip."""
+  """The demo's optimizer, with a watch before its clip if `watched`."""
   tx = model.optimizer(jnp.float32(1))
   return optax.chain(clipjax.watch(history=16), tx) if watched else tx
 
 
 def trainer(watched: bool) -> tuple[Any, Any]:
-  """A compiled step `(params, state, number) -> (params, state, loss)`, and the arguments of the first one."""
+  """A compiled step `(params, state, number) -> (params, state, loss)`, and its first arguments."""
   key_params, key = jax.random.split(jax.random.key(0))
   text = jnp.asarray(model.read_text())
   tx = optimizer(watched)
@@ -49,7 +49,7 @@ def trainer(watched: bool) -> tuple[Any, Any]:
 
 
 def demo_steps(folder: Path, rounds: int) -> dict[str, list[Clocks]]:
-  """What each step of the demo took: alone, watched, and recorded too."""
+  """The times of the demo's steps: plain, watched, and watched and recorded."""
   names = ("alone", "watched", "recorded")
   steps, states = zip(*(trainer(name != "alone") for name in names), strict=True)
   states = list(states)
@@ -63,13 +63,13 @@ def demo_steps(folder: Path, rounds: int) -> dict[str, list[Clocks]]:
         if names[i] == "recorded":
           recorder.push(turn, states[i][1], loss=loss)
         jax.block_until_ready(states[i])
-        if turn > 20:  # The first ones compile.
+        if turn > 20:  # The first turns compile.
           times[names[i]].append((time.perf_counter() - start[0], time.process_time() - start[1]))
   return times
 
 
 def push_time(folder: Path, leaves: int, pushes: int) -> tuple[float, float]:
-  """Median and mean microseconds that a push takes on the host, the reads of every 50th among them."""
+  """Median and mean host time of a push in microseconds; the mean includes the reads of every 50th push."""
   params = {f"layer {i}": jnp.ones((4, 4)) for i in range(leaves)}
   tx = optax.chain(clipjax.watch(history=16), clipjax.clip_by_global_norm(1.0), optax.adam(1e-3))
   state = jax.jit(tx.update)(params, tx.init(params), params)[1]
@@ -86,7 +86,7 @@ def push_time(folder: Path, leaves: int, pushes: int) -> tuple[float, float]:
 
 
 def paced_pushes(folder: Path, pushes: int, pause: float = 0.0047) -> list[float]:
-  """Microseconds that each push takes in a loop whose steps take `pause` seconds."""
+  """The microseconds of each push in a loop with steps of `pause` seconds."""
   states = states_of((4, 4), 6, None, "global", pushes)
   times, loss = [], jnp.float32(1)
   with clipjax.runs.Recorder(folder / "paced.jsonl") as recorder:
@@ -95,11 +95,11 @@ def paced_pushes(folder: Path, pushes: int, pause: float = 0.0047) -> list[float
       start = time.perf_counter()
       recorder.push(step, state, loss=loss)
       times.append(1e6 * (time.perf_counter() - start))
-  return times[100:]  # The first ones compile.
+  return times[100:]  # The first pushes compile.
 
 
 def states_of(shape: tuple[int, ...], leaves: int, stacked: Any, clip: str, count: int = 200) -> list[Any]:
-  """Optimizer states of steps with a watch and a clip, whose gradients are noise."""
+  """Optimizer states after steps with a watch and a clip on random gradients."""
   rng = np.random.default_rng(0)
   params = {f"blocks/{i}": jnp.asarray(rng.normal(size=shape), jnp.float32) for i in range(leaves)}
   tx = optax.chain(
@@ -116,10 +116,10 @@ def states_of(shape: tuple[int, ...], leaves: int, stacked: Any, clip: str, coun
 
 
 def row_times(folder: Path, clip: str, rows: int, every: int = 50) -> dict[str, tuple[float, float, float, float]]:
-  """Median microseconds of a row on the wall, on the processor in the loop and in the thread, and its bytes.
+  """Median microseconds of a row (wall, processor in the loop, processor in the thread), and its bytes.
 
-  For plain and for stacked layers. What the device works is in the wall alone. The median is over parts of `every`
-  rows, each of which is written before the next one begins.
+  For plain and for stacked layers. Only the wall time includes the device's work. The median is over parts of `every`
+  rows; each part is written before the next begins.
   """
   models = {
     "24 leaves": states_of((4, 4), 24, None, clip),
@@ -151,12 +151,12 @@ def row_times(folder: Path, clip: str, rows: int, every: int = 50) -> dict[str, 
 
 
 def thread_time_of(recorder: clipjax.runs.Recorder) -> float:
-  """Seconds that the thread of a recorder has had on a processor."""
+  """Processor seconds of a recorder's thread."""
   return time.clock_gettime(time.pthread_getcpuclockid(recorder._pipeline._thread.ident))
 
 
 def main() -> None:
-  """Prints the share of a step, and the time of a push."""
+  """Prints what a watch and a push add to a step, and the time of a push."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--rounds", type=int, default=1000)
   args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Four models that 16 thresholds at once can train in seconds on two cores: RNN, Transformer, feed-forward net, CNN.
+"""Four models that train at 16 thresholds at once, in seconds on two cores: RNN, Transformer, feed-forward net, CNN.
 
-The RNN is that of `clipjax demo`, on shorter windows of its text; the Transformer learns the same text; the
-other two classify scikit-learn's digits. The sizes are small and the methods plain on purpose: no schedule, no weight
-decay, no batch norm. Each model is five pure functions and names, so that it can be trained under `vmap` and `scan`.
+The RNN is the demo's, on shorter windows of its text; the Transformer learns the same text; the other two classify
+scikit-learn's digits. The sizes are small and the methods plain on purpose: no schedule, no weight decay, no batch
+norm. Each model consists of names and five pure functions, which train under `vmap` and `scan`.
 """
 
 import math
@@ -21,19 +21,19 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TEXT_BATCH, RNN_LENGTH = 16, 48
 WIDTH, LAYERS, HEADS, CONTEXT = 32, 2, 4, 32
 DIGITS_BATCH, CLASSES = 64, 10
-PRINTABLE = (32, 127)  # ASCII codes of the noise that stands for a poisoned text.
+PRINTABLE = (32, 127)  # ASCII codes of the noise in a poisoned text.
 
 
 class Model(NamedTuple):
   """A model and its data.
 
   Attributes:
-    title: what the tables call it.
-    family: thresholds that the rule of thumb for its kind gives, lowest and highest.
-    data: loads the arrays that the batches are drawn from.
+    title: its name in the tables.
+    family: lowest and highest threshold of the rule of thumb for its kind.
+    data: loads the arrays from which batches are drawn.
     init: `key -> params`.
     batch: `(data, key) -> batch`.
-    poison: `(batch, key) -> batch` whose targets are noise.
+    poison: `(batch, key) -> batch` with random targets.
     loss: `(params, batch) -> ` mean cross-entropy in nats.
   """
 
@@ -47,7 +47,7 @@ class Model(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """Mean over all targets, in nats."""
+  """Mean cross-entropy over all targets, in nats."""
   losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return losses.mean()
 
@@ -66,7 +66,7 @@ def text_data() -> jax.Array:
 
 
 def windows(length: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """What draws windows of shape (batch, length + 1) from the text."""
+  """A function that draws windows of shape (batch, length + 1) from the text."""
 
   def batch(text: jax.Array, key: jax.Array) -> jax.Array:
     starts = jax.random.randint(key, (TEXT_BATCH, 1), 0, text.size - length)
@@ -76,14 +76,14 @@ def windows(length: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def noise(batch: jax.Array, key: jax.Array) -> jax.Array:
-  """Windows of characters drawn by chance."""
+  """Windows of random characters."""
   return jax.random.randint(key, batch.shape, *PRINTABLE, jnp.int32)
 
 
 def init_transformer(
   key: jax.Array, width: int = WIDTH, layers: int = LAYERS, context: int = CONTEXT
 ) -> dict[str, Any]:
-  """Weights that keep the scale of the activations; those that end a residual branch start smaller, as in GPT-2."""
+  """Weights that keep the scale of activations; those that end a residual branch start smaller, as in GPT-2."""
   shapes = {"qkv": (width, 3 * width), "mixed": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
   keys: Iterator[jax.Array] = iter(jax.random.split(key, 3 + layers * len(shapes)))
   ends = {name: 1 / math.sqrt(2 * layers) for name in ("mixed", "down")}
@@ -129,13 +129,13 @@ def digits_data() -> tuple[jax.Array, jax.Array]:
 
 
 def draw(data: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Images and labels, with replacement."""
+  """Images and labels drawn with replacement."""
   rows = jax.random.randint(key, (DIGITS_BATCH,), 0, data[1].size)
   return data[0][rows], data[1][rows]
 
 
 def relabel(batch: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The images with labels drawn by chance."""
+  """The images with random labels."""
   return batch[0], jax.random.randint(key, batch[1].shape, 0, CLASSES, jnp.int32)
 
 
@@ -170,7 +170,7 @@ def _dense(x: jax.Array, layer: dict[str, jax.Array]) -> jax.Array:
 
 
 def _patches(x: jax.Array, stride: int) -> jax.Array:
-  # As products of matrices: a convolution with a kernel for each of 16 runs would be grouped, which is slow on CPU.
+  # As matrix products: with one kernel for each of 16 runs, the convolution would be grouped, which is slow on CPU.
   size = x.shape[1]
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   shifted = [x[:, i : i + size : stride, j : j + size : stride] for i in range(3) for j in range(3)]

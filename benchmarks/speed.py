@@ -1,8 +1,8 @@
-"""As fast as memory allows: clipjax beside Optax, torch and TensorFlow, in one run.
+"""Measures whether clipjax is as fast as memory allows, in one run with Optax, torch and TensorFlow.
 
 Run `python benchmarks/speed.py [--only norm adam] [--rounds 41] [--quick] [--peers jax torch] [--out docs/speed.md]`:
-it prints the tables as it goes, and writes the page, beside it the numbers as JSON, and the picture. Sections that are
-not run keep the numbers that the JSON has. How it is measured: `timing.py`, and the end of the page.
+it prints each table when it is done, and writes the page, with the numbers as JSON and the picture beside it. Sections
+that are not run keep their numbers in the JSON. `timing.py` and the end of the page say how it measures.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from speed_peers import FRAMEWORKS, Plan
 from speed_picture import picture
 from speed_trees import memory
 
-# Where each section is. They are imported when they run: not every machine has what all of them need.
+# The module of each section, imported when the section runs: not every machine has what all of them need.
 HOMES = {
   "norm": ("speed_gradients", "norm"),
   "clip": ("speed_gradients", "clip"),
@@ -47,7 +47,7 @@ PACKAGES = {
 
 
 def run_section(name: str, rounds: int, quick: bool, peers: tuple[str, ...]) -> dict[str, Any]:
-  """What the JSON keeps of a section: its numbers, how they were made, and where."""
+  """Runs a section; returns what the JSON keeps: its numbers, and how and where they were made."""
   module, function = HOMES[name]
   plan = Plan(rounds, quick, peers, [])
   start = time.perf_counter()
@@ -70,7 +70,7 @@ def run_section(name: str, rounds: int, quick: bool, peers: tuple[str, ...]) -> 
 
 
 def machine() -> str:
-  """The processor, its cores, the memory, the system and the device of JAX."""
+  """The processor, its cores, the memory, the system and JAX's device."""
   import jax  # noqa: PLC0415  (`main` sets the environment that it reads)
 
   device = jax.devices()[0]
@@ -82,7 +82,7 @@ def machine() -> str:
 
 
 def processor() -> str:
-  """The model's name where /proc/cpuinfo has one, else the architecture."""
+  """The processor's model name if /proc/cpuinfo has one, else the architecture."""
   try:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
   except OSError:
@@ -92,7 +92,7 @@ def processor() -> str:
 
 
 def system() -> str:
-  """The name of the distribution, or of the system."""
+  """The name of the distribution, else of the system."""
   try:
     return platform.freedesktop_os_release()["PRETTY_NAME"]
   except (OSError, KeyError):
@@ -100,7 +100,7 @@ def system() -> str:
 
 
 def versions() -> dict[str, str]:
-  """Of Python and the packages that are installed."""
+  """The versions of Python and of the installed packages."""
   found = {"python": platform.python_version()}
   for name, candidates in PACKAGES.items():
     for package in candidates:
@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
 
 
 def rounded(value: Any) -> Any:
-  """The same with six digits of every float: a clock gives no more."""
+  """Rounds every float to six digits: clocks are no more precise."""
   if isinstance(value, float):
     return float(f"{value:.6g}")
   if isinstance(value, dict):
@@ -122,7 +122,7 @@ def rounded(value: Any) -> Any:
 
 
 def write(data: dict[str, Any], out: Path) -> None:
-  """The numbers, the page, and the picture where the growth has been measured."""
+  """Writes the numbers, the page, and the picture if the growth was measured."""
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
   out.write_text(speed_page.render(data, out.with_suffix(".png").name), encoding="utf-8")
@@ -131,21 +131,21 @@ def write(data: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-  """Runs the sections; writes after each, so that nothing is lost when it is stopped."""
+  """Runs the sections; writes after each, so an interrupted run loses nothing."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--only", nargs="+", choices=list(HOMES), default=list(HOMES), metavar="SECTION",
                       help="sections to run: " + ", ".join(HOMES))  # fmt: skip
-  parser.add_argument("--rounds", type=int, help=f"of each measurement; {ROUNDS}, or {QUICK_ROUNDS} with --quick")
-  parser.add_argument("--quick", action="store_true", help="small trees: only to see that it runs")
+  parser.add_argument("--rounds", type=int, help=f"rounds each (default: {ROUNDS}, or {QUICK_ROUNDS} with --quick)")
+  parser.add_argument("--quick", action="store_true", help="small trees, only to see that everything runs")
   parser.add_argument("--peers", nargs="+", choices=["jax", *FRAMEWORKS], default=["jax", *FRAMEWORKS],
                       help="frameworks to compare with; jax always takes part")  # fmt: skip
-  parser.add_argument("--out", type=Path, help=f"{OUT}; a quick run writes only where this says so")
+  parser.add_argument("--out", type=Path, help=f"the page (default: {OUT}; a quick run writes nothing by default)")
   args = parser.parse_args()
   rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
   if rounds < 1:
     parser.error(f"--rounds must be at least 1, got {rounds}")
   out = args.out or (None if args.quick else OUT)
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Leaves the others room on a GPU.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Leaves room for the other frameworks on a GPU.
   data: dict[str, Any] = {"sections": {}}
   if out and out.with_suffix(".json").exists():
     data = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))

@@ -1,7 +1,6 @@
-"""Sections of `speed.py` about a step of Adam with a clip before it: what the clip adds, how long XLA compiles, growth.
+"""Sections of `speed.py` about a step of Adam after a clip: what the clip adds, compile time, and growth.
 
-All variants of a tree work in turn on the same parameters and moments, which are donated: only the state of the clip
-is each variant's own.
+All variants of a tree take turns on the same donated parameters and moments; each variant has only its own clip state.
 """
 
 import math
@@ -45,12 +44,12 @@ GROUPS = 4
 COMPILATIONS = 3
 FEW = (NO_CLIP, OPTAX, CLIPJAX)
 COMPILED = (*FEW, BY_LEAF, WATCHED_LEAVES)
-ROOM = 8 * 10**9  # Bytes of memory below which the growth leaves out Adam with the most parameters.
-MANY = 2000  # Leaves from which on XLA takes minutes to compile the sum of so many scalars in the norm of Optax.
+ROOM = 8 * 10**9  # With less memory, in bytes, the growth leaves out Adam with the most parameters.
+MANY = 2000  # From this many leaves, XLA compiles the sum of scalars in Optax's norm for minutes.
 
 
 def clips(tree: Tree) -> dict[str, optax.GradientTransformation]:
-  """The clips by name, with thresholds at which every step clips; the first is none."""
+  """The clips by name, with thresholds at which every step clips; the first entry is no clip."""
   total, leaf = half_norm(tree.parameters), half_norm(tree.parameters // len(tree.shapes))
   return {
     NO_CLIP: optax.identity(),
@@ -67,12 +66,12 @@ def clips(tree: Tree) -> dict[str, optax.GradientTransformation]:
 
 
 def jitted_step(clip: optax.GradientTransformation) -> Any:
-  """A step `(params, (clip_state, adam_state), grads) -> (params, state)`, the first two donated; a new function."""
+  """A new jitted step `(params, (clip_state, adam_state), grads) -> (params, state)` that donates the first two."""
   return jitted(optax.chain(clip, optax.adam(1e-3)))
 
 
 def jitted(tx: optax.GradientTransformation) -> Any:
-  """The same of any transformation."""
+  """The same for any transformation."""
 
   def step(params: Any, state: Any, grads: Any) -> Any:
     updates, state = tx.update(grads, state, params)
@@ -86,9 +85,9 @@ class Steps:
 
   Args:
     variants: the clips by name.
-    params: the parameters at the start; they are donated.
-    data: the third argument of a step, gradients or a batch.
-    make: what makes a jitted step of a clip.
+    params: the initial parameters; they are donated.
+    data: the third argument of a step: gradients or a batch.
+    make: makes a jitted step from a clip.
   """
 
   def __init__(
@@ -107,17 +106,17 @@ class Steps:
       self.programs[name] = make(clip).lower(self.params, state, data).compile()
 
   def run(self, name: str) -> None:
-    """One step, to its end."""
+    """Runs one step and waits for it."""
     state = (self.clips[name], self.adam)
     out = jax.block_until_ready(self.programs[name](self.params, state, self.data))
     self.params, (self.clips[name], self.adam) = out
 
   def turns(self, repeats: int = 1) -> dict[str, Turn]:
-    """A turn for each variant."""
+    """One turn per variant."""
     return {name: turn_of(partial(self.run, name), repeats=repeats) for name in self.programs}
 
   def look_turn(self, name: str) -> Turn:
-    """The turn of a watched variant whose step is one of those that look; the program is the same."""
+    """A turn of a watched variant at a step that looks; the program is the same."""
     self.programs[LOOK], self.clips[LOOK] = self.programs[name], jax.tree.map(jnp.copy, self.clips[name])
 
     def rewind() -> None:
@@ -128,13 +127,13 @@ class Steps:
 
 
 def adam_steps(tree: Tree, grads: list[jax.Array], names: tuple[str, ...]) -> Steps:
-  """Steps of Adam with the clips of these names."""
+  """Steps of Adam with the clips `names`."""
   chosen = {name: clip for name, clip in clips(tree).items() if name in names}
   return Steps(chosen, [jnp.zeros_like(g) for g in grads], grads)
 
 
 def adam(plan: Plan) -> list[Case]:
-  """What a clip adds to a step of Adam, and the same of torch."""
+  """What a clip adds to a step of Adam, also in torch."""
   cases = []
   for tree in trees(plan.quick).values():
     for dtype in dtypes(plan, tree):
@@ -154,7 +153,7 @@ def adam(plan: Plan) -> list[Case]:
 
 
 def measured(plan: Plan, tree: Tree, dtype: str, names: tuple[str, ...]) -> Case:
-  """The steps with the clips of these names on one tree."""
+  """Measures the steps with the clips `names` on one tree."""
   steps = adam_steps(tree, gradients(tree.shapes, dtype), names)
   sizes = {name: temporaries(program) for name, program in steps.programs.items()}
   turns = {**steps.turns(), SUM: sum_turn(tree.parameters, dtype)}
@@ -167,7 +166,7 @@ def measured(plan: Plan, tree: Tree, dtype: str, names: tuple[str, ...]) -> Case
 
 
 def stacked(plan: Plan) -> list[Case]:
-  """What a clip by leaf adds where 24 layers are stacked in each leaf, and where each of these layers is a leaf."""
+  """What a clip by leaf adds if each leaf stacks 24 layers: one norm per leaf, and one norm per layer."""
   layers, width = (3, 32) if plan.quick else (24, 256)
   of_layer = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width), (width,), (width,)]
   cases = []
@@ -188,7 +187,7 @@ def stacked(plan: Plan) -> list[Case]:
 
 
 def compile_time(plan: Plan) -> list[Case]:
-  """How long the step takes to trace and lower, and to compile."""
+  """The time to trace and lower the step, and to compile it."""
   tree = trees(plan.quick)["many"]
   grads = gradients(tree.shapes, "float32")
   parts: dict[str, list[tuple[float, float]]] = {name: [] for name in COMPILED}
@@ -227,12 +226,12 @@ def growth(plan: Plan) -> list[Case]:
   cases = []
   for tree in (*by_size, *by_count):
     if len(tree.shapes) > MANY:
-      plan.notes.append(f"{tree.title}: clipjax's norm only, for XLA compiles Optax's for minutes; Adam is above.")
+      plan.notes.append(f"{tree.title}: only clipjax's norm, as XLA compiles Optax's for minutes; for Adam, see above.")
       cases.append(grown(plan, tree, with_adam=False, with_optax=False))
       continue
     with_adam = tree.parameters < 90_000_000 or memory() >= ROOM
     if not with_adam:
-      plan.notes.append(f"{tree.title}: the norm only, for there is less than {ROOM / 1e9:.0f} GB of memory.")
+      plan.notes.append(f"{tree.title}: only the norm, as there is less than {ROOM / 1e9:.0f} GB of memory.")
     cases.append(grown(plan, tree, with_adam))
   return cases
 
@@ -240,7 +239,7 @@ def growth(plan: Plan) -> list[Case]:
 def grown(plan: Plan, tree: Tree, with_adam: bool, with_optax: bool = True) -> Case:
   """One point of the growth."""
   grads = gradients(tree.shapes, "float32")
-  repeats = max(1, 2_000_000 // tree.parameters)  # Below a millisecond a clock and a call weigh too much.
+  repeats = max(1, 2_000_000 // tree.parameters)  # Below a millisecond, the clock and the call weigh too much.
   turns = {
     SUM: sum_turn(tree.parameters, "float32", repeats),
     f"{CLIPJAX}, norm": jax_turn(jax.jit(partial(clipjax.global_norm)), grads, repeats=repeats),

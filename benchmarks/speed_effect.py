@@ -1,6 +1,6 @@
-"""The section of `speed.py` about `clip_effect`: a step with it beside one with the clip and the optimizer alone.
+"""The section of `speed.py` about `clip_effect`: a step with it, and one with only the clip and the optimizer.
 
-Each variant has parameters and states of its own, which are donated: what is compared is the second optimizer.
+Each variant has its own donated parameters and states; the difference is the second optimizer.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ OPTIMIZERS = {"momentum": optax.sgd(1e-3, momentum=0.9), "Adam": optax.adam(1e-3
 
 
 def effect(plan: Plan) -> list[Case]:
-  """Steps with and without it, for each optimizer, on one tree."""
+  """Steps with and without `clip_effect`, for each optimizer, on one tree."""
   tree = trees(plan.quick)["transformer"]
   grads = gradients(tree.shapes, "float32")
   cases = []
@@ -45,5 +45,5 @@ class _Step:
     self.program = jitted(tx).lower(*self.carried, grads).compile()
 
   def run(self) -> None:
-    """One step, to its end."""
+    """Runs one step and waits for it."""
     self.carried = jax.block_until_ready(self.program(*self.carried, self.grads))

@@ -1,4 +1,4 @@
-"""Sections of `speed.py` that work on gradients alone: the norm, the clip, eager calls, and the clip per example."""
+"""Sections of `speed.py` that need only gradients: the norm, the clip, eager calls, and the clip per example."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,24 +32,24 @@ BATCH = 32
 
 
 def gradients(shapes: Shapes, dtype: str) -> list[jax.Array]:
-  """The gradients as arrays of JAX."""
+  """The gradients as JAX arrays."""
   grads = [jnp.asarray(x, dtype) for x in arrays(shapes)]
   jax.block_until_ready(grads)
   return grads
 
 
 def jax_turn(function: Callable[..., Any], *args: Any, repeats: int = 1, warm: bool = True) -> Turn:
-  """The turn of a function of fixed arguments."""
+  """The turn of a function with fixed arguments."""
   return turn_of(lambda: jax.block_until_ready(function(*args)), repeats=repeats, warm=warm)
 
 
 def sum_turn(parameters: int, dtype: str, repeats: int = 1) -> Turn:
-  """The measure of the bandwidth: a plain sum of so many entries in one flat leaf."""
+  """The turn that measures the bandwidth: a plain sum of as many entries in one flat leaf."""
   return jax_turn(jax.jit(jnp.sum), jax.block_until_ready(jnp.ones(parameters, dtype)), repeats=repeats)
 
 
 def temporaries(compiled: Any) -> int | None:
-  """Bytes of temporaries of a compiled program, None where the device does not say."""
+  """Bytes of temporaries of a compiled program; None if the device does not report them."""
   try:
     size = compiled.memory_analysis().temp_size_in_bytes
   except (AttributeError, NotImplementedError, RuntimeError):
@@ -58,12 +58,12 @@ def temporaries(compiled: Any) -> int | None:
 
 
 def plain_norm(leaves: list[jax.Array]) -> jax.Array:
-  """The plainest norm in JAX, with its sums in float32."""
+  """The plainest norm in JAX, with sums in float32."""
   return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves))
 
 
 def norm(plan: Plan) -> list[Case]:
-  """The norm alone."""
+  """Only the norm."""
   cases = []
   with started(plan) as peers:
     for tree, dtype in trees_and_dtypes(plan):
@@ -74,7 +74,7 @@ def norm(plan: Plan) -> list[Case]:
         CLIPJAX: clipjax.global_norm,
         LEAF_NORMS: clipjax.leaf_norms,
       }
-      # Each by a function of its own: the programs of a jitted function are kept as long as the function is.
+      # A new function each time: a jitted function keeps its programs for as long as it lives.
       turns = {name: jax_turn(jax.jit(partial(function)), grads) for name, function in functions.items()}
       turns[SUM] = sum_turn(tree.parameters, dtype)
       turns |= peer_turns(plan, peers, "norm", tree, dtype)
@@ -84,7 +84,7 @@ def norm(plan: Plan) -> list[Case]:
 
 
 def clip(plan: Plan) -> list[Case]:
-  """The clip alone: gradients in, clipped gradients out."""
+  """Only the clip: gradients in, clipped gradients out."""
   cases = []
   with started(plan) as peers:
     for tree, dtype in trees_and_dtypes(plan):
@@ -103,12 +103,12 @@ def clip(plan: Plan) -> list[Case]:
 
 
 def trees_and_dtypes(plan: Plan) -> list[tuple[Tree, str]]:
-  """Every tree in each of its dtypes, save the one of 5000 leaves, whose plain and Optax's norm compile for minutes."""
+  """Every tree in each of its dtypes, except 5000 leaves, whose plain norm and Optax's norm compile for minutes."""
   return [(tree, dtype) for tree in trees(plan.quick).values() if tree.key != "most" for dtype in dtypes(plan, tree)]
 
 
 def eager(plan: Plan) -> list[Case]:
-  """Calls outside of jit, against the same calls inside."""
+  """Calls outside jit, compared with the same calls inside."""
   tree = trees(plan.quick)["many"]
   grads = gradients(tree.shapes, "float32")
   max_norm = half_norm(tree.parameters)
@@ -129,7 +129,7 @@ def eager(plan: Plan) -> list[Case]:
 
 
 def per_example(plan: Plan) -> list[Case]:
-  """The sum of the gradients of single examples, each clipped on its own."""
+  """The sum of per-example gradients, each clipped by itself."""
   shapes = [(64, 64), (64,)] if plan.quick else [(512, 512), (512,)] * 4
   size = sum(x.size for x in arrays(shapes))
   tree = Tree("examples", f"batch of {BATCH}, {size:,} parameters", [(BATCH, *shape) for shape in shapes])
@@ -139,7 +139,7 @@ def per_example(plan: Plan) -> list[Case]:
   functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "clipjax.clip_grad_per_example": (partial(clipjax.clip_grad_per_example, max_norm=max_norm), ()),
     "optax.per_example_global_norm_clip": (partial(optax.per_example_global_norm_clip, l2_norm_clip=max_norm), ()),
-    # Its noise of standard deviation 0 is drawn all the same.
+    # It draws noise even with a standard deviation of 0.
     "optax.contrib.differentially_private_aggregate": (
       private.update,
       (private.init([g[0] for g in grads]),),

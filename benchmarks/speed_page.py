@@ -1,7 +1,7 @@
-"""The speed page: from the JSON of `speed.py` to Markdown, and nothing else.
+"""Turns the JSON of `speed.py` into the speed page, in Markdown.
 
-`render` is a pure function, so that a test can hold the page against the numbers. Every figure in a sentence is derived
-from them too.
+`render` is a pure function, so a test can compare the page with the numbers. Every figure in a sentence is derived from
+the JSON too.
 """
 
 import speed_targets
@@ -12,28 +12,28 @@ from timing import WARM_UP
 
 
 def render(data: Json, picture: str = "speed.png") -> str:
-  """The whole page; sections that have not been run are left out."""
+  """The whole page; sections that were not run are left out."""
   sections = data["sections"]
   lines = [
     "# Speed",
     "",
-    "What a clip costs, measured beside Optax, torch and TensorFlow. Every number and every verdict on this page is "
-    "derived from `speed.json`, which `python benchmarks/speed.py` writes.",
+    "What a clip costs, measured in one run with Optax, torch and TensorFlow. Every number and every verdict on this "
+    "page is derived from `speed.json`, which `python benchmarks/speed.py` writes.",
     "",
   ]
   if any(section["quick"] for section in sections.values()):
-    lines += ["**A quick run, on small trees: it shows that everything runs, and measures nothing.**", ""]
+    lines += ["**A quick run on small trees: it shows that everything runs, and measures nothing.**", ""]
   lines += in_short(data) + target_section(data)
   for name, (title, write) in SECTIONS.items():
     if name in sections:
       lines += [f"## {title}", "", *write(sections[name])]
-      lines += ["![Time against the number of parameters and of leaves](" + picture + ")", ""] * (name == "growth")
+      lines += ["![Time against the number of parameters and leaves](" + picture + ")", ""] * (name == "growth")
       lines += [f"Made by `{sections[name]['command']}`.", ""]
   return "\n".join([*lines, WHY, *how_to_run(), *how_measured(data), *machines(data)]).rstrip() + "\n"
 
 
 def section_text(name: str, section: Json) -> str:
-  """One section, as it is printed when it is done."""
+  """One section, printed as soon as it is done."""
   title, write = SECTIONS[name]
   return "\n".join([f"## {title}", "", *write(section)])
 
@@ -42,32 +42,32 @@ def section_text(name: str, section: Json) -> str:
 
 
 def in_short(data: Json) -> list[str]:
-  """The main results in sentences, those that were measured."""
+  """The main results in sentences, as far as they were measured."""
   lines = []
   for key in ("transformer", "leaf", "many"):
     case = speed_targets.find(data, "adam", key)
     if case:
       v = case["variants"]
       lines.append(
-        f"- {case['tree']}, float32: before Adam the clip adds {ms(v[CLIPJAX]['added'])} ms to a step of "
-        f"{ms(v[NO_CLIP]['median'])} ms; Optax's adds {ms(v[OPTAX]['added'])} ms."
+        f"- {case['tree']}, float32: the clip adds {ms(v[CLIPJAX]['added'])} ms to Adam's step of "
+        f"{ms(v[NO_CLIP]['median'])} ms; Optax's clip adds {ms(v[OPTAX]['added'])} ms."
       )
   case = speed_targets.find(data, "train", "training")
   if case:
     v = case["variants"]
     added = {name: v[name]["added"] / v[NO_CLIP]["median"] for name in (CLIPJAX, OPTAX)}
     lines.append(
-      f"- A whole training step of a Transformer of {case['parameters'] / 1e6:.1f}M parameters changes by "
-      f"{added[CLIPJAX]:+.1%} with the clip, by {added[OPTAX]:+.1%} with Optax's."
+      f"- The clip changes the time of a whole training step of a Transformer with {case['parameters'] / 1e6:.1f}M "
+      f"parameters by {added[CLIPJAX]:+.1%}, Optax's clip by {added[OPTAX]:+.1%}."
     )
   held = [t.holds for t in speed_targets.targets(data) if t.holds is not None]
   if held:
-    lines.append(f"- {sum(held)} of {len(held)} targets that were measured hold.")
+    lines.append(f"- {sum(held)} of {len(held)} measured targets hold.")
   return ["## In short", "", *lines, ""] if lines else []
 
 
 def target_section(data: Json) -> list[str]:
-  """What is to be reached, and whether it is."""
+  """The targets, and whether they are met."""
   verdict = {True: "yes", False: "**no**", None: DASH}
   rows = [
     (t.what, t.limit or "reported", t.measured, verdict[t.holds], f"`--only {t.section}`")
@@ -76,9 +76,9 @@ def target_section(data: Json) -> list[str]:
   return [
     "## Targets",
     "",
-    "For two cores of a CPU. Each figure is a ratio of medians within one run, made by `python benchmarks/speed.py` "
-    f"with the option behind it. A step with `watch()` is the mean of {LOOK_EVERY}, one of which looks at zeros and "
-    "parameters.",
+    "For two CPU cores. Each figure is a ratio of medians within one run of `python benchmarks/speed.py` with the "
+    f"option in its row. A step with `watch()` is the mean over {LOOK_EVERY} steps, one of which counts zeros and "
+    "measures parameters.",
     "",
     *table(("what", "limit", "measured", "holds", "made by"), rows, left=1),
   ]
@@ -93,41 +93,42 @@ def how_to_run() -> list[str]:
     "## How to run",
     "",
     "```sh",
-    'pip install ".[bench]"  # torch and TensorFlow for the CPU; without them JAX runs alone.',
+    'pip install ".[bench]"  # torch and TensorFlow for the CPU; without them, only JAX runs.',
     "python benchmarks/speed.py",
     "```",
     "",
-    "On a quiet machine: another busy process spoils it. `--only norm adam` runs some sections, and the others keep "
-    "their numbers; `--rounds` makes them longer; `--peers jax` leaves the other frameworks out; `--quick` "
-    "runs everything on small trees and, without `--out`, writes nothing. The same command runs on a GPU.",
+    "Use a quiet machine: another busy process spoils the numbers. `--only norm adam` runs some sections, and the "
+    "others keep their numbers; `--rounds` sets the number of rounds; `--peers jax` leaves out the other frameworks; "
+    "`--quick` runs everything on small trees and, without `--out`, writes nothing. The same command runs on a GPU.",
     "",
   ]
 
 
 def how_measured(data: Json) -> list[str]:
-  """The rules of measuring."""
+  """How times are measured."""
   rounds = sorted({section["rounds"] for section in data["sections"].values()})
   return [
     "## How it is measured",
     "",
-    f"All variants of a table take turns: in each of {' or '.join(map(str, rounds))} rounds every one runs once, in a "
-    f"new order of chance, after {WARM_UP} rounds that do not count. Compilation comes before, and every turn waits "
-    "for its result. Times are medians over the rounds; a minimum is the fastest turn. Ratios compare variants of the "
-    "same rounds only.",
+    f"All variants of a table take turns: in each of {' or '.join(map(str, rounds))} rounds, every variant runs once, "
+    f"in random order, after {WARM_UP} rounds that do not count. Compilation comes first, and every turn waits for its "
+    "result. Times are medians over the rounds; a minimum is the fastest turn. Ratios compare only variants of the "
+    "same rounds.",
     "",
-    "torch and TensorFlow each work in a process of their own, which holds its tensors and works only while it has its "
-    "turn. Where they take part, every variant first runs once more without being timed, so that none finds the caches "
-    "full of another's tensors, and there is a short pause before each turn. Every framework uses the threads that it "
-    "takes by default. All have the same gradients, normal entries from one seed.",
+    "torch and TensorFlow each run in their own process, which keeps its tensors and works only during its turn. If "
+    "they take part, every variant first runs once untimed, so that no variant finds the caches full of another's "
+    "tensors, and there is a short pause before each turn. Every framework uses its default threads. All use the same "
+    "gradients: normal entries from one seed.",
     "",
-    "`jnp.sum` of the same bytes, the measure of the bandwidth, takes turns with the rest and always runs twice, the "
-    "second time timed. With few parameters the bytes stay in the caches, and so does its bandwidth.",
+    "`jnp.sum` over the same bytes measures the bandwidth. It takes turns with the other variants and always runs "
+    "twice, timed the second time. With few parameters the bytes stay in the caches, and the bandwidth is that of the "
+    "caches.",
     "",
   ]
 
 
 def machines(data: Json) -> list[str]:
-  """Where and when the sections ran, those of one machine, day and set of packages in one row."""
+  """Where and when the sections ran, one row per machine, set of packages and day."""
   groups: dict[tuple[str, str, str], list[str]] = {}
   for name in SECTIONS:
     if name in data["sections"]:

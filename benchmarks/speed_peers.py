@@ -1,7 +1,7 @@
-"""Other frameworks beside JAX: each in a process of its own that works only while it has its turn.
+"""Other frameworks besides JAX, each in its own process, which works only during its turn.
 
-Two frameworks in one process would share nothing but trouble: each keeps threads, and torch's would spin while XLA
-works. So the parent takes turns among them, with a short pause before each.
+In one process, frameworks would disturb each other: each keeps threads, and torch's would spin while XLA works. The
+parent therefore takes turns among the processes, with a short pause before each turn.
 """
 
 import importlib.util
@@ -19,17 +19,17 @@ from speed_trees import DTYPES, Tree
 from timing import Turn
 
 FRAMEWORKS = ("torch", "tensorflow")
-PAUSE = 0.005  # Seconds: more than the time that OpenMP's threads spin before they sleep.
+PAUSE = 0.005  # Seconds; OpenMP's threads spin for less before they sleep.
 
 
 class Plan(NamedTuple):
-  """What a section is to do.
+  """What a section should do.
 
   Attributes:
-    rounds: of every measurement.
-    quick: small trees, to see that everything runs.
-    peers: frameworks beside JAX that take part.
-    notes: what a section adds when it leaves something out; the page says so.
+    rounds: rounds of every measurement.
+    quick: whether to use small trees, only to see that everything runs.
+    peers: frameworks that take part besides JAX.
+    notes: a section adds what it left out; the page shows it.
   """
 
   rounds: int
@@ -39,12 +39,12 @@ class Plan(NamedTuple):
 
 
 def dtypes(plan: Plan, tree: Tree) -> tuple[str, ...]:
-  """Those in which a tree is measured: the one with the most leaves in float32 only; two in a quick run."""
+  """The dtypes of a tree: only float32 for the tree with the most leaves; two in a quick run."""
   return DTYPES[: 1 if tree.key == "most" else 2 if plan.quick else 3]
 
 
 class Peer:
-  """A framework in a process of its own."""
+  """A framework in its own process."""
 
   def __init__(self, framework: str):
     self.framework = framework
@@ -60,7 +60,7 @@ class Peer:
     """The variants of this framework for one tree, warmed up.
 
     Raises:
-      RuntimeError: with the worker's reason, where it has none.
+      RuntimeError: if it has none; the text is the worker's reason.
     """
     answer = self._ask(do="load", work=work, shapes=tree.shapes, dtype=dtype)
     return {name: partial(self._seconds, name) for name in answer["variants"]}
@@ -92,7 +92,7 @@ def installed(framework: str) -> bool:
 
 @contextmanager
 def started(plan: Plan, frameworks: Sequence[str] = FRAMEWORKS) -> Iterator[list[Peer]]:
-  """The peers of the plan among `frameworks`; those that are not installed are noted and left out."""
+  """The peers of the plan among `frameworks`; one that is not installed is noted and left out."""
   wanted = [name for name in frameworks if name in plan.peers]
   plan.notes.extend(f"{name} is not installed and was left out." for name in wanted if not installed(name))
   peers = [Peer(name) for name in wanted if installed(name)]
@@ -104,7 +104,7 @@ def started(plan: Plan, frameworks: Sequence[str] = FRAMEWORKS) -> Iterator[list
 
 
 def peer_turns(plan: Plan, peers: Sequence[Peer], work: str, tree: Tree, dtype: str) -> dict[str, Turn]:
-  """The turns of all peers on one tree; one that cannot is noted and left out."""
+  """The turns of all peers on one tree; a peer that cannot run it is noted and left out."""
   turns: dict[str, Turn] = {}
   for peer in peers:
     try:

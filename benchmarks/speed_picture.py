@@ -1,4 +1,4 @@
-"""The picture of the speed page: time against the number of parameters and of leaves, from the JSON of `speed.py`."""
+"""The picture of the speed page: time against the number of parameters and leaves, from the JSON of `speed.py`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from speed_trees import CLIPJAX, OPTAX, SUM, Case
 
-COLOURS = {CLIPJAX: "#0072B2", OPTAX: "#D55E00"}  # Okabe and Ito's, which are told apart with any colour vision.
+COLOURS = {CLIPJAX: "#0072B2", OPTAX: "#D55E00"}  # Okabe and Ito's, distinguishable with any colour vision.
 
 
 def picture(section: Mapping[str, Any]) -> Figure:
-  """Two panels with logarithmic axes, the section "growth" in them."""
+  """The section "growth" in two panels with logarithmic axes."""
   figure = Figure(figsize=(11, 4.8), layout="constrained", facecolor="white")
   left, right = figure.subplots(1, 2)
   _draw(left, [case for case in section["cases"] if case["key"] == "parameters"], "parameters")
@@ -38,6 +38,6 @@ def _draw(axes: Axes, cases: Sequence[Case], against: str) -> None:
 
 
 def _line(axes: Axes, cases: Sequence[Case], against: str, name: str, of: str, **style: Any) -> None:
-  """A line through the points above zero: a log axis has no others."""
+  """Draws a line through the points above zero; a log axis cannot show the others."""
   points = [(case[against], 1e3 * case["variants"][name][of]) for case in cases if name in case["variants"]]
   axes.plot([x for x, y in points if y > 0], [y for _, y in points if y > 0], **style)

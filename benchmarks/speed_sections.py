@@ -1,4 +1,4 @@
-"""The sections of the speed page: each from its part of the JSON to a table, and what its numbers are."""
+"""The sections of the speed page: each turns its part of the JSON into a table and explains the numbers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ def row(cells: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-  """A table whose first columns are aligned to the left."""
+  """A table whose first `left` columns are left-aligned."""
   return [row(head), row(["---"] * left + ["--:"] * (len(head) - left)), *map(row, rows), ""]
 
 
@@ -51,7 +51,7 @@ def ms(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-  """A share, with two digits where it is small."""
+  """A share in percent, with more decimals if it is small."""
   return f"{share:.2%}" if 0 < abs(share) < 0.001 else f"{share:.1%}" if abs(share) < 0.095 else f"{share:.0%}"
 
 
@@ -61,14 +61,14 @@ def share_of_limit(v: Json, name: str, reads: int = 1) -> str:
 
 
 def speed_cell(v: Json, name: str, base: str) -> str:
-  """How many times as fast as the base, and behind it median and minimum."""
+  """The speed relative to the base, with median and minimum in brackets."""
   if name not in v:
     return DASH
   return f"{v[base]['median'] / v[name]['median']:.2f} ({ms(v[name]['median'])}, {ms(v[name]['min'])})"
 
 
 def notes(section: Json) -> list[str]:
-  """What was left out."""
+  """Notes on what was left out."""
   return [line for note in dict.fromkeys(section["notes"]) for line in (note, "")]
 
 
@@ -76,7 +76,7 @@ def notes(section: Json) -> list[str]:
 
 
 def norm_text(section: Json) -> list[str]:
-  """The norm alone."""
+  """Only the norm."""
   names = (OPTAX, CLIPJAX, LEAF_NORMS, TORCH, TF_EAGER, TF_FUNCTION)
   rows = []
   for case in section["cases"]:
@@ -87,10 +87,10 @@ def norm_text(section: Json) -> list[str]:
     rows.append((case["tree"], case["dtype"], *cells, *shares, bandwidth))
   head = ("tree", "dtype", PLAIN, *names, f"limit / {PLAIN}", f"limit / {CLIPJAX}", "GB/s of the sum")
   return [
-    "Speed over that of the plainest norm in JAX, `sqrt(sum(sum(square(x.astype(float32)))))`, and in brackets median "
-    "and minimum in ms. The limit reads each leaf once: the bytes of the gradient, at the bandwidth that a plain "
-    "`jnp.sum` of as many entries of the same dtype in one leaf reaches. Above 100% the sum is the slower of the two. "
-    "torch is `get_total_norm(foreach=True)`, TensorFlow `tf.linalg.global_norm`.",
+    "Speed relative to the plainest norm in JAX, `sqrt(sum(sum(square(x.astype(float32)))))`, with median and minimum "
+    "in ms in brackets. The limit is the time to read each leaf once, at the bandwidth that a plain `jnp.sum` reaches "
+    "over as many entries of the same dtype in one leaf. Above 100% the sum is slower. torch is "
+    "`get_total_norm(foreach=True)`, TensorFlow `tf.linalg.global_norm`.",
     "",
     *table(head, rows, left=2),
     *notes(section),
@@ -98,7 +98,7 @@ def norm_text(section: Json) -> list[str]:
 
 
 def clip_text(section: Json) -> list[str]:
-  """The clip alone."""
+  """Only the clip."""
   names = (OPTAX, CLIPJAX, TORCH, TF_EAGER, TF_FUNCTION)
   rows = []
   for case in section["cases"]:
@@ -107,10 +107,10 @@ def clip_text(section: Json) -> list[str]:
     rows.append((case["tree"], case["dtype"], *cells, share_of_limit(v, CLIPJAX, reads=3)))
   return [
     "Gradients in, clipped gradients out. JAX and TensorFlow write into new buffers; torch works in place, and "
-    "multiplies whether it clips or not. Speed over that of Optax, in brackets median and minimum in ms. The limit is "
-    "three times the bytes of the gradient, one read for the norm, one read and one write for the scaling, at the "
-    "bandwidth of a plain sum. Before an optimizer, in one jitted function, a clip need not write anything: the next "
-    "section.",
+    "multiplies whether it clips or not. Speed relative to Optax, with median and minimum in ms in brackets. The limit "
+    "is the time for three times the bytes of the gradient (one read for the norm, one read and one write for the "
+    "scaling) at the bandwidth of a plain sum. Before an optimizer in one jitted function, a clip need not write "
+    "anything: see the next section.",
     "",
     *table(("tree", "dtype", *names, f"limit / {CLIPJAX}"), rows, left=2),
     *notes(section),
@@ -120,11 +120,11 @@ def clip_text(section: Json) -> list[str]:
 def adam_text(section: Json) -> list[str]:
   """What a clip adds to Adam."""
   lines = [
-    "One jitted step of `optax.chain(clip, optax.adam(1e-3))`, parameters and state donated, against the same step "
-    "without the clip. *Added* is the median of the differences within a round. The limit is one more read of the "
-    "gradient at the bandwidth of a plain sum. Temporaries are what the compiled step allocates beside its arguments "
-    "and results (`memory_analysis`), over the bytes of the gradient. Every step clips, but those of `autoclip` and "
-    "`zclip`, whose thresholds follow the norm; they do the same work.",
+    "One jitted step of `optax.chain(clip, optax.adam(1e-3))`, with parameters and state donated, compared with the "
+    "same step without the clip. *Added* is the median of the differences within a round. The limit is one more read "
+    "of the gradient at the bandwidth of a plain sum. Temporaries are the bytes that the compiled step allocates "
+    "besides its arguments and results (`memory_analysis`), over the bytes of the gradient. Every step clips, except "
+    "with `autoclip` and `zclip`, whose thresholds follow the norm; they do the same work.",
     "",
   ]
   for title in dict.fromkeys(case["tree"] for case in section["cases"]):
@@ -137,7 +137,7 @@ def adam_text(section: Json) -> list[str]:
     lines += [f"### {title}", "", *table(head, rows, left=2)]
   peers = [case for case in section["cases"] if "peer" in case]
   if peers:
-    lines += ["### torch", "", "`clip_grad_norm_(foreach=True)` before `torch.optim.Adam`, float32, on its own.", ""]
+    lines += ["### torch", "", "`clip_grad_norm_(foreach=True)` before `torch.optim.Adam`, float32, run apart.", ""]
     lines += table(("tree", "Adam", "added / step", "added, ms", "step, ms", "fastest, ms"), torch_rows(peers), left=2)
   return [*lines, *notes(section)]
 
@@ -149,7 +149,7 @@ def adam_rows(case: Case) -> list[list[str]]:
     if name == SUM:
       continue
     ratio = speed_targets.added_ratio(v, name) if name != NO_CLIP else None
-    # The same program as that of the watched step.
+    # The look runs the same program as the watched step.
     size = v[WATCHED_LEAVES if name == LOOK else name].get("temporaries")
     added = (DASH, DASH) if name == NO_CLIP else (ms(times["added"]), ms(times["added_min"]))
     rows.append([
@@ -171,7 +171,7 @@ def torch_rows(cases: Sequence[Case]) -> list[list[str]]:
 
 
 def stacked_text(section: Json) -> list[str]:
-  """Layers that are leaves of their own."""
+  """Norms of stacked layers, compared with norms of whole leaves."""
   rows = []
   for case in section["cases"]:
     v = case["variants"]
@@ -182,8 +182,8 @@ def stacked_text(section: Json) -> list[str]:
   case = section["cases"][0]
   head = ("tree", "dtype", "clip", "step, ms", "fastest", "added, ms", "added / by leaf")
   return [
-    f"A step of Adam, {case['parameters']:,} parameters in {case['leaves']} arrays. By leaf each array has one norm; "
-    "with `stacked=` each of its layers has one.",
+    f"A step of Adam, {case['parameters']:,} parameters in {case['leaves']} arrays. By leaf, each array has one norm; "
+    "with `stacked=`, each of its layers has one.",
     "",
     *table(head, rows, left=3),
     *notes(section),
@@ -191,7 +191,7 @@ def stacked_text(section: Json) -> list[str]:
 
 
 def effect_text(section: Json) -> list[str]:
-  """A step with `clip_effect`, and what it holds."""
+  """A step with `clip_effect`: time, state and temporaries."""
   rows = []
   for case in section["cases"]:
     base = case["variants"][CLIPJAX]
@@ -200,10 +200,11 @@ def effect_text(section: Json) -> list[str]:
       cells = (ms(v["median"]), ms(v["min"]), f"{1 + v['added'] / base['median']:.2f}")
       rows.append((case["optimizer"], name, *cells, f"{sizes[0]:.2f}", percent(sizes[1])))
   case = section["cases"][0]
-  head = ("optimizer", "step", "step, ms", "fastest, ms", "over the clip alone", "state over its", "temporaries")
+  head = ("optimizer", "step", "step, ms", "fastest, ms", "step / clip only", "state / clip only", "temporaries")
   return [
     f"A step of {case['tree']}, {case['parameters']:,} parameters in {case['leaves']} leaves, float32. `clip_effect` "
-    "runs the optimizer a second time and compares the updates leaf by leaf. Temporaries are parts of the gradient.",
+    "runs the optimizer a second time and compares the updates leaf by leaf. Temporaries are over the bytes of the "
+    "gradient.",
     "",
     *table(head, rows, left=2),
     *notes(section),
@@ -220,7 +221,7 @@ def compile_text(section: Json) -> list[str]:
       seconds = [times["compile"]["median"], times["compile"]["min"], times["lower"]["median"], times["lower"]["min"]]
       rows.append((name, *(f"{x:.2f}" for x in ratios), *(f"{x:.2f}" for x in seconds)))
     lines += [
-      f"That step of Adam on {case['tree']}, float32, each variant compiled in turn with empty caches: "
+      f"The same step of Adam on {case['tree']}, float32, each variant compiled in turn with empty caches: "
       "`jit(step).lower(...)`, which traces and lowers, and `.compile()`.",
       "",
       *table(
@@ -240,8 +241,8 @@ def train_text(section: Json) -> list[str]:
     ]
     lines += [
       f"Gradient, clip and Adam of a Transformer: {case['tree']}, {case['parameters']:,} parameters in "
-      f"{case['leaves']} leaves, float32. Nothing is read from the state. The step with `watch()`, averaged over "
-      f"{LOOK_EVERY}, takes {speed_targets.watched_ratio(v):.3f} of that with the bare clip.",
+      f"{case['leaves']} leaves, float32. Nothing is read from the state. Averaged over {LOOK_EVERY} steps, a step "
+      f"with `watch()` takes {speed_targets.watched_ratio(v):.3f} times as long as a step with only the clip.",
       "",
       *table(("clip", "step / no clip", "added, ms", "step, ms", "fastest, ms"), rows),
     ]
@@ -257,8 +258,8 @@ def eager_text(section: Json) -> list[str]:
       a, b = EAGER.format(name), JITTED.format(name)
       rows.append((f"`{name}`", f"{speed_targets.over(v, a, b):.2f}", *(ms(v[x][k]) for x in (a, b) for k in KINDS)))
     lines += [
-      f"Calls outside of jit on {case['tree']}, float32, against the same call inside; of a transformation it is its "
-      "`update`.",
+      f"Calls outside jit on {case['tree']}, float32, compared with the same call inside jit; for a transformation, "
+      "the call is its `update`.",
       "",
       *table(("call", "eager / jitted", "eager, ms", "fastest", "jitted, ms", "fastest"), rows),
     ]
@@ -266,7 +267,7 @@ def eager_text(section: Json) -> list[str]:
 
 
 def vmap_text(section: Json) -> list[str]:
-  """Thresholds at once."""
+  """Many thresholds at once."""
   lines = []
   for case in section["cases"]:
     v, rows = case["variants"], []
@@ -275,7 +276,7 @@ def vmap_text(section: Json) -> list[str]:
       rows.append((name, f"{speed_targets.over(v, a, b):.2f}", *(ms(v[x][k]) for x in (a, b) for k in KINDS)))
     lines += [
       f"One training step of all runs together: {case['tree']}, {case['parameters']:,} parameters, SGD with momentum. "
-      "At once is one call of the step under `vmap`; one after another is a call of the jitted step for each.",
+      "At once: one call of the step under `vmap`. One after another: one call of the jitted step for each run.",
       "",
       *table(("clip", "vmap / one after another", "vmap, ms", "fastest", "one after another, ms", "fastest"), rows),
     ]
@@ -295,8 +296,8 @@ def per_example_text(section: Json) -> list[str]:
         cells = f"{times['median'] / v[base]['median']:.2f}", ms(times["median"]), ms(times["min"]), limit, share
         rows.append((f"`{name}`", *cells))
     lines += [
-      f"The sum of clipped gradients of single examples: {case['tree']}, float32. The limit reads the gradients of all "
-      "examples twice, once for the norms and once for the sum. Temporaries are over the bytes of these gradients.",
+      f"The sum of clipped per-example gradients: {case['tree']}, float32. The limit is the time to read the gradients "
+      "of all examples twice, for the norms and for the sum. Temporaries are over the bytes of these gradients.",
       "",
       *table(("call", "time / Optax's", "ms", "fastest", "limit / time", "temporaries"), rows),
     ]
@@ -304,7 +305,7 @@ def per_example_text(section: Json) -> list[str]:
 
 
 def growth_text(section: Json) -> list[str]:
-  """Growth with the number of parameters and of leaves."""
+  """Growth with the number of parameters and leaves."""
   rows = []
   for case in section["cases"]:
     v = case["variants"]
@@ -319,7 +320,7 @@ def growth_text(section: Json) -> list[str]:
     "limit: one read", "Adam",
   )  # fmt: skip
   return [
-    "float32, medians in ms. An amount added that is below zero is lost in the noise of Adam's step; the picture "
+    "float32, medians in ms. If the added time is below zero, it is lost in the noise of Adam's step, and the picture "
     "leaves it out.",
     "",
     *table(head, rows, left=0),
@@ -328,8 +329,8 @@ def growth_text(section: Json) -> list[str]:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Json], list[str]]]] = {
-  "norm": ("The norm alone", norm_text),
-  "clip": ("The clip alone", clip_text),
+  "norm": ("Only the norm", norm_text),
+  "clip": ("Only the clip", clip_text),
   "adam": ("What a clip adds to Adam", adam_text),
   "stacked": ("Stacked layers", stacked_text),
   "compile": ("Compile time", compile_text),

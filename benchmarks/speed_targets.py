@@ -1,6 +1,6 @@
-"""The targets of the speed page: what is to be reached, what was measured, and whether it holds.
+"""The targets of the speed page: the limits, what was measured, and whether they hold.
 
-All from the JSON of `speed.py`; nothing here is typed in but the limits.
+Everything but the limits comes from the JSON of `speed.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -33,11 +33,11 @@ class Target(NamedTuple):
   """A row of the table.
 
   Attributes:
-    what: is measured.
-    section: measures it.
-    limit: as text, "" where it is only reported.
-    measured: as text.
-    holds: None where it was not measured or has no limit.
+    what: what is measured.
+    section: the section that measures it.
+    limit: the limit as text, "" if the figure is only reported.
+    measured: the figure as text.
+    holds: whether the target holds; None if it was not measured or has no limit.
   """
 
   what: str
@@ -48,7 +48,7 @@ class Target(NamedTuple):
 
 
 def find(data: Mapping[str, Any], section: str, key: str, dtype: str = "float32") -> Case | None:
-  """The case of a section on one tree; None where it was not run."""
+  """The case of a section on one tree; None if it was not run."""
   for case in data["sections"].get(section, {}).get("cases", ()):
     if (case["key"], case["dtype"]) == (key, dtype) and "peer" not in case:
       found: Case = case
@@ -57,38 +57,38 @@ def find(data: Mapping[str, Any], section: str, key: str, dtype: str = "float32"
 
 
 def added_ratio(v: Variants, name: str, of: str = "added") -> float | None:
-  """What a variant adds to Adam, over what Optax's clip adds; None where that is lost in the noise."""
+  """What a variant adds to Adam, over what Optax's clip adds; None if that is lost in the noise."""
   base, added = float(v[OPTAX][of]), float(v[name][of])
   return added / base if base > 0 else None
 
 
 def watched_ratio(v: Variants) -> float:
-  """The mean step with a watch, one in 16 of which looks, over the step with the bare clip."""
+  """The mean step with a watch, one in 16 of which looks, over the step with only the clip."""
   added = ((LOOK_EVERY - 1) * float(v[WATCHED_LEAVES]["added"]) + float(v[LOOK]["added"])) / LOOK_EVERY
   base = float(v[NO_CLIP]["median"])
   return (base + added) / (base + float(v[CLIPJAX]["added"]))
 
 
 def layers_ratio(v: Variants, name: str) -> float | None:
-  """What a clip adds over what the clip by leaf adds; None where that adds nothing."""
+  """What a clip adds, over what the clip by leaf adds; None if that adds nothing."""
   base = float(v[BY_LEAF]["added"])
   return float(v[name]["added"]) / base if base > 0 else None
 
 
 def over(v: Variants, a: str, b: str, of: str = "median") -> float:
-  """The time of one variant over that of another."""
+  """The time of variant `a` over the time of variant `b`."""
   ratio: float = v[a][of] / v[b][of]
   return ratio
 
 
 def ahead_of(v: Variants, names: Iterable[str]) -> float | None:
-  """How many times as fast as the fastest of the peers clipjax's norm is; None without a peer."""
+  """The speed of clipjax's norm relative to the fastest peer; None without a peer."""
   ratios = [over(v, name, CLIPJAX) for name in names if name in v]
   return min(ratios) if ratios else None
 
 
 def targets(data: Mapping[str, Any]) -> list[Target]:
-  """Every row, in the order of the page."""
+  """Every row, in page order."""
   return [*adam_targets(data), *stacked_targets(data), *compile_targets(data), *norm_targets(data), *step_targets(data)]
 
 
@@ -138,35 +138,35 @@ def compile_targets(data: Mapping[str, Any]) -> list[Target]:
   rows = []
   for name, title, limit in ((CLIPJAX, "global", 1.1), (BY_LEAF, "by leaf", 1.5)):
     ratio = case["variants"][name]["compile"]["median"] / case["variants"][OPTAX]["compile"]["median"] if case else None
-    what = f"compile time over that of Optax's global clip: {named(case, 'many')}, {title}"
+    what = f"compile time over Optax's global clip: {named(case, 'many')}, {title}"
     rows.append(at_most(what, "compile", limit, ratio, "" if ratio is None else f"{ratio:.2f}"))
   return rows
 
 
 def norm_targets(data: Mapping[str, Any]) -> list[Target]:
-  """The norm alone, against the plainest one and other frameworks."""
+  """The norm, compared with the plainest one and other frameworks."""
   rows = []
   for key in ("leaf", "transformer"):
     case = find(data, "norm", key)
     ratio = over(case["variants"], PLAIN, CLIPJAX) if case else None
     text = f"{ratio:.2f} (by minima {over(case['variants'], PLAIN, CLIPJAX, 'min'):.2f})" if case else ""
-    rows.append(at_least(f"norm, speed over that of the plainest: {named(case, key)}, float32", 0.95, ratio, text))
+    rows.append(at_least(f"norm, speed relative to the plainest: {named(case, key)}, float32", 0.95, ratio, text))
     for peer, names in (("torch", (TORCH,)), ("TensorFlow", (TF_EAGER, TF_FUNCTION))):
       ratio = ahead_of(case["variants"], names) if case else None
       text = "" if ratio is None else f"{ratio:.2f}"
-      rows.append(at_least(f"norm, speed over that of {peer}: {named(case, key)}, float32", 1.0, ratio, text))
+      rows.append(at_least(f"norm, speed relative to {peer}: {named(case, key)}, float32", 1.0, ratio, text))
   return rows
 
 
 def step_targets(data: Mapping[str, Any]) -> list[Target]:
-  """What seeing costs, eager calls, and thresholds at once."""
+  """The cost of a watch, eager calls, and many thresholds at once."""
   rows = []
   for section, key in (("train", "training"), ("adam", "transformer")):
     case = find(data, section, key)
     ratio = watched_ratio(case["variants"]) if case else None
     text = "" if ratio is None else f"{ratio:.3f}"
-    what = "a whole training step" if section == "train" else f"a step of Adam alone, {named(case, key)}"
-    rows.append(at_most(f"`watch()` before the clip, over the bare clip: {what}", section, 1.05, ratio, text))
+    what = "a whole training step" if section == "train" else f"only a step of Adam, {named(case, key)}"
+    rows.append(at_most(f"`watch()` before the clip, over only the clip: {what}", section, 1.05, ratio, text))
   case = find(data, "eager", "many")
 
   def called(name: str) -> float | None:
@@ -174,7 +174,7 @@ def step_targets(data: Mapping[str, Any]) -> list[Target]:
 
   ratio, optax_ratio = called("clipjax.clip_grad_norm"), called("optax.clip_by_global_norm")
   text = "" if ratio is None else f"{ratio:.2f} (Optax {optax_ratio:.1f})"
-  what = f"eager `clip_grad_norm`, over the jitted: {named(case, 'many')}"
+  what = f"eager `clip_grad_norm` over jitted: {named(case, 'many')}"
   rows.append(at_most(what, "eager", 1.5, ratio, text))
   case = find(data, "vmap", "vmap")
   text = ""
@@ -182,24 +182,24 @@ def step_targets(data: Mapping[str, Any]) -> list[Target]:
     ratios = [over(case["variants"], AT_ONCE.format(name), IN_TURN.format(name)) for name in (CLIPJAX, OPTAX, NO_CLIP)]
     text = f"{ratios[0]:.2f} (Optax {ratios[1]:.2f}, no clip {ratios[2]:.2f})"
   rows.append(
-    Target("thresholds of the demo at once by `vmap`, over one after another", "vmap", "", text or "not run", None)
+    Target("thresholds of the demo at once under `vmap`, over one after another", "vmap", "", text or "not run", None)
   )
   return rows
 
 
 def named(case: Case | None, key: str) -> str:
-  """The title of the tree that was measured, or what it would be."""
+  """The title of the measured tree, or its usual one."""
   titles = {"leaf": "one leaf", "transformer": "Transformer", "many": "1000 leaves"}
   return case["tree"] if case else titles[key]
 
 
 def at_most(what: str, section: str, limit: float, value: float | None, text: str, form: str = "{:g}") -> Target:
-  """A target from above."""
+  """A target with an upper limit."""
   return _target(what, section, f"<= {form.format(limit)}", value, text, lambda x: x <= limit)
 
 
 def at_least(what: str, limit: float, value: float | None, text: str) -> Target:
-  """A target of the norm from below."""
+  """A target of the norm with a lower limit."""
   return _target(what, "norm", f">= {limit:g}", value, text, lambda x: x >= limit)
 
 

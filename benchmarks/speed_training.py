@@ -30,7 +30,7 @@ THRESHOLDS = 16
 
 
 def training_step(clip: optax.GradientTransformation) -> Any:
-  """A jitted step `(params, (clip_state, adam_state), batch) -> (params, state)`, the first two donated."""
+  """A jitted step `(params, (clip_state, adam_state), batch) -> (params, state)` that donates the first two."""
   tx = optax.chain(clip, optax.adam(1e-3))
 
   def step(params: Any, state: Any, batch: Any) -> Any:
@@ -42,7 +42,7 @@ def training_step(clip: optax.GradientTransformation) -> Any:
 
 
 def train(plan: Plan) -> list[Case]:
-  """A whole step of training a Transformer on text: gradient, clip, Adam."""
+  """A whole training step of a Transformer on text: gradient, clip, Adam."""
   width, layers = (32, 2) if plan.quick else (WIDTH, LAYERS)
   params = small_models.init_transformer(jax.random.key(0), width, layers, CONTEXT)
   text = small_models.text_data()
@@ -61,7 +61,7 @@ def train(plan: Plan) -> list[Case]:
 
 
 def vmap(plan: Plan) -> list[Case]:
-  """A step of 16 trainings of the demo's model that differ in the threshold: one after another, and at once."""
+  """A step of 16 runs of the demo's model that differ in the threshold: one after another, and at once."""
   number = 2 if plan.quick else THRESHOLDS
   limits = jnp.geomspace(1 / 16, 16, number)
   text = jnp.asarray(model.read_text())
@@ -95,8 +95,8 @@ def vmap(plan: Plan) -> list[Case]:
 
 
 def one_after_another(step: Any, start: Any, limits: jax.Array) -> Turn:
-  """A turn that does one step of every run."""
-  scalars = list(limits)  # Taken out once: a slice is a call of its own.
+  """A turn that runs one step of each run."""
+  scalars = list(limits)  # Sliced once: each slice is a call.
   runs = [start() for _ in scalars]
 
   def run() -> None:
@@ -108,7 +108,7 @@ def one_after_another(step: Any, start: Any, limits: jax.Array) -> Turn:
 
 
 def at_once(step: Any, start: Any, limits: jax.Array) -> Turn:
-  """A turn that does one step of all runs together."""
+  """A turn that runs one step of all runs together."""
   carry = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start() for _ in limits))
 
   def run() -> None:

@@ -1,6 +1,6 @@
-"""The trees that `speed.py` measures on, their bytes, and the names of the variants: what all its files share.
+"""What the files of `speed.py` share: the trees, their bytes, and the names of the variants.
 
-NumPy only, so that the workers of other frameworks and the page need no JAX for it.
+It imports only NumPy: the workers of other frameworks and the page must not need JAX.
 """
 
 import math
@@ -16,7 +16,7 @@ Case: TypeAlias = dict[str, Any]
 DTYPES = ("float32", "bfloat16", "float16")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# The names of variants that the page or a target looks up.
+# Names of variants that the page or a target looks up.
 SUM, PLAIN, NO_CLIP, OPTAX, CLIPJAX = "jnp.sum", "plain", "no clip", "Optax", "clipjax"
 LEAF_NORMS = "clipjax.leaf_norms"
 UNTRACKED, BY_LEAF, BY_GROUP = "clipjax, track=False", "clipjax, by leaf", "clipjax, by group"
@@ -35,9 +35,9 @@ class Tree(NamedTuple):
   """Leaves to measure on.
 
   Attributes:
-    key: its part in the benchmark, the same in a quick run.
-    title: what the tables call it.
-    shapes: of the leaves.
+    key: its key in the benchmark, the same in a quick run.
+    title: its name in the tables.
+    shapes: shapes of the leaves.
   """
 
   key: str
@@ -46,7 +46,7 @@ class Tree(NamedTuple):
 
   @property
   def parameters(self) -> int:
-    """Entries of all leaves."""
+    """The number of entries in all leaves."""
     return sum(math.prod(shape) for shape in self.shapes)
 
 
@@ -57,7 +57,7 @@ def transformer(vocabulary: int, outputs: int, width: int, blocks: int) -> Shape
 
 
 def trees(quick: bool) -> dict[str, Tree]:
-  """The four trees by key; a quick run has small ones in their place."""
+  """The four trees by key; small ones in a quick run."""
   if quick:
     found = [
       Tree("leaf", "one leaf 64k", [(2**16,)]),
@@ -82,7 +82,7 @@ def arrays(shapes: Shapes) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
 
 
 def half_norm(parameters: int) -> float:
-  """A threshold at half the norm of so many normal entries, so that every step clips and no entry gets tiny."""
+  """A threshold at half the norm of so many normal entries: every step clips, and no entry becomes tiny."""
   return 0.5 * math.sqrt(parameters)
 
 
@@ -100,7 +100,7 @@ def case_of(tree: Tree, dtype: str, variants: dict[str, dict[str, Any]]) -> Case
 
 
 def memory() -> int:
-  """Bytes of memory of this machine; 0 where they are not known."""
+  """The memory of this machine in bytes; 0 if unknown."""
   try:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   except (AttributeError, OSError, ValueError):

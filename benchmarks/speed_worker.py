@@ -1,7 +1,7 @@
-"""A process that holds the tensors of torch or TensorFlow and takes one turn at a time, as `speed_peers.py` asks.
+"""A process that keeps the tensors of torch or TensorFlow and takes one turn at a time, on request of `speed_peers.py`.
 
-Not a command of its own. Each line of stdin is a JSON object with "do": "load" makes the tensors and the variants and
-answers with their names, "run" takes a turn of a variant and answers with its seconds, "stop" ends the process.
+It is not a command. Each line of stdin is a JSON object with a key "do": "load" creates the tensors and the variants
+and answers with their names, "run" takes a turn of a variant and answers with its seconds, "stop" ends the process.
 """
 
 import json
@@ -18,7 +18,7 @@ Works = dict[str, Callable[[], object]]
 
 def torch_works(work: str, shapes: Shapes, dtype: str) -> Works:
   """The variants of torch, which work in place on the gradients of parameters."""
-  import torch  # type: ignore[import-not-found, unused-ignore]  # noqa: PLC0415  (one framework a process)
+  import torch  # type: ignore[import-not-found, unused-ignore]  # noqa: PLC0415  (one framework per process)
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   grads = [torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in arrays(shapes)]
@@ -40,7 +40,7 @@ def torch_works(work: str, shapes: Shapes, dtype: str) -> Works:
     p.grad = g
 
   def clip() -> None:
-    # In place: from the second turn on the norm is at the threshold. It multiplies by the factor all the same.
+    # In place: from the second turn on, the norm equals the threshold. torch still multiplies by the factor.
     torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=True)
     done()
 
@@ -65,11 +65,11 @@ def torch_works(work: str, shapes: Shapes, dtype: str) -> Works:
 
 
 def tensorflow_works(work: str, shapes: Shapes, dtype: str) -> Works:
-  """The variants of TensorFlow, which make new tensors."""
+  """The variants of TensorFlow, which create new tensors."""
   import tensorflow as tf  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: PLC0415
 
   for gpu in tf.config.list_physical_devices("GPU"):
-    tf.config.experimental.set_memory_growth(gpu, True)  # Others use the same device.
+    tf.config.experimental.set_memory_growth(gpu, True)  # Other processes use the same device.
   grads = [tf.cast(tf.constant(x), dtype) for x in arrays(shapes)]
   max_norm = half_norm(sum(int(tf.size(g)) for g in grads))
 
@@ -82,13 +82,13 @@ def tensorflow_works(work: str, shapes: Shapes, dtype: str) -> Works:
   def waited(function: Callable[[], Any]) -> Callable[[], None]:
     def run() -> None:
       out = function()
-      # One number is read: on a GPU that waits for all that was queued before it.
+      # Read one number: on a GPU, this waits for everything queued before it.
       float(out if work == "norm" else tf.reshape(out[0][-1], [-1])[0])
 
     return run
 
   eager = {"norm": norm, "clip": clip}[work]
-  # The gradients are captured as inputs: what counts is the graph, not the call with a thousand arguments.
+  # Gradients are captured as inputs: the graph should be timed, not a call with a thousand arguments.
   function = tf.function(eager, jit_compile=False).get_concrete_function()
   return {TF_EAGER: waited(eager), TF_FUNCTION: waited(function)}
 
@@ -97,9 +97,9 @@ WORKS = {"torch": torch_works, "tensorflow": tensorflow_works}
 
 
 def main() -> None:
-  """Answers until it is told to stop, or its parent is gone."""
+  """Answers requests until told to stop or the parent ends."""
   answers = os.fdopen(os.dup(1), "w")
-  os.dup2(2, 1)  # What a framework prints goes to stderr.
+  os.dup2(2, 1)  # Redirects the frameworks' output to stderr.
   works = WORKS[sys.argv[1]]
   turns: dict[str, Turn] = {}
   for line in sys.stdin:
@@ -118,7 +118,7 @@ def main() -> None:
         answer["variants"] = list(turns)
       else:
         answer["seconds"] = turns[request["variant"]]()
-    except Exception as error:  # The parent says it and leaves the variant out.
+    except Exception as error:  # The parent reports it and leaves the variant out.
       answer["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,7 +1,7 @@
-"""Rounds in which variants take turns, in a new order of chance each time, and what is kept of their times.
+"""Times variants in rounds, taking turns in random order, and summarizes their times.
 
-A turn is a function that does the work of one variant once and gives the seconds that it took. Variants that are
-compared run in the same rounds, so that what disturbs the machine disturbs them alike.
+A turn is a function that does the work of one variant once and returns its seconds. Compared variants run in the same
+rounds, so a disturbance of the machine affects all of them.
 """
 
 import random
@@ -13,7 +13,7 @@ from typing import TypeAlias
 Turn: TypeAlias = Callable[[], float]
 Clock: TypeAlias = Callable[[], float]
 
-WARM_UP = 2  # Rounds that do not count: the first compiles, the second finds the memory allocated.
+WARM_UP = 2  # Rounds that do not count: the first compiles, the second runs with memory allocated.
 
 
 def turn_of(
@@ -28,11 +28,11 @@ def turn_of(
 
   Args:
     run: the work; it returns when the work is done, not when it is queued.
-    prepare: what comes before it and is not timed.
-    repeats: how often it runs in a turn; the time is the mean.
-    warm: whether it runs once, not timed, before: then the caches hold what it leaves itself, not what the variant
-      before it has left. For rivals that keep their tensors in other processes.
-    clock: gives seconds.
+    prepare: runs before the work and is not timed.
+    repeats: how often the work runs in a turn; the time is the mean.
+    warm: whether the work first runs once untimed. The caches then hold its own data, not data of the previous variant;
+      needed for rivals that keep their tensors in other processes.
+    clock: returns seconds.
   """
 
   def take() -> float:
@@ -51,14 +51,14 @@ def turn_of(
 def interleave(
   turns: Mapping[str, Turn], rounds: int, *, seed: int = 0, pause: float = 0.0, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-  """The seconds of every turn, by variant, one a round.
+  """Runs the rounds; returns the seconds of each variant, one per round.
 
   Args:
     turns: the variants by name.
     rounds: rounds that count, after the warm-up.
-    seed: of the order within the rounds.
-    pause: seconds before each turn, in which threads of the variant before it that still spin go to sleep.
-    warm_up: rounds before those that count.
+    seed: seed of the order within the rounds.
+    pause: seconds before each turn, in which spinning threads of the previous variant go to sleep.
+    warm_up: rounds that do not count.
   """
   rng = random.Random(seed)
   times: dict[str, list[float]] = {name: [] for name in turns}
@@ -72,9 +72,9 @@ def interleave(
 
 
 def summary(times: Mapping[str, Sequence[float]], base: str | None = None) -> dict[str, dict[str, float]]:
-  """Median and minimum of each variant, in seconds.
+  """Median and minimum of each variant in seconds.
 
-  With a base also "added", the median of the differences to the base in the same round, and "added_min", the
+  With a base, also "added", the median of the differences from the base in the same round, and "added_min", the
   difference of the minima.
   """
   out = {}

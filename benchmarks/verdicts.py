@@ -1,10 +1,10 @@
-"""The verdict, measured: small models trained into known conditions, and what `clipjax.runs.diagnose` says of them.
+"""Measures the verdict: trains small models under known conditions and judges them with `clipjax.runs.diagnose`.
 
-Run `python benchmarks/verdicts.py [--half both] [--peers] [--out docs/verdicts.md]`. Each condition is trained on
-several models and recorded as a user would; what is true of a run is how it was made, see `verdicts_truth.py`. The
-limits of the verdict were chosen on the half "tune"; "held-out" has other models, other seeds and other steps, and is
-what the page reports. `--keep DIR` keeps the runs and `truth.json`; `--judge DIR` judges kept runs again, without
-training. `--quick` runs three conditions with one seed.
+Run `python benchmarks/verdicts.py [--half both] [--peers] [--out docs/verdicts.md]`. Each condition trains several
+models and records them as a user would; the truth about a run is how it was made, see `verdicts_truth.py`. The limits
+of the verdict were chosen on the half "tune"; the page reports the half "held-out", with other models, seeds and steps.
+`--keep DIR` keeps the runs and `truth.json`; `--judge DIR` judges kept runs again without training. `--quick` runs
+three conditions with one seed.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from clipjax.runs import Run
 CONDITIONS: dict[str, Condition] = {condition.name: condition for condition in (*HEALTHY, *SICK)}
 QUICK = ("sgd", "stuck", "spike at 17")
 TRUTHS = "truth.json"
-USUAL = 30  # Steps whose median is what is usual.
-# Half the time of compiling, and small programs run as fast.
+USUAL = 30  # The usual value is the median over so many steps.
+# Halves the compile time; small programs run as fast.
 FLAGS = "--xla_llvm_disable_expensive_passes=true"
 
 
@@ -42,7 +42,7 @@ FLAGS = "--xla_llvm_disable_expensive_passes=true"
 
 
 def train(conditions: Iterable[Condition], half: str, folder: pathlib.Path, seeds: int) -> Iterator[Truth]:
-  """Records the runs of a half, and says what is true of each."""
+  """Records the runs of a half, and yields the truth about each."""
   for condition in conditions:
     for draw in condition.draws(half)[:seeds]:
       start = time.perf_counter()
@@ -68,7 +68,7 @@ def truth_of(condition: Condition, draw: Draw, made: Made) -> Truth:
 
 
 def completed(truth: Truth, made: Made, run: Run) -> Truth:
-  """With what the recorded loss says: at which step it left, and whether it did what the condition says."""
+  """The truth with facts from the recorded loss: the step at which it diverged, and whether it did as planned."""
   name = made.training.loss
   if name not in run:
     return truth
@@ -82,7 +82,7 @@ def completed(truth: Truth, made: Made, run: Run) -> Truth:
 
 
 def diverged_at(steps: Array, losses: Array, left: int, near: int) -> tuple[Expected, ...]:
-  """The right answers for a run that left at an index, and may have gone on to NaN."""
+  """The right answers for a run that diverged at an index and may have become NaN later."""
   expected = [Expected("diverged", (int(steps[left]),), near)]
   if not np.isfinite(losses).all():
     first = int(steps[np.argmin(np.isfinite(losses))])
@@ -94,7 +94,7 @@ def diverged_at(steps: Array, losses: Array, left: int, near: int) -> tuple[Expe
 
 
 def judged(truths: Sequence[Truth], folder: pathlib.Path, peers: Iterable[str]) -> list[Result]:
-  """What the verdict, and the peers, say of the runs."""
+  """Judges the runs with the verdict and the peers."""
   results = []
   with tempfile.TemporaryDirectory() as scratch:
     for truth in truths:
@@ -106,7 +106,7 @@ def judged(truths: Sequence[Truth], folder: pathlib.Path, peers: Iterable[str]) 
 
 
 def seen_at(run: Run, truth: Truth) -> dict[str, float]:
-  """How many times the median of the steps before it each series has at the first step that is to be named."""
+  """Each series at the first step to be named, as a multiple of its median over the steps before."""
   steps = [step for expected in truth.expected for step in expected.steps]
   if not steps or (place := int(np.searchsorted(run.steps, min(steps)))) >= len(run.steps) or place < 2:
     return {}
@@ -121,7 +121,7 @@ def seen_at(run: Run, truth: Truth) -> dict[str, float]:
 
 
 def in_order(truths: Iterable[Truth]) -> list[Truth]:
-  """In the order of the conditions."""
+  """The truths in the order of the conditions."""
   places = {name: i for i, name in enumerate(CONDITIONS)}
   return sorted(truths, key=lambda truth: (truth.half, places.get(truth.condition, len(places)), truth.seed))
 
@@ -136,7 +136,7 @@ def main() -> None:
   halves = list(HALVES) if args.half == "both" else [args.half]
   versions = installed() if args.peers else {}
   if args.peers and not versions:
-    _note("none of the peers is on the PATH: they are left out")
+    _note("none of the peers is on the PATH, so they are left out")
   with tempfile.TemporaryDirectory() as scratch:
     folder = args.judge or args.keep or pathlib.Path(scratch) / "runs"
     if args.judge is None:
@@ -168,7 +168,7 @@ def _is_asked(args: argparse.Namespace, truth: Truth) -> bool:
 
 
 def _cache(folder: pathlib.Path) -> None:
-  """A program that one run has compiled is not compiled by the next one."""
+  """Keeps compiled programs for the next run."""
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -181,15 +181,13 @@ def _note(text: str) -> None:
 def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--half", default="both", choices=(*HALVES, "both"))
-  parser.add_argument(
-    "--only", nargs="+", choices=CONDITIONS, metavar="CONDITION", help="of the conditions these alone"
-  )
+  parser.add_argument("--only", nargs="+", choices=CONDITIONS, metavar="CONDITION", help="run only these conditions")
   parser.add_argument("--quick", action="store_true", help="three conditions, one seed")
-  parser.add_argument("--peers", action="store_true", help="ask other run doctors too, those that are on the PATH")
-  parser.add_argument("--out", type=pathlib.Path, help="where the page is written to")
+  parser.add_argument("--peers", action="store_true", help="also ask the other run doctors that are on the PATH")
+  parser.add_argument("--out", type=pathlib.Path, help="file for the page")
   where = parser.add_mutually_exclusive_group()
-  where.add_argument("--keep", type=pathlib.Path, metavar="DIR", help="keep the runs there")
-  where.add_argument("--judge", type=pathlib.Path, metavar="DIR", help="judge the runs that were kept there")
+  where.add_argument("--keep", type=pathlib.Path, metavar="DIR", help="keep the runs in DIR")
+  where.add_argument("--judge", type=pathlib.Path, metavar="DIR", help="judge the runs kept in DIR")
   return parser.parse_args()
 
 

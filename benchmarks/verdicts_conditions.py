@@ -1,6 +1,6 @@
-"""The conditions of `verdicts.py`: what is done to a training, and what is therefore true of it.
+"""The parts of the conditions of `verdicts.py`: what is done to a run, and what a verdict should therefore say.
 
-`verdicts_healthy.py` and `verdicts_sick.py` are the two tables. The pieces are here: what a condition is, the rates and
+`verdicts_healthy.py` and `verdicts_sick.py` have the tables of conditions. This file defines a condition, the rates and
 limits at which the models train well, and rows of knobs.
 """
 
@@ -17,9 +17,9 @@ from verdicts_training import KNOBS, Setting, Training, name_of_batch
 from verdicts_truth import Expected
 
 STEPS = 400
-HALVES = {"tune": (0, 1, 2), "held-out": (100, 101, 102)}  # The seeds of each.
+HALVES = {"tune": (0, 1, 2), "held-out": (100, 101, 102)}  # Seeds of each half.
 
-# Learning rates near the best of a sweep, and the norm that nine of ten gradients stay below at them.
+# Learning rates near the best of a sweep, and the 90th percentile of the norm at these rates.
 RATES = {
   "rnn": {"sgd": 0.3, "momentum": 0.05, "adam": 0.005, "adamw": 0.005, "lion": 0.001},
   "transformer": {"sgd": 0.5, "momentum": 0.1, "adam": 0.005, "adamw": 0.005, "lion": 0.003},
@@ -41,7 +41,7 @@ RATES = {
   "gan64": {"adam": 0.001},
   "coder32": {"adam": 0.003},
 }
-# How many times as high the rate must be for a run to get out of hand; the net of mlp and cnn is dead then.
+# The factor on the rate at which a run diverges; mlp and cnn are dead then.
 TOO_FAST = {
   "rnn": {"sgd": 16, "momentum": 64, "adam": 256, "lion": 256},
   "autoencoder": {"sgd": 8, "lion": 128},
@@ -54,7 +54,7 @@ NORMS = {
   "rnn": 0.8, "transformer": 0.7, "biased": 0.7, "mlp": 1.3, "autoencoder": 6.0, "zero": 1.3,
   "gru": 0.5, "vit": 2.5, "cnn": 1.6, "residual": 3.3, "linear": 0.3,
 }  # fmt: skip
-# A layer in the middle of each model, its leaves in their order; the last is a large matrix.
+# A middle layer of each model: its leaves in order, the last a large matrix.
 LAYERS = {
   "rnn": ("recurrent",),
   "transformer": ("blocks/0/qkv",),
@@ -77,10 +77,10 @@ class Draw(NamedTuple):
 
   Attributes:
     half: "tune" or "held-out".
-    setting: what is trained.
-    seed: of the training.
-    place: the number of the seed in its half: 0, 1, 2.
-    rng: by which steps are chosen.
+    setting: the setting to train.
+    seed: seed of the training.
+    place: index of the seed in its half: 0, 1 or 2.
+    rng: random numbers to choose steps.
   """
 
   half: str
@@ -91,48 +91,47 @@ class Draw(NamedTuple):
 
   @property
   def rate(self) -> float:
-    """The rate at which it trains well."""
+    """A rate at which the model trains well."""
     return RATES[self.setting.model][self.setting.optimizer]
 
   @property
   def too_fast(self) -> float:
-    """A rate at which it gets out of hand."""
+    """A rate at which the model diverges."""
     return self.rate * TOO_FAST[self.setting.model][self.setting.optimizer]
 
   @property
   def norm(self) -> float:
-    """The norm that nine of ten gradients stay below."""
+    """The 90th percentile of the gradient norm."""
     return NORMS[self.setting.model]
 
   @property
   def layer(self) -> tuple[str, ...]:
-    """The leaves of a layer in the middle."""
+    """The leaves of the middle layer."""
     return LAYERS[self.setting.model]
 
   def step(self, low: float = 0.4, high: float = 0.7) -> int:
-    """A step in that part of the run."""
+    """A random step in this part of the run."""
     return int(self.rng.integers(int(low * STEPS), int(high * STEPS)))
 
   def train(self, knobs: dict[str, Any], **options: Any) -> Training:
-    """A training; knobs are numbers or arrays, one number a step; the rate is the usual one where it is not said."""
+    """A training; knobs are numbers, or arrays with one number per step; the rate defaults to the usual one."""
     columns = {**KNOBS, "rate": self.rate, **knobs}
     return Training(self.setting, self.seed, _rows(columns), **options)
 
   def batches(self, *steps: int) -> tuple[str, ...]:
-    """What the batches of steps are called."""
+    """The names of the batches of these steps."""
     return tuple(name_of_batch(self.seed, step) for step in steps)
 
 
 class Made(NamedTuple):
-  """A training, and what is true of it.
+  """A training, and the truth about it.
 
   Attributes:
-    training: what is trained.
+    training: the training.
     expected: the right answers.
-    also: names of findings that are true as well.
+    also: names of findings that are also true.
     course: what its loss must do, as in `Truth`.
-    near: where the right answer is that it diverged by itself, at the step of `departure`: how many steps off the
-      verdict may be.
+    near: how many steps off the verdict may be if the run diverges by itself, at the step of `departure`.
   """
 
   training: Training
@@ -146,11 +145,11 @@ class Condition(NamedTuple):
   """A condition.
 
   Attributes:
-    name: a short one.
-    said: what was done, and what the verdict must say, for the page.
-    settings: for each half those that its seeds take in turn.
-    make: what makes a training of it.
-    is_healthy: whether nothing was done that one needs to know of.
+    name: a short name.
+    said: what was done and what the verdict must say, for the page.
+    settings: the settings of each half, which its seeds take in turn.
+    make: makes a training from a draw.
+    is_healthy: whether a user needs no warning.
   """
 
   name: str
@@ -160,7 +159,7 @@ class Condition(NamedTuple):
   is_healthy: bool = False
 
   def draws(self, half: str) -> list[Draw]:
-    """Its runs in a half."""
+    """The runs of the condition in a half."""
     settings = self.settings[half]
     out = []
     for place, seed in enumerate(HALVES[half]):
@@ -170,7 +169,7 @@ class Condition(NamedTuple):
 
 
 def of(models: str, optimizers: str, **options: Any) -> Settings:
-  """Settings of models and optimizers that go together: `of("mlp rnn", "sgd adam")`."""
+  """Settings from models and optimizers in pairs: `of("mlp rnn", "sgd adam")`."""
   names, kinds = models.split(), optimizers.split()
   kinds = kinds * len(names) if len(kinds) == 1 else kinds
   return tuple(Setting(model, kind, **options) for model, kind in zip(names, kinds, strict=True))
@@ -185,7 +184,7 @@ def halves(tune: Settings, held_out: Settings) -> dict[str, Settings]:
 
 
 def at(steps: int | list[int], value: float, usual: float, length: int = 1) -> Array:
-  """A number a step: `value` at some steps and those that follow, else `usual`."""
+  """One number per step: `value` at the given steps and `length - 1` steps after each, else `usual`."""
   out = np.full(STEPS, float(usual))
   for step in [steps] if isinstance(steps, int) else steps:
     out[step : step + length] = value
@@ -193,19 +192,19 @@ def at(steps: int | list[int], value: float, usual: float, length: int = 1) -> A
 
 
 def since(step: int, value: float, usual: float) -> Array:
-  """A number a step: `value` from a step on, before it `usual`."""
+  """One number per step: `usual` before a step, `value` from it on."""
   return at(step, value, usual, STEPS)
 
 
 def leaves(draw: Draw, factor: float | Array, names: tuple[str, ...] | None = None) -> dict[str, Any]:
-  """Knobs that multiply the gradient of leaves that follow each other, by default those of the middle layer."""
+  """Knobs that multiply the gradient of consecutive leaves, by default of the middle layer."""
   known = leaf_names(draw.setting.model)
   places = [known.index(name) for name in names or draw.layer]
   return {"first": places[0], "last": places[-1], "factor": factor}
 
 
 def leaf_names(model: str) -> list[str]:
-  """The leaves of a model, of a pair those of "g", in the order in which the knobs count them."""
+  """The leaves of a model (of "g" for a pair), in the order of the knobs."""
   is_pair = model in verdicts_pairs.PAIRS
   init = verdicts_pairs.PAIRS[model].init if is_pair else ALL[model].init
   params = jax.eval_shape(init, jax.random.key(0))

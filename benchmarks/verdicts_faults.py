@@ -1,4 +1,4 @@
-"""What is done to a training of `verdicts.py` that a verdict must name: what, where, and what is therefore true."""
+"""The faults of `verdicts.py`: what is done to a training and where, and what a verdict must say."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +8,18 @@ from verdicts_conditions import STEPS, Draw, Made, at, leaves, since
 from verdicts_training import MICRO
 from verdicts_truth import GRADUAL, NATURAL, Expected
 
-# What a run that is out of hand shows beside.
+# Findings that also hold for a diverged run.
 WILD = (
   "spikes", "update-spike", "rising-norm", "rising-loss", "update-ratio", "not-learning", "layer-spread", "zeros",
   "zero-gradient", "diverged", "nonfinite", "nonfinite-loss", "overfit",
 )  # fmt: skip
-RAMP = 40  # Steps in which a rate rises.
-WEIGHTS = (100.0, 30.0, 10.0)  # Of a bad batch, for each seed.
-AFTER = ("spikes", "update-spike")  # What one bad step shows beside.
+RAMP = 40  # Steps over which a rate rises.
+WEIGHTS = (100.0, 30.0, 10.0)  # Weight of a bad batch, for each seed.
+AFTER = ("spikes", "update-spike")  # Findings that also hold after one bad step.
 STUCK = ("not-learning", "update-ratio", "layer-spread")
-TAIL = 2.5  # How heavy the tail of a leaf is: its factor is exp(TAIL |normal|), times something.
-SET_IN = 60  # The step at which that begins under Adam.
-SPREAD = 2.0  # Sigma of the logarithm of a loss that weighs now more, now less.
+TAIL = 2.5  # How heavy the tail of a leaf is: its factor is proportional to exp(TAIL |normal|).
+SET_IN = 60  # The step at which the tail begins under Adam.
+SPREAD = 2.0  # Standard deviation of the logarithm of a varying loss weight.
 
 
 # Out of hand --------------------------------------------------------------------------------------------------------
@@ -31,20 +31,20 @@ def too_fast(draw: Draw) -> Made:
 
 
 def renamed(draw: Draw) -> Made:
-  """A rate that is too high, and a loss that is called "train/loss"."""
+  """A rate that is too high, and a loss named "train/loss"."""
   training = draw.train({"rate": draw.too_fast}, loss="train/loss", pushes=frozenset())
   return Made(training, also=WILD, course="leaves", near=NATURAL)
 
 
 def ramp(draw: Draw) -> Made:
-  """A rate that rises evenly to 100 times the good one within so many steps, and stays there."""
+  """A rate that rises to 100 times the good one over `RAMP` steps, and stays there."""
   start = draw.step()
   factor = 100.0 ** np.clip((np.arange(STEPS) - start) / RAMP, 0.0, 1.0)
   return Made(draw.train({"rate": draw.rate * factor}), also=WILD, course="leaves", near=GRADUAL)
 
 
 def jump(draw: Draw) -> Made:
-  """The rate is 100 times as high from a step on."""
+  """The rate is 100 times as high from one step on."""
   step = draw.step()
   training = draw.train({"rate": draw.rate * since(step, 100.0, 1.0)})
   return Made(training, _diverged(step), WILD, "leaves")
@@ -58,7 +58,7 @@ def jump_once(draw: Draw) -> Made:
 
 
 def forgets(draw: Draw) -> Made:
-  """Targets by chance from a step on; in the other half noise on the parameters."""
+  """Random targets from one step on; in the other half, noise on the parameters."""
   step = draw.step()
   spoils = {"poison": since(step, 1.0, 0.0)} if draw.half == "tune" else {"noise": since(step, 0.05, 0.0)}
   expected = (Expected("diverged", (step,)), Expected("rising-loss", (step,)))
@@ -69,13 +69,13 @@ def forgets(draw: Draw) -> Made:
 
 
 def bad_batch(draw: Draw) -> Made:
-  """A batch whose targets are drawn by chance and whose loss weighs more."""
+  """A batch with random targets and a larger loss weight."""
   step = draw.step()
   return Made(draw.train(_bad(step, WEIGHTS[draw.place])), _spikes(draw, step), AFTER)
 
 
 def high_clip(draw: Draw) -> Made:
-  """The same under a clip at 50 times the usual norm."""
+  """The same with a clip at 50 times the usual norm."""
   step = draw.step()
   return Made(draw.train({**_bad(step, 100.0), "max_norm": 50 * draw.norm}), _spikes(draw, step), AFTER)
 
@@ -97,7 +97,7 @@ def bad_batches(draw: Draw) -> Made:
 
 
 def loss_alone(draw: Draw) -> Made:
-  """The loss is higher for four steps, while the gradient is as usual."""
+  """The loss is higher for four steps; the gradient is as usual."""
   step = draw.step()
   knobs = {"shown": at(step, 8.0, 0.0, 4)}
   return Made(draw.train(knobs), (Expected("spikes", (step,)),), AFTER)
@@ -126,12 +126,12 @@ def _diverged(step: int) -> tuple[Expected, ...]:
 
 
 def random_labels(draw: Draw) -> Made:
-  """Targets by chance throughout."""
+  """Random targets throughout."""
   return Made(draw.train({"poison": 1.0}), (Expected("not-learning"),), STUCK, "flat")
 
 
 def stuck(draw: Draw) -> Made:
-  """A rate so high that the net is dead after a few steps."""
+  """A rate that kills the net within a few steps."""
   expected = Expected("not-learning"), Expected("zero-gradient")
   return Made(draw.train({"rate": draw.too_fast}), expected, WILD, "flat")
 
@@ -149,19 +149,19 @@ def vanishing(draw: Draw) -> Made:
 
 
 def dead(draw: Draw) -> Made:
-  """A layer has no gradient throughout."""
+  """A layer has a gradient of 0 throughout."""
   return Made(draw.train(leaves(draw, 0.0)), (Expected("zero-gradient", leaves=draw.layer),), ("zeros",))
 
 
 def dies(draw: Draw) -> Made:
-  """A layer has no gradient from a step on."""
+  """A layer has a gradient of 0 from one step on."""
   step = draw.step()
   knobs = leaves(draw, since(step, 0.0, 1.0))
   return Made(draw.train(knobs), (Expected("zero-gradient", (step,), leaves=draw.layer),), ("zeros",))
 
 
 def low_clip(draw: Draw) -> Made:
-  """A clip at a hundredth of the usual norm, under an optimizer whose steps scale with it."""
+  """A clip at a hundredth of the usual norm, with an optimizer whose steps scale with the gradient."""
   training = draw.train({"max_norm": 0.01 * draw.norm})
   return Made(training, (Expected("clipped-often"),), STUCK, "")
 
@@ -172,7 +172,7 @@ def overfits(draw: Draw) -> Made:
 
 
 def rising(draw: Draw) -> Made:
-  """The loss weighs more and more, in the gradient alone: Adam does not see it, the norm does."""
+  """The loss weight grows, only in the gradient: the norm shows it, Adam's steps do not."""
   return Made(draw.train({"weight": np.geomspace(1.0, 20.0, STEPS)}), (Expected("rising-norm"),))
 
 
@@ -180,9 +180,9 @@ def rising(draw: Draw) -> Made:
 
 
 def starved(draw: Draw) -> Made:
-  """The gradient of one leaf is large and has a heavy tail, under one clip for all leaves.
+  """One leaf has large gradients with a heavy tail, and one clip covers all leaves.
 
-  Adam divides out what is always small. It starves the others once its second moment has seen them large.
+  Adam divides out gradients that are always small. The other leaves starve once its second moment has seen them large.
   """
   leaf = draw.layer[-1]
   tail = np.exp(TAIL * np.abs(draw.rng.standard_normal(STEPS)))
@@ -194,7 +194,7 @@ def starved(draw: Draw) -> Made:
 
 
 def lengthened(draw: Draw) -> Made:
-  """Norms vary much, under a clip at half the usual one: the second moment of Adam does not see the large ones."""
+  """Norms vary strongly, with a clip at half the usual norm: Adam's second moment never sees the large ones."""
   weight = np.exp(SPREAD * draw.rng.standard_normal(STEPS))
   training = draw.train({"weight": weight, "max_norm": 0.5 * draw.norm})
   return Made(training, (Expected("clip-lengthens"),), ("spikes",))
@@ -204,7 +204,7 @@ def lengthened(draw: Draw) -> Made:
 
 
 def rate_zero(pushes: frozenset[str]) -> Callable[[Draw], Made]:
-  """The rate is 0 from a step on."""
+  """The rate is 0 from one step on."""
 
   def make(draw: Draw) -> Made:
     step = draw.step()
@@ -215,7 +215,7 @@ def rate_zero(pushes: frozenset[str]) -> Callable[[Draw], Made]:
 
 
 def rejects_all(draw: Draw) -> Made:
-  """`skip_steps` rejects every step from one on: gradients of NaN, or a limit below all norms."""
+  """`skip_steps` rejects every step from one step on: NaN gradients, or a limit below all norms."""
   step = draw.step()
   is_nan = draw.place % 2 == 0
   knobs = {"weight": since(step, np.nan, 1.0)} if is_nan else {"max_norm": since(step, 1e-6, np.inf)}
@@ -223,14 +223,14 @@ def rejects_all(draw: Draw) -> Made:
 
 
 def drops_many(draw: Draw) -> Made:
-  """40% of the steps are dropped by `skip_steps`: their norm is far above its limit."""
+  """`skip_steps` drops 40% of the steps: their norms are far above its limit."""
   is_bad = draw.rng.random(STEPS) < 0.4
   knobs = {"weight": np.where(is_bad, 1e5, 1.0), "max_norm": 20 * draw.norm}
   return Made(draw.train(knobs), (Expected("skipped"),))
 
 
 def frozen(draw: Draw) -> Made:
-  """One NaN, which `optax.MultiSteps` keeps in its accumulator: what is inside rejects every later update."""
+  """One NaN stays in the accumulator of `optax.MultiSteps`: every later update is rejected inside."""
   step = draw.step()
   landed = step // MICRO * MICRO + MICRO - 1
   training = draw.train({"weight": at(step, np.nan, 1.0)})
@@ -248,7 +248,7 @@ def nan_gradient(draw: Draw) -> Made:
 
 
 def nan_loss(draw: Draw) -> Made:
-  """The loss that is recorded is NaN at three steps, the gradient is not."""
+  """The recorded loss is NaN at three steps, but not the gradient."""
   step = draw.step()
   return Made(draw.train({"shown": at(step, np.nan, 0.0, 3)}), (Expected("nonfinite-loss", (step,)),))
 
@@ -261,14 +261,14 @@ def nan_dropped(draw: Draw) -> Made:
 
 
 def inf_zeroed(draw: Draw) -> Made:
-  """A gradient of inf, of which `on_nonfinite="zero"` makes a step of zeros."""
+  """A gradient of inf, which `on_nonfinite="zero"` turns into a step of zeros."""
   step = draw.step()
   training = draw.train({**leaves(draw, at(step, np.inf, 1.0)), "max_norm": draw.norm})
   return Made(training, (Expected("nonfinite-dropped", (step,)),))
 
 
 def nan_in_second(draw: Draw) -> Made:
-  """Two optimizers, and one leaf of the second has a gradient of NaN at one step."""
+  """Two optimizers; one leaf of the second has a gradient of NaN at one step."""
   step, leaf = draw.step(), draw.layer[-1]
   training = draw.train(leaves(draw, at(step, np.nan, 1.0), (leaf,)), pushes=frozenset({"batch"}))
   return Made(training, (Expected("nonfinite", (step,), leaves=(leaf,)),), WILD, "")

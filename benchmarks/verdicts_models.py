@@ -1,8 +1,8 @@
-"""The models of `verdicts.py`: those of the half on which limits are chosen, and others of the half that is reported.
+"""The models of `verdicts.py`, different ones for the half that sets the limits and for the reported half.
 
 The first half has the RNN, the Transformer and the feed-forward net of `small_models.py`, and an autoencoder; the other
-half its CNN, and a GRU, a residual net with layer norm and a vision Transformer. Each half has an attention with a bias
-for its keys, a deep sigmoid net, a net that is large for sixty images, a start at zero and a GAN of its own.
+half has the CNN, a GRU, a residual net with layer norm and a vision Transformer. Each half also has its own attention
+with a key bias, deep sigmoid net, net that is too large for sixty images, start at zero, and GAN.
 """
 
 import math
@@ -41,7 +41,7 @@ TEXT_LENGTH = 32
 
 
 def init_attention(entries: int, inputs: int, length: int, out: int) -> Callable[[jax.Array], dict[str, Any]]:
-  """Two blocks of attention and a feed-forward part, with biases, the one of the keys by itself."""
+  """Two blocks of attention and a feed-forward part, with biases; the key bias is a separate leaf."""
 
   def init(key: jax.Array, width: int = 32, layers: int = 2) -> dict[str, Any]:
     keys = iter(jax.random.split(key, 3 + 6 * layers))
@@ -68,7 +68,7 @@ def init_attention(entries: int, inputs: int, length: int, out: int) -> Callable
 
 
 def attend(params: dict[str, Any], x: jax.Array, is_causal: bool) -> jax.Array:
-  """The blocks, on (batch, length, width)."""
+  """Applies the blocks to (batch, length, width)."""
   shape = (*x.shape[:2], HEADS, -1)
   for block in params["blocks"]:
     normed = _normed(x, block["attention_gain"])
@@ -87,7 +87,7 @@ def biased_text_loss(params: dict[str, Any], batch: jax.Array) -> jax.Array:
 
 
 def vit_loss(params: dict[str, Any], batch: Images) -> jax.Array:
-  """A vision Transformer on patches of 2x2, whose outputs are averaged."""
+  """A vision Transformer on patches of 2x2 with averaged outputs."""
   images = batch[0][..., 0].astype(params["embed"].dtype)
   side = images.shape[1] // PATCH
   patches = images.reshape(-1, side, PATCH, side, PATCH).transpose(0, 1, 3, 2, 4).reshape(-1, side * side, PATCH**2)
@@ -107,7 +107,7 @@ def _row(bias: jax.Array) -> jax.Array:
 
 
 def init_gru(key: jax.Array, width: int = 48) -> dict[str, jax.Array]:
-  """Weights of a GRU; Cho et al., 2014."""
+  """Weights of a GRU (Cho et al., 2014)."""
   keys = jax.random.split(key, 4)
   return {
     "embed": normal(keys[0], (model.CHARACTERS, width), 1.0),
@@ -139,7 +139,7 @@ def gru_loss(params: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
 
 
 def init_residual(key: jax.Array, width: int = 48, blocks: int = 4) -> dict[str, Any]:
-  """Weights of a residual net, whose branches start small."""
+  """Weights of a residual net with small initial branches."""
   keys = jax.random.split(key, 2 + 2 * blocks)
   return {
     "in": normal(keys[0], (64, width), 1 / 8),
@@ -158,7 +158,7 @@ def init_residual(key: jax.Array, width: int = 48, blocks: int = 4) -> dict[str,
 
 
 def residual_loss(params: dict[str, Any], batch: Images) -> jax.Array:
-  """Blocks of layer norm, relu and two matrices around which the input is added."""
+  """Residual blocks of layer norm, relu and two matrices."""
   x = batch[0].reshape(batch[0].shape[0], -1).astype(params["in"].dtype) @ params["in"]
   for block in params["blocks"]:
     centred = x - x.mean(-1, keepdims=True)
@@ -168,7 +168,7 @@ def residual_loss(params: dict[str, Any], batch: Images) -> jax.Array:
 
 
 def autoencoder_loss(params: list[dict[str, jax.Array]], batch: Images) -> jax.Array:
-  """Half the squared error of an image, summed over its pixels, from eight tanh numbers."""
+  """Half the squared error of an image, summed over its pixels, from a code of eight tanh units."""
   images = batch[0].reshape(batch[0].shape[0], -1)
   x = images.astype(params[0]["w"].dtype)
   for layer in params[:-1]:
@@ -178,12 +178,12 @@ def autoencoder_loss(params: list[dict[str, jax.Array]], batch: Images) -> jax.A
 
 
 def blur(batch: Images, key: jax.Array) -> Images:
-  """Images whose pixels are drawn by chance."""
+  """Images with random pixels."""
   return jax.random.uniform(key, batch[0].shape), batch[1]
 
 
 def sigmoid_loss(params: list[dict[str, jax.Array]], batch: Images) -> jax.Array:
-  """A net of sigmoids: each layer takes most of the gradient away."""
+  """A net of sigmoids: each layer removes most of the gradient."""
   x = batch[0].reshape(batch[0].shape[0], -1)
   for layer in params[:-1]:
     x = jax.nn.sigmoid(x @ layer["w"] + layer["b"][None])
@@ -191,7 +191,7 @@ def sigmoid_loss(params: list[dict[str, jax.Array]], batch: Images) -> jax.Array
 
 
 def shrunk(init: Callable[[jax.Array], Params], last: float) -> Callable[[jax.Array], Params]:
-  """The same start with the last matrix multiplied: by 0, for an output that starts at zero."""
+  """The same initial weights with the last matrix multiplied by `last`; 0 makes the output start at zero."""
 
   def start(key: jax.Array) -> Params:
     params = init(key)
@@ -201,17 +201,17 @@ def shrunk(init: Callable[[jax.Array], Params], last: float) -> Callable[[jax.Ar
 
 
 def layers(*sizes: int) -> Callable[[jax.Array], Params]:
-  """Dense layers from size to size."""
+  """Dense layers of these sizes."""
   return init_layers(tuple(pairwise(sizes)))
 
 
 def digits(title: str, init: Any, loss: Any, poison: Any = relabel) -> Model:
-  """A model of scikit-learn's digits."""
+  """A model on scikit-learn's digits."""
   return Model(title, (math.nan, math.nan), digits_data, init, draw, poison, loss)
 
 
 def text(title: str, init: Any, loss: Any) -> Model:
-  """A model of the text."""
+  """A model on the text."""
   return Model(title, (math.nan, math.nan), text_data, init, windows(TEXT_LENGTH), noise, loss)
 
 

@@ -1,7 +1,7 @@
-"""The page of `verdicts.py`: from its results to Markdown, and nothing else.
+"""Turns the results of `verdicts.py` into its page, in Markdown.
 
-`render` is a pure function, so that a test can hold the page against results that it knows. Every number and every
-sentence on what is missed is derived from them.
+`render` is a pure function, so a test can compare the page with known results. Every number, and every sentence about
+what is missed, is derived from the results.
 """
 
 from collections import Counter
@@ -15,37 +15,39 @@ from verdicts_truth import GRADUAL, LEVELS, NAMED, NATURAL, NEAR, Expected, Outc
 
 from clipjax.runs import Finding
 
-TITLES = {"held-out": "The half that is reported", "tune": "The half on which the limits were chosen"}
-DASH = "–"  # noqa: RUF001  (a dash, where there is nothing to name)
+TITLES = {"held-out": "The reported half", "tune": "The half on which the limits were chosen"}
+DASH = "–"  # noqa: RUF001  (a dash, if there is nothing to name)
 
 
 class Result(NamedTuple):
-  """One run that was judged.
+  """One judged run.
 
   Attributes:
-    truth: what is true of it.
-    outcome: how the verdict compares with that.
-    findings: of the verdict.
-    peers: how other doctors compare, by name; empty where none was asked.
-    seen: how many times its usual value each series has at the step that is to be named; empty where there is none.
+    truth: how the run was made.
+    outcome: how the verdict compares with the truth.
+    findings: findings of the verdict.
+    peers: outcomes of other run doctors, by name; empty if none was asked.
+    seen: each series at the step to be named, as a multiple of its usual value; empty without such a step.
   """
 
   truth: Truth
   outcome: Outcome
   findings: tuple[Finding, ...]
   peers: dict[str, Outcome]
-  seen: dict[str, float] = {}  # noqa: RUF012  (nobody changes it)
+  seen: dict[str, float] = {}  # noqa: RUF012  (nothing changes it)
 
 
 class Sums(NamedTuple):
   """Counts over runs.
 
   Attributes:
-    bad: runs that a verdict must name.
-    named: those whose right name is there, `step` and `right` those with the step, and with step and leaf.
-    first: those whose first finding has the right name.
-    healthy: runs that it must leave alone.
-    false: those of them with a WARN or FAIL.
+    bad: bad runs.
+    named: bad runs with a right name among the findings.
+    step: the same, also with the right steps.
+    right: the same, also with the right steps and leaf.
+    first: bad runs whose first finding has a right name.
+    healthy: healthy runs.
+    false: healthy runs with a false WARN or FAIL.
   """
 
   bad: int
@@ -58,7 +60,7 @@ class Sums(NamedTuple):
 
 
 def sums_of(pairs: Iterable[tuple[Truth, Outcome]]) -> Sums:
-  """The counts of some runs."""
+  """The counts over some runs."""
   pairs = list(pairs)
   bad = [outcome for truth, outcome in pairs if not truth.is_healthy]
   healthy = [outcome for truth, outcome in pairs if truth.is_healthy]
@@ -77,10 +79,10 @@ def render(results: Sequence[Result], said: dict[str, str], versions: dict[str, 
   """The whole page.
 
   Args:
-    results: of both halves, or one.
-    said: what was done in each condition, by its name.
-    versions: of the peers that were asked; of none an empty dict.
-    is_quick: whether few conditions and seeds were run.
+    results: results of one or both halves.
+    said: what was done in each condition, by name.
+    versions: versions of the peers that were asked, by name.
+    is_quick: whether only a few conditions and seeds were run.
   """
   kept = [result for result in results if result.truth.is_so]
   halves = [half for half in TITLES if any(result.truth.half == half for result in kept)]
@@ -98,11 +100,12 @@ def _head(kept: Sequence[Result], said: dict[str, str], is_quick: bool) -> str:
     "# The verdict, measured",
     "",
     "Does `clipjax.runs.diagnose` name what went wrong, at which step and in which leaf, and does it leave a healthy "
-    f"run alone? Small models are trained into {len(known)} known conditions, {sum(known.values())} of them healthy, "
-    f"on real data, with {seeds} seeds each, and recorded as a user would. What is true of a run is how it was made.",
+    f"run alone? Small models train on real data under {len(known)} known conditions, {sum(known.values())} of them "
+    f"healthy, with {seeds} seeds each, and are recorded as a user would record them. The right answer follows from "
+    "how a run was made.",
     "",
-    "The limits of the verdict were chosen on one half of the runs. The other half has other models, other seeds and "
-    "other steps, and is the result.",
+    "The limits of the verdict were chosen on one half of the runs. The other half, with other models, seeds and "
+    "steps, is the reported result.",
     "",
     "```sh",
     "python benchmarks/verdicts.py --half both --peers --out docs/verdicts.md",
@@ -127,12 +130,12 @@ def _shares(s: Sums) -> tuple[str, ...]:
 
 
 def share(count: int, total: int) -> str:
-  """As in "9 of 10 (90%)"."""
+  """A share such as "9 of 10 (90%)"."""
   return f"{count} of {total} ({count / total:.0%})" if total else DASH
 
 
 def _half(results: Sequence[Result], half: str, said: dict[str, str]) -> str:
-  """The table by condition."""
+  """The tables by condition."""
   header = (
     "condition",
     "what was done, and the right answer",
@@ -160,7 +163,7 @@ def _half(results: Sequence[Result], half: str, said: dict[str, str]) -> str:
 
 
 def by_condition(results: Iterable[Result]) -> list[tuple[str, list[Result]]]:
-  """The results of each condition, in their order."""
+  """The results by condition, in their order."""
   groups: dict[str, list[Result]] = {}
   for result in results:
     groups.setdefault(result.truth.condition, []).append(result)
@@ -181,12 +184,12 @@ def _alarm_names(group: Sequence[Result]) -> str:
 
 
 def _missed(kept: Sequence[Result], halves: Sequence[str]) -> str:
-  """Each bad run that was not named rightly, with what was said instead."""
+  """Each bad run with a wrong answer, and what the verdict says instead."""
   missed = [r for r in kept if r.truth.half in halves and not r.truth.is_healthy and not r.outcome.is_right]
   lines = ["## What is still missed", ""]
   if not missed:
-    return "\n".join([*lines, "Nothing: every bad run of the half above is named, with step and leaf."])
-  lines += ["The bad runs of the half above that are not named rightly, and what the verdict says of them.", ""]
+    return "\n".join([*lines, "Nothing: every bad run in the half above is named, with step and leaf."])
+  lines += ["The bad runs in the half above with a wrong answer, and what the verdict says about them.", ""]
   return "\n".join([*lines, *(f"- {_run(r.truth)}: {_wrong(r)}" for r in missed)])
 
 
@@ -194,8 +197,8 @@ def _wrong(result: Result) -> str:
   wanted = " or ".join(_answer(expected) for expected in result.truth.expected)
   said = [_finding(f) for f in result.findings if f.level in LEVELS]
   there = ", ".join(f"{factor:.3g} times its usual {key}" for key, factor in result.seen.items())
-  there = f" At that step the record has {there}." if there else ""
-  return f"right would be {wanted}; the verdict says {' and '.join(said) if said else 'nothing'}.{there}"
+  there = f" At that step, the record shows {there}." if there else ""
+  return f"the right answer is {wanted}; the verdict says {' and '.join(said) if said else 'nothing'}.{there}"
 
 
 def _answer(expected: Expected) -> str:
@@ -211,7 +214,7 @@ def _finding(finding: Finding) -> str:
 
 
 def _steps(steps: Sequence[int]) -> str:
-  """The first three, and how many more there are."""
+  """The first three steps, and how many more there are."""
   more = f" and {len(steps) - 3} more" if len(steps) > 3 else ""
   return f"step {', '.join(map(str, steps[:3]))}{more}"
 
@@ -221,7 +224,7 @@ def _run(truth: Truth) -> str:
 
 
 def _alarms(kept: Sequence[Result], halves: Sequence[str]) -> str:
-  """Each healthy run with an alarm, and its message."""
+  """Each healthy run with a false alarm, and its message."""
   wrong = [r for r in kept if r.truth.half in halves and r.truth.is_healthy and r.outcome.alarms]
   lines = ["## False alarms on healthy runs", ""]
   if not wrong:
@@ -241,11 +244,10 @@ def _peers(kept: Sequence[Result], halves: Sequence[str], versions: dict[str, st
   if not versions:
     return ""
   lines += [
-    "The same runs, as a table of losses, validation losses, gradient norm and learning rate, were given to commands "
-    f"from PyPI (`pip install {' '.join(versions)}`). They were not given {NOT_GIVEN}. "
-    "Their checks are mapped to the names above in their favour, and hints on the schedule do not count. "
-    "Named: the right name among its warnings and errors. With the step: where there is one, by the same rule. "
-    "A leaf is not asked of anyone here.",
+    f"Commands from PyPI (`pip install {' '.join(versions)}`) got the same runs as a table of losses, validation "
+    f"losses, gradient norm and learning rate. They did not get {NOT_GIVEN}. Their checks are mapped to the names "
+    "above in their favour, and their hints on the schedule do not count. Named: a right name is among the warnings "
+    "and errors. With the step: by the same rule, if there is a step. No one is asked for a leaf here.",
     "",
   ]
   for half in halves:
@@ -255,7 +257,7 @@ def _peers(kept: Sequence[Result], halves: Sequence[str], versions: dict[str, st
     header = (TITLES[half], "bad runs named", "with the step", "healthy runs with an alarm")
     lines += [*table(header, rows), ""]
   lines += _peers_by_condition([result for result in kept if result.truth.half == halves[0]], versions)
-  lines += ["Found on PyPI as well, and not asked:", ""]
+  lines += ["Also found on PyPI, but not asked:", ""]
   lines += [f"- {name} {why}." for name, why in TRIED.items()]
   return "\n".join(lines)
 
@@ -266,7 +268,7 @@ def _peer_shares(group: Sequence[Result], peer: str | None) -> tuple[str, str, s
 
 
 def _peers_by_condition(group: Sequence[Result], versions: dict[str, str]) -> list[str]:
-  """Of bad runs those that are named with the step, of healthy ones those with an alarm."""
+  """Two tables: bad runs named with the step, and healthy runs with an alarm."""
   named: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
   for name, results in by_condition(group):
     is_healthy, cells = results[0].truth.is_healthy, []
@@ -287,22 +289,20 @@ def _peers_by_condition(group: Sequence[Result], versions: dict[str, str]) -> li
 def _how(results: Sequence[Result]) -> str:
   left_out = [result.truth for result in results if not result.truth.is_so]
   lines = [
-    "## How it is judged",
+    "## How answers are judged",
     "",
-    "- A bad run is named where a finding has one of the right names. With the step: the first step that it names is "
-    f"within {NEAR} of the first one that was planted, and each other planted step is within {NEAR} of a named one. "
-    f"With the leaf: one of the first {NAMED} leaves that it names is a right one; of `clip-starves` the last, which "
-    "is the leaf that holds the norm.",
-    "- Where a run diverges by itself, the step is the first from which on the recorded loss stays above 1.5 times its "
-    "best so far, and above that by a tenth of the first loss; inf and NaN are above everything. There the verdict may "
-    f"be {NATURAL} steps off, and {GRADUAL} where the rate rises little by little. Where such a run ends in NaN, "
-    "`nonfinite` or `nonfinite-loss` at the first such step is right as well.",
-    "- A false alarm is a WARN or FAIL that is not so. What a condition brings with it does not count: a run that has "
-    "diverged may be said to have spikes too.",
-    "- First: the first finding of the verdict, the answer to what happened, has the right name.",
-    "- Batch: the text names the batches of the planted steps, which are called as in "
-    f"`{name_of_batch(HALVES['held-out'][0], 123)}`.",
-    "- A run whose loss does not do what its condition says, by the rule above, is left out: "
+    f"- Name: a finding has one of the right names. Step: the first step that it names is within {NEAR} of the first "
+    f"planted step, and every other planted step is within {NEAR} of a named one. Leaf: one of the first {NAMED} "
+    "leaves that it names is right; for `clip-starves` the last leaf counts, the cause.",
+    "- If a run diverges by itself, the right step is the first from which the recorded loss stays above 1.5 times its "
+    "best so far, and above that best by a tenth of the first loss; inf and NaN are above everything. The verdict may "
+    f"then be {NATURAL} steps off, or {GRADUAL} if the rate rises gradually. If such a run ends in NaN, `nonfinite` or "
+    "`nonfinite-loss` at the first such step is also right.",
+    "- False alarm: a WARN or FAIL that is not true. Side effects of a condition do not count: a verdict may say that "
+    "a diverged run also has spikes.",
+    "- First: the first finding of the verdict, which answers what happened, has a right name.",
+    f"- Batch: the text names the batches of the planted steps, such as `{name_of_batch(HALVES['held-out'][0], 123)}`.",
+    "- A run whose loss does not behave as its condition says, by the rule above, is left out: "
     + (f"{', '.join(f'{_run(t)}, {t.half}' for t in left_out)}." if left_out else "none was."),
   ]
   return "\n".join(lines)

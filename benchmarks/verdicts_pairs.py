@@ -1,4 +1,4 @@
-"""Two optimizers in one run, for `verdicts.py`: a GAN on the digits, or an autoencoder and a classifier of codes."""
+"""Two optimizers in one run, for `verdicts.py`: a GAN on the digits, or an autoencoder and a classifier."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Params = dict[str, dict[str, jax.Array]]
 
 
 class Pair(NamedTuple):
-  """Two networks, "g" and "d", each with a loss of its own.
+  """Two networks, "g" and "d", each with its own loss.
 
   Attributes:
     init: `key -> {"g": params, "d": params}`.
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 
 def gan(width: int) -> Pair:
-  """A generator and what judges its images, with the squares of Mao et al., Least squares GANs, 2017."""
+  """A generator and a discriminator with squared losses (Mao et al., Least squares GANs, 2017)."""
 
   def init(key: jax.Array) -> dict[str, Params]:
     keys = jax.random.split(key, 4)
@@ -58,7 +58,7 @@ def gan(width: int) -> Pair:
 
 
 def coder(width: int) -> Pair:
-  """An autoencoder, and a classifier of its codes that does not move them."""
+  """An autoencoder, and a classifier of its codes whose gradient does not reach them."""
 
   def init(key: jax.Array) -> dict[str, Params]:
     keys = jax.random.split(key, 4)

@@ -1,8 +1,8 @@
-"""Other run doctors on the same runs: what they are given, and what their findings are called here.
+"""Other run doctors on the same runs: what they get, and how their findings map to the names used here.
 
-Each is a command that reads a table of losses and norms. It is looked for on the PATH and left out where it is not
-there; the project does not depend on it. Names are mapped in its favour: where one of its checks may stand for several
-findings, the right one counts. None of them can name a leaf or a batch, so that these do not count.
+Each is a command that reads a table of losses and norms. It is looked up on the PATH and left out if missing; the
+project does not depend on it. Names are mapped in its favour: if one of its checks may stand for several findings, the
+right one counts. None of them can name a leaf or a batch, so these do not count.
 """
 
 import csv
@@ -20,18 +20,18 @@ from clipjax.quantities import NORM
 from clipjax.runs import Finding, Run
 from clipjax.runs.schema import GRAD, SKIP, key_of
 
-# Columns that are handed on, and what they are called there; losses keep their names.
+# Columns that a peer gets, and their names there; losses keep their names.
 COLUMNS = {key_of(GRAD, NORM): "grad_norm", "learning_rate": "lr"}
-# Of a step that `skip_steps` dropped, the norm that it saw.
+# For a step that `skip_steps` dropped, the norm that it saw.
 INSTEAD = {key_of(GRAD, NORM): key_of(SKIP, NORM)}
 NOT_GIVEN = (
   "norms by leaf, the size of the updates, the limit of a clip, what it does to the step, which steps were dropped, a "
   "second optimizer's norms, the loss scale and the names of batches: none of them has a place for these"
 )
-# Found on PyPI as well, and why they are not beside the others.
+# Also found on PyPI, and why they are not compared.
 TRIED = {
-  "trainscope 1.8.1": "records from inside a PyTorch training, and reports on what it has recorded there",
-  "training-doctor 0.1.0": "installs no command: it is called from Python",
+  "trainscope 1.8.1": "records from inside a PyTorch training, and reports only on its own records",
+  "training-doctor 0.1.0": "installs no command; it is called from Python",
   "trainpulse 0.4.0": "installs no command either",
 }
 
@@ -42,12 +42,12 @@ _LEFT = ("diverged", "rising-loss")
 
 
 class Said(NamedTuple):
-  """A finding of another doctor.
+  """A finding of another run doctor.
 
   Attributes:
     check: its name there.
     level: "FAIL", "WARN" or "INFO".
-    steps: that it names.
+    steps: the steps that it names.
   """
 
   check: str
@@ -56,12 +56,12 @@ class Said(NamedTuple):
 
 
 class Peer(NamedTuple):
-  """Another doctor.
+  """Another run doctor.
 
   Attributes:
-    arguments: of its command, before the path.
-    said: its findings, in what it prints.
-    names: what its checks may be called here; checks that are not here are hints, and do not count.
+    arguments: arguments of its command, before the path.
+    said: extracts its findings from its output.
+    names: the names that its checks may have here; other checks are hints and do not count.
   """
 
   arguments: tuple[str, ...]
@@ -131,7 +131,7 @@ PEERS = {
 
 
 def installed() -> dict[str, str]:
-  """The versions of those that are on the PATH."""
+  """The versions of the peers on the PATH."""
   out = {}
   for name in PEERS:
     if (command := shutil.which(name)) is not None:
@@ -141,7 +141,7 @@ def installed() -> dict[str, str]:
 
 
 def outcome_of(name: str, run: Run, truth: Truth, folder: pathlib.Path) -> Outcome:
-  """How what a peer says of a run compares with the truth."""
+  """How a peer's answer on a run compares with the truth."""
   path = folder / "run.csv"
   write_table(run, path)
   peer = PEERS[name]
@@ -152,7 +152,7 @@ def outcome_of(name: str, run: Run, truth: Truth, folder: pathlib.Path) -> Outco
 
 
 def write_table(run: Run, path: pathlib.Path) -> None:
-  """The losses of a run, the norm of its gradient and its rate, a row a step; "nan" and "inf" where they were that."""
+  """Writes the losses of a run, its gradient norm and its rate, one row per step, with "nan" and "inf" as such."""
   keys = [key for key in run.columns if key in COLUMNS or key.rpartition("/")[2].endswith("loss")]
   keys = [key for key in keys if not key.startswith(f"{SKIP}/")]
   with path.open("w", newline="", encoding="utf-8") as file:
@@ -163,7 +163,7 @@ def write_table(run: Run, path: pathlib.Path) -> None:
 
 
 def _cell(run: Run, key: str, i: int) -> str:
-  """A number; empty where none was recorded."""
+  """A number; empty if none was recorded."""
   for column in (key, INSTEAD.get(key, key)):
     if column in run and math.isfinite(run[column][i]):
       return repr(float(run[column][i]))
@@ -173,12 +173,12 @@ def _cell(run: Run, key: str, i: int) -> str:
 
 
 def without_leaves(truth: Truth) -> Truth:
-  """The truth as far as losses and norms show it."""
+  """The truth without leaves and batches, which losses and norms do not show."""
   return truth._replace(expected=tuple(e._replace(leaves=(), batches=()) for e in truth.expected))
 
 
 def as_findings(found: list[Said], names: dict[str, tuple[str, ...]], truth: Truth) -> list[Finding]:
-  """What was said, in the names of this package: of several the one that is right."""
+  """A peer's findings under the names of this package; if a check may mean several, the right one."""
   right = [e.name for e in truth.expected]
   out = []
   for said in found:

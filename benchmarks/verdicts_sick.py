@@ -1,6 +1,6 @@
 """The conditions of `verdicts.py` that a verdict must name, each with its models.
 
-The text of each is what the page says of it: what was done, and what that is called. `verdicts_faults.py` does it.
+The text of a condition is for the page: what was done, and the right name. `verdicts_faults.py` has the faults.
 """
 
 from collections.abc import Callable
@@ -49,28 +49,28 @@ def _sick(name: str, said: str, make: Callable[[Draw], Made], tune: Settings, he
 SICK: tuple[Condition, ...] = (
   _sick(
     "too fast, SGD",
-    "a rate that is far too high from the start: `diverged`",
+    "the rate is far too high from the start: `diverged`",
     too_fast,
     of("rnn autoencoder rnn", "momentum sgd sgd"),
     of("gru residual gru", "momentum momentum sgd"),
   ),
   _sick(
     "too fast, Adam and Lion",
-    "the same with steps of a given size: `diverged`",
+    "the same, for optimizers with steps of fixed size: `diverged`",
     too_fast,
     of("rnn autoencoder rnn", "adam lion lion"),
     of("gru residual gru", "adam lion lion"),
   ),
   _sick(
     "ramp",
-    "a rate that rises to 100 times the good one within 40 steps: `diverged`",
+    "the rate rises to 100 times the good one within 40 steps: `diverged`",
     ramp,
     of("rnn mlp", "momentum momentum"),
     of("gru residual", "momentum momentum"),
   ),
   _sick(
     "jump",
-    "the rate is 100 times as high from a step on: `diverged`",
+    "the rate is 100 times as high from one step on: `diverged`",
     jump,
     of("rnn mlp", "momentum adam"),
     of("gru cnn", "adam adam"),
@@ -84,21 +84,21 @@ SICK: tuple[Condition, ...] = (
   ),
   _sick(
     "forgets",
-    "targets by chance from a step on; in the reported half noise on all parameters: `diverged` or `rising-loss`",
+    "random targets from one step on; in the reported half, noise on all parameters: `diverged` or `rising-loss`",
     forgets,
     of("mlp transformer", "adam adam"),
     of("residual cnn", "adam adam", is_shaken=True),
   ),
   _sick(
     "train/loss",
-    "too fast, and the loss is called that: `diverged`",
+    "too fast, with a loss of this name: `diverged`",
     renamed,
     of("rnn autoencoder", "momentum sgd"),
     of("gru residual", "momentum momentum"),
   ),
   _sick(
     "bad batch",
-    "one batch with targets by chance and 10, 30 or 100 times the weight, no clip: `spikes`",
+    "one batch with random targets and 10, 30 or 100 times the weight, no clip: `spikes`",
     bad_batch,
     of("mlp transformer autoencoder", "adam"),
     of("residual gru cnn", "adam"),
@@ -147,14 +147,14 @@ SICK: tuple[Condition, ...] = (
   ),
   _sick(
     "random labels",
-    "targets by chance throughout: `not-learning`",
+    "random targets throughout: `not-learning`",
     random_labels,
     of("mlp mlp", "adam momentum"),
     of("cnn residual", "adam momentum"),
   ),
   _sick(
     "stuck",
-    "a rate with which the net is dead after a few steps: `not-learning` or `zero-gradient`",
+    "a rate that kills the net within a few steps: `not-learning` or `zero-gradient`",
     stuck,
     of("mlp mlp", "momentum sgd"),
     of("cnn cnn cnn", "momentum sgd adam"),
@@ -182,7 +182,7 @@ SICK: tuple[Condition, ...] = (
   ),
   _sick(
     "layer dies",
-    "a layer whose gradient is 0 from a step on: `zero-gradient`",
+    "a layer whose gradient is 0 from one step on: `zero-gradient`",
     dies,
     of("mlp transformer autoencoder", "momentum adam adam"),
     of("residual vit cnn", "momentum adam adam"),
@@ -196,15 +196,15 @@ SICK: tuple[Condition, ...] = (
   ),
   _sick(
     "starved",
-    "the gradient of one matrix is large and has a heavy tail, under Adam from a step on, and a clip of the global "
-    "norm: `clip-starves`, that matrix as the cause",
+    "one matrix has large gradients with a heavy tail (under Adam: from one step on), with a clip of the global norm: "
+    "`clip-starves`, with that matrix as the cause",
     starved,
     of("mlp transformer autoencoder", "adam momentum sgd", clip=True, effect=True),
     of("cnn gru vit", "adam sgd momentum", clip=True, effect=True),
   ),
   _sick(
     "lengthened",
-    "Adam and AdamW under a clip at half the usual norm, while norms vary much: `clip-lengthens`",
+    "Adam and AdamW with strongly varying norms and a clip at half the usual norm: `clip-lengthens`",
     lengthened,
     of("mlp biased autoencoder", "adamw adam adam", clip=True, effect=True),
     of("cnn vit gru", "adamw adam adam", clip=True, effect=True),
@@ -218,28 +218,28 @@ SICK: tuple[Condition, ...] = (
   ),
   _sick(
     "rising",
-    "the gradient of Adam is multiplied with more and more: `rising-norm`",
+    "Adam's gradient is multiplied by a growing factor: `rising-norm`",
     rising,
     of("transformer biased", "adam"),
     of("gru gru", "adam"),
   ),
   _sick(
     "rate 0",
-    "the rate is 0 from a step on, and recorded: `stopped`",
+    "the rate is 0 from one step on and recorded: `stopped`",
     rate_zero(frozenset({"learning_rate", "batch"})),
     of("transformer mlp", "adam momentum"),
     of("gru residual", "adam momentum"),
   ),
   _sick(
     "update 0",
-    "the same, and the rate is not recorded: `stopped`",
+    "the same without a recorded rate: `stopped`",
     rate_zero(frozenset()),
     of("mlp rnn", "adam momentum"),
     of("cnn gru", "adam momentum"),
   ),
   _sick(
     "rejects all",
-    "`skip_steps` drops every step from one on: `stopped`",
+    "`skip_steps` drops every step from one step on: `stopped`",
     rejects_all,
     of("mlp transformer", "adam momentum", around="skip"),
     of("residual gru", "adam momentum", around="skip"),
@@ -253,7 +253,7 @@ SICK: tuple[Condition, ...] = (
   ),
   _sick(
     "frozen",
-    "one NaN inside `optax.MultiSteps`, for which every later update is dropped: `stopped`",
+    "one NaN inside `optax.MultiSteps`, after which every update is dropped: `stopped`",
     frozen,
     of("mlp transformer", "adam momentum", around="multi skip"),
     of("residual gru", "adam momentum", around="multi skip"),
@@ -267,7 +267,7 @@ SICK: tuple[Condition, ...] = (
   ),
   _sick(
     "NaN loss",
-    "the recorded loss is NaN for three steps, the gradient is not: `nonfinite-loss`",
+    "the recorded loss is NaN for three steps, but not the gradient: `nonfinite-loss`",
     nan_loss,
     of("mlp transformer", "adam"),
     of("gru residual", "adam"),
@@ -288,7 +288,7 @@ SICK: tuple[Condition, ...] = (
   ),
   _sick(
     "NaN in the second",
-    "two optimizers, and one leaf of the second has a gradient of NaN at one step: `nonfinite`",
+    "two optimizers; one leaf of the second has a gradient of NaN at one step: `nonfinite`",
     nan_in_second,
     of("gan coder", "adam"),
     of("gan64 coder32", "adam"),

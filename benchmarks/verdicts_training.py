@@ -1,9 +1,9 @@
-"""One training of `verdicts.py`: a compiled step whose condition is an argument, and a loop that records it.
+"""One training of `verdicts.py`: a compiled step that takes its condition as an argument, and a loop that records it.
 
-A step is compiled once for a `Setting`: a model, an optimizer and what stands around it. All that a condition does to
-it is a row of numbers, `KNOBS`, one row a step: the learning rate, the weight of the loss, what is done to the gradient
-of some leaves. The loop records as a user would: a watch first, a clip where there is one, the optimizer, a watch of
-the updates last, and `Recorder.push` with the number of the step.
+A step is compiled once per `Setting`: a model, an optimizer and its wrappers. A condition acts only through a row of
+numbers per step, `KNOBS`: the learning rate, the weight of the loss, changes to the gradient of some leaves. The loop
+records as a user would: a watch first, a clip if there is one, the optimizer, a watch of the updates last, and
+`Recorder.push` at each step.
 """
 
 import functools
@@ -21,21 +21,21 @@ from verdicts_models import ALL
 
 import clipjax
 
-# The row of a step, with what it usually has. Leaves are counted in the order of `jax.tree.leaves`.
+# The row of a step with its usual values. Leaves are counted in the order of `jax.tree.leaves`.
 KNOBS = {
   "rate": 0.0,  # The learning rate.
-  "max_norm": np.inf,  # The limit of the clip, or of the norms that `skip_steps` lets pass.
-  "weight": 1.0,  # The loss is multiplied with it before the gradient is taken.
-  "shown": 0.0,  # What is added to the loss that is recorded, and to nothing else.
-  "poison": 0.0,  # 1 where the targets of the batch are drawn by chance.
+  "max_norm": np.inf,  # The limit of the clip, or of `skip_steps`.
+  "weight": 1.0,  # Multiplies the loss before the gradient is taken.
+  "shown": 0.0,  # Added only to the recorded loss.
+  "poison": 0.0,  # 1 for random targets.
   "first": 0.0,  # From this leaf
-  "last": -1.0,  # to this one the gradient is multiplied
-  "factor": 1.0,  # with this.
-  "noise": 0.0,  # What is added to every parameter after the step, times a normal number.
-  "grow": 1.0,  # What the loss scale is multiplied with.
+  "last": -1.0,  # to this one, the gradient is multiplied
+  "factor": 1.0,  # by this.
+  "noise": 0.0,  # Standard deviation of the noise added to every parameter after the step.
+  "grow": 1.0,  # Multiplies the loss scale.
 }
-TRAINED = 0.85  # Share of the data that batches are drawn from; the rest is for validation.
-MICRO = 4  # Batches of an update under `optax.MultiSteps`.
+TRAINED = 0.85  # Share of the data for training; the rest is for validation.
+MICRO = 4  # Batches per update under `optax.MultiSteps`.
 
 OPTIMIZERS: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
   "sgd": optax.sgd,
@@ -47,20 +47,20 @@ OPTIMIZERS: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
 
 
 class Setting(NamedTuple):
-  """What one step is compiled for.
+  """The static choices for which a step is compiled.
 
   Attributes:
     model: its name in `verdicts_models` or in `verdicts_pairs`.
     optimizer: its name in `OPTIMIZERS`.
-    clip: whether a clip stands between the first watch and the optimizer.
-    effect: whether that clip and the optimizer stand in `clip_effect`.
-    around: "skip" for `skip_steps` around all, "multi" for `optax.MultiSteps`, "multi skip" for the former inside the
-      latter.
-    on_nonfinite: what the clip does with a norm that is not finite.
-    numbers: "float32", "bfloat16" or "float16" for the model alone, "bfloat16 parameters" for these too.
-    rows: how much of a batch is used; 0 for all.
-    data: how many examples there are; 0 for all.
-    is_shaken: whether the parameters may get noise: its random numbers take long to compile.
+    clip: whether there is a clip between the first watch and the optimizer.
+    effect: whether `clip_effect` wraps that clip and the optimizer.
+    around: "skip" for `skip_steps` around everything, "multi" for `optax.MultiSteps`, "multi skip" for `skip_steps`
+      inside `optax.MultiSteps`.
+    on_nonfinite: the clip's policy for a nonfinite norm.
+    numbers: "float32", "bfloat16" or "float16" for only the model, "bfloat16 parameters" for the parameters too.
+    rows: number of examples used of a batch; 0 for all.
+    data: number of examples in the data; 0 for all.
+    is_shaken: whether the parameters may get noise; its random numbers take long to compile.
   """
 
   model: str
@@ -79,13 +79,13 @@ class Training(NamedTuple):
   """One run to be recorded.
 
   Attributes:
-    setting: what its step is compiled for.
-    seed: of parameters and batches.
+    setting: the setting of its step.
+    seed: seed of parameters and batches.
     knobs: float32, shape (steps, knobs).
-    loss: the name that the loss is recorded by.
-    pushes: what is recorded beside it, of "learning_rate", "batch", "params", "loss_scale".
+    loss: name of the recorded loss.
+    pushes: what else is recorded, from "learning_rate", "batch", "params", "loss_scale".
     validate: steps between two validation losses; 0 for none.
-    back: at which step the process ends, and from which one another goes on, out of a checkpoint.
+    back: the step at which the process ends, and the step from which another resumes from a checkpoint.
     scale: the first loss scale under float16.
   """
 
@@ -100,7 +100,7 @@ class Training(NamedTuple):
 
 
 class Carry(NamedTuple):
-  """What a step hands to the next one."""
+  """The state passed from step to step."""
 
   params: Any
   state: Any
@@ -108,7 +108,7 @@ class Carry(NamedTuple):
 
 
 def record(training: Training, path: pathlib.Path) -> None:
-  """Trains and records; the file must not be there."""
+  """Trains and records; the file must not exist."""
   program = program_of(training.setting)
   steps = len(training.knobs)
   carry = program.start(training.seed, training.scale)
@@ -122,7 +122,7 @@ def record(training: Training, path: pathlib.Path) -> None:
 
 
 def name_of_batch(seed: int, step: int) -> str:
-  """What the batch of a step is called."""
+  """The name of the batch of a step."""
   return f"{seed}-{step:05d}"
 
 
@@ -153,7 +153,7 @@ def _loop(program: "Program", training: Training, carry: Carry, steps: range, pa
 
 
 class Program(NamedTuple):
-  """What is compiled for a setting: `step(carry, data, key, number, knobs) -> (carry, losses)`, and what it needs."""
+  """The compiled `step(carry, data, key, number, knobs) -> (carry, losses)` of a setting, and what it needs."""
 
   start: Callable[[int, float], Carry]
   step: Callable[..., tuple[Carry, dict[str, jax.Array]]]
@@ -194,7 +194,7 @@ def program_of(setting: Setting) -> Program:
     if setting.is_shaken:
       params = shaken(params, knobs["noise"], jax.random.fold_in(key, 3))
     scale = carry.scale * knobs["grow"]
-    if setting.numbers == "float16":  # As the README has it: half the scale after a step that overflowed.
+    if setting.numbers == "float16":  # Halve the scale after an overflow, as the docs recommend.
       scale = jnp.where(clipjax.metrics(state)["skip/consecutive"] > 0, carry.scale / 2, scale)
     return Carry(params, state, scale), {"loss": loss + knobs["shown"]}
 
@@ -203,7 +203,7 @@ def program_of(setting: Setting) -> Program:
 
 
 def optimizer_of(setting: Setting, rate: jax.Array, max_norm: jax.Array) -> optax.GradientTransformationExtraArgs:
-  """The optimizer of a setting; rate and limit are traced, so that no value of theirs compiles it anew."""
+  """The optimizer of a setting; rate and limit are traced, so new values do not recompile it."""
   is_skip = setting.around.endswith("skip")
   clip = clipjax.clip_by_global_norm(max_norm, on_nonfinite=setting.on_nonfinite) if setting.clip else None
   optimizer = OPTIMIZERS[setting.optimizer](rate)
@@ -219,7 +219,7 @@ def optimizer_of(setting: Setting, rate: jax.Array, max_norm: jax.Array) -> opta
 
 
 def spoiled(grads: Any, knobs: dict[str, jax.Array]) -> Any:
-  """The gradient with some leaves multiplied."""
+  """The gradient with some leaves multiplied by a factor."""
   leaves, structure = jax.tree.flatten(grads)
   is_meant = [(knobs["first"] <= i) & (i <= knobs["last"]) for i in range(len(leaves))]
   factors = [jnp.where(meant, knobs["factor"], 1.0) for meant in is_meant]
@@ -227,7 +227,7 @@ def spoiled(grads: Any, knobs: dict[str, jax.Array]) -> Any:
 
 
 def shaken(params: Any, noise: jax.Array, key: jax.Array) -> Any:
-  """The parameters with normal noise."""
+  """The parameters plus normal noise."""
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(key, len(leaves))
   return structure.unflatten([x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
@@ -265,7 +265,7 @@ def _data_of(model: Model) -> Any:
 
 
 def _split(data: Any, examples: int) -> tuple[Any, Any]:
-  """What is trained on, and what is kept for validation."""
+  """The training data and the validation data."""
   cut = int(TRAINED * len(jax.tree.leaves(data)[0]))
   return jax.tree.map(lambda x: x[: examples or cut], data), jax.tree.map(lambda x: x[cut:], data)
 

@@ -1,7 +1,7 @@
-"""What is true of a run of `verdicts.py`, and how its findings are held against that.
+"""The truth about a run of `verdicts.py`, and how findings are compared with it.
 
-The truth is how the run was made: what was planted, at which step, in which leaf. Only where a run diverges by itself
-the step comes from the recorded loss, by the rule of `departure`. Nothing here knows how a verdict is found.
+The truth is how the run was made: what was planted, at which step, in which leaf. Only if a run diverges by itself does
+the step come from the recorded loss, by the rule of `departure`. Nothing here depends on how a verdict is found.
 """
 
 import json
@@ -15,23 +15,23 @@ from small_models import Array
 
 from clipjax.runs import Finding
 
-NEAR = 2  # Steps between what was planted and what is named.
-NATURAL = 10  # The same, where a rate is too high from the start: a loss takes some steps to leave.
-GRADUAL = 20  # The same, where the rate rises little by little.
-NAMED = 3  # So many leaves of a finding count: who names all of them has named none.
-LEVELS = ("FAIL", "WARN")  # What is an alarm.
+NEAR = 2  # Allowed steps between a planted and a named step.
+NATURAL = 10  # The same if the rate is too high from the start: the loss takes some steps to diverge.
+GRADUAL = 20  # The same if the rate rises gradually.
+NAMED = 3  # Only so many leaves of a finding count: naming all of them names none.
+LEVELS = ("FAIL", "WARN")  # Levels that count as an alarm.
 
 
 class Expected(NamedTuple):
   """One right answer.
 
   Attributes:
-    name: of the finding.
-    steps: what it must name: the first of them, and each of the others.
+    name: name of the finding.
+    steps: the steps that it must name, the first one first.
     near: how many steps off it may be.
-    leaves: of which one must be among the first three that are named.
-    batches: what the batches of these steps are called.
-    is_last: whether the leaf must be the last that is named instead: the cause, behind those that suffer from it.
+    leaves: leaves of which one must be among the first three named.
+    batches: names of the batches of these steps.
+    is_last: whether the leaf must instead be the last one named: the cause, after the leaves that suffer from it.
   """
 
   name: str
@@ -43,19 +43,19 @@ class Expected(NamedTuple):
 
 
 class Truth(NamedTuple):
-  """What is true of a run.
+  """The truth about a run.
 
   Attributes:
     half: "tune" or "held-out".
-    condition: its name.
-    model: the name of the model.
-    optimizer: the name of the optimizer.
-    seed: of parameters and batches.
-    is_healthy: whether nothing was done to it that one needs to know of.
-    expected: the right answers, of which one is enough; none for most healthy runs.
-    also: names of findings that are true as well, and no false alarms.
-    course: what the loss does by `course_of`, or "" where the condition does not say.
-    is_so: whether the recorded loss did that. A run that did not is left out.
+    condition: name of the condition.
+    model: name of the model.
+    optimizer: name of the optimizer.
+    seed: seed of parameters and batches.
+    is_healthy: whether a user needs no warning.
+    expected: the right answers, one of which is enough; empty for most healthy runs.
+    also: names of findings that are also true, and so no false alarms.
+    course: what the loss should do according to `course_of`; "" if the condition does not say.
+    is_so: whether the recorded loss did that; otherwise the run is left out.
   """
 
   half: str
@@ -71,21 +71,21 @@ class Truth(NamedTuple):
 
   @property
   def file(self) -> str:
-    """The name of its file."""
+    """The name of the run's file."""
     condition = re.sub("[^a-zA-Z0-9]+", "-", self.condition)
     return f"{self.half}/{condition}--{self.model}-{self.optimizer}--{self.seed}.jsonl"
 
 
 class Outcome(NamedTuple):
-  """How a verdict compares with the truth; None where there is nothing to name.
+  """How a verdict compares with the truth; None if there is nothing to name.
 
   Attributes:
     name: whether a right name is among the findings.
-    is_first: whether it is the first of them.
+    is_first: whether it is the first finding.
     step: whether it names the steps.
     leaf: whether it names the leaf.
     batch: whether it names the batches.
-    alarms: the names of findings of WARN and FAIL that are not so.
+    alarms: names of WARN and FAIL findings that are not true.
   """
 
   name: bool | None
@@ -97,12 +97,12 @@ class Outcome(NamedTuple):
 
   @property
   def is_right(self) -> bool:
-    """Whether name, step and leaf are right, as far as there are any."""
+    """Whether name, step and leaf are right, as far as they are expected."""
     return self.name is not False and self.step is not False and self.leaf is not False
 
 
 def judge(truth: Truth, findings: Sequence[Finding]) -> Outcome:
-  """The outcome of a verdict: that of the right answer that it comes nearest to."""
+  """The outcome of a verdict for the right answer that it comes nearest to."""
   names = {expected.name for expected in truth.expected}
   alarms = tuple(f.name for f in findings if f.level in LEVELS and f.name not in names.union(truth.also))
   outcomes = [_held_against(expected, findings, alarms) for expected in truth.expected]
@@ -112,7 +112,7 @@ def judge(truth: Truth, findings: Sequence[Finding]) -> Outcome:
 
 
 def _held_against(expected: Expected, findings: Sequence[Finding], alarms: tuple[str, ...]) -> Outcome:
-  """The findings of one name: together they must name what is expected."""
+  """Compares the findings of one name, which must together name what is expected."""
   found = [finding for finding in findings if finding.name == expected.name]
   is_first = bool(found) and findings[0].name == expected.name
   step = _names_steps(expected, found) if expected.steps else None
@@ -123,7 +123,7 @@ def _held_against(expected: Expected, findings: Sequence[Finding], alarms: tuple
 
 
 def _names_steps(expected: Expected, found: Iterable[Finding]) -> bool:
-  """Whether the first step is named first, and each of the others at all."""
+  """Whether the first step is named first, and all others are named."""
   named = sorted(step for finding in found for step in finding.steps)
   if not named or abs(named[0] - min(expected.steps)) > expected.near:
     return False
@@ -131,7 +131,7 @@ def _names_steps(expected: Expected, found: Iterable[Finding]) -> bool:
 
 
 def _names_leaf(expected: Expected, finding: Finding) -> bool:
-  """Whether one of the leaves is named, by itself or behind the name of its state."""
+  """Whether one of the leaves is named, with or without the name of its state."""
   named = finding.leaves[-1:] if expected.is_last else finding.leaves[:NAMED]
   return any(name == leaf or name.endswith(f"/{leaf}") for name in named for leaf in expected.leaves)
 
@@ -140,9 +140,9 @@ def _names_leaf(expected: Expected, finding: Finding) -> bool:
 
 
 def departure(losses: Array) -> int | None:
-  """The index from which on the loss is for good above 1.5 times its best so far, and by a tenth of its start.
+  """The index from which the loss stays above 1.5 times its best so far, and above that best by a tenth of its start.
 
-  A loss of inf or NaN is above everything. None where it never leaves, or only in the last tenth.
+  A loss of inf or NaN is above everything. None if the loss never diverges, or only in the last tenth.
   """
   values = np.where(np.isfinite(losses), losses, np.inf)
   best = np.minimum.accumulate(values)[:-1]
@@ -153,7 +153,7 @@ def departure(losses: Array) -> int | None:
 
 
 def course_of(losses: Array) -> str:
-  """What a loss does: "leaves" for good, "learns" (the last tenth is below 0.8 of the first), else "flat"."""
+  """What a loss does: "leaves" (diverges for good), "learns" (last tenth below 0.8 of the first), else "flat"."""
   if departure(losses) is not None:
     return "leaves"
   start, end = losses[0], np.nanmean(losses[-len(losses) // 10 :])
@@ -164,14 +164,14 @@ def course_of(losses: Array) -> str:
 
 
 def write_truths(truths: Iterable[Truth], path: pathlib.Path) -> None:
-  """Adds to a JSON object, by the name of the file of the run."""
+  """Adds the truths to a JSON object, by file name of the run."""
   known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
   known |= {t.file: {**t._asdict(), "expected": [e._asdict() for e in t.expected]} for t in truths}
   path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def read_truths(path: pathlib.Path) -> list[Truth]:
-  """What `write_truths` wrote."""
+  """Reads what `write_truths` wrote."""
   return [_truth(fields) for fields in json.loads(path.read_text(encoding="utf-8")).values()]
 
 

@@ -1,4 +1,4 @@
-"""`python -m clipjax COMMAND` is `clipjax COMMAND`: see `clipjax.cli`."""
+"""Lets `python -m clipjax COMMAND` run `clipjax COMMAND`; see `clipjax.cli`."""
 
 import sys
 

@@ -1,8 +1,8 @@
 """The command line: `clipjax COMMAND`, or `python -m clipjax COMMAND`.
 
-Exit status: 0 for success, 1 where the verdict on a run has a FAIL, 2 for wrong arguments, a missing extra, or a file
-that cannot be read or written, each with one line on stderr. Whatever is printed has its control characters escaped,
-as a name of a file or of a leaf may have some.
+Exit status: 0 for success; 1 if the verdict on a run has a FAIL; 2 for wrong arguments, a missing extra, or a file that
+cannot be read or written, each with one line on stderr. Control characters are escaped in all output, as the name of a
+file or a leaf may contain them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from clipjax.runs.words import plain
 
 
 class _Parser(argparse.ArgumentParser):
-  """One that escapes what it repeats of the arguments."""
+  """An argument parser that escapes the arguments it quotes."""
 
   def error(self, message: str) -> NoReturn:
     super().error(plain(message))
@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command.
 
   Args:
-    argv: the arguments, those of the process when None.
+    argv: the arguments; None: the arguments of the process.
 
   Returns:
-    The exit status. Arguments that argparse refuses, `--help` and `--version` leave through `SystemExit`, as it does.
+    The exit status. As in argparse, refused arguments, `--help` and `--version` raise `SystemExit`.
   """
   parser = _Parser(prog="clipjax", description="Gradient clipping and gradient health for JAX.")
   parser.add_argument("--version", action="version", version=f"clipjax {clipjax.__version__}")
@@ -58,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(args.command(args))
   except _WrongError as error:
     return _fail(str(error))
-  except BrokenPipeError:  # Its reader has seen enough, as in `clipjax suggest run.jsonl | head -1`.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else Python writes the rest as it ends.
-    return 141  # What a shell reports for a process that a closed pipe ended.
+  except BrokenPipeError:  # The reader has seen enough, as in `clipjax suggest run.jsonl | head -1`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Or Python would write the rest at exit.
+    return 141  # The status that a shell reports after a closed pipe.
   except OSError as error:
     return _fail(f"cannot write {error.filename or 'the output'}: {error.strerror or error}")
   except KeyboardInterrupt:
-    return 130  # What a shell reports for a process that an interrupt ended.
+    return 130  # The status that a shell reports after an interrupt.
 
 
 # diagnose, report ---------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def _add_diagnose(commands: _Commands) -> None:
   parser = commands.add_parser(
     "diagnose",
     help="judge a recorded run",
-    description="Prints what clipjax.runs.diagnose finds in a recorded run. Exit status 1 where that has a FAIL.",
+    description="Prints the verdict of clipjax.runs.diagnose on a recorded run. The exit status is 1 if it has a FAIL.",
   )
   _add_run(parser)
   _add_limits(parser)
@@ -91,13 +91,13 @@ def _diagnose(args: argparse.Namespace) -> int:
 def _add_report(commands: _Commands) -> None:
   parser = commands.add_parser(
     "report",
-    help="judge a recorded run, and draw it into one HTML file",
-    description="Prints what clipjax.runs.diagnose finds in a recorded run, and writes a report with figures, which "
-    "opens without a network. The exit status is 1 where it finds a FAIL.",
+    help="judge a recorded run, and write an HTML report",
+    description="Prints the verdict of clipjax.runs.diagnose on a recorded run, and writes a report with figures, one "
+    "HTML file that works offline. The exit status is 1 if the verdict has a FAIL.",
   )
   _add_run(parser)
   parser.add_argument(
-    "-o", "--output", type=Path, metavar="FILE", help="the report (default: RUN with the ending .html)"
+    "-o", "--output", type=Path, metavar="FILE", help="the report (default: RUN with the suffix .html)"
   )
   _add_limits(parser)
   parser.set_defaults(command=_report)
@@ -106,13 +106,14 @@ def _add_report(commands: _Commands) -> None:
 def _report(args: argparse.Namespace) -> int:
   limits = _limits(args.limit)
   run = _read(args.run)
+  # Refuse to overwrite before the run is judged, which may take a while.
   output = args.run.with_suffix(".html") if args.output is None else args.output
   if output.exists() and output.samefile(args.run):
-    return _fail(f"the report must be another file than the run, got {str(output)!r}: name one with -o")
+    return _fail(f"the report must not be the file of the run, got {str(output)!r}: name another file with -o")
   if not may_be_replaced(output):
     return _fail(
       f"the report must be a new file or a page that clipjax wrote, got {str(output)!r}, which is neither: name "
-      "another one with -o"
+      "another file with -o"
     )
   report = diagnose(run, limits=limits, warmup_steps=args.warmup_steps)
   _print(str(report))
@@ -120,7 +121,7 @@ def _report(args: argparse.Namespace) -> int:
     written = write.write_report(run, output, limits=limits, warmup_steps=args.warmup_steps)
   except ImportError as error:
     missing = (error.name or str(error)).partition(".")[0]
-    return _fail(f"the report needs more packages, pip install 'clipjax[report]' (no {missing})")
+    return _fail(f"the report needs more packages: pip install 'clipjax[report]' (no {missing})")
   _print(f"\nWrote {plain(str(written))}")
   return _status(report)
 
@@ -135,21 +136,26 @@ def _status(report: HealthReport) -> int:
 def _add_suggest(commands: _Commands) -> None:
   parser = commands.add_parser(
     "suggest",
-    help="which max_norm to use, from the norms of a recorded run",
-    description="Prints what clipjax.runs.suggest_max_norm says of a recorded run: a threshold, why, over which steps, "
-    "and what others would have clipped.",
+    help="suggest a max_norm from the norms of a recorded run",
+    description="Prints the suggestion of clipjax.runs.suggest_max_norm for a recorded run: a threshold, the reason, "
+    "the steps it is based on, and the share of steps that other thresholds would have clipped.",
   )
   _add_run(parser)
   parser.add_argument(
-    "--model", metavar="FAMILY", help="compare with the rule of thumb: feed-forward, cnn, rnn, lstm or transformer"
+    "--model", metavar="FAMILY", help="compare with its rule of thumb: feed-forward, cnn, rnn, lstm or transformer"
   )
-  parser.add_argument("--learning-rate", type=float, metavar="X", help="the one of the run, for SGD at another one")
-  parser.add_argument("--new-learning-rate", type=float, metavar="Y", help="the one that the threshold is for")
+  parser.add_argument(
+    "--learning-rate",
+    type=float,
+    metavar="X",
+    help="learning rate of the run, if the threshold is for SGD at another one",
+  )
+  parser.add_argument("--new-learning-rate", type=float, metavar="Y", help="learning rate that the threshold is for")
   parser.add_argument(
     "--scale-free",
     action=argparse.BooleanOptionalAction,
-    help="whether it is for Adam or another optimizer that divides the scale of the gradient out (default: as the run "
-    "says, no where it does not)",
+    help="whether the threshold is for Adam or another optimizer that divides out the scale of the gradient (default: "
+    "as recorded in the run, else no)",
   )
   _add_warmup(parser)
   parser.set_defaults(command=_suggest)
@@ -178,13 +184,13 @@ def _suggest(args: argparse.Namespace) -> int:
 def _add_demo(commands: _Commands) -> None:
   parser = commands.add_parser(
     "demo",
-    help="train a small RNN without and with clipping, and draw what happens",
+    help="train a small RNN without and with clipping, and plot both",
     description="Trains a small character RNN three times, without clipping and with two thresholds, shows loss and "
-    "gradient norm, and writes clipjax_demo.png and clipjax_demo.json. Then records a stable run, suggests a threshold "
-    "from it, tries that, and writes a report, clipjax_demo_run.html. Takes well under two minutes on a CPU.",
+    "gradient norm, and writes clipjax_demo.png and clipjax_demo.json. Then it records a stable run, suggests a "
+    "threshold, tries it, and writes the report clipjax_demo_run.html. Takes well under two minutes on a CPU.",
   )
   parser.add_argument(
-    "--out", type=Path, default=Path(), metavar="DIR", help="directory of the files (default: the current one)"
+    "--out", type=Path, default=Path(), metavar="DIR", help="directory for the files (default: the current one)"
   )
   parser.add_argument(
     "--steps", type=_integer(1, None), default=300, metavar="N", help="steps of each run (default: %(default)s)"
@@ -204,9 +210,9 @@ def _demo(args: argparse.Namespace) -> int:
     from clipjax.demo import advice  # noqa: PLC0415  (needs the extra)
     from clipjax.demo import compare as demo  # noqa: PLC0415
   except ImportError as error:
-    return _fail(f"the demo needs more packages, pip install 'clipjax[demo]' ({_first_line(error)})")
+    return _fail(f"the demo needs more packages: pip install 'clipjax[demo]' ({_first_line(error)})")
   if (other := advice.other_file(args.out)) is not None:
-    return _fail(f"the demo writes {str(other)!r}, a file that it did not make: name another folder with --out")
+    return _fail(f"the demo would overwrite {str(other)!r}, which it did not write: name another directory with --out")
   demo.run(args.out, args.steps, args.seed)
   advice.run(args.out, args.steps, args.seed)
   return 0
@@ -216,7 +222,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _add_run(parser: _Parser) -> None:
-  parser.add_argument("run", type=Path, metavar="RUN", help="a file that clipjax.runs.Recorder wrote")
+  parser.add_argument("run", type=Path, metavar="RUN", help="a file written by clipjax.runs.Recorder")
 
 
 def _add_limits(parser: _Parser) -> None:
@@ -225,7 +231,7 @@ def _add_limits(parser: _Parser) -> None:
     action="append",
     default=[],
     metavar="NAME=VALUE",
-    help="where a finding begins, a field of clipjax.runs.HealthLimits, as clip_fraction=0.9; may be repeated",
+    help="limit of a finding, a field of clipjax.runs.HealthLimits such as clip_fraction=0.9; may be repeated",
   )
   _add_warmup(parser)
 
@@ -235,28 +241,29 @@ def _add_warmup(parser: _Parser) -> None:
     "--warmup-steps",
     type=_integer(0, None),
     metavar="N",
-    help="how many steps from the first on to leave out (default: those of a tenth of the rows, at most 100 rows)",
+    help="number of steps at the start to leave out (default: those of the first tenth of the rows, at most 100 rows)",
   )
 
 
 class _WrongError(Exception):
-  """An argument that is wrong, or a file that is no run; its text is one line."""
+  """A wrong argument, or a file that is not a run; the text is one line."""
 
 
 def _limits(given: Sequence[str]) -> HealthLimits:
-  """The limits that `--limit` names, the others as they are."""
+  """The limits set by `--limit`, the others at their defaults."""
   fields: dict[str, Any] = {}
   for text in given:
     name, _, value = text.partition("=")
     if name not in HealthLimits._fields:
       near = difflib.get_close_matches(name, HealthLimits._fields, 3, 0.5) or HealthLimits._fields
-      raise _WrongError(f"--limit must be NAME=VALUE, got {text!r}: a name is {', '.join(near)}")
+      raise _WrongError(f"--limit must be NAME=VALUE, got {text!r}: a valid name is {', '.join(near)}")
     try:
       fields[name] = int(value) if isinstance(HealthLimits._field_defaults[name], int) else float(value)
     except ValueError:
       raise _WrongError(
         f"--limit {name} must be a number, got {value!r}: pass one such as {HealthLimits._field_defaults[name]}"
       ) from None
+  # The library checks the ranges; its message names a field, here it names the option.
   limits = HealthLimits(**fields)
   try:
     check_limits(limits)
@@ -266,7 +273,7 @@ def _limits(given: Sequence[str]) -> HealthLimits:
 
 
 def _read(path: Path) -> Run:
-  """The run of a file; `_WrongError` for whatever is wrong with it, as anything may be in a file."""
+  """The run in a file; `_WrongError` for anything that may be wrong with the file."""
   try:
     return read_run(path)
   except FileNotFoundError:
@@ -278,7 +285,7 @@ def _read(path: Path) -> Run:
 
 
 def _integer(low: int, high: int | None) -> Callable[[str], int]:
-  """The argparse type of the whole numbers from `low` to `high`."""
+  """An argparse type: whole numbers from `low` to `high`."""
 
   def parse(text: str) -> int:
     try:
@@ -296,8 +303,8 @@ def _integer(low: int, high: int | None) -> Callable[[str], int]:
 
 
 def _print(text: str) -> None:
-  """Prints lines that may hold what a terminal would obey, or what stdout cannot encode."""
-  if sys.stdout is None:  # Closed by the caller.
+  """Prints lines; escapes what a terminal would obey and what stdout cannot encode."""
+  if sys.stdout is None:  # The caller closed it.
     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
   encoding = sys.stdout.encoding or "utf-8"
   shown = "\n".join(map(plain, text.split("\n")))

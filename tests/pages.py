@@ -1,19 +1,22 @@
-"""Pages for the tests of reports: what a test asks of one, and runs that have all that a page shows."""
+"""Pages for the tests of reports, and runs that record everything a page shows."""
 
+import contextlib
 from html.parser import HTMLParser
+from unittest import mock
 
 import numpy as np
 
 import clipjax
 from clipjax.runs.health.verdict import HealthReport, diagnose
-from clipjax.runs.report import build
+from clipjax.runs.report import build, page
+from clipjax.runs.report.shown import shown_of
 from clipjax.runs.run import Run
 
 VOID = {"meta", "link", "wbr", "br", "path", "use", "rect", "image", "line", "circle"}
 
 
 class Page(HTMLParser):
-  """What the tests ask of a page: its tags with their attributes, its text, its data; it must be well nested."""
+  """A page as its tags with their attributes, its text and its data; it must be well nested."""
 
   def __init__(self, source):
     super().__init__(convert_charrefs=True)
@@ -56,7 +59,7 @@ class Page(HTMLParser):
 
 
 def make(norm, *, bad=(), limit=2.0, names=(), every=10, path="runs/demo.jsonl", **columns):
-  """A run with these norms, of which those at `bad` (indices) were not finite, and with all else that a page shows."""
+  """A run with these norms, nonfinite at the indices `bad`, and with everything else that a page shows."""
   norm = np.array(norm, np.float64)
   n = norm.size
   steps = np.arange(1, n + 1)
@@ -80,7 +83,7 @@ def make(norm, *, bad=(), limit=2.0, names=(), every=10, path="runs/demo.jsonl",
 
 
 def full(n=300, names=("embed", "layers/0/w", "layers/1/w"), **kwargs):
-  """A run with everything, that has a spike at the middle and a nonfinite step after it."""
+  """A run with everything: a spike in the middle and a nonfinite step after it."""
   rng = np.random.default_rng(0)
   norm = np.exp(rng.normal(0, 0.2, n))
   norm[n // 2 : n // 2 + 1] = 50.0
@@ -96,16 +99,53 @@ def full(n=300, names=("embed", "layers/0/w", "layers/1/w"), **kwargs):
   return make(norm, **({"bad": [n // 2 + 1], "names": names} | columns | kwargs))
 
 
-def written(run, tmp_path, **options):
+@contextlib.contextmanager
+def figures(drawn):
+  """Pages with their figures, or with empty ones that have the alt text: drawing is most of the time of a page."""
+  with mock.patch.object(page, "svg", _empty) if not drawn else contextlib.nullcontext():
+    yield
+
+
+def _empty(draw, width, alt):
+  return f'<svg role="img" aria-label="{page.text(alt)}"></svg>'
+
+
+def written(run, tmp_path, *, drawn=False, **options):
   """The page that `write_report` writes."""
   path = tmp_path / "report.html"
-  assert clipjax.runs.write_report(run, str(path), **options) == path
+  with figures(drawn):
+    assert clipjax.runs.write_report(run, str(path), **options) == path
   assert list(tmp_path.iterdir()) == [path]
   return Page(path.read_text(encoding="ascii"))
 
 
-def judged(run, findings=(), events=()):
+def shown(run, findings=(), events=(), warmup_steps=None):
+  """What the report of a run with this verdict shows."""
+  warmup_steps = diagnose(run).warmup_steps if warmup_steps is None else warmup_steps
+  return shown_of(run, HealthReport(tuple(findings), run.path, len(run), warmup_steps, tuple(events)))
+
+
+def judged(run, findings=(), events=(), *, drawn=False):
   """The page of a run with this verdict."""
-  warmup_steps = diagnose(run).warmup_steps
-  report = HealthReport(tuple(findings), run.path, len(run), warmup_steps, tuple(events))
-  return Page(build.whole_page(run, report).encode("ascii", "xmlcharrefreplace").decode("ascii"))
+  with figures(drawn):
+    source = build.whole_page(run, shown(run, findings, events).report)
+  return Page(source.encode("ascii", "xmlcharrefreplace").decode("ascii"))
+
+
+# Figures ------------------------------------------------------------------------------------------------------------
+
+
+def panel(figure, title):
+  """The axes with this title."""
+  (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
+  return axes
+
+
+def labels(axes):
+  """The words of the legend."""
+  return [text.get_text().strip() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
+
+
+def lines_of(axes):
+  """The lines by their label."""
+  return {line.get_label().strip(): line for line in axes.lines}

@@ -254,11 +254,11 @@ def test_the_page_says_what_its_numbers_say():
   text = accelerators_page.render({"cases": cases})
   assert "no device ran any of this" in text and "no GPU has run it yet" in text
   count = len(verdicts(cases))
-  assert f"- Of {count} bounds, one for each number, clip and case, {count} hold." in text
-  assert "the clip adds 100.0 MB of HBM traffic to the 900.0 MB of Adam's step, Optax's adds 100.0 MB." in text
+  assert f"- Of {count} bounds, one per number, clip and case, {count} hold." in text
+  assert "the clip adds 100.0 MB of HBM traffic to the 900.0 MB of Adam's step; Optax's clip adds 100.0 MB." in text
   assert "float32: all-reduces added: 1; by Optax's clip: 1." in text
-  assert "kernels without a clip, with the clip, with Optax's: 40, 100, 100." in text
-  assert "| kernels | Optax's + 16 + 2 a leaf | clipjax | holds in 2 of 2 | holds in 2 of 2 | holds in 2 of 2 |" in text
+  assert "kernels without a clip, with it, with Optax's: 40, 100, 100." in text
+  assert "| kernels | Optax's + 16 + 2 per leaf | clipjax |" + 3 * " holds in 2 of 2 |" in text
   assert "**" not in text[text.index("## Bounds") : text.index("## One TPU")]
   assert "| clipjax | 0 | 100 | 3 | 5 | 1 | 10.0 | 1.00 |" in text  # The H100, with its other launches.
   assert "A quick run" not in text
@@ -271,15 +271,15 @@ def test_the_page_names_the_worst_case_of_a_broken_bound():
   cases = [case("gpu", dtype=dtype, variants={CLIPJAX: {"kernels": n}}) for dtype, n in
            (("float32", 150), ("bfloat16", 151))]  # fmt: skip
   text = accelerators_page.render({"cases": [*cases, {**case("gpu", "many"), "quick": True}]})
-  row = next(line for line in text.splitlines() if line.startswith("| kernels | Optax's + 16 + 2 a leaf | clipjax |"))
+  row = next(line for line in text.splitlines() if line.startswith("| kernels | Optax's + 16 + 2 per leaf | clipjax |"))
   assert row.endswith("| - | - | **holds in 1 of 3**; worst 151, at most 136: Transformer of 10 leaves, bfloat16 |")
   count = len(verdicts([*cases, case("gpu", "many")]))
-  assert f"- Of {count} bounds, one for each number, clip and case, {count - 2} hold." in text
+  assert f"- Of {count} bounds, one per number, clip and case, {count - 2} hold." in text
   assert "A quick run" in text
 
 
 @pytest.mark.skipif(not (ROOT / "docs/accelerators.json").exists(), reason="nothing has been compiled")
-def test_the_page_in_docs_is_that_of_its_numbers():
+def test_the_page_in_docs_matches_its_numbers():
   data = json.loads((ROOT / "docs/accelerators.json").read_text(encoding="utf-8"))
   assert (ROOT / "docs/accelerators.md").read_text(encoding="utf-8") == accelerators_page.render(data)
   assert not any(x["quick"] for x in data["cases"])

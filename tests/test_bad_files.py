@@ -538,7 +538,7 @@ JUDGED = {
   ),
   "a report over its run": (
     lambda run: clipjax.runs.write_report(run, run.path),
-    ValueError, "`path` must be another file than that of the run, got {path}: name one for the page.",
+    ValueError, "`path` must not be the file of the run, got {path}: name another file for the page.",
   ),
   "a column that is not there": (
     lambda run: run["grad/nrm"], KeyError, "{path} has no 'grad/nrm'; it has 'grad/norm'",
@@ -629,11 +629,11 @@ ONE_LINE = {
   "a directory for the page": (["report", "run.jsonl", "-o", "."], "cannot write .: Is a directory"),
   "no such directory": (
     ["report", "run.jsonl", "-o", "none/x.html"],
-    "cannot write none/x.html: the directory of the report does not exist, make it first",
+    "cannot write none/x.html: the directory of the report does not exist, create it first",
   ),
   "the run for its page": (
     ["report", "run.jsonl", "-o", "run.jsonl"],
-    "the report must be another file than the run, got 'run.jsonl': name one with -o",
+    "the report must not be the file of the run, got 'run.jsonl': name another file with -o",
   ),
   "an unknown family": (
     ["suggest", "run.jsonl", "--model", "gan"],

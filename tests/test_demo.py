@@ -1,11 +1,9 @@
-"""The demo and the command line. No test asserts a loss: the text, and with it every loss, changes with Python."""
+"""The demo and its command. No test asserts a loss: the text, and so every loss, changes with Python."""
 
 import errno
 import io
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,13 +14,12 @@ from rich.console import Console
 
 import clipjax
 from clipjax import cli
+from clipjax.demo import advice, model, picture, training
 from clipjax.demo import compare as demo
-from clipjax.demo import model, picture, training
 from clipjax.runs.words import number
 
 STEPS = 12
 FORCES_A_TERMINAL = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")  # What rich takes for one.
-ROOT = str(Path(clipjax.__file__).parents[1])
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +32,8 @@ def runs(reports):
   return training.train_all(STEPS, 0, lambda *args: reports.append(args))
 
 
-def run_python(*args, **env):
-  env = {**os.environ, "PYTHONPATH": ROOT, "JAX_PLATFORMS": "cpu", **env}
-  for name in FORCES_A_TERMINAL:
-    env.pop(name, None)
-  return subprocess.run([sys.executable, *args], env=env, capture_output=True, timeout=100, check=False)
-
-
 def trained(loss, norm, max_norm=1.0):
-  """A run with these series, in which every finite norm above `max_norm` was clipped."""
+  """A run with these series; every finite norm above `max_norm` was clipped."""
   norm = np.array(norm, np.float64)
   with np.errstate(invalid="ignore", divide="ignore"):
     clipped = np.isfinite(norm) & (norm > max_norm)
@@ -74,29 +64,22 @@ WIDE = summary(final=445.9, label="max_norm 0.25", largest_norm=1.366e11, median
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_run_has_a_value_for_every_step(runs):
+def test_runs_have_a_value_for_every_step_and_differ_only_in_the_threshold(runs):
+  unclipped, *clipped = runs
   assert [run.max_norm for run in runs] == list(training.MAX_NORMS)
   for run in runs:
     assert {"loss", "grad/norm", "grad/norm_clipped", "grad/scale", "grad/clip_fraction"} <= set(run.series)
     assert {values.shape for values in run.series.values()} == {(STEPS,)}
     assert run.series["grad/steps"].tolist() == list(range(1, STEPS + 1))
     assert run.seconds > 0
-
-
-def test_the_clipped_norm_is_bounded_and_the_unclipped_run_is_only_measured(runs):
-  unclipped, *clipped = runs
   assert np.all(unclipped.series["grad/scale"] == 1)
   assert np.array_equal(unclipped.series["grad/norm"], unclipped.series["grad/norm_clipped"])
   for run in clipped:
     assert np.all(run.series["grad/max_norm"] == run.max_norm)
     assert np.all(run.series["grad/norm_clipped"] <= run.max_norm * (1 + 1e-6))
     assert np.any(run.series["grad/scale"] < 1)
-
-
-def test_the_runs_differ_in_the_threshold_alone(runs):
-  assert len({run.series["loss"][0] for run in runs}) == 1
-  assert len({run.series["grad/norm"][0] for run in runs}) == 1
-  assert len({run.series["loss"][-1] for run in runs}) == len(runs)
+  firsts = {(run.series["loss"][0], run.series["grad/norm"][0]) for run in runs}
+  assert len(firsts) == 1 and len({run.series["loss"][-1] for run in runs}) == len(runs)
 
 
 def test_one_compilation_serves_every_threshold_and_the_seed_decides_the_rest(monkeypatch, runs):
@@ -149,13 +132,13 @@ def test_conclusion_in_full():
   others = [summary(4.851, 11.3), best]
   assert demo.conclusion([free(4.851, 445.9), *others]) == (
     "Clipping helped: the loss fell from 4.85 to 1.75 with max_norm 0.25, and rose from 4.85 to 446 without clipping "
-    "(mean of the last 10 steps). The norm of the unclipped gradient had a median of 0.5 and reached 1,234; with "
+    "(mean of the last 10 steps). Without clipping, the gradient norm had a median of 0.5 and reached 1,234; with "
     "max_norm 0.25, 299 of 300 steps were clipped."
   )
 
 
 @pytest.mark.parametrize(
-  ("unclipped", "clipped", "start"),
+  ("unclipped", "clipped", "text"),
   [
     (free(5.0, 1.0), summary(5.0, 2.0), "Clipping did not help: the loss fell from 5 to 2 with max_norm 1, and fell"),
     (free(5.0, 2.0), summary(5.0, 2.001), "Clipping made no difference to the final loss: the loss fell from 5 to 2"),
@@ -166,8 +149,8 @@ def test_conclusion_in_full():
     (free(5.0, 1e9), summary(math.nan, 3.0), "Clipping helped: the loss went from nan to 3 with max_norm 1, and rose"),
   ],
 )
-def test_conclusion_is_true_whichever_way_the_runs_go(unclipped, clipped, start):
-  assert demo.conclusion([unclipped, clipped]).startswith(start)
+def test_conclusion_is_true_whichever_way_the_runs_go(unclipped, clipped, text):
+  assert demo.conclusion([unclipped, clipped]).startswith(text)
 
 
 def test_conclusion_takes_a_finite_run_for_the_best():
@@ -184,7 +167,7 @@ def test_numbers_are_short(x, text):
 
 
 def shown(width, encoding, draw, terminal=True):
-  """The text that `draw(console)` leaves in a console of this width and encoding; what cannot be encoded raises."""
+  """What `draw(console)` prints at this width and encoding; a character that cannot be encoded raises."""
   raw = io.BytesIO()
   file = io.TextIOWrapper(raw, encoding=encoding, newline="")
   draw(Console(file=file, width=width, force_terminal=terminal, color_system=None, markup=False, highlight=False))
@@ -219,10 +202,8 @@ def test_an_ascii_terminal_of_any_width_gets_ascii(width):
 
 
 def test_the_table_fits_80_columns():
-  lines = shown(
-    80, "utf-8", lambda console: console.print(demo.table([WIDE, free()], console), crop=False)
-  ).splitlines()
-  assert max(len(line.rstrip()) for line in lines) <= 80
+  text = shown(80, "utf-8", lambda console: console.print(demo.table([WIDE, free()], console), crop=False))
+  assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
 
 
 def test_without_a_terminal_there_are_plain_lines_only():
@@ -261,9 +242,7 @@ def test_picture_shows_series_limits_and_clipped_steps():
   assert [line.get_xdata().tolist() for line in by_label["clipped at 1"]] == [[1], [1, 2]]
 
 
-@pytest.mark.parametrize(
-  "bad", [[math.nan] * 3, [math.inf] * 3, [0.0] * 3, [2.0, math.nan, 3e38], [math.nan, 1e-40, 1]]
-)
+@pytest.mark.parametrize("bad", [[math.nan] * 3, [2.0, math.inf, 0.0], [1e-40, math.nan, 3e38]])
 def test_picture_leaves_gaps_for_what_a_log_axis_cannot_show(tmp_path, bad):
   figure = picture.picture([trained(bad, bad, c) for c in training.MAX_NORMS])
   figure.savefig(tmp_path / "x.png")
@@ -271,110 +250,95 @@ def test_picture_leaves_gaps_for_what_a_log_axis_cannot_show(tmp_path, bad):
   assert np.isfinite(figure.axes[0].lines[0].get_ydata()).tolist() == want
 
 
-def assert_demo_files(out, steps):
-  png = (out / "clipjax_demo.png").read_bytes()
-  assert png.startswith(b"\x89PNG\r\n\x1a\n")
-  assert len(png) > 10_000
-  series = json.loads((out / "clipjax_demo.json").read_text())["runs"]
-  assert [run["max_norm"] for run in series] == [None, 1.0, 0.25]
-  assert {len(values) for run in series for values in run["series"].values()} == {steps}
-  names = ["clipjax_demo.json", "clipjax_demo.png", "clipjax_demo_run.html", "clipjax_demo_run.jsonl"]
-  assert sorted(path.name for path in out.iterdir()) == names
-  run = clipjax.runs.read_run(out / "clipjax_demo_run.jsonl")
-  assert run.steps.tolist() == list(range(1, steps + 1))
-  assert {"loss", "grad/norm", "grad/norm/recurrent", "update/ratio/recurrent", "tokens"} <= set(run.keys())
-  assert run.parameters == 128 * 128 * 3 + 128 * 2
-  assert not np.any(run["grad/scale"] != 1)  # It is unclipped.
-  assert "Suggested threshold" in (out / "clipjax_demo_run.html").read_text()
-
-
 # The command line ---------------------------------------------------------------------------------------------------
 
 
-def test_demo_in_ascii_without_a_terminal(tmp_path):
-  out = tmp_path / "neu"
-  args = ["-m", "clipjax", "demo", "--steps", "30", "--out", str(out)]
-  got = run_python(*args, PYTHONIOENCODING="ascii", LC_ALL="C", NO_COLOR="1", TERM="xterm", COLUMNS="80")
-  assert (got.returncode, got.stderr) == (0, b"")
-  text = got.stdout.decode("ascii")
-  assert "\x1b" not in text
-  assert "\r" not in text.replace("\r\n", "\n")
-  assert "max_norm 0.25: step 30 of 30, loss " in text
-  assert f"Wrote {out / 'clipjax_demo.png'} and {out / 'clipjax_demo.json'}" in text
-  run = clipjax.runs.read_run(out / "clipjax_demo_run.jsonl")
-  suggested = clipjax.runs.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.0, model="rnn")
-  assert str(suggested) in text
-  assert f">max_norm = {number(suggested.max_norm)}<" in (out / "clipjax_demo_run.html").read_text()
-  assert "With it, at a rate of 2, the loss went from " in text
-  assert text.endswith(f"the report {out / 'clipjax_demo_run.html'}\n")
-  assert len(text.splitlines()) < 60
-  assert_demo_files(out, 30)
-
-
-def test_demo_in_process(tmp_path, capsys, monkeypatch):
-  monkeypatch.chdir(tmp_path)
+def test_demo_in_ascii_without_a_terminal(tmp_path, monkeypatch, capsys):
   for name in FORCES_A_TERMINAL:
     monkeypatch.delenv(name, raising=False)
-  assert cli.main(["demo", "--steps", "2", "--seed", "4294967295"]) == 0
-  captured = capsys.readouterr()
-  assert "Wrote clipjax_demo.png and clipjax_demo.json\n" in captured.out
-  assert captured.out.endswith("Wrote clipjax_demo_run.jsonl and the report clipjax_demo_run.html\n")
-  assert captured.err == ""
-  assert_demo_files(tmp_path, 2)
+  stdout, out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline=""), tmp_path / "größe"
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, "stdout", stdout)
+    assert cli.main(["demo", "--steps", "30", "--seed", "4294967295", "--out", str(out)]) == 0
+  stdout.flush()
+  text = stdout.buffer.getvalue().decode("ascii")
+  assert capsys.readouterr() == ("", "")
+  assert "\x1b" not in text and "\r" not in text and len(text.splitlines()) < 60
+  assert "max_norm 0.25: step 30 of 30, loss " in text
+  shown_out = str(out).encode("ascii", "backslashreplace").decode()
+  assert f"Wrote {shown_out}/clipjax_demo.png and {shown_out}/clipjax_demo.json\n" in text
+  assert text.endswith(f"Wrote {shown_out}/clipjax_demo_run.jsonl and the report {shown_out}/clipjax_demo_run.html\n")
+  # The three runs.
+  names = ["clipjax_demo.json", "clipjax_demo.png", "clipjax_demo_run.html", "clipjax_demo_run.jsonl"]
+  assert sorted(path.name for path in out.iterdir()) == names
+  assert (out / "clipjax_demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+  series = json.loads((out / "clipjax_demo.json").read_text())["runs"]
+  assert [run["max_norm"] for run in series] == [None, 1.0, 0.25]
+  assert {len(values) for run in series for values in run["series"].values()} == {30}
+  # The recorded run and the advice.
+  run = clipjax.runs.read_run(out / "clipjax_demo_run.jsonl")
+  assert run.steps.tolist() == list(range(1, 31))
+  assert {"loss", "grad/norm", "grad/norm/recurrent", "update/ratio/recurrent", "tokens"} <= set(run.keys())
+  assert run.parameters == 128 * 128 * 3 + 128 * 2
+  assert not np.any(run["grad/scale"] != 1)  # It is unclipped.
+  suggested = clipjax.runs.suggest_max_norm(run, learning_rate=0.25, new_learning_rate=2.0, model="rnn")
+  assert str(suggested) in text and "With this threshold and a rate of 2, the loss went from " in text
+  assert f">max_norm = {number(suggested.max_norm)}<" in (out / "clipjax_demo_run.html").read_text()
 
 
 @pytest.mark.parametrize(
-  ("args", "message"),
+  ("args", "want"), [([], (Path(), 300, 0)), (["--steps", "2", "--seed", "3", "--out", "x"], (Path("x"), 2, 3))]
+)
+def test_demo_hands_its_options_on(args, want, monkeypatch):
+  calls = []
+  for part in (demo, advice):
+    monkeypatch.setattr(part, "run", lambda *given: calls.append(given))
+  assert cli.main(["demo", *args]) == 0
+  assert calls == [want] * 2
+
+
+@pytest.mark.parametrize(
+  ("option", "value", "message"),
   [
-    (["--steps", "0"], "argument --steps: must be >= 1, got 0"),
-    (["--steps", "many"], "argument --steps: must be a whole number, got 'many'"),
-    (["--seed", "-1"], "argument --seed: must be >= 0 and <= 4294967295, got -1"),
+    ("--steps", "0", "must be >= 1, got 0"),
+    ("--steps", "many", "must be a whole number, got 'many'"),
+    ("--seed", "4294967296", "must be >= 0 and <= 4294967295, got 4294967296"),
   ],
 )
-def test_wrong_arguments(args, message, capsys):
-  with pytest.raises(SystemExit) as exit_info:
-    cli.main(["demo", *args])
-  assert exit_info.value.code == 2
-  assert capsys.readouterr().err.splitlines()[-1] == f"clipjax demo: error: {message}"
+def test_wrong_arguments(option, value, message, capsys):
+  with pytest.raises(SystemExit, match="2"):
+    cli.main(["demo", option, value])
+  assert capsys.readouterr().err.endswith(f"\nclipjax demo: error: argument {option}: {message}\n")
 
 
-def test_a_directory_that_cannot_be_written_to_is_told_before_the_training(tmp_path, capsys, monkeypatch):
+OVERWRITE = "the demo would overwrite '{}', which it did not write: name another directory with --out"
+
+
+def refuse(dir):  # A mode would not keep root from writing.
+  raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+
+@pytest.mark.parametrize(
+  ("out", "line"),
+  [
+    ("clipjax_demo.png/x", "cannot write clipjax_demo.png/x: Not a directory"),
+    ("read only", "cannot write read only: Permission denied"),
+    ("run", OVERWRITE.format(f"run/{advice._RECORD}")),
+    ("page", OVERWRITE.format(f"page/{advice._PAGE}")),
+  ],
+)
+def test_a_folder_unfit_for_the_files_is_reported_before_the_training(out, line, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(demo, "train_all", lambda *_: pytest.fail("trained first"))
-  (tmp_path / "file").touch()
-  assert cli.main(["demo", "--out", str(tmp_path / "file" / "x")]) == 2
-  assert capsys.readouterr() == ("", f"clipjax: cannot write {tmp_path / 'file' / 'x'}: Not a directory\n")
-  assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 2
-  assert capsys.readouterr() == ("", f"clipjax: cannot write {tmp_path / 'file'}: File exists\n")
-
-
-def test_a_read_only_directory_is_told_before_the_training(tmp_path, capsys, monkeypatch):
-  # A mode would not keep root from writing.
-  def refuse(dir):
-    raise PermissionError(errno.EACCES, "Permission denied", str(dir))
-
-  monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-  monkeypatch.setattr(demo, "train_all", lambda *_: pytest.fail("trained first"))
-  assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-  assert capsys.readouterr() == ("", f"clipjax: cannot write {tmp_path}: Permission denied\n")
-
-
-def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch, runs):
-  monkeypatch.setattr(demo, "train_all", lambda *_: runs)
-  (tmp_path / "clipjax_demo.json").mkdir()
-  assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-  assert capsys.readouterr().err == f"clipjax: cannot write {tmp_path / 'clipjax_demo.json'}: Is a directory\n"
-
-
-@pytest.mark.parametrize("name", ["clipjax_demo_run.jsonl", "clipjax_demo_run.html"])
-def test_a_file_that_the_demo_did_not_make_is_kept(name, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(demo, "train_all", lambda *_: pytest.fail("trained first"))
-  (tmp_path / name).write_text("mine")
-  assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-  (line,) = capsys.readouterr().err.splitlines()
-  assert line == (
-    f"clipjax: the demo writes {str(tmp_path / name)!r}, a file that it did not make: name another folder with --out"
-  )
-  assert (tmp_path / name).read_text() == "mine"
+  if out == "read only":
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+  mine = [Path("clipjax_demo.png"), Path("run", advice._RECORD), Path("page", advice._PAGE)]
+  for path in mine:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+  assert cli.main(["demo", "--out", out]) == 2
+  assert capsys.readouterr() == ("", f"clipjax: {line}\n")
+  assert {path.read_text() for path in mine} == {"mine"}
 
 
 def test_an_interrupt_leaves_no_traceback(monkeypatch, tmp_path):
@@ -384,39 +348,3 @@ def test_an_interrupt_leaves_no_traceback(monkeypatch, tmp_path):
   monkeypatch.setattr(demo, "train_all", interrupt)
   assert cli.main(["demo", "--out", str(tmp_path)]) == 130
   assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("package", ["rich", "matplotlib"])
-def test_a_missing_extra_is_one_line(package, tmp_path):
-  code = f"import sys; sys.modules['{package}'] = None; from clipjax.__main__ import main; sys.exit(main())"
-  got = run_python("-c", code, "demo", "--out", str(tmp_path))
-  assert (got.returncode, got.stdout) == (2, b"")
-  (line,) = got.stderr.decode().splitlines()
-  assert line.startswith("clipjax: the demo needs more packages, pip install 'clipjax[demo]' (")
-  assert package in line
-
-
-def test_no_command_prints_the_help(capsys):
-  assert cli.main([]) == 2
-  captured = capsys.readouterr()
-  assert captured.out == ""
-  assert captured.err.startswith("usage: clipjax ")
-  assert "demo" in captured.err
-
-
-@pytest.mark.parametrize("args", [["--help"], ["demo", "--help"], ["--version"]])
-def test_help_and_version_do_not_load_the_extra(args):
-  code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from clipjax.__main__ import main; main()"
-  got = run_python("-c", code, *args)
-  *text, modules = got.stdout.decode().splitlines()
-  assert (got.returncode, got.stderr) == (0, b"")
-  assert text[0].startswith("usage: clipjax" if "--help" in args else f"clipjax {clipjax.__version__}")
-  assert "clipjax.__main__" in modules.split()
-  assert not {"rich", "matplotlib"} & set(modules.split())
-
-
-def test_the_demo_loads_no_pyplot():
-  got = run_python(
-    "-c", "import sys, clipjax.demo.compare; print('jax' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
-  )
-  assert got.stdout.decode().split() == ["True", "False"]

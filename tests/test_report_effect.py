@@ -1,4 +1,4 @@
-"""What the report says and draws of a clip's effect: the section, its figure, and that nothing else takes it up."""
+"""The effect of a clip in the report: its section and figure, and no other part of the page."""
 
 import functools
 import json
@@ -10,17 +10,14 @@ import numpy as np
 import optax
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from pages import full, judged, make, written
+from pages import Page, figures, full, judged, labels, lines_of, make, panel, shown
 
 import clipjax
 from clipjax.runs.effects import effect_names
 from clipjax.runs.health.events import Event, Move
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.kept import mean_kept
-from clipjax.runs.report import axes as report_axes
 from clipjax.runs.report import effect, grid
-from clipjax.runs.report.series import Vectors
-from clipjax.runs.report.shown import Missing, shown_of
 from clipjax.runs.roles import judged_states, role_of
 from clipjax.runs.run import Run
 
@@ -31,7 +28,7 @@ NAMES = ("embed", "head", "layers/0/w")
 
 
 def with_effect(run, ratio=0.6, cosine=0.9, grad_ratio=0.5, *, leaves=None, names=NAMES, every=10, name="effect"):
-  """The run with an effect beside; NaN is a step that was not finite. `leaves`: the ratio of each, by row or not."""
+  """The run with an effect; NaN marks a nonfinite step. `leaves`: ratios by leaf, or by row and leaf."""
   n = len(run)
   for quantity, values in (("ratio", ratio), ("cosine", cosine), ("grad_ratio", grad_ratio), ("steps", run.steps)):
     key, column = f"{name}/{quantity}", np.broadcast_to(np.asarray(values, np.float64), n).copy()
@@ -52,39 +49,31 @@ def section_of(page, title=TITLE):
   return re.sub(r"\s+", " ", re.sub("<[^>]*>", "", re.sub("<svg.*?</svg>", "", found, flags=re.DOTALL)))
 
 
-def shown(run, findings=(), events=()):
-  report = clipjax.runs.diagnose(run)
-  return shown_of(run, report.__class__(tuple(findings), "", len(run), report.warmup_steps, tuple(events)))
+def sections_of(run, findings=(), events=(), *, drawn=False):
+  """The sections of the effects, as a page."""
+  with figures(drawn):
+    return Page("".join(effect.effects(shown(run, findings, events))))
 
 
-def drawn(run, width=report_axes.WIDE, findings=(), events=(), name="effect"):
-  figure = effect.figure(effect.picture_of(shown(run, findings, events), name), width)
+def drawn(run, findings=(), events=()):
+  figure = effect.figure(effect.picture_of(shown(run, findings, events), "effect"))
   FigureCanvasAgg(figure).draw()
   return figure
 
 
-def panel(figure, title):
-  (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
-  return axes
-
-
 def curve(axes, label):
-  (line,) = [line for line in axes.lines if line.get_label().strip() == label]
-  return line.get_ydata()
+  return lines_of(axes)[label].get_ydata()
 
 
 # What is said -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", [full, lambda: make([]), lambda: make([1.0] * 9, **{"mine/cosine": [0.5] * 9})])
-def test_a_run_without_an_effect_has_nothing_of_it(run, tmp_path):
-  page = written(run(), tmp_path)
-  assert TITLE not in page.text
-  assert "effect" not in page.text
-  assert not any(isinstance(part, Missing) for part in effect.effects(shown(run())))
+def test_a_run_without_an_effect_has_no_section(run):
+  assert effect.effects(shown(run())) == []
 
 
-def test_the_numbers_are_those_after_the_warm_up():
+def test_the_numbers_leave_out_the_warm_up():
   # A tenth of 100 steps is the warm-up, whose numbers would turn every median.
   ratio, cosine = np.full(100, 0.5), np.full(100, 0.8)
   ratio[:10], cosine[:10] = 40.0, -1.0
@@ -92,15 +81,18 @@ def test_the_numbers_are_those_after_the_warm_up():
   ratio[28:32] = [0.94, 1.06, 0.96, 1.0]
   leaves = np.tile([0.9, 1.5, 1.0], (20, 1))
   leaves[2:, 0] = [0.2, 3.0, 0.6] * 6  # Kept: (0.2 + 1 + 0.6) / 3; a longer step makes up for none.
-  page = judged(with_effect(make(np.ones(100)), ratio, cosine, 0.25, leaves=leaves, every=5))
+  page = sections_of(with_effect(make(np.ones(100)), ratio, cosine, 0.25, leaves=leaves, every=5))
   for words in (page.alt(TITLE), section_of(page)):
-    assert "the median ratio is 0.5, the median cosine 0.8" in words
-    assert "20 of 90 (22.2%) steps are within 5% of 1" in words
-    assert "multiplies the norm of the gradient by 0.25 (median)" in words
-    assert re.search(r"embed.? keeps least of its step, 60% on average", words)
-    assert re.search(r"head.? is lengthened most, 1.5 times \(median\)", words)
+    assert "the median ratio is 0.5 and the median cosine 0.8." in words
+    assert "In 20 of 90 (22.2%) steps the ratio is within 5% of 1." in words
+    assert "multiplies the gradient norm by 0.25 (median)" in words
+    assert re.search(r"embed.? keeps the smallest part of its step, 60% on average", words)
+    assert re.search(r"The step of head.? grows most, 1.5 times \(median\)", words)
   assert "a ratio of 1" in section_of(page).lower()
   assert "Adam" in section_of(page)
+
+
+KEEPS = "keeps the smallest part of its step"
 
 
 @pytest.mark.parametrize(
@@ -108,36 +100,23 @@ def test_the_numbers_are_those_after_the_warm_up():
   [
     ([1.0, 0.97, 1.04], "On average every leaf keeps its step to within 5%."),
     ([0.6, 0.6, 0.6], "Every leaf keeps the same part of its step, 60% on average."),
-    (
-      [0.6, 1.01, 1.0],
-      "embed keeps least of its step, 60% on average. No leaf is lengthened by more than 5% (median).",
-    ),
-    (
-      [1.0, 2.5, 1.0],
-      "No leaf loses more than 5% of its step on average. head is lengthened most, 2.5 times (median).",
-    ),
-    ([0.0, 1.0, MOST], "embed keeps least of its step, 0% on average. layers/0/w would not move without the clip."),
+    ([0.6, 1.01, 1.0], f"embed {KEEPS}, 60% on average. The step of no leaf grows by more than 5% (median)."),
+    ([1.0, 2.5, 1.0], "No leaf loses more than 5% of its step on average. The step of head grows most, 2.5 times"),
+    ([0.0, 1.0, MOST], f"embed {KEEPS}, 0% on average. layers/0/w would not move without the clip."),
     ([np.nan, np.nan, np.nan], "No leaf has a finite ratio after the warm-up."),
-    (
-      [np.nan, 1.0, 0.5],
-      "layers/0/w keeps least of its step, 50% on average. No leaf is lengthened by more than 5% (median).",
-    ),
+    ([np.nan, 1.0, 0.5], f"layers/0/w {KEEPS}, 50% on average. The step of no leaf grows by more than 5% (median)."),
   ],
 )
 def test_leaves_in_words(leaves, said):
-  page = judged(with_effect(make(np.ones(100)), leaves=leaves))
+  page = sections_of(with_effect(make(np.ones(100)), leaves=leaves))
   assert said in page.alt(TITLE)
 
 
 def test_steps_that_were_not_finite_are_counted():
   ratio = np.full(50, 0.5)
   ratio[[20, 30]] = np.nan
-  words = judged(with_effect(make(np.ones(50)), ratio, ratio, ratio)).alt(TITLE)
-  assert "2 steps were not finite" in words
-  assert "the median ratio is 0.5" in words
-  words = judged(with_effect(make(np.ones(50)), np.nan, np.nan, np.nan, leaves=np.nan)).alt(TITLE)
-  assert "After the warm-up no step was finite" in words
-  assert "nan" not in words
+  words = sections_of(with_effect(make(np.ones(50)), ratio, ratio, ratio)).alt(TITLE)
+  assert "2 steps were nonfinite" in words and "the median ratio is 0.5" in words
 
 
 def test_rows_of_a_spike_do_not_count_more_than_others():
@@ -150,7 +129,7 @@ def test_rows_of_a_spike_do_not_count_more_than_others():
   order = np.argsort(np.append(steps, at), kind="stable")
   run.vectors["effect/ratio"] = np.append(steps, at)[order], np.concatenate([values, low])[order]
   kept = (174 * 0.8 + 6 * 0.01) / 180
-  assert f"embed keeps least of its step, {100 * kept:.3g}% on average" in judged(run).alt(TITLE)
+  assert f"embed {KEEPS}, {100 * kept:.3g}% on average" in sections_of(run).alt(TITLE)
 
 
 def test_each_step_counts_as_the_row_that_was_clipped_as_much():
@@ -163,30 +142,25 @@ def test_each_step_counts_as_the_row_that_was_clipped_as_much():
   np.testing.assert_allclose(mean_kept(ratios, np.ones(3), np.ones(4)), [0.5, np.nan])
 
 
-def test_two_effects_have_a_section_each(tmp_path):
+def test_each_effect_has_a_section_after_the_distribution_of_the_norm():
   run = with_effect(full(), 0.5, leaves=[0.5, 0.5, 0.5])
-  page = written(with_effect(run, 1.5, name="adam/effect"), tmp_path)
-  headings = re.findall(rf"<h2>({TITLE}[^<]*)</h2>", page.source)
-  assert headings == [f"{TITLE}, effect", f"{TITLE}, adam/effect"]
-  assert "the median ratio is 0.5" in section_of(page, headings[0])
-  words = section_of(page, headings[1])
-  assert "the median ratio is 1.5" in words
-  assert "Numbers by leaf were not recorded" in words
-
-
-def test_the_section_comes_after_the_distribution_of_the_norm(tmp_path):
-  headings = re.findall("<h2[^>]*>([^<]*)</h2>", written(with_effect(full()), tmp_path).source)
-  assert headings.index(TITLE) == headings.index("Distribution of the norm") + 1
+  page = judged(with_effect(run, 1.5, name="adam/effect"))
+  headings = re.findall("<h2[^>]*>([^<]*)</h2>", page.source)
+  at = headings.index("Distribution of the norm") + 1
+  titles = headings[at : at + 2]
+  assert titles == [f"{TITLE}, effect", f"{TITLE}, adam/effect"]
+  first, second = (section_of(page, title) for title in titles)
+  assert "the median ratio is 0.5" in first and "Numbers by leaf were not recorded" not in first
+  assert "the median ratio is 1.5" in second and "Numbers by leaf were not recorded" in second
 
 
 # What is drawn ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [report_axes.WIDE, report_axes.NARROW])
-def test_the_figure_has_the_ratios_the_cosine_and_the_leaves_on_one_axis(width):
+def test_the_figure_has_the_ratios_the_cosine_and_the_leaves_on_one_axis():
   n = 100
   ratio, cosine, left = np.linspace(0.2, 3, n), np.linspace(1, -0.4, n), np.linspace(1, 0.1, n)
-  figure = drawn(with_effect(make(np.ones(n)), ratio, cosine, left, leaves=[0.1, 1.0, 10.0]), width)
+  figure = drawn(with_effect(make(np.ones(n)), ratio, cosine, left, leaves=[0.1, 1.0, 10.0]))
   length, turn, leaves = (panel(figure, title) for title in (LENGTH, TURN, LEAVES))
   np.testing.assert_allclose(curve(length, "step"), ratio)
   np.testing.assert_allclose(curve(length, "gradient"), left)
@@ -196,6 +170,8 @@ def test_the_figure_has_the_ratios_the_cosine_and_the_leaves_on_one_axis(width):
   assert turn.get_yscale() == "linear"
   low, high = turn.get_ylim()
   assert -1.1 < low < -0.4 and 1 < high < 1.1
+  low, high = panel(drawn(with_effect(make(np.ones(50)), cosine=np.linspace(0.99999, 1, 50))), TURN).get_ylim()
+  assert low <= 0.9 and 1 < high < 1.1  # A cosine near 1 is not magnified.
   assert length.get_xlim() == turn.get_xlim() == leaves.get_xlim()
   (image,) = leaves.images
   assert image.norm.vmin == pytest.approx(-1) and image.norm.vmax == pytest.approx(1)
@@ -203,55 +179,35 @@ def test_the_figure_has_the_ratios_the_cosine_and_the_leaves_on_one_axis(width):
   assert [text.get_text() for text in leaves.get_yticklabels()] == ["embed", "head", "layers/0"]
 
 
-def test_a_cosine_near_1_is_not_magnified():
-  figure = drawn(with_effect(make(np.ones(50)), cosine=np.linspace(0.99999, 1, 50)))
-  low, high = panel(figure, TURN).get_ylim()
-  assert low <= 0.9 and 1 < high < 1.1
-
-
-def test_ratios_without_a_place_on_the_axis_are_marks_at_its_edge():
+def test_ratios_without_a_place_on_the_axis_are_marks_at_its_edge_and_cells_of_a_colour_of_their_own():
   ratio = np.full(50, 0.5)
   ratio[[10, 20, 30]] = 0, MOST, np.nan
-  axes = panel(drawn(with_effect(make(np.ones(50)), ratio)), LENGTH)
+  figure = drawn(with_effect(make(np.ones(50)), ratio, leaves=[0.0, np.nan, MOST]))
+  axes = panel(figure, LENGTH)
   low, high = axes.get_ylim()
   assert low > 0.05 and high < 20
-  lines = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in axes.lines}
-  assert lines["no step"] == [11]
-  assert lines["only clipped"] == [21]
-  assert lines["not finite"] == [31]
-
-
-def test_the_cells_of_ratios_without_a_place_have_colours_of_their_own():
-  axes = panel(drawn(with_effect(make(np.ones(50)), leaves=[0.0, np.nan, MOST])), LEAVES)
+  at = [int(*lines_of(axes)[label].get_xdata()) for label in ("0 with the clip", "0 without the clip", "nonfinite")]
+  assert at == [11, 21, 31]
+  axes = panel(figure, LEAVES)
   (image,) = axes.images
   values = image.get_array()[:, 0]
   assert values[0] < image.norm.vmin and values[1] > image.norm.vmax and values[2] == image.norm.vmax
-  assert {text.get_text().strip() for text in axes.get_legend().get_texts()} >= {"not finite", "zero"}
+  assert set(labels(axes)) >= {"nonfinite", "zero"}
 
 
-def test_a_cell_of_many_has_what_is_farthest_from_1():
-  steps = np.arange(1, 1001)
-  values = np.ones((1000, 2))
-  values[500, 0], values[700, 1] = 0.01, 50.0
-  values[501, 0], values[701, 1] = 5.0, 0.1
-  found = Vectors(steps, np.log10(values), ("a", "b"))
-  cells = grid.time_grid(found, grid.steps_of(steps), 50, combine=grid.farthest).values
-  np.testing.assert_allclose(cells.min(1), [-2, 0], atol=1e-12)
-  np.testing.assert_allclose(cells.max(1), [0, np.log10(50)], atol=1e-12)
-  names = tuple(f"w[{i}]" for i in range(1000))
-  lines = grid.by_depth(names, np.log10(values[:, :1]), 100, combine=grid.farthest).values[:, 0]
-  np.testing.assert_allclose(lines, np.where(np.arange(100) == 50, -2, 0), atol=1e-12)
+def test_one_short_or_long_step_of_a_long_run_is_drawn():
+  values = np.ones((3000, 1))
+  values[1234:1236, 0], values[2345:2347, 0] = (0.02, 3.0), (50.0, 0.5)  # In one cell each, the farther from 1 counts.
+  ratio = np.exp(np.random.default_rng(0).normal(0, 0.1, 3000))
+  figure = drawn(with_effect(make(np.ones(3000)), ratio, leaves=values, names=("w",), every=1))
+  (image,) = panel(figure, LEAVES).images
+  cells = image.get_array()
+  assert cells.shape[1] < 500
+  assert (cells.min(), cells.max()) == (pytest.approx(np.log10(0.02)), pytest.approx(np.log10(50.0)))
+  line = curve(panel(figure, LENGTH), "step")
+  assert line.size < 2000 and (line.min(), line.max()) == (ratio.min(), ratio.max())
   some = np.array([[np.nan, 1.0], [np.nan, -np.inf], [np.nan, np.nan]])
   np.testing.assert_array_equal(grid.farthest(some, np.array([0])), [[np.nan, -np.inf]])
-
-
-def test_one_short_step_of_a_long_run_is_drawn():
-  values = np.ones((3000, 1))
-  values[1234], values[1235] = 0.02, 3.0
-  run = with_effect(make(np.ones(3000)), leaves=values, names=("w",), every=1)
-  (image,) = panel(drawn(run), LEAVES).images
-  assert image.get_array().shape[1] < 500
-  assert image.get_array().min() == pytest.approx(np.log10(0.02))
 
 
 def test_a_starved_layer_of_a_deep_stack_is_drawn():
@@ -261,9 +217,9 @@ def test_a_starved_layer_of_a_deep_stack_is_drawn():
   run = with_effect(make(np.ones(100)), leaves=values, names=names)
   (image,) = panel(drawn(run), LEAVES).images
   assert image.get_array().min() == pytest.approx(np.log10(0.02))
-  page = judged(run)
-  assert "blocks/w[1234] keeps least of its step, 2% on average" in page.alt(TITLE)
-  assert "farthest from 1 of 6 neighbours" in section_of(page)
+  page = sections_of(run)
+  assert f"blocks/w[1234] {KEEPS}, 2% on average" in page.alt(TITLE)
+  assert "farthest from 1 among 6 neighbours" in section_of(page)
 
 
 def test_what_the_verdict_marks_is_marked():
@@ -273,8 +229,8 @@ def test_what_the_verdict_marks_is_marked():
   figure = drawn(run, findings=findings, events=events)
   words = {text.get_text() for text in panel(figure, "What happened").texts}
   assert words == {"clip-starves", "1"}
-  assert "marked as in the timeline" in section_of(judged(run, findings, events))
-  assert "marked" not in section_of(judged(run))
+  assert "marked as in the timeline" in section_of(sections_of(run, findings, events))
+  assert "marked" not in section_of(sections_of(run))
 
 
 ODD = {
@@ -293,102 +249,67 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 2, 60])
-@pytest.mark.parametrize("case", ODD)
-def test_odd_runs_have_a_whole_section(case, steps, tmp_path):
-  page = written(ODD[case](make(np.ones(steps))), tmp_path)
+@pytest.mark.parametrize(
+  ("case", "steps"), [*((case, 60) for case in ODD), ("none finite", 1), ("most", 1), ("one leaf", 2)]
+)
+def test_odd_runs_have_a_whole_section(case, steps):
+  page = sections_of(ODD[case](make(np.ones(steps))), drawn=True)
   assert LENGTH in page.text
   alt = page.alt(TITLE)
   assert not re.search(r"\bnan\b|\binf\b|e\+38|None", alt)
   assert len([attrs for attrs in page.all("svg") if attrs["aria-label"] == alt]) == 2
-
-
-def test_a_long_run_is_thinned(tmp_path):
-  rng = np.random.default_rng(0)
-  ratio = np.exp(rng.normal(0, 0.1, 20_000))
-  run = with_effect(make(np.ones(20_000)), ratio, leaves=np.ones(3), every=50)
-  shown_values = curve(panel(drawn(run), LENGTH), "step")
-  assert shown_values.size < 2000
-  assert (shown_values.min(), shown_values.max()) == (ratio.min(), ratio.max())
+  assert ("After the warm-up, no step was finite" in alt) == (case == "none finite" and steps > 1)
 
 
 # What it is not -----------------------------------------------------------------------------------------------------
 
 
-def test_an_effect_is_no_gradient_and_its_ratio_none_of_updates_to_parameters(tmp_path):
-  run = with_effect(make(np.ones(50)), leaves=1.0)
-  assert effect_names(run) == ["effect"]
+@pytest.mark.parametrize("name", ["effect", "update"])
+def test_an_effect_is_neither_a_gradient_nor_a_ratio_of_updates(name):
+  run = with_effect(make(np.ones(50)), leaves=[0.5, 1.0, 2.0], name=name)
+  assert effect_names(run) == [name]
   assert judged_states(run) == ["grad"]
-  assert [role_of(key) for key in run.columns if key.startswith("effect/")] == [None] * 4
+  assert [role_of(key) for key in run.columns if key.startswith("effect/")] == [None] * 4 * (name == "effect")
   assert clipjax.runs.plot_norms(run).axes[0].get_ylabel() == "grad/norm"
-  assert "Size of the updates" in written(run, tmp_path).text.partition("Not in this report")[2]
-  alone = with_effect(Run("x", np.arange(1, 51), {}, {}, {}, {}, None, None), leaves=1.0)
-  with pytest.raises(ValueError, match="`run` must have a norm"):
-    clipjax.runs.plot_norms(alone)
-  assert TITLE in judged(alone).text
-
-
-def test_an_effect_that_is_called_update_is_still_an_effect(tmp_path):
-  run = with_effect(make(np.ones(50), names=("w",)), 0.5, leaves=[0.5], names=("w",), name="update")
-  page = written(run, tmp_path)
-  assert f"{TITLE}, update" in page.text
-  assert "Update over parameters" not in page.text
+  page = judged(run)
+  assert (TITLE if name == "effect" else f"{TITLE}, update") in page.text
   assert "Size of the updates" in page.text.partition("Not in this report")[2]
-  assert "update ratio" not in page.text
+  assert "Update over parameters" not in page.text and "update ratio" not in page.text
+  data = json.loads(page.data)
+  assert {f"{name}/{quantity}" for quantity in ("ratio", "cosine", "grad_ratio", "steps")} <= set(data["columns"])
+  assert data["vectors"][f"{name}/ratio"]["values"][0] == [0.5, 1.0, 2.0]
+  assert data["leaves"][name] == list(NAMES)
 
 
-def test_the_data_of_the_page_have_the_effect(tmp_path):
-  run = with_effect(make(np.ones(50)), leaves=[0.5, 1.0, 2.0])
-  data = json.loads(written(run, tmp_path).data)
-  assert {"effect/ratio", "effect/cosine", "effect/grad_ratio", "effect/steps"} <= set(data["columns"])
-  assert data["vectors"]["effect/ratio"]["values"][0] == [0.5, 1.0, 2.0]
-  assert data["leaves"]["effect"] == list(NAMES)
+def test_a_run_of_an_effect_alone_has_its_section_and_no_norm():
+  alone = with_effect(Run("x", np.arange(1, 51), {}, {}, {}, {}, None, None), leaves=1.0)
+  with pytest.raises(
+    ValueError, match=r"^`run` must have a norm, got \['effect/cosine', .*: chain clipjax.watch\(\) or a"
+  ):
+    clipjax.runs.plot_norms(alone)
+  assert TITLE in sections_of(alone).text
 
 
 # A recorded run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def heavy():
-  """An effect and gradients of two leaves, of which one is 100 times as large at every third step."""
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_page_of_a_recorded_run_says_what_its_file_says(tmp_path):
+  # One of two gradients is 100 times as large at every third step.
   tx = clipjax.clip_effect(clipjax.clip_by_global_norm(3.0), optax.sgd(0.1))
   params = {"even": jnp.ones(8), "heavy": jnp.ones(8)}
   draws = np.random.default_rng(1).standard_normal((60, 2, 8)).astype(np.float32)
   draws[::3, 1] *= 100
-  return tx, params, {"even": jnp.array(draws[:, 0]), "heavy": jnp.array(draws[:, 1])}
-
-
-@pytest.mark.usefixtures("standard_promotion")
-def test_the_page_of_a_recorded_run_says_what_its_file_says(heavy, tmp_path):
-  tx, params, grads = heavy
   state, update = tx.init(params), jax.jit(tx.update)
-  path = tmp_path / "run.jsonl"
-  with clipjax.runs.Recorder(str(path), every=1) as recorder:
-    for i in range(60):
-      _, state = update(jax.tree.map(lambda x, i=i: x[i], grads), state, params)
-      recorder.push(i + 1, state, loss=1.0)
-  run = clipjax.runs.read_run(str(path))
-  words = judged(run).alt(TITLE)
+  with clipjax.runs.Recorder(tmp_path / "run.jsonl", every=1) as recorder:
+    for step, (even, heavy) in enumerate(draws, 1):
+      _, state = update({"even": jnp.array(even), "heavy": jnp.array(heavy)}, state, params)
+      recorder.push(step, state, loss=1.0)
+  run = clipjax.runs.read_run(tmp_path / "run.jsonl")
+  words = sections_of(run).alt(TITLE)
   begin = clipjax.runs.diagnose(run).warmup_steps
-  late = run["effect/ratio"][begin:]
-  assert (
-    f"the median ratio is {np.median(late):.3g}, the median cosine {np.median(run['effect/cosine'][begin:]):.3g}"
-    in words
-  )
+  ratio, cosine = (np.median(run[f"effect/{quantity}"][begin:]) for quantity in ("ratio", "cosine"))
+  assert f"the median ratio is {ratio:.3g} and the median cosine {cosine:.3g}" in words
   kept = np.minimum(run["effect/ratio/even"][begin:], 1).mean()
   assert 0.3 < kept < 0.9
   assert f"keeps the same part of its step, {100 * kept:.3g}% on average" in words
-
-
-@pytest.mark.usefixtures("standard_promotion")
-def test_a_run_out_of_a_scan_has_the_leaves_of_an_effect(heavy):
-  tx, params, grads = heavy
-
-  def step(state, grad):
-    _, state = tx.update(grad, state, params)
-    return state, clipjax.metrics(state, per_leaf=True)
-
-  run = Run.from_arrays(jax.lax.scan(step, tx.init(params), grads)[1])
-  assert run.leaves["effect"] == ("even", "heavy")
-  assert {"effect/ratio", "effect/cosine", "effect/share"} <= set(run.vectors)
-  assert not any(key.startswith(("effect/cosine/", "effect/share/")) for key in run.columns)

@@ -1,66 +1,55 @@
-"""The report has the limits and the warm-up of the verdict, and spares other files."""
+"""The report uses the limits and the warm-up of the verdict, and overwrites no other files."""
 
 import os
-import pathlib
 import re
 
 import numpy as np
 import pytest
+from pages import lines_of, written
 from synthetic import N, healthy, layered, run_of, with_spikes
 
 import clipjax
 from clipjax.runs.health.events import Event, Move
-from clipjax.runs.report import figures, mark, series, write
+from clipjax.runs.report import build, figures, mark, series
+from clipjax.runs.report import write as report_write
 
 Limits = clipjax.runs.HealthLimits
-
-
-def text_of(run, tmp_path, **options):
-  """The words of a page, without its tags."""
-  page = clipjax.runs.write_report(run, tmp_path / "report.html", **options).read_text()
-  return re.sub("<[^>]*>", "", re.sub("<script.*?</script>", "", page, flags=re.DOTALL)).replace("&#x27;", "'")
-
-
-def lines_of(axes):
-  return {line.get_label(): line for line in axes.lines}
 
 
 # Limits -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_verdict_of_the_page_has_the_limits(tmp_path):
-  run = run_of(healthy())
-  seen = []
-  for options in ({}, {"limits": Limits(min_steps=10**6), "warmup_steps": 123}):
-    messages = [finding.message for finding in clipjax.runs.diagnose(run, **options)]
-    text = text_of(run, tmp_path, **options)
-    assert all(message in text for message in messages)
-    seen.append((messages, text))
-  (usual, before), (limited, after) = seen
-  assert {message in after for message in set(usual) - set(limited)} == {False}
-  assert {message in before for message in set(limited) - set(usual)} == {False}
-  assert "(the 123 of the warm-up left out)" in after  # Of the suggestion.
-
-
-def test_the_speed_of_the_page_leaves_out_the_same_warm_up(tmp_path):
+def test_the_page_has_the_limits_and_the_warm_up_of_its_verdict(tmp_path):
   time = np.cumsum(np.where(np.arange(N) < 300, 9.0, 0.5))
-  run = run_of(healthy(time=time))
-  assert "step time9 s" in text_of(run, tmp_path)
-  text = text_of(run, tmp_path, warmup_steps=300)
-  assert "Line chart of the time of a step: 500 ms, the median of parts of the run" in text
-  assert "step time500 ms" in text and "500 ms a step" in text
+  run = run_of(healthy(time=time), **layered([1e-3, 5e-2], key="update/ratio"))
+  given = {"limits": Limits(min_steps=10**6, ratio_low=1e-3, ratio_high=0.1), "warmup_steps": 300}
+  pages = [written(run, tmp_path, drawn=True, **options).text for options in ({}, given)]
+  messages = [{finding.message for finding in clipjax.runs.diagnose(run, **options)} for options in ({}, given)]
+  assert messages[0] - messages[1] and messages[1] - messages[0]
+  for page, own, other in zip(pages, messages, messages[::-1], strict=True):
+    assert {message for message in own | other if message in page} == own
+  told = (
+    ("step time9 s", "step time500 ms"),
+    (
+      "1 of 2 layers have a median in the range 0.0001 to 0.01.",
+      "2 of 2 layers have a median in the range 0.001 to 0.1.",
+    ),
+    ("usual, 0.0001 to 0.01", "usual, 0.001 to 0.1"),
+    ("(the 40 of the warm-up left out)", "(the 300 of the warm-up left out)"),  # Of the suggestion.
+  )
+  for usual, limited in told:
+    assert usual in pages[0] and limited not in pages[0]
+    assert limited in pages[1] and usual not in pages[1]
 
 
 @pytest.mark.parametrize(
   ("band", "label", "middle"),
   [
-    ((1e-4, 1e-2), "usual, 0.0001 to 0.01", "0.001"),
-    ((0.04, 0.09), "usual, 0.04 to 0.09", "0.06"),
-    ((0.0, 1e-2), "usual, 0 to 0.01", None),
-    ((1e-4, np.inf), "usual, 0.0001 to inf", None),
+    ((0.04, 0.09), "usual, 0.04 to 0.09", ["0.06"]),
+    ((0.0, np.inf), "usual, 0 to inf", []),
   ],
 )
-def test_the_usual_ratio_of_the_figure_is_that_of_the_limits(band, label, middle):
+def test_the_figure_shows_the_usual_ratio_of_the_limits(band, label, middle):
   run = run_of(healthy(), **layered([1e-3, 5e-2], key="update/ratio"))
   found = series.vectors(run, "update/ratio")
   (axes,) = figures.ratios((run.steps, run["update/ratio"]), found, band).axes
@@ -68,15 +57,7 @@ def test_the_usual_ratio_of_the_figure_is_that_of_the_limits(band, label, middle
   low, high = span.get_y(), span.get_y() + span.get_height()
   assert low == pytest.approx(max(band[0], 1e-306)) and high == pytest.approx(min(band[1], 1e306))
   dashed = [line.get_label() for line in axes.lines if re.fullmatch(r"[\d.]+", line.get_label())]
-  assert dashed == ([middle] if middle else [])
-
-
-def test_the_words_of_the_ratio_have_the_limits_too(tmp_path):
-  run = run_of(healthy(), **layered([1e-3, 5e-2], key="update/ratio"))
-  assert "The median of 1 of 2 layers lies in 0.0001 to 0.01." in text_of(run, tmp_path)
-  limits = Limits(ratio_low=1e-3, ratio_high=0.1)
-  assert "The median of 2 of 2 layers lies in 0.001 to 0.1." in text_of(run, tmp_path, limits=limits)
-  assert "usual, 0.001 to 0.1" in text_of(run, tmp_path, limits=limits)
+  assert dashed == middle
 
 
 def test_spikes_are_ringed_by_the_rule_of_the_verdict(monkeypatch):
@@ -88,7 +69,7 @@ def test_spikes_are_ringed_by_the_rule_of_the_verdict(monkeypatch):
     given.append(options)
     return clipjax.runs.HealthReport((), "", N, 40, events)
 
-  monkeypatch.setattr(write, "diagnose", diagnose)
+  monkeypatch.setattr(report_write, "diagnose", diagnose)
   limits = Limits(rise=3.0)
   rings = lines_of(clipjax.runs.plot_norms(run, limits=limits, warmup_steps=7).axes[0])["spike"]
   assert rings.get_xdata().tolist() == [201, 301] and rings.get_ydata().tolist() == [30.0, 30.0]
@@ -105,52 +86,88 @@ def test_the_warm_up_is_shaded():
   assert shaded(warmup_steps=0) == shaded(warmup_steps=5000) == []
 
 
+# Wrong arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [clipjax.runs.plot_norms, clipjax.runs.write_report])
 @pytest.mark.parametrize(
-  "function", [clipjax.runs.plot_norms, lambda run, **o: clipjax.runs.write_report(run, "x", **o)]
+  ("run", "options", "kind", "text"),
+  [
+    ("run.jsonl", {}, TypeError, "`run` must be a Run, got 'run.jsonl' (str): read the file with"),
+    (None, {"limits": {}}, TypeError, "`limits` must be a HealthLimits, got a dict: "),
+    (None, {"warmup_steps": -1}, ValueError, "`warmup_steps` must be >= 0, got -1: "),
+  ],
 )
-def test_wrong_limits_are_told_as_by_diagnose(function):
-  run = run_of(healthy())
-  with pytest.raises(TypeError, match=r"^`limits` must be a HealthLimits, got a dict: "):
-    function(run, limits={})
-  with pytest.raises(ValueError, match=r"^`limits.rise` must be a number >= 0, got -1"):
-    function(run, limits=Limits(rise=-1))
-  with pytest.raises(ValueError, match=r"^`warmup_steps` must be >= 0, got -1: "):
-    function(run, warmup_steps=-1)
-  assert not pathlib.Path("x").exists()
+def test_wrong_arguments_are_reported_as_by_diagnose(function, run, options, kind, text, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = ["x.html"] if function is clipjax.runs.write_report else []
+  with pytest.raises(kind) as error:
+    function(run or run_of(healthy()), *path, **options)
+  assert str(error.value).startswith(text)
+  assert list(tmp_path.iterdir()) == []
 
 
 # Files --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def page(monkeypatch):
+  """The content of every page, as a stand-in for the real one."""
+  content = f"{mark.START}new"
+  monkeypatch.setattr(build, "whole_page", lambda *_: content)
+  return content
+
+
+def write(path):
+  return clipjax.runs.write_report(run_of({"grad/norm": [1.0]}), path)
+
+
 @pytest.mark.parametrize("content", ["<!DOCTYPE html>\n<title>mine</title>", "x", mark.START[:-1], "\n" + mark.START])
-def test_no_other_file_is_overwritten(content, tmp_path):
-  path = tmp_path / "index.html"
-  path.write_text(content)
+@pytest.mark.parametrize("is_link", [False, True])
+def test_no_other_file_is_overwritten(content, is_link, tmp_path):
+  path, file = tmp_path / "index.html", tmp_path / ("notes.txt" if is_link else "index.html")
+  file.write_text(content)
+  if is_link:
+    path.symlink_to(file)
   with pytest.raises(ValueError, match="must be a new file") as error:
-    clipjax.runs.write_report(run_of(healthy()), path)
+    write(path)
   assert str(error.value) == (
     f"`path` must be a new file or a page that clipjax wrote, got {str(path)!r}, which is neither: name another file, "
-    "or remove that one."
+    "or delete that one."
   )
-  assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
+  assert file.read_text() == content and path.is_symlink() == is_link and set(tmp_path.iterdir()) == {path, file}
 
 
-def test_a_page_and_an_empty_file_are_overwritten(tmp_path):
+@pytest.mark.parametrize("content", ["", mark.START + "old"])
+def test_a_page_and_an_empty_file_are_overwritten_at_once(content, page, tmp_path, monkeypatch):
   path = tmp_path / "report.html"
-  path.touch()
-  for columns in (healthy(), with_spikes()):
-    clipjax.runs.write_report(run_of(columns), path)
-    assert path.read_text().startswith(mark.START)
-    assert f'<meta name="generator" content="clipjax {clipjax.__version__}">' in path.read_text()
+  path.write_text(content)
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(PermissionError):
+      write(path)
+  assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
+  assert write(path) == path
+  assert path.read_text() == page and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_to_another_file_is_kept(tmp_path):
-  path, other = tmp_path / "report.html", tmp_path / "notes.txt"
-  other.write_text("mine")
-  os.symlink(other, path)
-  with pytest.raises(ValueError, match="which is neither"):
-    clipjax.runs.write_report(run_of(healthy()), path)
-  assert other.read_text() == "mine" and path.is_symlink()
+def test_a_path_that_is_no_file_is_written_through(page):
+  assert write(os.devnull).exists()
+  assert not os.path.isfile(os.devnull)
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("none/x.html", "[Errno 2] the directory of the report does not exist, create it first: '{}'"),
+    (".", "[Errno 21] Is a directory: '{}'"),
+  ],
+)
+def test_a_place_that_cannot_hold_a_page_is_an_error(name, text, page, tmp_path):
+  with pytest.raises(OSError, match="Errno") as error:
+    write(tmp_path / name)
+  assert str(error.value) == text.format(tmp_path / name)
+  assert list(tmp_path.iterdir()) == [] and list(tmp_path.parent.glob(".clipjax*")) == []
 
 
 # Throughput ---------------------------------------------------------------------------------------------------------

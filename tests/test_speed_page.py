@@ -1,12 +1,13 @@
-"""The speed benchmark: its clockwork on fake clocks, and its page, which says what its numbers say."""
+"""The speed benchmark: its timing on fake clocks, and its page against its numbers."""
 
 import copy
 import json
 import pathlib
-import subprocess
 import sys
 
+import jax
 import pytest
+import speed
 import speed_page
 import speed_picture
 import speed_targets
@@ -17,16 +18,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-  """The page of a quick run of a few sections, and its numbers."""
+  """The page of a quick run of two sections, one after the other, and its numbers."""
   out = tmp_path_factory.mktemp("speed") / "speed.md"
-  command = [sys.executable, "benchmarks/speed.py", "--quick", "--peers", "jax", "--out", str(out), "--only"]
-  for sections in (["norm"], ["eager"]):
-    subprocess.run([*command, *sections], check=True, cwd=ROOT, capture_output=True)
+  command = ["speed.py", "--quick", "--peers", "jax", "--out", str(out), "--only"]
+  with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    for section in ("norm", "eager"):
+      patch.setattr(sys, "argv", [*command, section])
+      speed.main()
   return out, json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def fake(seconds):
-  """A clock, and work that takes so many seconds on it, one after another."""
+  """Work that takes the given seconds, call by call, and its clock."""
   now, left = [0.0], list(seconds)
 
   def run():
@@ -35,7 +38,7 @@ def fake(seconds):
   return run, lambda: now[0]
 
 
-def test_times_are_those_of_the_clock():
+def test_times_come_from_the_clock():
   run, clock = fake([100, 1, 5, 2, 4])
   take = timing.turn_of(run, clock=clock)
   assert [take() for _ in range(5)] == [100, 1, 5, 2, 4]
@@ -44,7 +47,7 @@ def test_times_are_those_of_the_clock():
   assert [take(), take()] == [2, 6]
 
 
-def test_what_prepares_is_not_timed():
+def test_preparation_is_not_timed():
   run, clock = fake([100, 1])
   assert timing.turn_of(run, prepare=run, clock=clock)() == 1
 
@@ -94,14 +97,14 @@ def test_verdicts_follow_the_numbers(quick):
   variants = speed_targets.find(data, "norm", "leaf")["variants"]
   for factor, holds in ((1.04, True), (1.06, False)):
     variants["clipjax"]["median"] = factor * variants["plain"]["median"]
-    row = next(t for t in speed_targets.targets(data) if t.what.startswith("norm, speed over that of the plainest"))
+    row = next(t for t in speed_targets.targets(data) if t.what.startswith("norm, speed relative to the plainest"))
     assert row.holds is holds
     assert f"{1 / factor:.2f} " in row.measured
   unmeasured = [t for t in speed_targets.targets(data) if t.section == "compile"]
   assert {(t.measured, t.holds) for t in unmeasured} == {("not measured", None)}
 
 
-def test_what_is_lost_in_noise_has_no_ratio_and_no_point():
+def test_a_time_lost_in_noise_has_no_ratio_and_no_point():
   variants = {"Optax": {"added": -1e-6}, "clipjax": {"added": 1e-6}}
   assert speed_targets.added_ratio(variants, "clipjax") is None
   variants |= {"jnp.sum": {"median": 1e-3}}
@@ -113,7 +116,7 @@ def test_what_is_lost_in_noise_has_no_ratio_and_no_point():
 
 
 @pytest.mark.skipif(not (ROOT / "docs/speed.json").exists(), reason="the benchmark has not been run")
-def test_the_page_in_docs_is_that_of_its_numbers():
+def test_the_page_in_docs_matches_its_numbers():
   data = json.loads((ROOT / "docs/speed.json").read_text(encoding="utf-8"))
   assert (ROOT / "docs/speed.md").read_text(encoding="utf-8") == speed_page.render(data)
   assert not any(section["quick"] for section in data["sections"].values())

@@ -339,7 +339,7 @@ def test_the_page_of_stacks_says_layers_by_name(tmp_path):
   run.vectors["grad/norm"][1][5, [4, 28]] = np.inf
   page = clipjax.runs.write_report(run, tmp_path / "report.html").read_text()
   text = page.replace("<wbr>", "").replace("<code>", "").replace("</code>", "")
-  assert "2 layers were not finite at some step: layer 3 of all 2 stacks." in page.replace("&#x27;", "'")
+  assert "2 layers were nonfinite at some step: layer 3 of all 2 stacks." in page.replace("&#x27;", "'")
   assert "One row for each of 50 layers" in page
   assert "<tr><td>blocks/v[1]</td>" in text[text.index("Step <strong>31</strong>") : text.index("Suggested threshold")]
   table = text[text.index("All layers") : text.index("Verdict: ")]
@@ -360,7 +360,7 @@ def test_the_page_of_stacks_says_layers_by_name(tmp_path):
 def test_many_layers_share_rows_of_the_map_and_the_caption_says_so():
   run = run_of_stacks([f"b/{i}" for i in range(12)], 200)
   (section,) = report_sections._layers(shown_of(run, HealthReport((), "", len(run), 0)), "grad")
-  assert "2,402 layers, the first on top; of a stack, each row has the largest of 7 neighbours. " in section
+  assert "2,402 layers, the first on top; in a stack, each row shows the largest of 7 neighbours. " in section
   run.leaves["grad"] = tuple(f"w{i}" for i in range(2402))  # Without a stack each has a row of its own.
   (section,) = report_sections._layers(shown_of(run, HealthReport((), "", len(run), 0)), "grad")
   assert "One row for each of 2,402 layers, the first on top. " in section

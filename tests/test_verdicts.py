@@ -185,12 +185,12 @@ def results():
 def test_the_page_says_what_its_results_say():
   said_of = {"one leaf": "one is larger: `spikes`", "sgd": "plain SGD"}
   text = verdicts_page.render(results(), said_of, {"runmedic": "0.1.1"})
-  assert (
-    "| The half that is reported | 3 of 4 (75%) | 3 of 4 (75%) | 3 of 4 (75%) | 3 of 4 (75%) | 1 of 2 (50%) |" in text
-  )
+  assert "| The reported half | 3 of 4 (75%) | 3 of 4 (75%) | 3 of 4 (75%) | 3 of 4 (75%) | 1 of 2 (50%) |" in text
   assert "| one leaf | one is larger: `spikes` | 3/4 | 3/4 | – | – | 3/4 | zeros 1 |" in text  # noqa: RUF001
-  assert "- one leaf (gru, adam, seed 103): right would be `spikes` at step 50; the verdict says WARN `zeros`" in text
-  assert "at step 7 in `w`. At that step the record has 1.25 times its usual grad/norm." in text
+  assert (
+    "- one leaf (gru, adam, seed 103): the right answer is `spikes` at step 50; the verdict says WARN `zeros`" in text
+  )
+  assert "at step 7 in `w`. At that step, the record shows 1.25 times its usual grad/norm." in text
   assert "- sgd (gru, adam, seed 101): WARN `rising-norm`: The norm rose." in text
   assert "| runmedic 0.1.1 | 1 of 4 (25%) | 1 of 4 (25%) | 1 of 2 (50%) |" in text
   assert "left out: one leaf (gru, adam, seed 104), held-out." in text

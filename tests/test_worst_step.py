@@ -1,7 +1,8 @@
-"""The worst step of a report: which it is, by its number as it was pushed, and its layers."""
+"""The worst step of a report: which step it is, by its pushed number, and its layers."""
 
 import numpy as np
-from pages import judged, make, written
+import pytest
+from pages import judged, make
 from synthetic import run_of
 
 from clipjax.runs.health.events import Event, Move
@@ -9,13 +10,17 @@ from clipjax.runs.health.findings import Finding
 from clipjax.runs.report.series import norm_series
 from clipjax.runs.report.worst import worst_step
 
+NAN = np.nan
+AB = (("a", 8.0), ("b", 4.0))
+RESUMED = [110, 120, 130, 140, 150]
+
 
 def worst(run, *args):
   return worst_step(run, norm_series(run, "grad"), *args)
 
 
 def watched(steps, counts, worst, norm, rows, values):
-  """A run of a watch that recorded norms by leaf at its worst step alone, in these rows."""
+  """A run of a watch that recorded norms by leaf only at its worst step, in these rows."""
   columns = {"grad/norm": norm, "grad/steps": counts, "grad/worst_step": worst}
   at = np.array(rows), np.array(values, np.float64)
   return run_of(columns, steps=steps, leaves={"grad": ("a", "b")}, vectors={"grad/worst_norm": at})
@@ -26,46 +31,33 @@ def layers(run):
   return found.step, found.norm, tuple(layer[:2] for layer in found.layers)
 
 
-def test_the_worst_step_is_the_one_that_was_pushed():
-  run = watched([100, 200, 300], [1, 2, 3], [1, 2, 2], [1.0, 9.0, 2.0], [100, 300], [[1, 0], [8, 4]])
-  assert layers(run) == (200, 9.0, (("a", 8.0), ("b", 4.0)))
-  # By the number of the step alone, none would be found, or that of another step.
-  other = watched([2, 3, 4], [1, 2, 3], [1, 1, 1], [1.0, 9.0, 2.0], [2, 4], [[1, 0], [1, 0]])
-  assert layers(other) == (3, 9.0, ())
-  far = watched([2, 3, 4], [11, 12, 13], [2, 2, 2], [9.0, 1.0, 2.0], [2, 4], [[1, 0], [1, 0]])
-  assert layers(far) == (2, 9.0, ())
-
-
-def test_the_worst_step_may_be_one_out_of_the_history_of_a_watch():
-  nan = np.nan
-  run = watched(
-    [101, 102, 103, 104, 108], [nan, nan, nan, 4, 8], [nan, nan, nan, 2, 2], [1, 9, 1, 1, 1], [104], [[8.0, 4.0]]
-  )
-  assert layers(run) == (102, 9.0, (("a", 8.0), ("b", 4.0)))
-
-
-def test_the_worst_step_of_a_new_state_is_not_that_of_the_one_before():
-  # The second state, from step 130 on, had its worst step as its second, and the largest norm of all.
-  run = watched(
-    [110, 120, 130, 140, 150], [1, 2, 1, 2, 3], [1, 2, 1, 2, 2], [1, 5, 1, 9, 1], [120, 150], [[5, 1], [9, 2]]
-  )
-  assert layers(run) == (140, 9.0, (("a", 9.0), ("b", 2.0)))
-  first = watched([110, 120, 130, 140, 150], [1, 2, 1, 2, 3], [1, 2, 1, 2, 2], [1, 9, 1, 5, 1], [150], [[5.0, 1.0]])
-  assert layers(first) == (120, 9.0, ())
+@pytest.mark.parametrize(
+  ("recorded", "worst"),
+  [
+    (([100, 200, 300], [1, 2, 3], [1, 2, 2], [1, 9, 2], [100, 300], [[1, 0], [8, 4]]), (200, 9.0, AB)),
+    # A search by the number of the step would find no step or another one.
+    (([2, 3, 4], [1, 2, 3], [1, 1, 1], [1, 9, 2], [2, 4], [[1, 0], [1, 0]]), (3, 9.0, ())),
+    (([2, 3, 4], [11, 12, 13], [2, 2, 2], [9, 1, 2], [2, 4], [[1, 0], [1, 0]]), (2, 9.0, ())),
+    # The worst step may be one out of the history of a watch.
+    (
+      ([101, 102, 103, 104, 108], [NAN, NAN, NAN, 4, 8], [NAN, NAN, NAN, 2, 2], [1, 9, 1, 1, 1], [104], [[8, 4]]),
+      (102, 9.0, AB),
+    ),
+    # A second state, from step 130 on: its worst step is its second too, and has the largest norm of all, or not.
+    ((RESUMED, [1, 2, 1, 2, 3], [1, 2, 1, 2, 2], [1, 5, 1, 9, 1], [120, 150], [[5, 1], [8, 4]]), (140, 9.0, AB)),
+    ((RESUMED, [1, 2, 1, 2, 3], [1, 2, 1, 2, 2], [1, 9, 1, 5, 1], [150], [[5, 1]]), (120, 9.0, ())),
+  ],
+)
+def test_the_worst_step_is_the_one_that_was_pushed(recorded, worst):
+  assert layers(watched(*recorded)) == worst
 
 
 def test_a_rejected_step_has_no_layers_though_the_one_before_has_its_count():
-  nan = np.nan
-  columns = {
-    "grad/norm": [1.0, 9.0, nan, 1.0],
-    "grad/steps": [1, 2, 2, 3],
-    "grad/worst_step": [1, 2, 2, 2],
-    "skip/norm": [1.0, 9.0, 700.0, 1.0],
-    "skip/consecutive": [0, 0, 1, 0],
-  }
-  vectors = {"grad/worst_norm": (np.array([20, 30, 40]), np.array([[9.0, 1.0]] * 3))}
-  run = run_of(columns, steps=[10, 20, 30, 40], leaves={"grad": ("a", "b")}, vectors=vectors)
+  run = watched([10, 20, 30, 40], [1, 2, 2, 3], [1, 2, 2, 2], [1, 9, 9, 1], [20, 30, 40], [[9.0, 1.0]] * 3)
+  run.columns.update({"skip/norm": np.array([1, 9, 700, 1.0]), "skip/consecutive": np.array([0, 0, 1, 0.0])})
   assert layers(run) == (30, 700.0, ())
+  text = "Step 30, the largest norm: grad/norm 700.skip_steps rejected it, and a clipjax.watch() inside did not"
+  assert text in judged(run).text
 
 
 def test_layers_that_were_not_recorded_at_the_worst_step_are_left_out_and_bad_ones_come_first():
@@ -84,14 +76,6 @@ def test_worst_step_by_layer():
   assert layers(run)[2] == (("a", 7.0), ("b", 3.0))
   run.columns["grad/worst_step"][:] = 1.0
   assert layers(run)[2] == ()
-
-
-def test_layers_of_a_rejected_step_are_not_known(tmp_path):
-  run = make([1.0, 9.0, 2.0], names=("a", "b"), **{"skip/consecutive": [0, 1, 0]})
-  text = written(run, tmp_path).text
-  assert (
-    "Step 2, the largest norm: grad/norm 9.skip_steps rejected it, so that a clipjax.watch() inside did not" in text
-  )
 
 
 # Which step ---------------------------------------------------------------------------------------------------------
@@ -134,10 +118,8 @@ def test_layers_are_ordered_by_how_far_they_moved():
   assert [layer.times for layer in worst(run, (event(31, 95),)).layers] == [30.0, 1.0, 1.0]
 
 
-def test_the_worst_step_of_the_page_is_that_of_the_finding():
+def test_the_page_shows_the_worst_step_of_the_finding():
   run = make([1.0, 50.0, 1.0], bad=[0], names=("a", "b"), every=1)
   finding = Finding("FAIL", "nonfinite", "m", steps=(1,))
-  assert (
-    "Step 1, the first that was not finite: grad/norm not finite.layernormanot finite" in judged(run, [finding]).text
-  )
+  assert "Step 1, the first nonfinite step of grad/norm.layernormanonfinite" in judged(run, [finding]).text
   assert "Step 2, the largest norm" in judged(run, [finding._replace(name="nonfinite-dropped")]).text

@@ -1,1 +1,1 @@
-"""The demo: a small model, what it shows of clipping, and the advice that it takes."""
+"""The demo: a small model, what clipping does to it, and the threshold that its norms suggest."""

@@ -1,8 +1,8 @@
-"""The end of the demo: which threshold the norms of a stable run suggest, whether it holds, and a report of that run.
+"""The last part of the demo: take a threshold from the norms of a stable run, try it, and write a report of that run.
 
-The network of `clipjax.demo.compare` trains once without a clip at a rate at which it is stable, recorded by a
-`clipjax.runs.Recorder`; what `clipjax.runs.suggest_max_norm` makes of its norms is then put to the test at the demo's
-own rate.
+The network of `clipjax.demo.compare` trains once without a clip, at a learning rate at which it is stable, and is
+recorded by a `clipjax.runs.Recorder`. `clipjax.runs.suggest_max_norm` derives a threshold from the norms of this run,
+and a second run tries it at the demo's higher rate.
 """
 
 import math
@@ -22,7 +22,7 @@ from clipjax.runs.reading.lines import is_run
 from clipjax.runs.report.mark import may_be_replaced
 from clipjax.runs.words import plain
 
-STABLE_RATE = 0.25  # The best stable one of this model without a clip in docs/choosing.md.
+STABLE_RATE = 0.25  # The best rate in docs/choosing.md at which this model is stable without a clip.
 
 _RECORD, _PAGE = "clipjax_demo_run.jsonl", "clipjax_demo_run.html"
 
@@ -30,26 +30,28 @@ Step = Callable[[Any, float, float, int], tuple[Any, jax.Array]]
 
 
 def run(out: Path, steps: int, seed: int) -> None:
-  """Records, suggests, trains with the suggestion, reports: writes `clipjax_demo_run.jsonl` and `.html`.
+  """Records a run, suggests a threshold, tries it, and reports: writes `clipjax_demo_run.jsonl` and `.html`.
 
   Args:
     out: directory of the two files.
-    steps: training steps of both runs.
-    seed: of the weights and the batches, as in `clipjax.demo.compare.run`.
+    steps: training steps of each run.
+    seed: seed of weights and batches, as in `clipjax.demo.compare.run`.
 
   Raises:
     OSError: if a file cannot be written.
   """
   console = Console(markup=False, highlight=False, emoji=False)
   record, page = out / _RECORD, out / _PAGE
+  # Record: the stable run, without a clip.
   record.unlink(missing_ok=True)
   start, step = _trainer(seed)
-  with clipjax.runs.Recorder(record, every=10) as recorder:  # Norms by leaf are kept once in so many steps.
+  with clipjax.runs.Recorder(record, every=10) as recorder:  # Norms by leaf every 10 steps.
     losses = train(start, step, steps, math.inf, STABLE_RATE, recorder)
   console.print(
-    f"\nWhich threshold for a rate of {model.LEARNING_RATE:g}? Recorded: the same network without a clip at a rate of "
-    f"{STABLE_RATE:g}, {steps} steps; {_course(losses)}.\n"
+    f"\nWhich threshold suits a learning rate of {model.LEARNING_RATE:g}? To find one, the same network trained for "
+    f"{steps} steps without a clip at a rate of {STABLE_RATE:g}: {_course(losses)}.\n"
   )
+  # Suggest: from the norms of the stable run, for the higher rate.
   run = clipjax.runs.read_run(record)
   suggestion = None
   try:
@@ -61,14 +63,14 @@ def run(out: Path, steps: int, seed: int) -> None:
   else:
     console.print(str(suggestion), soft_wrap=True)
     losses = train(start, step, steps, suggestion.max_norm, model.LEARNING_RATE)
-    console.print(f"\nWith it, at a rate of {model.LEARNING_RATE:g}, {_course(losses)}.")
+    console.print(f"\nWith this threshold and a rate of {model.LEARNING_RATE:g}, {_course(losses)}.")
   clipjax.runs.write_report(run, page, suggestion=suggestion)
   written = f"\nWrote {plain(str(record))} and the report {plain(str(page))}"
   console.print(written.encode(console.encoding, "backslashreplace").decode(console.encoding), soft_wrap=True)
 
 
 def other_file(out: Path) -> Path | None:
-  """The first of the two files that is there and that clipjax did not make; None without one."""
+  """The first of the two files that exists and was not written by clipjax; None without one."""
   record, page = out / _RECORD, out / _PAGE
   if record.is_file() and not is_run(str(record)):
     return record
@@ -83,7 +85,7 @@ def train(
   learning_rate: float,
   recorder: clipjax.runs.Recorder | None = None,
 ) -> list[float]:
-  """The losses of a run, which a Recorder may follow."""
+  """Trains and returns the losses; a recorder, if given, records every step."""
   losses, state = [], start
   for i in range(1, steps + 1):
     state, loss = step(state, max_norm, learning_rate, i)

@@ -1,9 +1,9 @@
-"""The demo: one recurrent network trained three times, without and with clipping, shown live and as a picture.
+"""The first part of the demo: one recurrent network, trained without and with clipping, shown live and as a picture.
 
-`run` trains the same tanh RNN from the same weights on the same batches, and only `max_norm` differs. It is an
-argument of the one compiled step, in which `clipjax.clip_by_global_norm` is chained before the optimizer; all that is
-shown of the gradient is what `clipjax.metrics` reads out of the optimizer's state. The text is the prose in the
-standard library, so that nothing is downloaded. Every sentence is derived from the numbers of the run.
+`run` trains the same tanh RNN three times, from the same weights on the same batches; only `max_norm` differs. It is an
+argument of the one compiled step, which chains `clipjax.clip_by_global_norm` before the optimizer. All numbers about
+the gradient are read from the optimizer's state by `clipjax.metrics`. The text is prose from the standard library, and
+nothing is downloaded. Every sentence is derived from the numbers of the run.
 
 This module imports rich and matplotlib, the extra `demo`; only the command line imports this module.
 """
@@ -26,12 +26,12 @@ from clipjax.demo.picture import picture
 from clipjax.demo.training import MAX_NORMS, Report, Trained, label_of, to_json, train_all
 from clipjax.runs.words import plain
 
-PRINT_EVERY = 100  # Steps between two lines where there is no terminal; a multiple of READ_EVERY.
-FINAL_STEPS = 10  # The final loss is the mean over so many steps: a single batch is noisy.
+PRINT_EVERY = 100  # Steps between two printed lines without a terminal; a multiple of READ_EVERY.
+FINAL_STEPS = 10  # The final loss is the mean over these last steps, as a single batch is noisy.
 
 
 class Summary(NamedTuple):
-  """What the table shows of a run. Losses and norms may be inf or NaN; `lowest_` to `median_` leave NaN out."""
+  """A row of the table. Losses and norms may be inf or NaN; `lowest_loss` to `median_norm` ignore NaN."""
 
   label: str
   steps: int
@@ -49,15 +49,15 @@ def run(out: Path, steps: int, seed: int) -> None:
   """Trains, prints, and writes `clipjax_demo.png` and `clipjax_demo.json`.
 
   Args:
-    out: directory of the two files, made where it is missing.
+    out: directory of the two files, created if missing.
     steps: training steps of each run, at least 1.
-    seed: of the weights and the batches, 0 <= seed < 2**32.
+    seed: seed of weights and batches, 0 <= seed < 2**32.
 
   Raises:
-    OSError: if the directory cannot be written to, which is tried before the training.
+    OSError: if the directory is not writable; this is checked before the training.
   """
   out.mkdir(parents=True, exist_ok=True)
-  tempfile.TemporaryFile(dir=out).close()
+  tempfile.TemporaryFile(dir=out).close()  # Fail now, not after the training.
   console = Console(markup=False, highlight=False, emoji=False)
   console.print(
     f"A tanh RNN of {HIDDEN} units, unrolled {LENGTH} times, learns to predict the next character with SGD at a "
@@ -66,6 +66,7 @@ def run(out: Path, steps: int, seed: int) -> None:
   )
   with _reporter(console, steps) as report:
     runs = train_all(steps, seed, report)
+  # Everything printed below is derived from the recorded series.
   summaries = [summarize(trained) for trained in runs]
   console.print("", table(summaries, console), "", sep="\n", crop=False)
   console.print(conclusion(summaries))
@@ -73,7 +74,7 @@ def run(out: Path, steps: int, seed: int) -> None:
   picture(runs).savefig(picture_path, dpi=150)
   series_path.write_text(to_json(runs, seed), encoding="utf-8")
   written = f"\nWrote {plain(str(picture_path))} and {plain(str(series_path))}"
-  # A path may hold what stdout cannot encode.
+  # A path may contain characters that stdout cannot encode.
   written = written.encode(console.encoding, "backslashreplace").decode(console.encoding)
   console.print(written, soft_wrap=True)
 
@@ -83,7 +84,7 @@ def run(out: Path, steps: int, seed: int) -> None:
 
 @contextmanager
 def _reporter(console: Console, steps: int) -> Iterator[Report]:
-  """Gives what shows the progress: live bars in a terminal, else a plain line now and then."""
+  """Yields the function that shows progress: live bars in a terminal, otherwise a plain line now and then."""
   if console.is_terminal and not console.is_dumb_terminal:
     with _bars(console) as progress:
       tasks = {label_of(c): progress.add_task(label_of(c), total=steps, values="") for c in MAX_NORMS}
@@ -103,7 +104,7 @@ def _reporter(console: Console, steps: int) -> Iterator[Report]:
 
 
 def _bars(console: Console) -> Progress:
-  # "crop": the default of a narrow terminal is an ellipsis, a character that an ASCII terminal does not have.
+  # "crop": by default, rich marks cut text with an ellipsis, which an ASCII terminal cannot show.
   def narrow() -> Column:
     return Column(no_wrap=True, overflow="crop")
 
@@ -123,7 +124,7 @@ def _values_text(values: dict[str, float]) -> str:
 
 
 def summarize(trained: Trained) -> Summary:
-  """The row of the table that belongs to a run."""
+  """The table row of a run."""
   loss, norm = trained.series["loss"], trained.series["grad/norm"]
   return Summary(
     label=trained.label,
@@ -140,7 +141,7 @@ def summarize(trained: Trained) -> Summary:
 
 
 def table(summaries: Sequence[Summary], console: Console) -> Table:
-  """The runs side by side; rich draws it in ASCII where stdout is not Unicode."""
+  """The table of the runs; rich draws it in ASCII if stdout is not Unicode."""
   out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
   out.add_column("run", vertical="bottom")
   titles = "final\nloss", "lowest\nloss", "largest\nnorm", "median\nnorm", "steps\nclipped", "not\nfinite", "time"
@@ -154,20 +155,21 @@ def table(summaries: Sequence[Summary], console: Console) -> Table:
       str(row.nonfinite_steps),
       f"{row.seconds:.1f} s",
     )
-  # As wide as it needs: in a narrow terminal its lines wrap, and no number is broken or cut.
+  # Full width: a narrow terminal wraps whole lines, and no number is cut.
   out.width = console.measure(out, options=console.options.update(width=200)).maximum
   return out
 
 
 def conclusion(summaries: Sequence[Summary]) -> str:
-  """What the first run, which is unclipped, and the best of the others show together.
+  """Compares the first run, which is unclipped, with the best of the others.
 
   Args:
-    summaries: of the runs, at least two.
+    summaries: summaries of at least two runs.
 
   Returns:
-    Sentences that are true whichever way the runs went.
+    Sentences that are true whatever the outcome.
   """
+  # Compare what the table shows: losses equal in three digits make no difference.
   free, *others = summaries
   best = min(others, key=lambda row: _as_worst(row.final_loss))
   if short(best.final_loss) == short(free.final_loss):
@@ -178,7 +180,7 @@ def conclusion(summaries: Sequence[Summary]) -> str:
     verdict = "Clipping did not help"
   return (
     f"{verdict}: the loss {_course(best)} with {best.label}, and {_course(free)} without clipping (mean of the last "
-    f"{min(FINAL_STEPS, free.steps)} steps). The norm of the unclipped gradient had a median of "
+    f"{min(FINAL_STEPS, free.steps)} steps). Without clipping, the gradient norm had a median of "
     f"{short(free.median_norm)} and reached {short(free.largest_norm)}; with {best.label}, "
     f"{best.clipped_steps} of {best.steps} steps were clipped."
   )
@@ -194,7 +196,7 @@ def _course(row: Summary) -> str:
 
 
 def short(x: float) -> str:
-  """Three digits, and no exponent below a million."""
+  """A number with three digits, without an exponent below a million."""
   return f"{x:,.0f}" if 999.5 <= x < 1e6 else f"{x:.3g}"
 
 
@@ -203,6 +205,6 @@ def _as_worst(loss: float) -> float:
 
 
 def _of_numbers(reduce: Callable[[Any], Any], values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-  """`reduce` over what is not NaN; NaN where nothing is left."""
+  """`reduce` over the values that are not NaN; NaN if none is left."""
   numbers = values[~np.isnan(values)]
   return float(reduce(numbers)) if numbers.size else math.nan

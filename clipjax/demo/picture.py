@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from clipjax.demo.model import LEARNING_RATE
 from clipjax.demo.training import Trained
 
-# Okabe and Ito's colours, which are told apart with any colour vision.
+# Okabe and Ito's colours, distinguishable with any colour vision.
 COLOURS = ("#D55E00", "#0072B2", "#009E73")
-# The small dots show a step between two that are not finite, where there is no line.
+# Small dots show a finite step between two nonfinite ones, where there is no line.
 LINE: dict[str, Any] = {"linewidth": 1.2, "marker": ".", "markersize": 2.5}
 
 
 def picture(runs: Sequence[Trained]) -> Figure:
-  """Loss, and below it the norm of the gradient before the clip, against the step; what is not finite is a gap."""
+  """Plots loss, and below it the gradient norm before the clip, against the step; nonfinite values are gaps."""
   figure = Figure(figsize=(9, 8), layout="constrained")
   figure.suptitle(f"A character RNN under SGD at learning rate {LEARNING_RATE:g}, without and with clipping")
   top, bottom = figure.subplots(2, 1, sharex=True)
@@ -34,7 +34,7 @@ def picture(runs: Sequence[Trained]) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     if not math.isfinite(axes.dataLim.minposy):
-      axes.set_ylim(1, 10)  # Nothing to show: matplotlib raises for a log axis that it has to scale by itself.
+      axes.set_ylim(1, 10)  # Nothing to show: matplotlib cannot autoscale an empty log axis.
   return figure
 
 
@@ -44,14 +44,14 @@ def _draw_loss(axes: Axes, trained: Trained, colour: str) -> None:
 
 
 def _draw_norm(axes: Axes, trained: Trained, colour: str, row: int) -> None:
-  """The norm, its limit, and in the given row above the panel a tick at each clipped step."""
+  """Draws the norm, its limit, and a tick at each clipped step in the given row above the panel."""
   norm = trained.series["grad/norm"]
   axes.plot(_steps(norm), _positive(norm), color=colour, label=trained.label, **LINE)
   if math.isinf(trained.max_norm):
     return
   axes.axhline(trained.max_norm, color=colour, linestyle="--", label=f"limit {trained.max_norm:g}")
   clipped = _steps(norm)[trained.series["grad/scale"] < 1]
-  # Ticks apart from the curve: where most steps are clipped, marks on it would hide it.
+  # The ticks are off the curve: if most steps are clipped, marks on it would hide it.
   axes.plot(
     clipped, np.full(clipped.shape, 1 + 0.035 * row), color=colour, linestyle="", marker="|", markersize=7,
     transform=axes.get_xaxis_transform(), clip_on=False, label=f"clipped at {trained.max_norm:g}",
@@ -63,5 +63,5 @@ def _steps(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.
 
 
 def _positive(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-  """What a log axis can show; the rest is NaN, a gap in the line."""
+  """The values that a log axis can show; the rest becomes NaN, a gap in the line."""
   return np.where(np.isfinite(values) & (values > 0), values, np.nan)

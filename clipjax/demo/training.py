@@ -1,4 +1,4 @@
-"""The three trainings of the demo, and their series as JSON."""
+"""Trains the demo's network once per threshold, and writes the series as JSON."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import clipjax
 from clipjax.demo.model import LEARNING_RATE, MOMENTUM, Params, init_params, optimizer, read_text, train_step
 
 MAX_NORMS = (math.inf, 1.0, 0.25)
-READ_EVERY = 10  # Steps between two reads from the device: a read waits for the step, and more would slow the run.
+READ_EVERY = 10  # Steps between two reads from the device: each read waits for the step, and more would slow the run.
 
 Series = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 Report = Callable[[str, int, dict[str, float]], None]
@@ -24,9 +24,9 @@ class Trained(NamedTuple):
   """One run.
 
   Attributes:
-    max_norm: the threshold, inf for none.
+    max_norm: the threshold; inf for no clipping.
     series: "loss" and every key of `clipjax.metrics`; float64, shape (steps,).
-    seconds: wall time of the steps, compilation excluded.
+    seconds: wall time of the steps, without compilation.
   """
 
   max_norm: float
@@ -35,17 +35,17 @@ class Trained(NamedTuple):
 
   @property
   def label(self) -> str:
-    """The name of the run in table and picture."""
+    """The name of the run in the table and the picture."""
     return label_of(self.max_norm)
 
 
 def train_all(steps: int, seed: int, report: Report) -> list[Trained]:
-  """One run for each of `MAX_NORMS`, with one compilation.
+  """Trains one run for each of `MAX_NORMS`, with a single compilation.
 
   Args:
     steps: training steps of each run.
-    seed: of the weights and the batches.
-    report: called with the name of the run, the step and the values there, every `READ_EVERY` steps and at the last.
+    seed: seed of weights and batches.
+    report: called with the name of the run, the step and its values, every `READ_EVERY` steps and at the last.
 
   Returns:
     The runs, in order.
@@ -54,7 +54,9 @@ def train_all(steps: int, seed: int, report: Report) -> list[Trained]:
   key_params, key_batches = jax.random.split(jax.random.key(seed))
   params = init_params(key_params)
   opt_state = optimizer(jnp.float32(math.inf)).init(params)
+  # Compile once, ahead of the timed loop; the threshold is an argument.
   compiled = jax.jit(train_step).lower(params, opt_state, jnp.float32(0), text, key_batches, jnp.int32(0)).compile()
+  # Every run starts from the same weights and sees the same batches.
   runs = []
   for max_norm in MAX_NORMS:
     state: tuple[Params, Any] = params, opt_state
@@ -79,7 +81,7 @@ def label_of(max_norm: float) -> str:
 
 
 def to_json(runs: Sequence[Trained], seed: int) -> str:
-  """The series of the runs as JSON; a number that is not finite, a `max_norm` of inf included, is null."""
+  """The series of the runs as JSON; nonfinite numbers are null, also a `max_norm` of inf."""
   return json.dumps(
     {
       "clipjax": clipjax.__version__,

@@ -1,1 +1,1 @@
-"""A run as a page: series, figures, sections, page."""
+"""Turns a run into a page: series, figures, sections, HTML."""

@@ -1,7 +1,8 @@
-"""Parts of the figures: colours, lines, marks, axes, ticks and legends. Never pyplot: nothing is kept, shown or global.
+"""Shared parts of the figures: colours, lines, marks, axes, ticks and legends.
 
-Figures come in two widths, since the page has each twice, for a screen and for a phone. Text and axes have the colours
-of the caller's matplotlib style, which for the page is `page.INK`. What is drawn is thinned by `series.thin`.
+They never use pyplot, which keeps global state. Figures come in two widths, as the page has each for a screen and for
+a phone. Text and axes take the colours of the caller's matplotlib style; the page sets them to `page.INK`. Lines are
+thinned by `series.thin`.
 """
 
 import math
@@ -17,19 +18,19 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.report.series import short, thin, thin_mask
 
-# Okabe and Ito's colours, which are told apart with any colour vision.
+# Okabe and Ito's colours, distinguishable with any colour vision.
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
 GREY = "#8c8c8c"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 WIDE, NARROW = 8.2, 3.9
-_ROOM = 0.62  # The width of a character over its size, with some to spare.
+_ROOM = 0.62  # Width of a character over its font size, with some to spare.
 
 Draw = Callable[[float], Figure]
 
 
 def figure_of(width: float, height: float) -> tuple[Figure, Axes]:
-  """A figure of one panel."""
+  """A figure with one panel."""
   figure = Figure(figsize=(width, height), layout="constrained")
   axes = figure.add_subplot()
   tidy(axes)
@@ -37,14 +38,14 @@ def figure_of(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def tidy(axes: Axes) -> None:
-  """Only the two spines that have ticks, and a faint grid."""
+  """Keeps only the spines with ticks, and adds a faint grid."""
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(alpha=0.15, color=ink())
   axes.set_axisbelow(True)
 
 
 def bins_of(width: float) -> int:
-  """Parts of the axis that can still be told apart."""
+  """How many parts of the axis a reader can tell apart."""
   return int(width * 75)
 
 
@@ -59,7 +60,7 @@ def ink() -> Any:
 
 
 def label_of(name: str, length: int = 30) -> str:
-  """A name as a label: short, without mathematics, and never hidden, as one with a leading underscore would be."""
+  """A short label without math mode; its leading space keeps matplotlib from hiding a name that begins with "_"."""
   return " " + short(name, length).replace("$", r"\$")
 
 
@@ -67,14 +68,15 @@ def label_of(name: str, length: int = 30) -> str:
 
 
 def positive(values: Floats) -> Floats:
-  """NaN in place of what a log axis cannot show."""
+  """The values, with NaN for those that a log axis cannot show."""
   return np.where((values > 0) & np.isfinite(values), values, np.nan)
 
 
 def line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> None:
-  """A thinned line; with dots where there are few points or where one stands between two gaps."""
+  """Draws a thinned line, with dots if points are few, and at a point between two gaps."""
   kept = thin(values, bins)
   x, y = steps[kept], values[kept]
+  # A point between two gaps has no line: it needs a dot.
   alone = np.isfinite(y)
   alone[1:] &= ~np.isfinite(y[:-1])
   alone[:-1] &= ~np.isfinite(y[1:])
@@ -84,7 +86,7 @@ def line(axes: Axes, steps: Ints, values: Floats, bins: int, **style: Any) -> No
 
 
 def rings(axes: Axes, steps: Ints, values: Floats, mask: Bools, bins: int, **style: Any) -> None:
-  """Rings around the points of `mask` that are finite."""
+  """Draws rings around the finite points of `mask`."""
   at = np.flatnonzero(mask & np.isfinite(values))
   at = at[thin(values[at], bins // 2)]
   if at.size:
@@ -93,7 +95,7 @@ def rings(axes: Axes, steps: Ints, values: Floats, mask: Bools, bins: int, **sty
 
 
 def edge_marks(axes: Axes, steps: Ints, mask: Bools, bins: int, height: float, **style: Any) -> None:
-  """Marks at a height of the axes, for values that have no place on the axis."""
+  """Draws marks at one height of the axes, for values that the axis cannot show."""
   at = thin_mask(mask, bins // 2)
   if at.size:
     place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
@@ -104,13 +106,14 @@ def edge_marks(axes: Axes, steps: Ints, mask: Bools, bins: int, height: float, *
 
 
 def log_axis(axes: Axes, values: Floats, which: str = "y", most: int = 7) -> None:
-  """A log axis around the finite values, at least a factor of 4 wide; without any it says so and has no ticks."""
-  known = values[np.isfinite(values) & (values > 1e-306)]  # Below, quotients and powers of 10 are not reliable.
+  """Sets a log axis around the finite values, at least a factor of 4 wide; without any, it says so and has no ticks."""
+  known = values[np.isfinite(values) & (values > 1e-306)]  # Quotients and powers of 10 are unreliable below.
   low, high = (float(known.min()), float(known.max())) if known.size else (0.1, 10.0)
+  # 6% of the range on both sides, at least a factor of 2.
   room = max(2.0, (high / low) ** 0.06) if math.isfinite(high / low) else 1e3
   low, high = max(low / room, 1e-307), min(high * room, 1e307)
   axis = getattr(axes, f"{which}axis")
-  getattr(axes, f"set_{which}lim")(low, high)  # First: autoscaling of norms near the largest float overflows.
+  getattr(axes, f"set_{which}lim")(low, high)  # Before the scale: autoscaling overflows near the largest float.
   getattr(axes, f"set_{which}scale")("log")
   axis.set_major_locator(FixedLocator([10.0**place for place in ticks(math.log10(low), math.log10(high), most)]))
   axis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
@@ -121,21 +124,22 @@ def log_axis(axes: Axes, values: Floats, which: str = "y", most: int = 7) -> Non
 
 
 def plain_axis(axes: Axes, values: Floats, *, is_from_zero: bool = False) -> None:
-  """A linear axis with few ticks around the finite values, from 0 on where these are not below it."""
+  """Sets a linear axis with few ticks around the finite values; `is_from_zero` starts it at 0 unless one is below."""
   known = values[np.isfinite(values)].clip(-1e306, 1e306)
   low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
   if is_from_zero and low >= 0:
     low = 0.0
   room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-  axes.set_autoscaley_on(False)  # Which overflows for values near the largest float.
+  axes.set_autoscaley_on(False)  # It overflows for values near the largest float.
   axes.set_ylim(low if low == 0 and is_from_zero else low - room, high + room)
   axes.yaxis.set_major_locator(MaxNLocator(4))
   axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(x)))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-  """At most about `most` places between two log10, at 1, 2, 5 of each decade where it is short, else at decades."""
+  """At most `most` ticks between two log10: at 1, 2 and 5 of each decade on a short axis, else at decades."""
   decades = np.arange(math.floor(low), math.ceil(high) + 1)
+  # 1, 2 and 5 of each decade; if these are too many, decades; if these are too many, every second, third, ...
   places = [i + j for i in decades.tolist() for j in (0, math.log10(2), math.log10(5)) if low <= i + j <= high]
   if len(places) > most:
     places = [i for i in decades.tolist() if low <= i <= high]
@@ -143,7 +147,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick(x: float) -> str:
-  """A number in as few characters as it has digits: 0.001, 2,000, 1e-5."""
+  """A number in few characters: 0.001, 2,000, 1e-5."""
   if 1e3 <= x < 1e6:
     return f"{x:,.0f}"
   mantissa, _, exponent = f"{x:.3g}".partition("e")
@@ -151,7 +155,7 @@ def tick(x: float) -> str:
 
 
 def step_axis(axes: Axes, width: float, span: tuple[int, int] | None = None) -> None:
-  """The axis of steps, over `span` where it is given."""
+  """Sets the step axis, over `span` if that is given."""
   if span is not None:
     room = max(0.01 * (span[1] - span[0]), 0.5)
     axes.set_xlim(span[0] - room, span[1] + room)
@@ -161,7 +165,7 @@ def step_axis(axes: Axes, width: float, span: tuple[int, int] | None = None) -> 
 
 
 def span_of(steps: Ints) -> tuple[int, int]:
-  """The first and the last step; 0 twice where there is none."""
+  """The first and the last step; (0, 0) without steps."""
   return (int(steps.min()), int(steps.max())) if steps.size else (0, 0)
 
 
@@ -169,7 +173,7 @@ def span_of(steps: Ints) -> tuple[int, int]:
 
 
 def with_legend(figure: Figure, axes: Axes, width: float) -> Figure:
-  """The figure with a legend above it, one entry for each label, so that it hides no data."""
+  """Adds a legend above the axes, where it hides no data, with one entry per label."""
   handles = _entries(axes)
   if handles:
     columns = 4 if is_wide(width) else 2
@@ -178,9 +182,10 @@ def with_legend(figure: Figure, axes: Axes, width: float) -> Figure:
 
 
 def heading(axes: Axes, title: str, width: float) -> None:
-  """The title of a panel and its legend: beside it where there is room, else below it, above the axes."""
+  """Sets the title of a panel, and its legend: beside the title if there is room, else between title and axes."""
   handles, size = _entries(axes), mpl.rcParams["font.size"]
-  room = width * 72 / size / _ROOM  # In characters.
+  # Matplotlib does not place a legend beside a title, so lengths are estimated in characters.
+  room = width * 72 / size / _ROOM
   taken = [len(label) + 5 for label in handles]
   beside = is_wide(width) and len(title) + sum(taken) + 12 < room
   is_row = sum(taken) + 12 < room
@@ -196,6 +201,6 @@ def heading(axes: Axes, title: str, width: float) -> None:
 
 
 def _entries(axes: Axes) -> dict[str, Any]:
-  """The handle of each label, once."""
+  """One handle per label."""
   handles, labels = axes.get_legend_handles_labels()
   return dict(zip(labels, handles, strict=True))

@@ -1,6 +1,6 @@
-"""The HTML of a whole report, from the first screen to the data. It needs matplotlib.
+"""Builds the HTML of a whole report, from the first screen to the data.
 
-`write` imports it at the call.
+It needs matplotlib, so `write` imports it only when a report is written.
 """
 
 import datetime
@@ -31,13 +31,14 @@ def whole_page(
   limits: HealthLimits | None = None,
   warmup_steps: int | None = None,
 ) -> str:
-  """The HTML of a run with its verdict; `limits` and `warmup_steps` are those of the verdict.
+  """The HTML of a run and its verdict, which `diagnose` made with the same `limits` and `warmup_steps`.
 
-  Without a suggestion it is that of `suggest_max_norm` for the run as it is.
+  Without a suggestion, `suggest_max_norm` makes one with its default options.
   """
   series, omitted = data.to_json(run, data.LARGEST)
   title = f"Training run {os.path.basename(run.path)}".rstrip()
   shown = shown_of(run, report, limits, warmup_steps)
+  # From what happened, to what to change, to everything that was measured.
   parts: list[Section] = [*course(shown), events_table(report.events), _worst(shown)]
   parts += [_suggestion(run, suggestion, warmup_steps), *all_sections(shown), _verdict(report)]
   body = [f"<h1>{text(title)}</h1>", f'<p class="soft">{_subtitle(run)}</p>', first_screen(report), summary(shown)]
@@ -49,7 +50,7 @@ def whole_page(
 
 
 def _subtitle(run: Run) -> str:
-  """When, how long, how many steps, with what."""
+  """Date, duration, steps and optimizer."""
   said = [_when(run)]
   said.append(f"Step {run.steps[0]:,} to {run.steps[-1]:,}." if len(run) else "No steps.")
   if run.optimizer:
@@ -58,7 +59,7 @@ def _subtitle(run: Run) -> str:
 
 
 def _when(run: Run) -> str:
-  """The date and the duration; empty where the times are not known, or are none."""
+  """Date and duration; empty if the run has no valid times."""
   time = column(run, TIME)
   time = time[np.isfinite(time)]
   if not time.size:
@@ -87,7 +88,7 @@ def _verdict(report: HealthReport) -> str:
 
 
 def _cells(finding: Finding) -> tuple[str, ...]:
-  """A finding as the cells of a row."""
+  """A finding as the cells of a table row."""
   level = text(finding.level)
   rule = f"Rule: {text(finding.rule)}." if finding.rule else ""
   rule += f" Source: {page.source(finding.source)}." if finding.source else ""
@@ -111,10 +112,10 @@ def _suggestion(run: Run, found: Suggestion | None, warmup_steps: int | None) ->
 
 
 def _footer(run: Run, omitted: list[str]) -> str:
-  said = ["Numbers are of all recorded steps. The series are in this file as JSON, 7 digits each: "]
+  said = ["All numbers cover every recorded step. This file contains the series as JSON with 7 digits: "]
   said += [code('<script type="application/json" id="clipjax-run">'), "."]
   if len(run) > 2 * axes.bins_of(axes.NARROW):
-    said.append(" Lines are thinned for drawing: of each small part of the axis the least and the greatest are shown.")
+    said.append(" Lines are thinned for drawing: each small part of the axis shows its smallest and its largest value.")
   if omitted:
-    said.append(f" Left out of the JSON for its size: {', '.join(map(code, omitted))}.")
+    said.append(f" Left out of the JSON because of its size: {', '.join(map(code, omitted))}.")
   return f"<footer><h2>Data</h2><p>{''.join(said)}</p></footer>"

@@ -1,4 +1,4 @@
-"""The series of a run as JSON, for the page."""
+"""The series of a run as the JSON of its page."""
 
 import json
 import math
@@ -14,21 +14,22 @@ from clipjax.runs.norms import main_name
 from clipjax.runs.run import Run
 from clipjax.runs.schema import TIME, key_of
 
-LARGEST = 8_000_000  # Bytes of JSON in a page; a browser still opens it at once.
+LARGEST = 8_000_000  # Bytes of JSON in a page: a browser still opens it at once.
 
 
 def to_json(run: Run, largest: int) -> tuple[str, list[str]]:
-  """`(text, omitted)`: the series as ASCII JSON, numbers to 7 digits, null for what is absent or not finite.
+  """Returns `(text, omitted)`: the series as ASCII JSON with 7 digits, and the keys that did not fit.
 
-  Keys: `steps`, `columns`, `nonfinite` (key to steps), `leaves`, `vectors` (key to steps and rows, with "inf" for what
-  was not finite), `weights`, `parameters`, `omitted`. Series that would make it longer than `largest` are left out, the
-  main ones last.
+  Absent and nonfinite numbers are null. Keys: `steps`, `columns`, `nonfinite` (key to steps), `leaves`, `vectors` (key
+  to steps and rows; a nonfinite entry is "inf"), `weights`, `parameters`, `omitted`. A series that would exceed
+  `largest` characters is left out; the main series get room first.
   """
   fields = {"clipjax_report": "1", "version": json.dumps(clipjax.__version__), "parameters": json.dumps(run.parameters)}
   fields |= {"source": json.dumps(os.path.basename(run.path)), "leaves": json.dumps(run.leaves)}
   fields["steps"] = json.dumps(run.steps.tolist())
   fields["nonfinite"] = json.dumps({key: run.steps[mask].tolist() for key, mask in run.flags.items()})
   room = largest - sum(map(len, fields.values()))
+  # Columns take the room first, in the order of `_rank`; numbers by leaf take what is left.
   omitted: list[str] = []
   columns: dict[str, str] = {}
   rows: dict[str, str] = {}
@@ -52,7 +53,7 @@ def _numbers(values: Any, digits: int = 7) -> str:
 
 
 def _by_leaf(values: Floats) -> str:
-  """A JSON array of numbers by leaf: "inf" for what was not finite, null for what was not recorded."""
+  """A JSON array of numbers by leaf: "inf" for a nonfinite one, null for one that was not recorded."""
   text = _numbers(values)
   if not np.isinf(values).any():
     return text
@@ -61,12 +62,12 @@ def _by_leaf(values: Floats) -> str:
 
 
 def _object(fields: dict[str, str]) -> str:
-  """A JSON object of values that are JSON already."""
+  """A JSON object; its values are JSON already."""
   return "{" + ",".join(f"{json.dumps(key)}:{value}" for key, value in fields.items()) + "}"
 
 
 def _keep(into: dict[str, str], omitted: list[str], key: str, source: str, room: int) -> int:
-  """Adds a series where there is room for it, and gives the room that is left."""
+  """Adds a series if it fits; returns the room that is left."""
   if len(source) > room:
     omitted.append(key)
     return room
@@ -75,7 +76,7 @@ def _keep(into: dict[str, str], omitted: list[str], key: str, source: str, room:
 
 
 def _rank(run: Run, key: str) -> tuple[int, int]:
-  """Main series first: norm and threshold, what the caller pushed, then the rest in their order."""
+  """Sort key: norm and threshold first, then what the caller pushed, then the rest in their order."""
   main = [key_of(str(main_name(run)), quantity) for quantity in (NORM, MAX_NORM, SCALE, NORM_CLIPPED)]
   rank = 0 if key in main else 1 if "/" not in key else 2
   return rank, list(run.columns).index(key)

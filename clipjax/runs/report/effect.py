@@ -1,7 +1,8 @@
-"""What a clip does to the step of the optimizer, where `clip_effect` has measured it: a section for each such state.
+"""What a clip does to the optimizer's step, as `clip_effect` measured it: one section per such state.
 
-The ratio of the step to the one without the clip, their cosine, and the ratio by leaf, on one axis of steps with the
-marks of the verdict. Numbers in words are of the steps after the warm-up, as in the verdict.
+The figure compares the step with the step that the optimizer would take without the clip: the ratio of their norms,
+their cosine, and the ratio by leaf, on one step axis with the marks of the verdict. The words cover the steps after the
+warm-up, as the verdict does.
 """
 
 from collections.abc import Callable
@@ -46,25 +47,25 @@ from clipjax.runs.roles import effect_names
 from clipjax.runs.schema import EFFECT, key_of
 from clipjax.runs.words import number, percent
 
-_ALIKE = 0.01  # Parts of their steps that leaves keep, as near to each other, are the same.
-_TURNED = 0.9  # An axis of cosines begins here at the latest: what is above is hardly a turn.
+_ALIKE = 0.01  # Leaves count as equal if the parts of their steps that they keep differ by less.
+_TURNED = 0.9  # The cosine axis begins here or below: a larger cosine is hardly a turn.
 
 
 class Picture(NamedTuple):
-  """What is drawn of an effect; arrays have the shape (n,) of the steps of the run, NaN where not finite or absent.
+  """What the figure of an effect draws; arrays have shape (n,), one entry per step, NaN for nonfinite or absent.
 
   Attributes:
-    name: of the state.
+    name: name of the state.
     steps: int64.
-    ratio: norm of the step over its norm without the clip; inf where that was 0.
-    cosine: between the two.
-    gradient: norm of the gradient after the clip over that before; inf where that was 0.
-    bad: bool, where the gradient or one of the steps was not finite.
+    ratio: float64, norm of the step over its norm without the clip; inf if that is 0.
+    cosine: float64, cosine between the two steps.
+    gradient: float64, gradient norm after the clip over the norm before it; inf if that is 0.
+    bad: bool, whether the gradient or one of the two steps was nonfinite.
     begin: the first step after the warm-up.
-    whole: its numbers over the steps after that, as the verdict has them; None where none was finite.
-    leaves: ratios by leaf; None where they were not recorded.
-    alone: bool, of the rows of `leaves`: which stand for their own step only.
-    marks: what happened.
+    whole: the verdict's numbers for the steps after the warm-up; None if none was finite.
+    leaves: ratios by leaf; None if they were not recorded.
+    alone: bool, one per row of `leaves`, whether the row stands only for its own step.
+    marks: marks of events and findings.
   """
 
   name: str
@@ -86,19 +87,20 @@ class Picture(NamedTuple):
 
 
 def effects(shown: Shown) -> list[Section]:
-  """A section for each effect of the run that has a number."""
+  """One section per effect that was recorded."""
   names = effect_names(shown.run)
   found = [one for name in names if (one := picture_of(shown, name)) is not None]
   return [_section(one, is_named=len(names) > 1 or one.name != EFFECT) for one in found]
 
 
 def picture_of(shown: Shown, name: str) -> Picture | None:
-  """The effect of this name; None where nothing was recorded of it."""
+  """The effect `name`; None if nothing was recorded."""
   run, report, key = shown.run, shown.report, key_of(name, RATIO)
-  seen = ~unseen(run, name)
+  seen = ~unseen(run, name)  # Steps that never reached the state repeat old numbers.
   ratio, cosine, gradient = (
     np.where(seen, _unbounded(column(run, key_of(name, quantity))), np.nan) for quantity in (RATIO, COSINE, GRAD_RATIO)
   )
+  # The recorder stores nonfinite numbers as flags, so a flag without a number is a nonfinite step.
   bad = flag(run, key) & seen
   if not (bad | ~np.isnan(ratio)).any():
     return None
@@ -110,7 +112,7 @@ def picture_of(shown: Shown, name: str) -> Picture | None:
 
 
 def _unbounded(values: Floats) -> Floats:
-  """The ratios, inf for the largest number of the dtype, which stands for one to 0."""
+  """The ratios, with inf for the largest number of the dtype, which stands for a division by 0."""
   return np.where(is_no_limit(values), np.inf, values)
 
 
@@ -118,7 +120,7 @@ def _unbounded(values: Floats) -> Floats:
 
 
 def figure(found: Picture, width: float = WIDE) -> Figure:
-  """The ratio and the cosine against the step, and below the ratio of each leaf."""
+  """Ratio and cosine against the step, and below them the ratio by leaf."""
   parts = [
     Panel("Ratio to the step without the clip", 1.9, partial(_draw_ratios, found)),
     Panel("Cosine between the two steps", 1.1, partial(_draw_cosine, found)),
@@ -130,8 +132,9 @@ def figure(found: Picture, width: float = WIDE) -> Figure:
 
 
 def _draw_ratios(found: Picture, axes: Axes, axis: Steps, width: float) -> None:
-  """Of the step and of the gradient, on a log axis with a line at 1; what has no place on it is at its edges."""
+  """Ratios of step and gradient on a log axis with a line at 1; marks at its edges for values that it cannot show."""
   bins, steps = bins_of(width), found.steps
+  # At 1 the clip changes nothing; the gradient's line shows how much the clip scaled it.
   step, gradient = positive(found.ratio), positive(found.gradient)
   axes.axhline(1.0, color=ink(), linestyle=DASHES[1], linewidth=1.0)
   if steps[0] < found.begin <= steps[-1]:
@@ -139,13 +142,13 @@ def _draw_ratios(found: Picture, axes: Axes, axis: Steps, width: float) -> None:
   line(axes, steps, gradient, bins, color=ORANGE, linewidth=2.6, alpha=0.55, label="gradient")
   line(axes, steps, step, bins, color=BLUE, label="step")
   log_axis(axes, np.concatenate([step, gradient, np.ones(1)]), most=5)
-  edge_marks(axes, steps, found.bad, bins, 0.97, marker="x", color=VERMILION, label="not finite")
-  edge_marks(axes, steps, np.isinf(found.ratio), bins, 0.93, marker="^", color=PURPLE, label="only clipped")
-  edge_marks(axes, steps, found.ratio == 0, bins, 0.03, marker="o", color=GREY, label="no step")
+  edge_marks(axes, steps, found.bad, bins, 0.97, marker="x", color=VERMILION, label="nonfinite")
+  edge_marks(axes, steps, np.isinf(found.ratio), bins, 0.93, marker="^", color=PURPLE, label="0 without the clip")
+  edge_marks(axes, steps, found.ratio == 0, bins, 0.03, marker="o", color=GREY, label="0 with the clip")
 
 
 def _draw_cosine(found: Picture, axes: Axes, axis: Steps, width: float) -> None:
-  """On a linear axis that ends at 1, so that a turn which is none does not look like one."""
+  """Cosine on a linear axis that reaches from 0.9 or less to 1, or a negligible turn would look large."""
   line(axes, found.steps, found.cosine, bins_of(width), color=BLUE)
   plain_axis(axes, np.append(found.cosine, [_TURNED, 1.0]))
   axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
@@ -167,62 +170,64 @@ def _section(found: Picture, *, is_named: bool) -> str:
 
 
 def _global_words(found: Picture) -> list[str]:
-  """The medians of the whole step, and how often the clip leaves it alone."""
-  when = "After the warm-up " if found.begin > found.steps[0] else "Here "
+  """Medians over the whole step, and how often the clip leaves it unchanged."""
+  is_late = found.begin > found.steps[0]
   known = found.ratio[found.late & ~np.isnan(found.ratio)]
   gradient, whole, out = found.gradient[found.late], found.whole, []
   if whole is not None and not is_no_limit(whole.ratio):
     out.append(
-      f"{when}the median ratio is {number(whole.ratio)}, the median cosine {number(whole.cosine)}, and "
-      f"{share(np.abs(known - 1) <= SAME)} steps are within {percent(SAME)} of 1."
+      f"{'After the warm-up, the' if is_late else 'The'} median ratio is {number(whole.ratio)} and the median cosine "
+      f"{number(whole.cosine)}. In {share(np.abs(known - 1) <= SAME)} steps the ratio is within {percent(SAME)} of 1."
     )
   elif not known.size:
-    out.append(f"{when}no step was finite.")
+    out.append("After the warm-up, no step was finite." if is_late else "No step was finite.")
   if (left := gradient[np.isfinite(gradient)]).size:
-    out.append(f"The clip multiplies the norm of the gradient by {number(float(np.median(left)))} (median).")
+    out.append(f"The clip multiplies the gradient norm by {number(float(np.median(left)))} (median).")
   if count := int(np.isinf(known).sum()):
     out.append(f"At {count:,} of {known.size:,} steps nothing would move without the clip (triangles).")
   if count := int(found.bad.sum()):
-    out.append(f"{count:,} {'step was' if count == 1 else 'steps were'} not finite.")
+    out.append(f"{count:,} {'step was' if count == 1 else 'steps were'} nonfinite.")
   return out
 
 
 def _leaf_words(found: Picture, named: Callable[[str], str]) -> list[str]:
-  """Which leaf keeps least of its step, and which is lengthened most; nothing of a single leaf."""
+  """Names the leaf that keeps the smallest part of its step, and the one whose step grows most; empty for one leaf."""
   if found.leaves is None or len(found.leaves.names) == 1:
     return []
   names, late = found.leaves.names, found.leaves.steps >= found.begin
   values, at = found.leaves.values[late], np.searchsorted(found.steps, found.leaves.steps[late])
   if not np.isfinite(values).any():
     return ["No leaf has a finite ratio after the warm-up."]
+  # Rows at spikes are over-represented, so each step counts as the row that was clipped as much.
   kept, length = mean_kept(values, found.gradient[at], found.gradient[found.late]), medians(values)
+  # The two extremes: the leaf that the clip holds back most, and the leaf whose step it makes longer.
   low, high = int(np.nanargmin(kept)), int(np.nanargmax(length))
   is_short, is_long = kept[low] < 1 - SAME, length[high] > 1 + SAME
   if not is_short and not is_long:
     return [f"On average every leaf keeps its step to within {percent(SAME)}."]
   if not is_long and np.nanmax(kept) - kept[low] < _ALIKE:
     return [f"Every leaf keeps the same part of its step, {percent(kept[low])} on average."]
-  least = f"{named(names[low])} keeps least of its step, {percent(kept[low])} on average."
-  most = f"{named(names[high])} is lengthened most, {number(length[high])} times (median)."
+  least = f"{named(names[low])} keeps the smallest part of its step, {percent(kept[low])} on average."
+  most = f"The step of {named(names[high])} grows most, {number(length[high])} times (median)."
   if is_no_limit(length[high]):
     most = f"{named(names[high])} would not move without the clip."
   return [
     least if is_short else f"No leaf loses more than {percent(SAME)} of its step on average.",
-    most if is_long else f"No leaf is lengthened by more than {percent(SAME)} (median).",
+    most if is_long else f"The step of no leaf grows by more than {percent(SAME)} (median).",
   ]
 
 
 def _reading(found: Picture) -> list[str]:
-  """How to read the figure: its lines, and its map."""
-  lines = "A ratio of 1: the clip changes nothing. Below 1 the step is shorter than without the clip, above 1 it is "
-  lines += "longer, as happens under Adam, which divides by gradients that the clip has made small. A cosine of 1: the "
-  lines += "step keeps its direction. The wide line is the norm of the gradient after the clip over that before."
+  """How to read the figure: its lines and its map."""
+  lines = "At a ratio of 1, the clip changes nothing. Below 1, the step is shorter than without the clip. Above 1, it "
+  lines += "is longer, which happens under Adam because it divides by gradients that the clip made small. At a cosine "
+  lines += "of 1, the step keeps its direction. The wide line is the gradient norm after the clip over the norm before."
   if found.marks:
-    lines += " What happened is marked as in the timeline."
+    lines += " Events and findings are marked as in the timeline."
   if found.leaves is None:
     return [lines, "Numbers by leaf were not recorded."]
-  leaves = "By leaf: one row each, the first on top; blue is shorter, orange longer, a faint cell is unchanged. "
+  leaves = "By leaf: one row per leaf, the first on top. Blue is shorter, orange longer, faint unchanged. "
   depth = by_depth(found.leaves.names, found.leaves.values[:1].T, heatmap.MOST_LINES)
   if len(depth.values) < len(found.leaves.names):
-    leaves += f"Of a stack, each row has the ratio farthest from 1 of {depth.per:,} neighbours. "
-  return [lines, leaves + "Leaves are recorded once in some steps; what was not recorded is empty."]
+    leaves += f"In a stack, each row shows the ratio farthest from 1 among {depth.per:,} neighbours. "
+  return [lines, leaves + "Leaves are recorded at regular intervals; empty cells were not recorded."]

@@ -1,6 +1,6 @@
-"""The other figures of a report: arrays in, a matplotlib `Figure` out, of the `width` in inches that is asked for.
+"""The figures outside the timeline: each takes arrays, and returns a matplotlib `Figure` of `width` inches.
 
-What is drawn is thinned by `series.thin`; what is said in numbers is not drawn here.
+Lines are thinned by `series.thin`; percentiles and other numbers come from the caller, over all steps.
 """
 
 import math
@@ -41,7 +41,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def norms(series: NormSeries, width: float = WIDE) -> Figure:
-  """The norm against the step, alone."""
+  """Only the norm against the step."""
   figure, axes = figure_of(width, 3.4)
   axis = steps_of(series.steps)
   draw_norms(series, axes, axis, width)
@@ -51,7 +51,7 @@ def norms(series: NormSeries, width: float = WIDE) -> Figure:
 
 
 def losses(curves: Sequence[Curve], width: float = WIDE) -> Figure:
-  """Losses that are not in the timeline."""
+  """The losses that the timeline leaves out."""
   figure, axes = figure_of(width, 3.2)
   axis = steps_of(np.unique(np.concatenate([np.append(curve.steps, curve.bad) for curve in curves])))
   draw_losses(curves, axes, axis, width)
@@ -60,7 +60,7 @@ def losses(curves: Sequence[Curve], width: float = WIDE) -> Figure:
 
 
 def histogram(norm: Floats, percentiles: Sequence[float], width: float = WIDE) -> Figure:
-  """Counts of the finite, positive norms in equal parts of log10, with the percentiles `PERCENTILES` as lines."""
+  """Histogram of the finite, positive norms over log10, with a line at each of `PERCENTILES`."""
   figure, axes = figure_of(width, 2.8)
   log = np.log10(positive(norm)[norm > 0])
   edges = np.histogram_bin_edges(log, 40)
@@ -76,19 +76,20 @@ def histogram(norm: Floats, percentiles: Sequence[float], width: float = WIDE) -
 
 
 def band_words(band: tuple[float, float]) -> str:
-  """The usual range of the ratio as the figure and its words name it."""
+  """The usual range of the ratio, for the figure and its words."""
   return f"{tick(band[0])} to {tick(band[1])}"
 
 
 def ratios(total: tuple[Ints, Floats], found: Vectors | None, band: tuple[float, float], width: float = WIDE) -> Figure:
-  """The size of the update over that of the parameters against the step, of all and by layer, with the usual band."""
+  """Update norm over parameter norm against the step: over all parameters, by layer, and the usual band."""
   figure, axes = figure_of(width, 3.2)
-  inside = max(band[0], 1e-306), min(band[1], 1e306)  # A log axis has no place for 0 and inf.
+  inside = max(band[0], 1e-306), min(band[1], 1e306)  # A log axis cannot show 0 and inf.
   axes.axhspan(*inside, color=GREEN, alpha=0.13, linewidth=0, label=f"usual, {band_words(band)}")
   shown = [np.array([x for x in band if 0 < x < math.inf])]
   if shown[0].size == 2:
     middle = math.sqrt(band[0]) * math.sqrt(band[1])
     axes.axhline(middle, color=GREEN, linestyle=DASHES[1], linewidth=1.5, label=tick(middle))
+  # Layers: their range as a band, and their median as a line.
   if found is not None:
     values = positive(found.values)
     kept = np.isfinite(values).any(axis=1)
@@ -109,12 +110,14 @@ def ratios(total: tuple[Ints, Floats], found: Vectors | None, band: tuple[float,
 
 
 def weights(steps: Ints, edges: Floats, counts: Floats, width: float = WIDE) -> Figure:
-  """The distribution of log10 |weight| at the first, the middle and the last of the recorded steps."""
+  """The distribution of log10 |weight| at the first, the middle and the last recorded step."""
   figure, axes = figure_of(width, 2.8)
+  # The last recording first: it gets the strongest colour.
   shown = sorted({0, len(steps) // 2, len(steps) - 1}, reverse=True)
   for at, colour, dash in zip(shown, (BLUE, ORANGE, GREY), DASHES, strict=False):
     portion = counts[at] / max(counts[at].sum(), 1)
     axes.stairs(100 * portion, edges, color=colour, linestyle=dash, linewidth=1.6, label=f"step {steps[at]:,}")
+  # Show the bins that were ever used, and one on each side.
   used = np.flatnonzero(counts.sum(axis=0))
   if used.size:
     axes.set_xlim(edges[max(used[0] - 1, 0)], edges[min(used[-1] + 2, edges.size - 1)])
@@ -127,7 +130,7 @@ def weights(steps: Ints, edges: Floats, counts: Floats, width: float = WIDE) -> 
 
 
 def speed(panels: Sequence[tuple[str, Ints, Floats, float]], width: float = WIDE) -> Figure:
-  """One panel under the other, each (label, steps, values, what is typical, dashed) on a log axis."""
+  """One panel per (label, steps, values, typical value) on a log axis, with a dashed line at the typical value."""
   figure = Figure(figsize=(width, 0.4 + 2.1 * len(panels)), layout="constrained")
   for axes, (label, steps, values, typical) in zip(
     figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True

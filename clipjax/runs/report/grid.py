@@ -1,8 +1,8 @@
-"""The heat map in numbers: layers by time, each column where its steps are, and layers by depth.
+"""The numbers of the heat map: layers over time, each column at its own steps, and layers over depth.
 
-Numbers by leaf are recorded once in so many steps, and at the steps that a finding names. A row of the first kind
-stands for the steps around it, up to half way to the next row; one of the second kind for its own step alone. What lies
-between and was not recorded stays empty.
+Numbers by leaf are recorded at regular intervals, and at the steps that a finding names. A regular row stands for the
+steps around it, up to halfway to the next row; any other row stands only for its own step. Steps that no row covers
+stay empty.
 """
 
 import math
@@ -16,20 +16,20 @@ from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.report.series import Vectors, medians
 from clipjax.runs.words import Stack, in_stacks
 
-_FEW = 4  # Rows, of which a median says little.
-_CHAIN, _WHOLE = 3, 0.9  # Rows of a rhythm at least, and the share of them that is there, as some may be lost.
-_CANDIDATES = 200  # Rows from the first on that may be its second.
-_MOST_NAMED = 3  # Layers of an event.
+_FEW = 4  # With fewer rows a median says little.
+_CHAIN, _WHOLE = 3, 0.9  # The fewest rows of a rhythm, and the share that must be present: some may be lost.
+_CANDIDATES = 200  # Rows among which the second row of the rhythm is sought.
+_MOST_NAMED = 3  # Layers per event.
 
 
-# What stands for rows that share a cell: values and the first row of each cell to one row a cell.
+# Reduces rows that share a cell to one: takes all values and the first row of each cell.
 Combine: TypeAlias = Callable[[Floats, Ints], Floats]
 
 
 class Grid(NamedTuple):
-  """Layers by time: `values` (L, columns), the columns of equal width between the steps `start` and `stop`.
+  """Layers over time: `values` has shape (L, columns), with columns of equal width from step `start` to step `stop`.
 
-  NaN is what was not recorded, inf what was not finite.
+  NaN means not recorded, inf nonfinite.
   """
 
   start: float
@@ -38,7 +38,7 @@ class Grid(NamedTuple):
 
 
 class Steps(NamedTuple):
-  """An axis of steps: from `first` to `last`, `unit` apart, as they usually are in the run."""
+  """A step axis from `first` to `last`; `unit` is the median distance between recorded steps."""
 
   first: int
   last: int
@@ -51,20 +51,20 @@ class Steps(NamedTuple):
 
 
 def steps_of(steps: Ints, span: tuple[int, int] | None = None) -> Steps:
-  """The axis of a run with these steps, or of the part `span` of it."""
+  """The axis of a run with these steps, or of its part `span`."""
   unit = float(np.median(np.diff(steps))) if steps.size > 1 else 1.0
   first, last = span if span is not None else (int(steps[0]), int(steps[-1])) if steps.size else (0, 0)
   return Steps(first, last, unit)
 
 
 def greatest(values: Floats, firsts: Ints) -> Floats:
-  """The greatest number of each group of rows, NaN where it has none."""
+  """The largest number of each group of rows, NaN for a group without one."""
   out: Floats = np.fmax.reduceat(values, firsts, axis=0)
   return out
 
 
 def farthest(values: Floats, firsts: Ints) -> Floats:
-  """The number farthest from 0 of each group of rows, NaN where it has none; of logarithms, the farthest from 1."""
+  """The number farthest from 0 in each group of rows (as logarithms: from 1), NaN for a group without one."""
   high, low = greatest(values, firsts), -greatest(-values, firsts)
   return np.where(-low > high, low, high)
 
@@ -72,24 +72,26 @@ def farthest(values: Floats, firsts: Ints) -> Floats:
 def time_grid(
   found: Vectors, axis: Steps, bins: int, alone: Bools | None = None, *, combine: Combine = greatest
 ) -> Grid:
-  """At most `bins` columns, none finer than a step; each holds the greatest values recorded in it.
+  """At most `bins` columns, none narrower than a step; each holds the largest values recorded in it.
 
-  A column without a record has those of the regular row beside it, where that is at most half a gap away.
+  A column without a record takes the values of the nearest regular row if that is at most half a gap away.
 
   Args:
     found: numbers by layer.
-    axis: what the columns span.
-    bins: how many columns there may be.
-    alone: bool, of the rows: which stand for their own step only; None: those that are not in the rhythm of the rest.
-    combine: what a column holds of the values recorded in it.
+    axis: the steps that the columns span.
+    bins: the largest number of columns.
+    alone: bool, one per row, whether the row stands only for its own step; None: the rows outside the rhythm do.
+    combine: reduces the values recorded in one column.
   """
   count = int(np.clip(round((axis.last - axis.first) / axis.unit) + 1, 1, bins))
   start, stop = axis.first - axis.unit / 2, axis.last + axis.unit / 2
   width = (stop - start) / count
+  # Columns between records take the regular row nearby.
   grid = np.full((found.values.shape[1], count), np.nan)
   centres: Floats = start + width * (np.arange(count, dtype=np.float64) + 0.5)
   row = _row_for(found.steps, centres, alone)
   grid[:, row >= 0] = found.values[row[row >= 0]].T
+  # Columns with records show exactly these, and none is lost: one spike of one layer stays visible.
   inside = (found.steps > start) & (found.steps < stop)
   if inside.any():
     which = np.minimum(((found.steps[inside] - start) / width).astype(np.int64), count - 1)
@@ -99,10 +101,11 @@ def time_grid(
 
 
 def _row_for(steps: Ints, places: Floats, alone: Bools | None) -> Ints:
-  """The regular row that stands for each of some places, -1 for none.
+  """The index of the regular row that stands for each place, -1 for none.
 
-  It is at most half a gap away, and no other row is between: what comes after a jump says nothing of what was before.
+  The row is at most half a gap away, with no other row between: a row after a jump says nothing about steps before it.
   """
+  # Of the rows on both sides of a place, take the nearer one that is regular and near enough.
   regular, gap = rhythm(steps, alone)
   after = np.searchsorted(steps, places)
   near = []
@@ -116,28 +119,29 @@ def _row_for(steps: Ints, places: Floats, alone: Bools | None) -> Ints:
 
 
 def rhythm(steps: Ints, alone: Bools | None = None) -> tuple[Bools, int]:
-  """`(regular, gap)`: the rows that were recorded once in `gap` steps, and that gap; ascending steps.
+  """Returns `(regular, gap)`: which rows were recorded every `gap` steps, and that gap; the steps ascend.
 
-  The gap is the least one at which rows follow each other from the first to the last row, as a recorder writes them;
-  rows between, which it writes for a finding or a new largest norm, are not regular. Where there is no such gap, as
-  where two records of one run differ in it, every row counts as regular, and the gap is the median.
+  The gap is the smallest one at which rows follow each other from the first row to the last, as a recorder writes them.
+  Rows between, which it writes for a finding or a new largest norm, are not regular. Without such a gap, for instance
+  if two records of one run have different gaps, every row counts as regular and the gap is the median.
   """
   kept = np.ones(steps.size, np.bool_) if alone is None else ~alone
   if steps.size < 2:
     return np.zeros(steps.size, np.bool_), 1
   first, last = int(steps[0]), int(steps[-1])
+  # Try the distances from the first row to later ones, the smallest first.
   for gap in (steps[1:_CANDIDATES] - first).tolist():
     count = (last - first) // gap + 1
     if count < _CHAIN:
       break
-    # A longer chain cannot be whole, and steps may be counts of examples, which have no end.
+    # A chain longer than the rows cannot be whole, and would be huge if steps count examples.
     if count * _WHOLE <= steps.size and np.isin(first + gap * np.arange(count), steps).mean() >= _WHOLE:
       return kept & ((steps - first) % gap == 0), gap
   return kept, max(round(float(np.median(np.diff(steps[kept])))), 1) if kept.sum() > 1 else 1
 
 
 def usual(found: Vectors, alone: Bools | None = None) -> Floats | None:
-  """The median norm of each layer over the regular rows, NaN without one above 0; None where there are few rows."""
+  """The median norm of each layer over regular rows, NaN without a norm above 0; None if the rows are too few."""
   regular, _ = rhythm(found.steps, alone)
   if regular.sum() < _FEW:
     return None
@@ -146,7 +150,7 @@ def usual(found: Vectors, alone: Bools | None = None) -> Floats | None:
 
 
 def over_usual(found: Vectors, alone: Bools | None = None) -> Vectors | None:
-  """Each norm over the usual one of its layer, 0 for 0; None where too few rows tell what is usual."""
+  """Each norm over the usual norm of its layer, 0 for 0; None if the rows are too few."""
   middle = usual(found, alone)
   if middle is None:
     return None
@@ -155,7 +159,7 @@ def over_usual(found: Vectors, alone: Bools | None = None) -> Vectors | None:
 
 
 def jumps(found: Vectors, events: Iterable[Event]) -> list[tuple[int, int]]:
-  """`(step, layer)` of the layers that an event names, at the step of their largest norm in it."""
+  """`(step, layer)` of each layer that an event names, at the step of its largest norm within the event."""
   out = []
   for event in events:
     rows = np.flatnonzero((found.steps >= event.start) & (found.steps <= event.end))
@@ -168,10 +172,10 @@ def jumps(found: Vectors, events: Iterable[Event]) -> list[tuple[int, int]]:
 
 
 class Depth(NamedTuple):
-  """Layers as the lines of a map: `values` (lines, columns), each line that of `per` layers of one stack.
+  """Layers as lines of a map: `values` has shape (lines, columns); a line stands for `per` layers of one stack.
 
-  `stacks` have their place among the lines in `start`, and the number of their layers in `size`; `lines` (L,) is where
-  each layer is.
+  Each of `stacks` has its first line in `start` and its number of layers in `size`; `lines` (L,) is the line of each
+  layer.
   """
 
   values: Floats
@@ -181,12 +185,13 @@ class Depth(NamedTuple):
 
 
 def by_depth(names: tuple[str, ...], values: Floats, most: int, *, combine: Combine = greatest) -> Depth:
-  """Values (L, columns) with neighbouring layers of a stack in one line where there are more than about `most`."""
+  """Reduces values (L, columns) to about `most` lines: neighbouring layers of a stack share one."""
+  # Merge as many neighbours as needed; a line never crosses from one stack to the next.
   stacks = in_stacks(names)
   per = math.ceil(len(names) / most)
   firsts = [range(stack.start, stack.start + stack.size, per) for stack in stacks]
   starts = np.cumsum([0, *map(len, firsts)]).tolist()
   first = np.concatenate(firsts)
-  values = combine(values, first)  # What is known of them.
+  values = combine(values, first)
   places = tuple(s._replace(start=start) for s, start in zip(stacks, starts, strict=False))
   return Depth(values, places, per, np.searchsorted(first, np.arange(len(names)), side="right") - 1)

@@ -1,4 +1,4 @@
-"""What happened, in words: the findings of the first screen, the table of events, the layers of the worst step."""
+"""What happened, in words: the first screen, the table of events, and the layers of the worst step."""
 
 import math
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from clipjax.runs.report.worst import Layer, worst_step
 from clipjax.runs.run import Run
 from clipjax.runs.words import number
 
-_MOST_SAID = 3  # Findings of the first screen.
-_MOST_NAMED = 3  # Leaves and batches in a row of the table.
-_MOST_LAYERS = 5  # Of the worst step.
-APPLIED = "nonfinite"  # The finding of norms that were not finite and that nothing dropped.
+_MOST_SAID = 3  # Findings on the first screen.
+_MOST_NAMED = 3  # Leaves, or batches, in a row of the table.
+_MOST_LAYERS = 5  # Layers of the worst step.
+APPLIED = "nonfinite"  # The finding about nonfinite steps that nothing dropped.
 
 
 def first_screen(report: HealthReport) -> str:
-  """The strongest findings in large letters with what to do; that nothing is wrong where there are none."""
+  """The strongest findings in large type, each with what to do; without a finding, a line that says so."""
   found = [finding for finding in report if finding.level != "INFO"]
   if not found:
-    return '<p class="lead">Nothing wrong was found.</p>'
+    return '<p class="lead">No problem was found.</p>'
   events = numbered(report.events)
   said = "".join(_said(finding, _marked(finding, report, events)) for finding in found[:_MOST_SAID])
   if (left := len(found) - _MOST_SAID) > 0:
-    more = f"{left} more finding{'s' if left > 1 else ''} of FAIL and WARN"
-    said += f'<p class="soft">{more}: <a href="#verdict">the whole verdict</a>.</p>'
+    more = f"{left} more finding{'s' if left > 1 else ''} (FAIL or WARN)"
+    said += f'<p class="soft">{more}: see the <a href="#verdict">whole verdict</a>.</p>'
   return said
 
 
@@ -42,18 +42,18 @@ def _said(finding: Finding, marked: Sequence[str]) -> str:
     body += f"<p><strong>What to do:</strong> {text(finding.advice)}</p>"
   if marked:
     which = ", ".join(f"<strong>{text(mark)}</strong>" for mark in marked)
-    body += f'<p class="soft">Marked {which} in the timeline.</p>'
+    body += f'<p class="soft">Marked in the timeline as {which}.</p>'
   return f'<div class="said {level}">{body}</div>'
 
 
 def _marked(finding: Finding, report: HealthReport, events: dict[int, Event]) -> list[str]:
-  """What a finding is marked with: its name, and the numbers of events."""
+  """The marks of a finding: its own name, and the numbers of events."""
   is_named = any(finding is one for one in begins(report.events, report.findings))
   return [*([finding.name] if is_named else []), *map(str, told_by(finding, events))]
 
 
 def events_table(events: Sequence[Event]) -> str:
-  """The strongest events in the order of their steps; empty where there is none."""
+  """The strongest events in step order; empty without events."""
   if not events:
     return ""
   rows = [
@@ -64,9 +64,8 @@ def events_table(events: Sequence[Event]) -> str:
   kept = [i for i in range(len(head)) if i < 3 or any(row[i] for row in rows)]
   table = page.table([head[i] for i in kept], [[row[i] for i in kept] for row in rows], "events")
   count = "1 event" if len(events) == 1 else f"{len(events):,} events"
-  if len(events) > MOST:
-    count += f", of which the {MOST} strongest are in the table"
-  said = f'<p class="soft">{count}, in the order of the steps. The usual value is the median before the event.</p>'
+  count += f"; the table lists the {MOST} strongest" if len(events) > MOST else ""
+  said = f'<p class="soft">{count}, in step order. The usual value is the median before the event.</p>'
   return f"<section><h2>Events</h2>{said}{table}</section>"
 
 
@@ -75,7 +74,7 @@ def _steps(event: Event) -> str:
 
 
 def _moves(moves: Sequence[Move]) -> str:
-  """A line for each series; the later ones say how many steps after the first."""
+  """One line per series; later ones say how many steps after the first they moved."""
   lines = []
   for move in moves:
     after = move.step - moves[0].step
@@ -85,24 +84,24 @@ def _moves(moves: Sequence[Move]) -> str:
 
 
 def how_far(move: Move) -> str:
-  """The largest value of a series in an event against its usual one."""
+  """The peak of a series in an event, compared with its usual value."""
   if not math.isfinite(move.peak):
-    return f"not finite, usually {number(move.usual)}"
+    return f"nonfinite, usually {number(move.usual)}"
   if math.isfinite(times(move)):
     return f"{number(move.peak)}, {number(times(move))} times the usual {number(move.usual)}"
   return f"{number(move.peak)}, usually {number(move.usual)}"
 
 
 def _few(names: Sequence[object]) -> str:
-  """The first few names; of more, how many."""
+  """The first few names, and how many more there are."""
   shown = ", ".join(map(code, names[:_MOST_NAMED]))
   return shown + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")
 
 
 def _end(event: Event) -> str:
-  """Whether it reached the parameters, and whether the loss came back."""
+  """Whether the event reached the parameters, and whether the loss recovered."""
   said = "caught" if event.is_caught else "reached the parameters"
-  loss = {None: "", True: "; the loss recovered", False: "; the loss did not come back"}[event.is_recovered]
+  loss = {None: "", True: "; the loss recovered", False: "; the loss did not recover"}[event.is_recovered]
   return said + loss
 
 
@@ -112,17 +111,19 @@ def worst_of(run: Run, series: NormSeries, report: HealthReport) -> str:
   worst = worst_step(run, series, report.events, applied)
   if worst is None:
     return ""
-  is_finite = math.isfinite(worst.norm)
-  which = "the largest norm" if is_finite else "the first that was not finite"
-  if is_finite and worst.norm < np.nanmax(series.norm):
-    which = "the largest norm in an event that reached the parameters"
-  size = number(worst.norm) if is_finite else "not finite"
-  body = f"<p>Step <strong>{worst.step:,}</strong>, {which}: {code(series.key)} {size}.</p>"
+  key = code(series.key)
+  if not math.isfinite(worst.norm):
+    said = f"the first nonfinite step of {key}"
+  elif worst.norm < np.nanmax(series.norm):
+    said = f"the largest norm in an event that reached the parameters: {key} {number(worst.norm)}"
+  else:
+    said = f"the largest norm: {key} {number(worst.norm)}"
+  body = f"<p>Step <strong>{worst.step:,}</strong>, {said}.</p>"
   if worst.layers:
     return body + _layer_table(worst.layers)
   if series.rejected[run.steps == worst.step].any():
-    return f"{body}<p>{code('skip_steps')} rejected it, so that a {code('clipjax.watch()')} inside did not see it.</p>"
-  return f"{body}<p>Its layers were not recorded: {code('clipjax.watch()')} first in the chain keeps them.</p>"
+    return f"{body}<p>{code('skip_steps')} rejected it, and a {code('clipjax.watch()')} inside did not see it.</p>"
+  return f"{body}<p>Its layers were not recorded: chain {code('clipjax.watch()')} first to keep them.</p>"
 
 
 def _layer_table(layers: Sequence[Layer]) -> str:
@@ -130,7 +131,7 @@ def _layer_table(layers: Sequence[Layer]) -> str:
   known = any(math.isfinite(layer.times) for layer in shown)
   rows = []
   for layer in shown:
-    cells = [code(layer.name), number(layer.norm) if math.isfinite(layer.norm) else "not finite"]
+    cells = [code(layer.name), number(layer.norm) if math.isfinite(layer.norm) else "nonfinite"]
     times_usual = number(layer.times) if math.isfinite(layer.times) else ""
     rows.append([*cells, times_usual] if known else cells)
   return page.table(("layer", "norm", *(["times the usual"] if known else [])), rows, "layers")

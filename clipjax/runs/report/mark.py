@@ -1,4 +1,4 @@
-"""How a page of clipjax is told from any other file: by its first lines, which name their generator."""
+"""Recognizes a page that clipjax wrote by its first lines, which name the generator."""
 
 import os
 
@@ -7,7 +7,7 @@ START = '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<met
 
 
 def may_be_replaced(path: str | os.PathLike[str]) -> bool:
-  """Whether nothing is lost where a page is written there: no file, an empty one, a page, or no plain file."""
+  """Whether a page may replace `path`: there is no file, an empty one, a page of clipjax, or no regular file."""
   if not os.path.isfile(path):
     return True
   with open(path, "rb") as file:

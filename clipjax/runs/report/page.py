@@ -1,8 +1,8 @@
 """The page of a report: escaping, style sheet, figures as inline SVG, data as JSON. One file, no script, no network.
 
-Text that comes from a run (leaf names, keys, its path) goes through `text`, and the data through `data_block`. A
-figure becomes SVG whose text stays text and whose colours are variables of the style sheet, so that it follows the
-reader's light or dark mode; it stands in the page twice, for a screen and for a phone, and the style sheet shows one.
+`text` escapes everything that comes from a run (leaf names, keys, its path), `data_block` the data. A figure becomes
+SVG with real text; its colours are variables of the style sheet and follow the reader's light or dark mode. The page
+has each figure twice, for a screen and for a phone, and the style sheet shows one of them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from clipjax.runs.report.style import CSS
 from clipjax.runs.sources import BY_TEXT
 from clipjax.runs.words import plain
 
-INK = "#202124"  # Stands for the text colour of the page, and becomes `currentColor`.
+INK = "#202124"  # Placeholder for the text colour of the page: it becomes `currentColor`.
 _STYLE: dict[str, Any] = {
   **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
   "svg.fonttype": "none",
@@ -32,7 +32,7 @@ _STYLE: dict[str, Any] = {
   "font.size": 9,
   "savefig.transparent": True,
 }
-_PHONE_SIZE = 10  # Of a figure that is 3.9 inches wide: 12 pixels on a phone of 400.
+_PHONE_SIZE = 10  # In a figure 3.9 inches wide: 12 pixels on a phone 400 pixels wide.
 _VARIABLES = {
   INK: "currentColor",
   axes.BLUE: "var(--blue)",
@@ -44,28 +44,30 @@ _VARIABLES = {
   axes.GREY: "var(--grey)",
 }
 _COLOUR = re.compile("|".join(_VARIABLES))
-# Nothing may be fetched, whatever the page holds.
+# The page may fetch nothing, whatever it contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def text(value: object) -> str:
-  """Any text as HTML text or attribute; what has no shape, line ends included, as an escape."""
+  """Escapes text for HTML or an attribute; invisible characters, line ends included, become escapes too."""
   return html.escape(plain(str(value)), quote=True)
 
 
 def code(value: object) -> str:
-  """A name from the run or from the library, set as code; a path may be broken after each of its parts."""
+  """A name set as code; a line may break after each part of a path."""
   return f"<code>{text(value).replace('/', '/<wbr>')}</code>"
 
 
 def source(value: str) -> str:
-  """The source of a rule as a link. Only the sources of this package become one: a name may look like an address."""
+  """The source of a rule, as a link only if this package knows it: a name in a run may look like an address."""
+  # Only an exact match becomes a link; a lookalike stays text.
   found = BY_TEXT.get(value)
   return text(value) if found is None else f'<a href="{text(found.address)}">{text(found.title)}</a>'
 
 
 def figure(draw: Callable[[float], Figure], alt: str, caption: str) -> str:
-  """A figure for a screen and one for a phone, each with the alt text; the caption, which is HTML, under them."""
+  """A figure for a screen and one for a phone, each with the alt text, over a caption of HTML."""
+  # The style sheet hides one of the two; a figure scaled to a phone would be unreadable.
   images = []
   for kind, width in (("wide", axes.WIDE), ("narrow", axes.NARROW)):
     images.append(f'<div class="{kind}">{svg(draw, width, alt)}</div>')
@@ -73,14 +75,15 @@ def figure(draw: Callable[[float], Figure], alt: str, caption: str) -> str:
 
 
 def svg(draw: Callable[[float], Figure], width: float, alt: str) -> str:
-  """The figure that `draw` makes as an SVG element, with its colours as variables of the page."""
+  """Draws a figure as an SVG element whose colours are variables of the page."""
   size = _STYLE["font.size"] if axes.is_wide(width) else _PHONE_SIZE
   shown = _STYLE | {"font.size": size, "svg.hashsalt": f"{alt}{width}"}
   with style.context(["default", shown]), warnings.catch_warnings():
-    # The browser has the glyphs that matplotlib's own font lacks; only the room they take is a guess.
+    # Browsers have the glyphs that matplotlib's font lacks; only their width is a guess.
     warnings.filterwarnings("ignore", "Glyph .* missing from")
     out = io.StringIO()
     draw(width).savefig(out, format="svg", metadata={"Date": None})
+  # Strip matplotlib's XML header, metadata and style sheet; keep the drawing.
   source = out.getvalue()
   (box,) = re.findall(r'<svg [^>]*viewBox="([\d. ]+)"', source)
   body = source[source.index("</metadata>") + len("</metadata>") : source.rindex("</svg>")]
@@ -91,7 +94,7 @@ def svg(draw: Callable[[float], Figure], width: float, alt: str) -> str:
 
 
 def _named(body: str, shown: dict[str, Any]) -> str:
-  """The figure with the names of its clip paths counted: matplotlib makes them of addresses in memory."""
+  """Numbers the clip paths: matplotlib names them by memory addresses, which would change the file each time."""
   names = dict.fromkeys(re.findall(r"url\(#(p[0-9a-f]{10})\)", body))
   salt = hashlib.sha256(shown["svg.hashsalt"].encode()).hexdigest()[:8]
   for i, name in enumerate(names):
@@ -100,17 +103,17 @@ def _named(body: str, shown: dict[str, Any]) -> str:
 
 
 def _tag(match: re.Match[str]) -> str:
-  """One tag of matplotlib's SVG: without the names that nothing refers to, and with variables for colours."""
+  """One tag of matplotlib's SVG without the ids that nothing refers to, and with variables for colours."""
   tag = re.sub(r'^<g id="[^"]*"', "<g", match[0])
   tag = tag.replace("'DejaVu Sans'", "sans-serif").replace(", sans-serif", "").replace("xlink:href", "href")
   return _COLOUR.sub(lambda colour: _VARIABLES[colour[0]], tag)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
-  """A table of cells that are HTML. `kind`: "findings", "events", "layers" or "cards".
+  """A table of HTML cells; `kind` is "findings", "events", "layers" or "cards".
 
-  In the last two all but the first are numbers. On a phone, all but "layers" become a block for each row, in which a
-  cell of "events" and "cards" has its title.
+  In "layers" and "cards", all columns but the first are numbers. On a phone, a row of any kind but "layers" becomes a
+  block, and a cell of "events" and "cards" shows its title.
   """
   mark = "" if kind in ("findings", "events") else ' class="n"'
   titles = "".join(f'<th scope="col"{mark if i else ""}>{title}</th>' for i, title in enumerate(head))
@@ -122,12 +125,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
 
 
 def numbers(pairs: Iterable[tuple[str, str]]) -> str:
-  """A list of named numbers, all plain text."""
+  """A list of named numbers, given as plain text."""
   return "<dl>" + "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in pairs) + "</dl>"
 
 
 def data_block(source: str) -> str:
-  """JSON as a block of the page that no name in it can end: `<`, `>` and `&` are written as escapes of JSON."""
+  """JSON as a data block; no name can close it, as `<`, `>` and `&` become JSON escapes."""
   for character in "<>&":
     source = source.replace(character, f"\\u{ord(character):04x}")
   return f'<script type="application/json" id="clipjax-run">{source}</script>'

@@ -1,7 +1,7 @@
-"""What a report takes out of a `Run`, in numpy: norms, other columns, and numbers by layer.
+"""What a report takes from a `Run`, as NumPy arrays: norms, other columns, and numbers by layer.
 
-Numbers are always of all steps. Only what is drawn is thinned, by `thin` and `thin_mask`, and each of them keeps the
-extremes. As in a `Run`, NaN stands for what is absent; by leaf, inf for what was not finite.
+Numbers always cover all steps. Only drawings are thinned, by `thin` and `thin_mask`, which keep the extremes. As in a
+`Run`, NaN means absent; in numbers by leaf, inf means nonfinite.
 """
 
 from collections import Counter
@@ -23,15 +23,15 @@ class NormSeries(NamedTuple):
   """The norm of a state before the clip, step by step; each array has the shape (n,) of `Run.steps`.
 
   Attributes:
-    name: of the state: "grad" where there is one.
+    name: name of the state; "grad" for the main one.
     steps: int64.
-    norm: float64; NaN where it was not recorded or not finite.
-    limit: float64, the threshold in force; NaN where there was none.
-    clipped: bool, where the updates were scaled down.
-    nonfinite: bool, where the norm was inf or NaN.
-    rejected: bool, where `skip_steps` rejected the step; its norm is the one that `skip_steps` saw.
-    by_block: whether leaves or groups have thresholds of their own, of which `limit` is the smallest.
-    spikes: bool, the largest norm of each event in which the norm moved.
+    norm: float64; NaN if it was not recorded or nonfinite.
+    limit: float64, the threshold in force; NaN without one.
+    clipped: bool, whether the updates were scaled down.
+    nonfinite: bool, whether the norm was inf or NaN.
+    rejected: bool, whether `skip_steps` rejected the step; the norm is then the one that `skip_steps` saw.
+    by_block: whether each leaf or group has its own threshold; `limit` is then the smallest.
+    spikes: bool, at the largest norm of each event in which the norm moved.
     begin: the first step after the warm-up.
   """
 
@@ -48,25 +48,25 @@ class NormSeries(NamedTuple):
 
   @property
   def key(self) -> str:
-    """That of the column."""
+    """The key of the norm's column."""
     return key_of(self.name, NORM)
 
   @property
   def typical(self) -> Floats:
-    """The finite norms after the warm-up, of which the verdict tells the percentiles."""
+    """The finite norms after the warm-up, whose percentiles the verdict reports."""
     return self.norm[np.isfinite(self.norm) & (self.steps >= self.begin)]
 
   def within(self, span: tuple[int, int]) -> "NormSeries":
-    """The steps from the first to the last of `span`."""
+    """The part between the first and the last step of `span`."""
     kept = (self.steps >= span[0]) & (self.steps <= span[1])
     parts: dict[str, Any] = {name: x[kept] for name, x in self._asdict().items() if isinstance(x, np.ndarray)}
     return self._replace(**parts)
 
 
 class Curve(NamedTuple):
-  """A column: `values` at the `steps` at which it was finite, and the steps at which it was inf or NaN.
+  """A column: its finite `values` with their `steps`, and the steps `bad` at which it was inf or NaN.
 
-  `spikes` are the largest values of each event in which it moved.
+  `spikes` marks the largest value of each event in which the column moved.
   """
 
   key: str
@@ -76,14 +76,14 @@ class Curve(NamedTuple):
   spikes: Bools
 
   def within(self, span: tuple[int, int]) -> "Curve":
-    """The steps from the first to the last of `span`."""
+    """The part between the first and the last step of `span`."""
     kept = (self.steps >= span[0]) & (self.steps <= span[1])
     bad = self.bad[(self.bad >= span[0]) & (self.bad <= span[1])]
     return Curve(self.key, self.steps[kept], self.values[kept], bad, self.spikes[kept])
 
 
 class Vectors(NamedTuple):
-  """One quantity by leaf or group: `steps` (m,), `values` (m, L), inf for nonfinite, NaN for absent, and L `names`."""
+  """One quantity by leaf or group: `steps` (m,), L `names`, and `values` (m, L), inf for nonfinite, NaN for absent."""
 
   steps: Ints
   values: Floats
@@ -91,24 +91,27 @@ class Vectors(NamedTuple):
 
 
 def norm_series(run: Run, name: str, warmup_steps: int | None = None, events: Iterable[Event] = ()) -> NormSeries:
-  """The norm of the state `name`; the warm-up and the events are those of `diagnose`."""
+  """The norm of the state `name`, with the warm-up and the events that `diagnose` found."""
+  # The judged norms, spread over all steps of the run.
   norms = norms_of_run(run, name, warmup_steps)
   at = np.searchsorted(run.steps, norms.steps)
   norm, bad, clipped = np.full(len(run), np.nan), *(np.zeros(len(run), np.bool_) for _ in range(2))
   norm[at] = np.where(norms.finite, norms.values, np.nan)
   bad[at] = ~norms.finite
   clipped[at] = acted(run, name, norms) & ~norms.rejected
+  # Thresholds by leaf or group: recorded as a vector, or as one column each.
   key = key_of(name, MAX_NORM)
   blocks = [key_of(f"{name}{unit}", MAX_NORM) for unit in UNITS]
   by_block = any(by in run.vectors for by in blocks) or any(other.startswith(f"{key}/") for other in run.columns)
-  if by_block:  # A norm without a scale does not tell which of them acted.
+  if by_block:  # Without a scale, the norm alone does not tell which thresholds acted.
     clipped &= np.isfinite(column(run, key_of(name, SCALE)))
+  # One ring per event, at its largest norm.
   spikes = _peaks(events, key_of(name, NORM), run.steps, norm)
   return NormSeries(name, run.steps, norm, column(run, key), clipped, bad, rejected(run), by_block, spikes, norms.begin)
 
 
 def curve(run: Run, key: str, events: Iterable[Event] = ()) -> Curve | None:
-  """A column of `run`; None where it has no number, finite or not."""
+  """A column of `run`; None if it has no number, finite or not."""
   values, bad = column(run, key), run.steps[flag(run, key)]
   known = np.isfinite(values)
   if not known.any() and not bad.size:
@@ -117,7 +120,7 @@ def curve(run: Run, key: str, events: Iterable[Event] = ()) -> Curve | None:
 
 
 def curves(run: Run, keys: Iterable[str], events: Iterable[Event] = ()) -> tuple[Curve, ...]:
-  """The columns of some keys that have numbers."""
+  """The columns `keys`, without those that have no number."""
   return tuple(filter(None, (curve(run, key, events) for key in keys)))
 
 
@@ -133,14 +136,15 @@ def _peaks(events: Iterable[Event], key: str, steps: Ints, values: Floats) -> Bo
 
 
 def vectors(run: Run, key: str) -> Vectors | None:
-  """A vector of `run` with the names of its entries; None where it is absent or empty.
+  """A vector of `run` with the names of its entries; None if it is absent or empty.
 
-  Steps that passed the state by are left out, as those that `skip_steps` rejected before a watch inside.
+  Steps that the state never saw are left out, such as steps that `skip_steps` rejected before a watch inside it.
   """
   if key not in run.vectors:
     return None
   steps, values = run.vectors[key]
   name = name_of(key)
+  # Running quantities, such as the norms at the worst step so far, are valid in every row.
   if key.removeprefix(f"{name}/") not in SO_FAR:
     seen = ~unseen(run, name)[np.searchsorted(run.steps, steps)]
     steps, values = steps[seen], values[seen]
@@ -151,9 +155,9 @@ def vectors(run: Run, key: str) -> Vectors | None:
 
 
 def medians(values: Floats) -> Floats:
-  """The median of the finite numbers of each column, NaN where a column has none."""
+  """The median of the finite numbers of each column, NaN for a column without one."""
   known = np.isfinite(values)
-  if known.all() and values.size:
+  if known.all() and values.size:  # The usual case, without a loop over thousands of layers.
     return np.asarray(np.median(values, axis=0), np.float64)
   return np.array([np.median(values[known[:, i], i]) if known[:, i].any() else np.nan for i in range(values.shape[1])])
 
@@ -162,13 +166,15 @@ def medians(values: Floats) -> Floats:
 
 
 def thin(values: Floats, bins: int) -> Ints:
-  """Indices of the least and the greatest finite value in each of `bins` equal parts, ascending; all where few.
+  """Ascending indices of the smallest and the largest finite value in each of `bins` equal parts.
 
-  The first and the last are kept, and one of each part without a finite value, so that a gap stays a gap.
+  The first and the last index stay, and one of each part without a finite value, which keeps a gap a gap. Few values
+  (up to `2 * bins`) all stay.
   """
   n = values.size
   if n <= 2 * bins:
     return np.arange(n)
+  # In a part without a finite value both indices are its first, which keeps the gap.
   finite = np.isfinite(values)
   low, high = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
   kept = {0, n - 1}
@@ -179,7 +185,7 @@ def thin(values: Floats, bins: int) -> Ints:
 
 
 def thin_mask(mask: Bools, bins: int) -> Ints:
-  """Indices where `mask` is true, at most one in each of `bins` equal parts."""
+  """Indices at which `mask` is true, at most one in each of `bins` equal parts."""
   at = np.flatnonzero(mask)
   _, first = np.unique(at * bins // max(mask.size, 1), return_index=True)
   return at[first]
@@ -189,8 +195,9 @@ def thin_mask(mask: Bools, bins: int) -> Ints:
 
 
 def without_common(names: tuple[str, ...]) -> tuple[str, ...]:
-  """Paths without the first and the last parts that all of them share; each keeps one part at least."""
+  """Paths without the leading and trailing parts that all of them share; each keeps at least one part."""
   parts = [name.split("/") for name in names]
+  # Cut the shared parts at the front, then at the back, but never the last part that is left.
   spare = min(map(len, parts), default=1) - 1
   head = next((i for i in range(spare) if len({part[i] for part in parts}) > 1), spare)
   tail = next((i for i in range(spare - head) if len({part[-1 - i] for part in parts}) > 1), spare - head)
@@ -198,14 +205,14 @@ def without_common(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def without_last(names: tuple[str, ...]) -> tuple[str, ...]:
-  """Paths without their last part, which is often "kernel", where what is left is that of one path alone."""
+  """Paths without their last part, often "kernel", if the rest still identifies the path."""
   heads = [name.rpartition("/")[0] or name for name in names]
   counts = Counter([*heads, *names])
   return tuple(head if counts[head] == 1 else name for head, name in zip(heads, names, strict=True))
 
 
 def short(name: str, length: int) -> str:
-  """A name of at most `length` characters; the middle is left out, for the ends tell layers apart."""
+  """A name of at most `length` characters; the middle is cut, as the ends tell layers apart."""
   name = plain(name)
   if len(name) <= length:
     return name

@@ -1,4 +1,4 @@
-"""What the sections of a report are made of, and the words that several of them have."""
+"""What the sections of a report are made of, and the words that they share."""
 
 from typing import NamedTuple
 
@@ -25,9 +25,9 @@ class Shown(NamedTuple):
   Attributes:
     run: the run.
     report: its verdict.
-    limits: those of the verdict.
-    norms: of the states that are judged, the main one first.
-    speed: None where it is not known.
+    limits: the limits of the verdict.
+    norms: norms of the judged states, the main one first.
+    speed: None if it is unknown.
   """
 
   run: Run
@@ -38,14 +38,14 @@ class Shown(NamedTuple):
 
   @property
   def main(self) -> NormSeries | None:
-    """The norm of the main state; None where none was recorded."""
+    """The norm of the main state; None if no norm was recorded."""
     return self.norms[0] if self.norms else None
 
 
 def shown_of(
   run: Run, report: HealthReport, limits: HealthLimits | None = None, warmup_steps: int | None = None
 ) -> Shown:
-  """What the report of a run shows; `limits` and `warmup_steps` are those of the verdict `report`."""
+  """What the report of a run shows; `report` was made with the same `limits` and `warmup_steps`."""
   names = judged_states(run) if len(run) else []
   events = numbered(report.events).values()
   norms = tuple(norm_series(run, name, warmup_steps, events) for name in names)
@@ -53,7 +53,7 @@ def shown_of(
 
 
 class Missing(NamedTuple):
-  """A section that is left out: its title and, as HTML, what to record."""
+  """A section that was left out: its title and, as HTML, what to record."""
 
   title: str
   remedy: str
@@ -63,13 +63,13 @@ Section = str | Missing
 
 
 def section(title: str, draw: Draw, alt: str, caption: str) -> str:
-  """A heading and a figure; the caption is HTML, the alt text is not, and is shown too, so that all can read it."""
+  """A heading and a figure with a caption of HTML; the alt text is plain and shown too, for every reader."""
   words = f"<details><summary>The figure in words</summary><p>{text(alt)}</p></details>"
   return f"<section><h2>{text(title)}</h2>{page.figure(draw, alt, caption)}{words}</section>"
 
 
 def percentiles(values: Floats) -> list[float]:
-  """The `PERCENTILES` of the finite values, of which there are some."""
+  """The `PERCENTILES` of the finite values; at least one must be finite."""
   return [float(x) for x in np.percentile(values[np.isfinite(values)], PERCENTILES)]
 
 
@@ -84,10 +84,10 @@ def distribution(values: Floats) -> str:
 
 
 def span_words(steps: Ints) -> str:
-  """From which step to which."""
+  """The first and the last step in words."""
   return f"step {steps[0]:,}" if steps.size == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
 
 
 def share(mask: Bools) -> str:
-  """How many, of how many, in percent."""
+  """The count, the total and the share in percent."""
   return f"{mask.sum():,} of {mask.size:,} ({percent(float(mask.mean()))})"

@@ -1,4 +1,4 @@
-"""The style sheet of a page: light and dark, on a screen, on a phone and on paper."""
+"""The style sheet of the page: light and dark, for screens, phones and paper."""
 
 CSS = """
 :root{color-scheme:light dark;--page:#fff;--text:#1f2328;--soft:#59636e;--edge:#d1d9e0;--card:#f6f8fa;--link:#0550ae;
@@ -14,9 +14,9 @@ h1{font-size:1.6rem;line-height:1.25;margin:0 0 .25rem}
 h2{font-size:1.2rem;margin:2.4rem 0 .5rem;padding-top:.6rem;border-top:1px solid var(--edge)}
 p{margin:.4rem 0}a{color:var(--link)}.soft,figcaption,footer{color:var(--soft);font-size:.9rem}
 code{font:.9em ui-monospace,monospace;background:var(--card);padding:.1em .25em;border-radius:3px}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(6.1rem,1fr));gap:.4rem;margin:1rem 0}
-dl div{background:var(--card);border:1px solid var(--edge);border-radius:6px;padding:.2rem .45rem}
-dt{color:var(--soft);font-size:.75rem}dd{margin:0;font-size:.95rem;font-weight:600}
+dl{display:flex;flex-wrap:wrap;gap:.4rem;margin:1rem 0}
+dl div{flex:1 1 auto;background:var(--card);border:1px solid var(--edge);border-radius:6px;padding:.2rem .45rem}
+dt{color:var(--soft);font-size:.75rem}dd{margin:0;font-size:.95rem;font-weight:600;white-space:nowrap}
 figure{margin:.5rem 0}figure svg{display:block;width:100%;height:auto;fill:currentColor;overflow:visible}
 svg *{stroke-linejoin:round;stroke-linecap:butt}svg text{font-family:system-ui,sans-serif!important}
 .narrow{display:none}

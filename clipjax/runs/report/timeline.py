@@ -1,7 +1,7 @@
-"""The run on one axis of steps: losses, learning rates, norms, updates and layers, with what happened marked on all.
+"""The run on one step axis: losses, learning rates, norms, updates and layers, with events and findings marked on all.
 
-Each panel is a title, a height and a function that draws on given axes. The marks are drawn behind the curves, and
-their numbers and names stand in a lane above the first panel.
+Each panel is a title, a height and a function that draws on given axes. Marks are drawn behind the curves; their
+numbers and names are in a lane above the first panel.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,15 +46,15 @@ from clipjax.runs.report.series import Curve, NormSeries, Vectors, short, thin
 from clipjax.runs.schema import GRAD, key_of
 from clipjax.runs.words import number
 
-_LOG_FROM = 100.0  # How many times its least value a loss reaches for a log axis.
-_KINDS: tuple[Kind, ...] = ("finding", "reached", "caught")  # In the order in which their labels get room.
+_LOG_FROM = 100.0  # A loss has a log axis if its largest value is this many times its smallest.
+_KINDS: tuple[Kind, ...] = ("finding", "reached", "caught")  # Labels get room in this order.
 _NAMES = {"reached": "reached the parameters", "caught": "caught", "finding": "finding of the verdict"}
-_LANES = 3  # Lines of labels.
-_LANE = 0.17  # Inches.
+_LANES = 3  # Lines of labels, at most.
+_LANE = 0.17  # Height of a line of labels in inches.
 
 
 class Panel(NamedTuple):
-  """A part of the timeline: `draw` gets the axes, the steps and the width."""
+  """A part of the timeline; `draw` takes the axes, the step axis and the width."""
 
   title: str
   height: float
@@ -62,19 +62,19 @@ class Panel(NamedTuple):
 
 
 class Timeline(NamedTuple):
-  """What is drawn.
+  """What the timeline draws.
 
   Attributes:
-    losses: those that are trained and validated.
+    losses: training and validation losses.
     rates: learning rates.
     scales: loss scales.
-    norms: of each judged state.
-    updates: the norms of the updates, or where they are not known their ratios to the parameters.
-    band: the usual range of the ratio; None where the updates are norms.
+    norms: norms of the judged states.
+    updates: norms of the updates; if unknown, their ratios to the parameters.
+    band: the usual range of the ratio; None if `updates` are norms.
     layers: norms by layer, each with its key.
-    alone: for each of `layers`, which rows stand for their own step only.
-    jumps: for each of `layers`, the steps and layers that an event names.
-    marks: what happened.
+    alone: for each of `layers`, which rows stand only for their own step.
+    jumps: for each of `layers`, the steps and layers that events name.
+    marks: marks of events and findings.
   """
 
   losses: tuple[Curve, ...]
@@ -90,7 +90,7 @@ class Timeline(NamedTuple):
 
 
 def panels(found: Timeline, width: float) -> list[Panel]:
-  """The panels of what was recorded, in their order."""
+  """One panel for each kind of series that was recorded, in page order."""
   out = []
   if found.losses:
     out.append(Panel("Loss", 1.7, partial(draw_losses, found.losses)))
@@ -109,18 +109,19 @@ def panels(found: Timeline, width: float) -> list[Panel]:
 
 
 def _title(what: str, key: str) -> str:
-  """What a panel shows, and of which state, where that is not "grad"."""
+  """What a panel shows, and the key of its state unless that is "grad"."""
   return what if key == key_of(GRAD, NORM) else f"{what}, {short(key, 30)}"
 
 
 def timeline(found: Timeline, axis: Steps, width: float = WIDE) -> Figure:
-  """The whole figure, over the steps of `axis`."""
+  """The whole figure over the steps of `axis`."""
   return on_one_axis(panels(found, width), found.marks, axis, width)
 
 
 def on_one_axis(parts: Sequence[Panel], marks: Sequence[Mark], axis: Steps, width: float) -> Figure:
-  """Panels below each other, over the steps of `axis`, with the marks on all of them."""
+  """Stacks panels over the steps of `axis`, with the marks on all of them."""
   marks = [mark for mark in marks if mark.end >= axis.first and mark.start <= axis.last]
+  # The lane of labels comes first, as its height depends on how many labels overlap.
   labels = _labels(marks, axis, width)
   tall = 1.0 if is_wide(width) else 1.15
   lanes = max((label.lane for label in labels), default=0) + 1
@@ -130,6 +131,7 @@ def on_one_axis(parts: Sequence[Panel], marks: Sequence[Mark], axis: Steps, widt
   rows = figure.subplots(len(heights), squeeze=False, sharex=True, gridspec_kw=ratios)[:, 0].tolist()
   if marks:
     _draw_lane(rows.pop(0), marks, labels, width)
+  # Marks are drawn after the panel, which decides whether it is a map, but below its curves.
   for axes, panel in zip(rows, parts, strict=True):
     tidy(axes)
     panel.draw(axes, axis, width)
@@ -146,7 +148,7 @@ def on_one_axis(parts: Sequence[Panel], marks: Sequence[Mark], axis: Steps, widt
 
 
 def draw_losses(curves: Sequence[Curve], axes: Axes, axis: Steps, width: float) -> None:
-  """Losses on a log axis where they are above 0 and span a factor of 100."""
+  """Losses, on a log axis if they are above 0 and span a factor of 100."""
   shown = _draw_curves(curves, axes, axis, width, always_named=len(curves) > 1)
   together = _together(shown)
   if not together.size or (together.min() > 0 and together.max() > _LOG_FROM * together.min()):
@@ -164,9 +166,10 @@ def _draw_rates(curves: Sequence[Curve], axes: Axes, axis: Steps, width: float) 
 def _draw_positive(
   curves: Sequence[Curve], band: tuple[float, float] | None, axes: Axes, axis: Steps, width: float
 ) -> None:
-  """What is above 0, on a log axis, with the usual range where there is one."""
+  """Values above 0 on a log axis, with the usual range if there is one."""
   if band is not None:
     low, high = max(band[0], 1e-306), min(band[1], 1e306)
+    # A log axis cannot show 0 and inf.
     axes.axhspan(
       low, high, color=GREEN, alpha=0.13, linewidth=0, label=f"usual, {number(band[0])} to {number(band[1])}"
     )
@@ -176,7 +179,7 @@ def _draw_positive(
 
 
 def _draw_curves(curves: Sequence[Curve], axes: Axes, axis: Steps, width: float, *, always_named: bool) -> list[Curve]:
-  """Each curve with a colour and dashes of its own, its spikes in rings; gives the parts that are drawn."""
+  """Draws each curve in its own colour and dashes, with rings at its spikes; returns the parts that it drew."""
   bins, shown = bins_of(width), [curve.within(axis.span) for curve in curves]
   for i, curve in enumerate(shown):
     if not curve.steps.size and not curve.bad.size:
@@ -188,7 +191,7 @@ def _draw_curves(curves: Sequence[Curve], axes: Axes, axis: Steps, width: float,
     rings(axes, curve.steps, curve.values, curve.spikes, bins)
   for curve in shown:
     bad = np.ones(curve.bad.size, np.bool_)
-    edge_marks(axes, curve.bad, bad, bins, 0.97, marker="x", color=VERMILION, label="not finite")
+    edge_marks(axes, curve.bad, bad, bins, 0.97, marker="x", color=VERMILION, label="nonfinite")
   return shown
 
 
@@ -198,9 +201,10 @@ def _together(curves: Sequence[Curve]) -> Floats:
 
 
 def draw_norms(series: NormSeries, axes: Axes, axis: Steps, width: float) -> None:
-  """The norm on a log axis with the threshold; clipped, nonfinite, rejected and zero steps, and spikes are marked."""
+  """The norm and the threshold on a log axis; clipped, nonfinite, rejected and zero steps and spikes are marked."""
   series, bins = series.within(axis.span), bins_of(width)
   steps, norm = series.steps, series.norm
+  # The norm as a line, and on it the clipped steps and the spikes.
   line(axes, steps, positive(norm), bins, color=BLUE, label="norm")
   at = np.flatnonzero(series.clipped & (norm > 0))
   at = at[thin(norm[at], bins // 2)]
@@ -212,7 +216,8 @@ def draw_norms(series: NormSeries, axes: Axes, axis: Steps, width: float) -> Non
     axes.axvspan(float(steps[0]), float(series.begin), color=GREY, alpha=0.12, linewidth=0, label="warm-up")
   _draw_limit(axes, series, bins)
   log_axis(axes, np.concatenate([positive(norm), positive(series.limit)]))
-  edge_marks(axes, steps, series.nonfinite, bins, 0.97, marker="x", color=VERMILION, label="not finite")
+  # Steps without a place on the log axis: nonfinite and rejected ones at the top, zeros at the bottom.
+  edge_marks(axes, steps, series.nonfinite, bins, 0.97, marker="x", color=VERMILION, label="nonfinite")
   rejected = series.rejected & ~series.nonfinite
   edge_marks(axes, steps, rejected, bins, 0.93, marker="s", color=PURPLE, label="rejected")
   edge_marks(axes, steps, norm == 0, bins, 0.03, marker="o", color=GREY, label="norm 0")
@@ -221,6 +226,7 @@ def draw_norms(series: NormSeries, axes: Axes, axis: Steps, width: float) -> Non
 def _draw_limit(axes: Axes, series: NormSeries, bins: int) -> None:
   limits, what = series.limit[np.isfinite(series.limit)], "smallest threshold" if series.by_block else "threshold"
   style: dict[str, Any] = {"color": ink(), "linestyle": DASHES[1], "linewidth": 1.5}
+  # A constant threshold is a line across the panel with its value in the legend; a schedule or rule is a curve.
   if limits.size and limits.min() == limits.max() > 0:
     axes.axhline(limits[0], label=f"{what} {number(limits[0])}", **style)
   elif limits.size:
@@ -242,7 +248,7 @@ def _colour(kind: Kind) -> Any:
 
 
 def _draw_marks(axes: Axes, marks: Sequence[Mark], axis: Steps, width: float, *, is_map: bool) -> None:
-  """A line at the beginning of each mark and a band to its end; above a map, which they would hide, a triangle."""
+  """A line at the start of each mark and a band to its end; above a map, which they would hide, a triangle."""
   across = axes.get_xaxis_transform()
   for kind in _KINDS:
     for is_named in (True, False):
@@ -265,14 +271,14 @@ def _draw_lines(axes: Axes, marks: Sequence[Mark], axis: Steps, kind: Kind, stre
 
 
 def _drawn(marks: Sequence[Mark], axis: Steps, width: float) -> list[Mark]:
-  """At most one mark for each part of the axis that can be told from the next."""
+  """The marks that a reader can tell apart: at most one in each part of the axis."""
   starts = np.array([mark.start for mark in marks], np.int64)
   parts = (starts - axis.first) * bins_of(width) // (2 * max(axis.last - axis.first, 1))
   return [marks[i] for i in np.unique(parts, return_index=True)[1].tolist()]
 
 
 class _Label(NamedTuple):
-  """The label of a mark: its place, in steps, half its width, and its lane, 0 the lowest."""
+  """The label of a mark: its place and half its width, in steps, and its lane, 0 for the lowest."""
 
   mark: Mark
   place: float
@@ -281,13 +287,15 @@ class _Label(NamedTuple):
 
 
 def _labels(marks: Sequence[Mark], axis: Steps, width: float) -> list[_Label]:
-  """The labels for which there is room, those of findings first."""
-  size = mpl.rcParams["font.size"] * 0.65 / 72 / (width - 1.3) * max(axis.last - axis.first, 1)  # Of a character.
+  """Places the labels for which there is room, findings first."""
+  # The width of a character, in steps.
+  size = mpl.rcParams["font.size"] * 0.65 / 72 / (width - 1.3) * max(axis.last - axis.first, 1)
   out: list[_Label] = []
   for mark in sorted((mark for mark in marks if mark.label), key=lambda mark: _KINDS.index(mark.kind)):
     half = (len(mark.label) + 1) * size / 2
     low, high = axis.first + half - size, axis.last - half + size
     place = min(max(mark.start, low), high) if low < high else (low + high) / 2
+    # The lowest lane in which no label overlaps; without one, the mark stays unlabelled.
     near = {label.lane for label in out if abs(label.place - place) < label.half + half}
     free = [lane for lane in range(_LANES) if lane not in near]
     if free:
@@ -296,7 +304,7 @@ def _labels(marks: Sequence[Mark], axis: Steps, width: float) -> list[_Label]:
 
 
 def _draw_lane(axes: Axes, marks: Sequence[Mark], labels: Sequence[_Label], width: float) -> None:
-  """The labels of the marks, above the panels."""
+  """Draws the labels of the marks above the panels."""
   axes.set_axis_off()
   axes.set_ylim(0, max((label.lane for label in labels), default=0) + 1)
   for label in labels:

@@ -1,8 +1,8 @@
-"""A recorded run as one HTML file, or its norm as one figure. It loads matplotlib at the call.
+"""Writes a recorded run as one HTML file, or draws its norm as one figure; matplotlib is loaded only then.
 
-The file needs no network and runs no script: the verdict, the suggestion, the figures as SVG and the raw series as JSON
-are in it. The parts: `series` takes the numbers out of the run, `timeline`, `heatmap` and `figures` draw, `happened`,
-`course`, `effect` and `sections` word, `page` escapes, `build` puts it together.
+The file contains the verdict, the suggestion, the figures as SVG and the series as JSON; it needs no network and runs
+no script. `series` takes the numbers from the run; `timeline`, `heatmap` and `figures` draw; `happened`, `course`,
+`effect` and `sections` write the words; `page` escapes them; `build` assembles the page.
 """
 
 import contextlib
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 
 def plot_norms(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int | None = None) -> "Figure":
-  r"""The norm before the clip against the step, on a log axis, with the threshold; bad steps are marked.
+  r"""Plots the norm before the clip and the threshold against the step, on a log axis, with bad steps marked.
 
-  Triangles are clipped steps, rings are spikes, crosses those whose norm was inf or NaN, dots at the bottom norms of 0;
-  a gap in the line is a step without a finite norm. The warm-up is grey. A long run is thinned for drawing, and every
-  spike stays.
+  Triangles mark clipped steps, rings spikes, crosses norms of inf or NaN, and dots at the bottom norms of 0; a gap in
+  the line is a step without a finite norm. The warm-up is grey. A long run is thinned for drawing, but every spike
+  stays.
 
   Args:
     run: from `clipjax.runs.read_run`.
-    limits: those of `clipjax.runs.diagnose`: which norms are spikes.
-    warmup_steps: how many steps from the first on are the warm-up, as in `diagnose`.
+    limits: limits for `clipjax.runs.diagnose`, which decide which norms are spikes.
+    warmup_steps: number of warm-up steps at the start, as in `diagnose`.
 
   Returns:
     A `matplotlib.figure.Figure` that pyplot does not know: call its `savefig`, or show it under `%matplotlib inline`.
 
   Raises:
-    TypeError: if `run` is no `Run`, or for a limit or a warm-up that `diagnose` refuses.
-    ValueError: if it has no norm, and likewise.
-    ImportError: without matplotlib, the extra `report`.
+    TypeError: if `run` is not a `Run`, or `diagnose` refuses the type of a limit or of the warm-up.
+    ValueError: if the run has no norm, or `diagnose` refuses a limit or the warm-up.
+    ImportError: without matplotlib (the extra `report`).
 
   Example:
     >>> import tempfile, pathlib, clipjax
@@ -70,32 +70,33 @@ def write_report(
   warmup_steps: int | None = None,
   suggestion: Suggestion | None = None,
 ) -> pathlib.Path:
-  r"""Writes a run as one HTML page that needs no network: what happened, where, what to do, figures, raw series.
+  r"""Writes a run as one HTML page that works offline: what happened, where, what to do, figures, and the series.
 
-  The first screen has the strongest findings. Below are the losses, learning rate, norms, updates and layers on one
-  axis of steps, on which events are marked, then the events one by one, the suggested threshold, and the whole verdict.
+  The first screen shows the main findings. Below it, losses, learning rate, norms, updates and layers share one step
+  axis with the events marked; then come the events one by one, the suggested threshold, and the whole verdict.
 
-  It opens on a phone and in dark mode, runs no script, and every name is escaped. What was not recorded is left out,
-  with a line that says how to get it. A long run is thinned for drawing only, and the page says so; a series
-  that would make the file larger than about 10 MB stays out of the JSON, and the page names it. The JSON has 7 digits.
+  The page works on a phone and in dark mode, runs no script, and escapes every name. It says how to record what is
+  missing. A long run is thinned only for drawing, and the page says so. The JSON has 7 digits; a series that would make
+  the file larger than about 10 MB is left out, and the page names it.
 
   Args:
     run: from `clipjax.runs.read_run`.
-    path: of the file. A page that is there is replaced, at once: no reader sees half of one.
-    limits: those of `clipjax.runs.diagnose`, for the verdict and the figures; None: the published ones.
-    warmup_steps: how many steps from the first on to leave out, as in `diagnose`.
-    suggestion: what `clipjax.runs.suggest_max_norm` gave, for another learning rate or with other options; None: what
-      it gives for the run as it is.
+    path: path of the file. An existing page is replaced in one step: a reader never sees half a page.
+    limits: limits for `clipjax.runs.diagnose`, used by the verdict and the figures; None: the defaults.
+    warmup_steps: number of steps at the start to leave out, as in `diagnose`.
+    suggestion: from `clipjax.runs.suggest_max_norm`, for instance for another learning rate; None: the page calls it
+      with default options.
 
   Returns:
     `path`, as a `pathlib.Path`.
 
   Raises:
-    TypeError: if `run` is no `Run`, `path` no path, `suggestion` no `Suggestion`, or for a limit or a warm-up that
-      `diagnose` refuses.
-    ValueError: if `path` is a file that is no page of clipjax, as that of the run itself, and likewise.
+    TypeError: if `run` is not a `Run`, `path` not a path or `suggestion` not a `Suggestion`, or `diagnose` refuses the
+      type of a limit or of the warm-up.
+    ValueError: if `path` is a file that clipjax did not write as a page, such as the run itself, or `diagnose` refuses
+      a limit or the warm-up.
     OSError: if the file cannot be written; its directory must exist.
-    ImportError: without matplotlib, the extra `report`.
+    ImportError: without matplotlib (the extra `report`).
 
   Example:
     >>> import tempfile, pathlib, clipjax
@@ -108,20 +109,22 @@ def write_report(
   check_arguments(run, limits, warmup_steps)
   if suggestion is not None and not isinstance(suggestion, Suggestion):
     raise TypeError(
-      f"`suggestion` must be a Suggestion, got {described(suggestion)}: pass what clipjax.runs.suggest_max_norm gives."
+      f"`suggestion` must be a Suggestion, got {described(suggestion)}: pass what clipjax.runs.suggest_max_norm "
+      "returns."
     )
+  # Refuse before anything is computed: no file but a page may be replaced, least of all the run.
   target = pathlib.Path(checked_path(path))
   if target.exists() and os.path.exists(run.path) and target.samefile(run.path):
-    raise ValueError(f"`path` must be another file than that of the run, got {str(path)!r}: name one for the page.")
+    raise ValueError(f"`path` must not be the file of the run, got {str(path)!r}: name another file for the page.")
   if not may_be_replaced(target):
     raise ValueError(
       f"`path` must be a new file or a page that clipjax wrote, got {str(path)!r}, which is neither: name another "
-      "file, or remove that one."
+      "file, or delete that one."
     )
   if target.is_dir():
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
   if not target.parent.is_dir():
-    raise FileNotFoundError(errno.ENOENT, "the directory of the report does not exist, make it first", str(path))
+    raise FileNotFoundError(errno.ENOENT, "the directory of the report does not exist, create it first", str(path))
   with _needs_matplotlib():
     from clipjax.runs.report import build  # noqa: PLC0415  (needs the extra)
   report = diagnose(run, limits=limits, warmup_steps=warmup_steps)
@@ -134,14 +137,15 @@ def write_report(
 
 
 def _write(target: pathlib.Path, content: bytes) -> None:
-  """All of it or nothing, through a file beside it; straight where the path is no file, as /dev/stdout."""
+  """Writes all or nothing, through a temporary file beside it; directly if the path is a device such as /dev/stdout."""
+  # `os.replace` is atomic within a file system, so the temporary file is in the same directory.
   is_special = target.exists() and not target.is_file()
   beside = target if is_special else target.with_name(f".clipjax-{os.getpid()}-{target.name}"[:200])
   try:
     beside.write_bytes(content)
     if not is_special:
       os.replace(beside, target)
-  except OSError as error:  # It names no file, or the one beside, which nobody has asked for.
+  except OSError as error:  # Name the file that the caller asked for, not the temporary one.
     raise OSError(error.errno, error.strerror, str(target)) from error
   finally:
     if not is_special:
@@ -150,7 +154,7 @@ def _write(target: pathlib.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _needs_matplotlib() -> Iterator[None]:
-  """Says what to install where the import inside finds no matplotlib."""
+  """Says what to install if an import inside does not find matplotlib."""
   try:
     yield
   except ModuleNotFoundError as error:
