@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from checkpoints import through_equinox, through_flax, through_orbax
 from flax import nnx
@@ -147,12 +146,11 @@ def test_flax_linen():
   assert_clipped_as(state.opt_state, norms)
 
 
-@pytest.mark.parametrize("make", [clipjax.clip_by_global_norm, clipjax.clip_by_leaf_norm])
-def test_equinox_with_leaves_that_are_none(make):
+def test_equinox_with_leaves_that_are_none():
   # No bias in the last layer, an activation that is a function: both are None in what filter_grad returns.
   model = eqx.nn.MLP(3, 2, 4, 1, use_final_bias=False, key=jax.random.key(0))
   arrays, static = eqx.partition(model, eqx.is_inexact_array)
-  tx = optax.chain(make(LIMIT), optax.adam(0.05))
+  tx = clipped_adam()
   state = tx.init(arrays)
   loss = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)  # noqa: E731
 
@@ -164,16 +162,12 @@ def test_equinox_with_leaves_that_are_none(make):
 
   flat, treedef = jax.tree.flatten(arrays)
   by_leaves = lambda leaves, x, y: loss(eqx.combine(treedef.unflatten(leaves), static), x, y)  # noqa: E731
-  if make is clipjax.clip_by_global_norm:
-    want, norms = train_on_one_device(by_leaves, flat, batches_of(), LIMIT, optax.adam(0.05))
-  else:
-    want, _ = train(optax.chain(clipjax.clip_by_leaf_norm(LIMIT), optax.adam(0.05)), params=flat, loss=by_leaves)
+  want, norms = train_on_one_device(by_leaves, flat, batches_of(), LIMIT, optax.adam(0.05))
   for x, y in batches_of():
     model, state, grads, updates = step(model, state, x, y)
   assert_alike(eqx.filter(model, eqx.is_inexact_array), want)
   assert grads.layers[-1].bias is None and updates.layers[-1].bias is None and grads.activation is None
-  if make is clipjax.clip_by_global_norm:
-    assert_clipped_as(state, norms)
+  assert_clipped_as(state, norms)
 
 
 # Saving and going on ------------------------------------------------------------------------------------------------
@@ -195,26 +189,23 @@ def test_run_that_is_saved_in_the_middle_of_a_warm_up_goes_on_as_if_it_was_not(w
 
 
 def test_flax_nnx_optimizer_is_restored_from_orbax(tmp_path):
-  def trained(model, optimizer, batches):
-    for x, y in batches:
-      optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - y) ** 2))(model))  # noqa: B023
-    return nnx.state((model, optimizer))
-
   def fresh():
     model = NNXModel()
-    return model, nnx.Optimizer(model, optax.chain(clipjax.zclip(warmup_steps=4), optax.adam(0.05)), wrt=nnx.Param)
+    return model, nnx.Optimizer(model, optax.chain(clipjax.zclip(warmup_steps=2), optax.adam(0.05)), wrt=nnx.Param)
 
-  batches = batches_of()
-  want = trained(*fresh(), batches)
-  pair = fresh()
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / "state", nnx.to_pure_dict(trained(*pair, batches[:3])))
-    checkpointer.wait_until_finished()
-    resumed = fresh()
-    state = nnx.state(resumed)
-    nnx.replace_by_pure_dict(state, checkpointer.restore(tmp_path / "state", nnx.to_pure_dict(state)))
-  nnx.update(resumed, state)
-  assert_bits_equal(jax.tree.leaves(trained(*resumed, batches[3:])), jax.tree.leaves(want))
+  graph, start = nnx.split(fresh())
+
+  @jax.jit
+  def step(state, x, y):
+    model, optimizer = nnx.merge(graph, state)
+    optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - y) ** 2))(model))
+    return nnx.state((model, optimizer))
+
+  first, last = functools.reduce(lambda state, batch: step(state, *batch), batches_of()[:3], start), batches_of()[3]
+  restored = nnx.state(fresh())
+  pure = through_orbax(nnx.to_pure_dict(first), nnx.to_pure_dict(restored), tmp_path)
+  nnx.replace_by_pure_dict(restored, pure)
+  assert_bits_equal(jax.tree.leaves(step(restored, *last)), jax.tree.leaves(step(first, *last)))
 
 
 def test_constant_becomes_a_schedule_at_the_step_of_the_checkpoint(tmp_path):
@@ -241,44 +232,55 @@ def test_optax_checkpoint_goes_on_without_tracking(tmp_path):
   )
 
 
+UP, DOWN = start()["up"], start()["down"]
 CHANGED = {
-  "a new layer": (
-    lambda tree: tree | {"middle": {"w": tree["up"]["w"], "b": tree["up"]["b"]}},
-    "4, got 6 (new: 'middle/b', 'middle/w')",
-  ),
-  "a layer less": (lambda tree: {"up": tree["up"]}, "4, got 2 (missing: 'down/b', 'down/w')"),
+  "a new layer": (start() | {"middle": dict(UP)}, "6 (new: 'middle/b', 'middle/w')"),
+  "a layer less": ({"up": UP}, "2 (missing: 'down/b', 'down/w')"),
   "another name and a layer more": (
-    lambda tree: {"in": tree["up"], "down": tree["down"], "out": tree["down"]["w"]},
-    "4, got 5 (new: 'in/b', 'in/w', 'out'; missing: 'up/b', 'up/w')",
+    {"in": UP, "down": DOWN, "out": DOWN["w"]}, "5 (new: 'in/b', 'in/w', 'out'; missing: 'up/b', 'up/w')",
   ),
+}  # fmt: skip
+MAKES = {
+  "clip_by_global_norm": lambda: clipjax.clip_by_global_norm(LIMIT),
+  "clip_by_leaf_norm": lambda: clipjax.clip_by_leaf_norm(LIMIT),
+  "zclip": clipjax.zclip,
+  "adagc": clipjax.adagc,
+  "watch": clipjax.watch,
 }
 
 
-@pytest.mark.parametrize("change", sorted(CHANGED))
-@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm", "zclip", "adagc", "watch"])
+@pytest.mark.parametrize(
+  ("name", "change"),
+  [*(("adagc", change) for change in CHANGED), *((name, "a new layer") for name in MAKES if name != "adagc")],
+)
 def test_changed_model_with_the_state_of_the_old_one(name, change):
-  make, text = CHANGED[change]
-  tx = getattr(clipjax, name)(**({"max_norm": LIMIT} if name.startswith("clip") else {}))
-  grads = make(start())
-  with pytest.raises(ValueError, match="as many") as error:
+  (grads, text), tx = CHANGED[change], MAKES[name]()
+  message = (
+    f"`updates` must have as many floating leaves as `init` saw, 4, got {text}: call `init` with the parameters that "
+    "you train."
+  )
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     tx.update(grads, tx.init(start()), grads)
-  assert str(error.value) == (
-    f"`updates` must have as many floating leaves as `init` saw, {text}: call `init` with the parameters that you "
-    "train."
-  )
 
 
-@pytest.mark.parametrize("name", ["clip_by_leaf_norm", "adagc", "watch"])
-def test_state_of_another_model_that_flax_put_into_the_new_one(name):
-  tx = getattr(clipjax, name)(**({"max_norm": LIMIT} if name.startswith("clip") else {}))
-  larger = start() | {"middle": {"w": start()["up"]["w"]}}
-  restored = flax.serialization.from_bytes(tx.init(larger), flax.serialization.to_bytes(tx.init(start())))
-  with pytest.raises(ValueError, match="of shape") as error:
-    tx.update(larger, restored, larger)
-  assert str(error.value) == (
-    "`state` must have norms of shape (5,), as the one that `init` gave, got (4,): it was restored from another model "
-    "or configuration; call `init` with the parameters that you train."
+LARGER = start() | {"middle": {"w": UP["w"]}}
+
+
+@pytest.mark.parametrize(
+  ("tx", "old", "new"),
+  [
+    *((MAKES[name](), start(), LARGER) for name in ("clip_by_leaf_norm", "adagc", "watch")),
+    (clipjax.watch(stacked=0), jnp.ones((4, 2)), jnp.ones((5, 2))),
+  ],
+)
+def test_state_of_another_model_that_flax_put_into_the_new_one(tx, old, new):
+  restored = flax.serialization.from_bytes(tx.init(new), flax.serialization.to_bytes(tx.init(old)))
+  message = (
+    "`state` must have norms of shape (5,), as the one that `init` gave, got (4,): it was restored from another "
+    "model or configuration; call `init` with the parameters that you train."
   )
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    tx.update(new, restored, new)
 
 
 def test_state_by_leaf_in_a_watch_without_leaves():
@@ -300,18 +302,6 @@ def test_multi_steps_is_a_clip_of_the_mean_gradient():
   assert_clipped_as(state, norms)
 
 
-def test_inject_hyperparams_with_a_schedule_is_the_clip_with_that_schedule():
-  schedule = optax.linear_schedule(0.3, 0.9, STEPS)
-  inject = optax.inject_hyperparams(clipjax.clip_by_global_norm)
-  params, state = train(optax.chain(inject(max_norm=schedule), optax.adam(0.05)))
-  want, plain = train(clipped_adam(schedule))
-  assert_alike(params, want, rtol=1e-6)
-  seen, expected = clipjax.metrics(state), clipjax.metrics(plain)
-  assert 0 < expected["grad/clip_fraction"] < 1
-  assert seen.keys() == expected.keys()
-  assert_alike(seen, expected, rtol=1e-6)
-
-
 def test_inject_hyperparams_needs_to_know_that_a_function_of_groups_is_no_schedule():
   inject = functools.partial(optax.inject_hyperparams, clipjax.clip_by_group_norm)
   first = lambda path, leaf: path.split("/")[0]  # noqa: E731
@@ -323,24 +313,11 @@ def test_inject_hyperparams_needs_to_know_that_a_function_of_groups_is_no_schedu
     inject()(max_norm=0.1, groups=first).init(start())
 
 
-def test_masked_clips_and_measures_the_part_that_it_sees():
-  grads = jax.grad(loss_fn)(start(), *batches_of()[-1])
-  tx = optax.masked(clipjax.clip_by_global_norm(0.1), {"up": True, "down": {"w": False, "b": True}})
-  updates, state = jax.jit(tx.update)(grads, tx.init(grads))
-  part = {"up": grads["up"], "b": grads["down"]["b"]}
-  want = oracle_clip(part, 0.1)
-  assert_alike({"up": updates["up"], "b": updates["down"]["b"]}, want)
-  assert_bits_equal(updates["down"]["w"], grads["down"]["w"])
-  np.testing.assert_allclose(clipjax.metrics(state)["grad/norm"], oracle_norm(part), rtol=1e-6)
-
-
-@pytest.mark.parametrize("wrapper", [optax.multi_transform, optax.partition])
-def test_each_part_of_a_partition_has_a_clip_of_its_own(wrapper):
+def test_each_part_of_a_partition_has_a_clip_of_its_own():
   limits = {"first": 0.1, "last": 0.2}
   parts = {label: optax.chain(clipjax.clip_by_global_norm(limit), optax.sgd(0.1)) for label, limit in limits.items()}
-  tx = wrapper(parts, {"up": "first", "down": "last"})
   batch = batches_of()[-1]
-  params, state = train(tx, [batch])
+  params, state = train(optax.partition(parts, {"up": "first", "down": "last"}), [batch])
   grads = jax.grad(loss_fn)(start(), *batch)
   for name, label in (("up", "first"), ("down", "last")):
     clipped = oracle_clip(grads[name], limits[label])
@@ -349,43 +326,15 @@ def test_each_part_of_a_partition_has_a_clip_of_its_own(wrapper):
     np.testing.assert_allclose(clipjax.metrics(state)[f"grad_{label}/norm"], oracle_norm(grads[name]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_apply_if_finite_leaves_out_the_bad_step(bad):
-  batches = batches_of()
-  broken = [*batches[:3], (batches[3][0], jnp.full_like(batches[3][1], bad)), *batches[3:]]
-  params, state = train(optax.apply_if_finite(clipped_adam(), 2), broken)
-  want, plain = train(clipped_adam(), batches)
-  assert_alike(params, want)
-  assert_alike(clipjax.metrics(state), clipjax.metrics(plain))
-  assert clipjax.metrics(state)["grad/nonfinite_steps"] == 0 and state.total_notfinite == 1
-
-
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_muon_before_and_after(ours_first):
-  muon = optax.contrib.muon(0.05)  # For matrices; Adam for biases: a partition within.
-  batch = batches_of()[-1]
-  grads = jax.grad(loss_fn)(start(), *batch)
-  raw, _ = muon.update(oracle_clip(grads, 0.1) if ours_first else grads, muon.init(start()), start())
-  want = raw if ours_first else oracle_clip(raw, 0.1)
-  clip = clipjax.clip_by_global_norm(0.1)
-  tx = optax.chain(clip, muon) if ours_first else optax.chain(muon, clip)
-  updates, state = jax.jit(tx.update)(grads, tx.init(start()), start())
-  assert_alike(updates, want, rtol=1e-4)  # Muon iterates in a series whose rounding differs under jit.
-  np.testing.assert_allclose(clipjax.metrics(state)["grad/norm"], oracle_norm(grads if ours_first else raw), rtol=1e-4)
-
-
-@pytest.mark.parametrize("params", [start(), jnp.float32(1.0)], ids=["tree", "one scalar"])
-def test_map_params_touches_the_moments_alone(params):
+def test_map_params_takes_no_number_of_a_state_for_the_one_parameter_that_is_a_scalar():
   clips = [clipjax.watch(), clipjax.clip_by_leaf_norm(1.0), clipjax.zclip(name="z"), clipjax.adagc(name="a")]
   tx = clipjax.skip_steps(optax.chain(*clips, optax.adam(0.05)), norm_rule=rules.rolling_sigma(window=4))
-  state = tx.init(params)
+  state = tx.init(jnp.float32(1.0))
   mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
   assert jax.tree.structure(mapped) == jax.tree.structure(state)
-  moments = lambda state: state.inner_state[-1][0]  # noqa: E731
-  for moment in ("mu", "nu"):
-    assert_bits_equal(getattr(moments(mapped), moment), jax.tree.map(lambda x: x + 1, getattr(moments(state), moment)))
-  rest = lambda state: state._replace(inner_state=state.inner_state[:-1])  # noqa: E731
-  assert_bits_equal(jax.tree.leaves(rest(mapped)), jax.tree.leaves(rest(state)))
+  changed = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (mapped, state)), strict=True)]
+  (adam, _), (new, _) = (x.inner_state[-1] for x in (state, mapped))
+  assert sum(changed) == 2 and (new.mu, new.nu) == (adam.mu + 1, adam.nu + 1)
 
 
 # Transformations of JAX ---------------------------------------------------------------------------------------------
@@ -417,16 +366,6 @@ def test_chexify_lets_a_dropped_step_pass_and_stops_at_a_bad_one():
     _, state = step(start(), state, good)
     with pytest.raises((AssertionError, ValueError, checkify.JaxRuntimeError), match=text):
       step(start(), state, bad)
-
-
-@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-def test_float_checks_of_checkify_find_nothing_in_a_finite_step(magnitude):
-  tx = clipjax.clip_by_leaf_norm(LIMIT)
-  grads = jax.tree.map(lambda x: jnp.full_like(x, magnitude), start())
-  checked = jax.jit(checkify.checkify(tx.update, errors=checkify.float_checks))
-  error, (updates, _) = checked(grads, tx.init(start()))
-  assert error.get() is None
-  assert_alike(updates, jax.tree.map(lambda g: oracle_clip(g, LIMIT), grads), rtol=1e-6)
 
 
 # One of each kind of state; the rules soon give a limit.
@@ -467,12 +406,13 @@ def test_every_operation_of_a_finite_step_is_finite_enough(name):
   checked = jax.jit(checkify.checkify(tx.update, errors=checkify.float_checks))
   for magnitude in (0.0, 1e-30, 1.0, 1e30):
     grads = {"w": jnp.array([[magnitude, 0.0], [magnitude, -magnitude]]), "b": jnp.full(2, magnitude, jnp.bfloat16)}
-    states = [tx.init(params), tx.init(params)]
-    for _ in range(3):
-      error, (_, states[0]) = checked(grads, states[0], params)
+    state = tx.init(params)
+    for step in range(3):
+      if step < 2 and magnitude in (0.0, 1e30):  # Operation by operation, outside of a compiler.
+        with jax.disable_jit(), jax.debug_nans(True):
+          tx.update(grads, state, params)
+      error, (_, state) = checked(grads, state, params)
       assert error.get() is None
-      with jax.disable_jit(), jax.debug_nans(True):
-        _, states[1] = tx.update(grads, states[1], params)
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -483,62 +423,18 @@ def test_every_state_goes_through_an_exported_program(name):
   chex.assert_trees_all_equal(program.call(state), state)
 
 
-def test_export_of_a_training_step_with_any_batch_size():
-  register = functools.cache(jax.export.register_namedtuple_serialization)
-  for kind in (optax.EmptyState, optax.ScaleByAdamState):  # Optax leaves that to its users.
-    register(kind, serialized_name=f"optax.{kind.__name__}")
-  tx = optax.chain(clipjax.watch(history=3), clipjax.zclip(warmup_steps=2), optax.adam(0.05))
-
-  def step(params, state, x, y):
-    updates, state = tx.update(jax.grad(loss_fn)(params, x, y), state, params)
-    return optax.apply_updates(params, updates), state
-
-  (rows,) = jax.export.symbolic_shape("rows")
-  shapes = jax.eval_shape(lambda: (start(), tx.init(start())))
-  batch = [jax.ShapeDtypeStruct((rows, width), jnp.float32) for width in (3, 2)]
-  exported = jax.export.export(jax.jit(step))(*shapes, *batch)
-  again = jax.export.deserialize(exported.serialize())
-  params, state = start(), tx.init(start())
-  for i, (x, y) in enumerate(batches_of()):
-    params, state = again.call(params, state, x[: 4 + i % 2], y[: 4 + i % 2])
-  want = train(tx, [(x[: 4 + i % 2], y[: 4 + i % 2]) for i, (x, y) in enumerate(batches_of())])
-  assert_alike((params, clipjax.metrics(state)), (want[0], clipjax.metrics(want[1])))
-  assert state[0].labels.leaves == ("down/b", "down/w", "up/b", "up/w")
-
-
-def test_donated_step_gives_the_same_numbers_and_its_old_buffers_are_gone():
-  tx = optax.chain(clipjax.watch(history=3), clipjax.zclip(warmup_steps=2), optax.adam(0.05))
-
-  def step(params, state, x, y):
-    updates, state = tx.update(jax.grad(loss_fn)(params, x, y), state, params)
-    return optax.apply_updates(params, updates), state
-
-  donated = jax.jit(step, donate_argnums=(0, 1))
-  params, state = start(), jax.tree.map(jnp.copy, tx.init(start()))
-  for x, y in batches_of():
-    before = (params, state)
-    params, state = donated(params, state, x, y)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before[0]))
-  want = train(tx)
-  assert_alike((params, clipjax.metrics(state)), (want[0], clipjax.metrics(want[1])))
-
-
-def test_checkpointed_loss_and_checkpointed_clip():
-  remat = jax.checkpoint(loss_fn)
-  got, want = (train(clipped_adam(), loss=loss) for loss in (remat, loss_fn))
-  assert_alike(got[0], want[0])
-
-  def inner(params, x, y):  # A clip that is differentiated through, as in meta-learning.
+def test_a_clip_that_is_differentiated_through_in_a_checkpoint():
+  def inner(params, x, y):  # As in meta-learning.
     clipped, _ = clipjax.clip_grad_norm(jax.grad(loss_fn)(params, x, y), 0.1)
     return loss_fn(jax.tree.map(lambda p, g: p - 0.5 * g, params, clipped), x, y)
 
   batch = batches_of()[-1]
   assert oracle_norm(jax.grad(loss_fn)(start(), *batch)) > 0.1
-  plain = jax.grad(inner)(start(), *batch)
+  plain = jax.jit(jax.grad(inner))(start(), *batch)
   assert_alike(jax.jit(jax.grad(jax.checkpoint(inner)))(start(), *batch), plain)
   direction = jax.tree.map(jnp.ones_like, start())
-  along = lambda t: float(inner(jax.tree.map(lambda p, d: p + t * d, start(), direction), *batch))  # noqa: E731
-  slope = (along(1e-2) - along(-1e-2)) / 2e-2
+  along = jax.jit(lambda t: inner(jax.tree.map(lambda p, d: p + t * d, start(), direction), *batch))
+  slope = (float(along(1e-2)) - float(along(-1e-2))) / 2e-2
   np.testing.assert_allclose(sum(float(jnp.sum(g)) for g in jax.tree.leaves(plain)), slope, rtol=2e-2)
 
 
@@ -589,14 +485,3 @@ def test_dynamic_scale_of_flax_trains_as_float32_does():
   seen = clipjax.metrics(state)
   np.testing.assert_allclose(seen["grad/norm"], norms[-1], rtol=5e-3)
   assert seen["grad/steps"] == STEPS and seen["grad/clipped_steps"] == np.sum(np.array(norms) > LIMIT)
-
-
-def test_clip_before_the_loss_scale_is_taken_out_is_another_limit():
-  batch, scale = batches_of()[-1], 2.0**8
-  scaled = jax.grad(lambda *args: scale * half_loss(*args))(start(), *batch)
-  unscale = lambda tree: jax.tree.map(lambda g: g / scale, tree)  # noqa: E731
-  right, norm = clipjax.clip_grad_norm(unscale(scaled), LIMIT)
-  wrong, wrong_norm = clipjax.clip_grad_norm(scaled, LIMIT)
-  np.testing.assert_allclose(oracle_norm(right), LIMIT, rtol=1e-6)
-  np.testing.assert_allclose(oracle_norm(unscale(wrong)), LIMIT / scale, rtol=1e-6)
-  np.testing.assert_allclose(wrong_norm, scale * norm, rtol=1e-6)
