@@ -92,16 +92,16 @@ def under_jit():
 
 IN_OTHERS = {"percentile": "autoclip", "zscore": "zclip", "ema_ratio": "adagc", "minimum": "skip_steps"}
 BETWEEN_PROCESSES = ["clip_by_leaf_norm", "skip_steps"]  # This has a watch, a clip and a rule.
-# A rule sees norms, which know of no mesh, but the types of its state must agree. A name goes to each by another way.
-EVERYWHERE = [name for name in transformations(()) if not name.startswith(("layers_", "rule_"))]
+RULES = [name for name in transformations() if name.startswith("rule_")]
+BY_TYPES = ["clip_by_global_norm", "clip_by_value", "watch", "clip_effect", *BETWEEN_PROCESSES]
 MODES = {
   "auto": [*BETWEEN_PROCESSES, "spread_layers"],
-  "explicit": ["clip_by_global_norm", "clip_by_global_norm_3", "clip_by_global_norm_inf", "clip_by_group_norm",
-               "clip_by_value", "watch", "clip_effect", *BETWEEN_PROCESSES, "layers", *under_jit()],
-  "shard_map": [*EVERYWHERE, *(f"rule_{x}" for x in ("quantile_tracking", "rolling_sigma", "schedule", "delayed")),
-                "layers_inf", "layers_group"],
-  "unchecked": [name for name in transformations(()) if not name.startswith("rule_")],
-}  # fmt: skip
+  "explicit": [*BY_TYPES, "clip_by_global_norm_3", "clip_by_global_norm_inf", "clip_by_group_norm", *under_jit()],
+  # A rule sees norms, which know of no mesh, but the types of its state must agree.
+  "shard_map": [*BY_TYPES, "clip_by_global_norm_3", "clip_by_block_rms", "zclip", "adagc", *RULES, "layers_inf"],
+  # A name goes its own way through each factory.
+  "unchecked": sorted({*transformations(())} - {*RULES, "clip_by_global_norm_3", "clip_by_global_norm_inf", "layers"}),
+}
 
 
 def all_steps(names, axis_name=None):
