@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import jax
+
 TESTS = pathlib.Path(__file__).parent
 # How a program begins, of which each of two processes has four of eight devices.
 TWO_OF_FOUR_DEVICES = """
@@ -21,6 +23,14 @@ jax.distributed.initialize(sys.argv[1], *map(int, sys.argv[2:]))
 assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
 """
 _GLOO = re.compile(r"\[Gloo\]|peer ranks")  # Its threads write into each other's lines.
+
+
+def everywhere(tree, mesh):
+  """The tree where every process can read it."""
+  if jax.process_count() == 1:
+    return tree
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.jit(lambda tree: tree, out_shardings=whole)(tree)
 
 
 def free_port():

@@ -1,8 +1,8 @@
-"""The libraries that people train with: the same numbers as without them.
+"""The libraries that people train with: the same numbers as without them, before and after a checkpoint.
 
-Most tests train twice: once with the clip inside a library or a wrapper, and once by hand, with gradients that a
-float64 oracle clips, or with the plain clip and no wrapper. That the state is *found* in every wrapper is the subject
-of test_metrics.py; that each state passes through Orbax and flax.serialization too.
+That the state is *found* in every wrapper is the subject of test_metrics.py; that each state passes through Orbax and
+flax.serialization too. Wrappers of Optax are in test_optax_situations.py, models with stacked layers in
+test_stacked_models.py.
 """
 
 import functools
@@ -11,18 +11,14 @@ import pathlib
 import re
 
 import chex
-import equinox as eqx
-import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from checkpoints import through_equinox, through_flax, through_orbax
 from flax import nnx
-from flax.training import dynamic_scale, train_state
 from helpers import assert_bits_equal, cases, factories, oracle_clip, oracle_norm, train_on_one_device
 from jax.experimental import checkify
 
@@ -34,10 +30,10 @@ LIMIT, STEPS = 0.7, 6
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # As users have it; the libraries need it.
 
 
-def batches_of(steps=STEPS, rows=8):
+def batches_of(steps=STEPS):
   """Pairs of inputs and targets, of ever larger targets, so that some steps are clipped and some are not."""
   rng = np.random.default_rng(0)
-  x, y = rng.normal(size=(steps, rows, 3)), rng.normal(size=(steps, rows, 2))
+  x, y = rng.normal(size=(steps, 8, 3)), rng.normal(size=(steps, 8, 2))
   growth = np.linspace(0.05, 2.0, steps)[:, None, None]
   return list(zip(jnp.asarray(x, jnp.float32), jnp.asarray(growth * y, jnp.float32), strict=True))
 
@@ -55,14 +51,14 @@ def loss_fn(params, x, y):
   return jnp.mean((hidden @ params["down"]["w"] + params["down"]["b"] - y) ** 2)
 
 
-def train(tx, batches=None, params=None, state=None, loss=loss_fn):
+def train(tx, batches=None, params=None, state=None):
   """Parameters and state after the batches."""
   params = start() if params is None else params
   state = tx.init(params) if state is None else state
 
   @jax.jit
   def step(params, state, x, y):
-    value, grads = jax.value_and_grad(loss)(params, x, y)
+    value, grads = jax.value_and_grad(loss_fn)(params, x, y)
     extra = {"value": value} if isinstance(tx, optax.GradientTransformationExtraArgs) else {}
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
@@ -83,15 +79,6 @@ def assert_alike(got, want, rtol=1e-5):
   for a, b in zip(got, want, strict=True):
     assert np.shape(a) == np.shape(b)
     assert np.linalg.norm(np.subtract(a, b)) <= rtol * np.linalg.norm(b)
-
-
-def assert_clipped_as(opt_state, norms, limit=LIMIT):
-  """The clip has seen these norms: some were above the limit, some were not, and each of the former was counted."""
-  seen = clipjax.metrics(opt_state)
-  clipped = np.array(norms) > limit
-  assert 0 < clipped.sum() < len(norms)
-  np.testing.assert_allclose(seen["grad/norm"], norms[-1], rtol=1e-5)
-  assert (seen["grad/clipped_steps"], seen["grad/steps"]) == (clipped.sum(), len(norms))
 
 
 # Models of other libraries ------------------------------------------------------------------------------------------
@@ -124,56 +111,11 @@ def test_flax_nnx():
   for x, y in batches_of():
     step(model, optimizer, x, y)
   assert_alike({name: {"w": layer.kernel[...], "b": layer.bias[...]} for name, layer in layers.items()}, want)
-  assert_clipped_as(optimizer, norms)
+  seen, clipped = clipjax.metrics(optimizer), np.array(norms) > LIMIT
+  assert 0 < clipped.sum() < len(norms)
+  np.testing.assert_allclose(seen["grad/norm"], norms[-1], rtol=1e-5)
+  assert (seen["grad/clipped_steps"], seen["grad/steps"]) == (clipped.sum(), len(norms))
   assert model.calls[...] == STEPS
-
-
-def test_flax_linen():
-  class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      return nn.Dense(2, name="down")(jnp.tanh(nn.Dense(4, name="up")(x)))
-
-  model, batches = Model(), batches_of()
-  params = model.init(jax.random.key(0), batches[0][0])["params"]
-  loss = lambda params, x, y: jnp.mean((model.apply({"params": params}, x) - y) ** 2)  # noqa: E731
-  want, norms = train_on_one_device(loss, params, batches, LIMIT, optax.adam(0.05))
-  state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=clipped_adam())
-  step = jax.jit(lambda state, x, y: state.apply_gradients(grads=jax.grad(loss)(state.params, x, y)))
-  for batch in batches:
-    state = step(state, *batch)
-  assert jax.tree.structure(state.params) == jax.tree.structure(want)
-  assert_alike(state.params, want)
-  assert_clipped_as(state.opt_state, norms)
-
-
-@pytest.mark.parametrize("make", [clipjax.clip_by_global_norm, clipjax.clip_by_leaf_norm])
-def test_equinox_with_leaves_that_are_none(make):
-  # No bias in the last layer, an activation that is a function: both are None in what filter_grad returns.
-  model = eqx.nn.MLP(3, 2, 4, 1, use_final_bias=False, key=jax.random.key(0))
-  arrays, static = eqx.partition(model, eqx.is_inexact_array)
-  tx = optax.chain(make(LIMIT), optax.adam(0.05))
-  state = tx.init(arrays)
-  loss = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)  # noqa: E731
-
-  @eqx.filter_jit
-  def step(model, state, x, y):
-    grads = eqx.filter_grad(loss)(model, x, y)
-    updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
-    return eqx.apply_updates(model, updates), state, grads, updates
-
-  flat, treedef = jax.tree.flatten(arrays)
-  by_leaves = lambda leaves, x, y: loss(eqx.combine(treedef.unflatten(leaves), static), x, y)  # noqa: E731
-  if make is clipjax.clip_by_global_norm:
-    want, norms = train_on_one_device(by_leaves, flat, batches_of(), LIMIT, optax.adam(0.05))
-  else:
-    want, _ = train(optax.chain(clipjax.clip_by_leaf_norm(LIMIT), optax.adam(0.05)), params=flat, loss=by_leaves)
-  for x, y in batches_of():
-    model, state, grads, updates = step(model, state, x, y)
-  assert_alike(eqx.filter(model, eqx.is_inexact_array), want)
-  assert grads.layers[-1].bias is None and updates.layers[-1].bias is None and grads.activation is None
-  if make is clipjax.clip_by_global_norm:
-    assert_clipped_as(state, norms)
 
 
 # Saving and going on ------------------------------------------------------------------------------------------------
@@ -195,26 +137,23 @@ def test_run_that_is_saved_in_the_middle_of_a_warm_up_goes_on_as_if_it_was_not(w
 
 
 def test_flax_nnx_optimizer_is_restored_from_orbax(tmp_path):
-  def trained(model, optimizer, batches):
-    for x, y in batches:
-      optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - y) ** 2))(model))  # noqa: B023
-    return nnx.state((model, optimizer))
-
   def fresh():
     model = NNXModel()
-    return model, nnx.Optimizer(model, optax.chain(clipjax.zclip(warmup_steps=4), optax.adam(0.05)), wrt=nnx.Param)
+    return model, nnx.Optimizer(model, optax.chain(clipjax.zclip(warmup_steps=2), optax.adam(0.05)), wrt=nnx.Param)
 
-  batches = batches_of()
-  want = trained(*fresh(), batches)
-  pair = fresh()
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / "state", nnx.to_pure_dict(trained(*pair, batches[:3])))
-    checkpointer.wait_until_finished()
-    resumed = fresh()
-    state = nnx.state(resumed)
-    nnx.replace_by_pure_dict(state, checkpointer.restore(tmp_path / "state", nnx.to_pure_dict(state)))
-  nnx.update(resumed, state)
-  assert_bits_equal(jax.tree.leaves(trained(*resumed, batches[3:])), jax.tree.leaves(want))
+  graph, start = nnx.split(fresh())
+
+  @jax.jit
+  def step(state, x, y):
+    model, optimizer = nnx.merge(graph, state)
+    optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - y) ** 2))(model))
+    return nnx.state((model, optimizer))
+
+  first, last = functools.reduce(lambda state, batch: step(state, *batch), batches_of()[:3], start), batches_of()[3]
+  restored = nnx.state(fresh())
+  pure = through_orbax(nnx.to_pure_dict(first), nnx.to_pure_dict(restored), tmp_path)
+  nnx.replace_by_pure_dict(restored, pure)
+  assert_bits_equal(jax.tree.leaves(step(restored, *last)), jax.tree.leaves(step(first, *last)))
 
 
 def test_constant_becomes_a_schedule_at_the_step_of_the_checkpoint(tmp_path):
@@ -222,10 +161,9 @@ def test_constant_becomes_a_schedule_at_the_step_of_the_checkpoint(tmp_path):
   batches, later = batches_of(), clipped_adam(schedule)
   params, state = through_orbax(train(clipped_adam(), batches[:3]), (start(), later.init(start())), tmp_path)
   params, state = train(later, batches[3:], params, state)
-  want_params, want_state = train(later, batches)
-  assert_bits_equal(params, want_params)
+  assert_bits_equal(params, train(later, batches)[0])
   np.testing.assert_allclose(clipjax.metrics(state)["grad/max_norm"], 0.1 * (STEPS - 1 - 2), rtol=1e-6)
-  assert clipjax.metrics(state)["grad/steps"] == clipjax.metrics(want_state)["grad/steps"] == STEPS
+  assert clipjax.metrics(state)["grad/steps"] == STEPS
 
 
 def test_optax_checkpoint_goes_on_without_tracking(tmp_path):
@@ -241,44 +179,54 @@ def test_optax_checkpoint_goes_on_without_tracking(tmp_path):
   )
 
 
+UP, DOWN = start()["up"], start()["down"]
 CHANGED = {
-  "a new layer": (
-    lambda tree: tree | {"middle": {"w": tree["up"]["w"], "b": tree["up"]["b"]}},
-    "4, got 6 (new: 'middle/b', 'middle/w')",
-  ),
-  "a layer less": (lambda tree: {"up": tree["up"]}, "4, got 2 (missing: 'down/b', 'down/w')"),
+  "a new layer": (start() | {"middle": dict(UP)}, "6 (new: 'middle/b', 'middle/w')"),
+  "a layer less": ({"up": UP}, "2 (missing: 'down/b', 'down/w')"),
   "another name and a layer more": (
-    lambda tree: {"in": tree["up"], "down": tree["down"], "out": tree["down"]["w"]},
-    "4, got 5 (new: 'in/b', 'in/w', 'out'; missing: 'up/b', 'up/w')",
+    {"in": UP, "down": DOWN, "out": DOWN["w"]}, "5 (new: 'in/b', 'in/w', 'out'; missing: 'up/b', 'up/w')",
   ),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("change", sorted(CHANGED))
-@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm", "zclip", "adagc", "watch"])
+def made(name):
+  return getattr(clipjax, name)(**({"max_norm": LIMIT} if name.startswith("clip") else {}))
+
+
+MADE = ("clip_by_global_norm", "clip_by_leaf_norm", "zclip", "watch")
+
+
+@pytest.mark.parametrize(
+  ("name", "change"), [*(("adagc", change) for change in CHANGED), *((name, "a new layer") for name in MADE)]
+)
 def test_changed_model_with_the_state_of_the_old_one(name, change):
-  make, text = CHANGED[change]
-  tx = getattr(clipjax, name)(**({"max_norm": LIMIT} if name.startswith("clip") else {}))
-  grads = make(start())
-  with pytest.raises(ValueError, match="as many") as error:
-    tx.update(grads, tx.init(start()), grads)
-  assert str(error.value) == (
-    f"`updates` must have as many floating leaves as `init` saw, {text}: call `init` with the parameters that you "
-    "train."
+  (grads, text), tx = CHANGED[change], made(name)
+  message = (
+    f"`updates` must have as many floating leaves as `init` saw, 4, got {text}: call `init` with the parameters that "
+    "you train."
   )
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    tx.update(grads, tx.init(start()), grads)
 
 
-@pytest.mark.parametrize("name", ["clip_by_leaf_norm", "adagc", "watch"])
-def test_state_of_another_model_that_flax_put_into_the_new_one(name):
-  tx = getattr(clipjax, name)(**({"max_norm": LIMIT} if name.startswith("clip") else {}))
-  larger = start() | {"middle": {"w": start()["up"]["w"]}}
-  restored = flax.serialization.from_bytes(tx.init(larger), flax.serialization.to_bytes(tx.init(start())))
-  with pytest.raises(ValueError, match="of shape") as error:
-    tx.update(larger, restored, larger)
-  assert str(error.value) == (
+LARGER = start() | {"middle": {"w": UP["w"]}}
+
+
+@pytest.mark.parametrize(
+  ("tx", "old", "new"),
+  [
+    *((made(name), start(), LARGER) for name in ("clip_by_leaf_norm", "adagc", "watch")),
+    (clipjax.watch(stacked=0), jnp.ones((4, 2)), jnp.ones((5, 2))),
+  ],
+)
+def test_state_of_another_model_that_flax_put_into_the_new_one(tx, old, new):
+  restored = flax.serialization.from_bytes(tx.init(new), flax.serialization.to_bytes(tx.init(old)))
+  message = (
     "`state` must have norms of shape (5,), as `init` made it, got (4,): it was restored from another model "
     "or configuration; call `init` with the parameters that you train."
   )
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    tx.update(new, restored, new)
 
 
 def test_state_by_leaf_in_a_watch_without_leaves():
@@ -289,27 +237,6 @@ def test_state_by_leaf_in_a_watch_without_leaves():
 
 
 # Wrappers of Optax --------------------------------------------------------------------------------------------------
-
-
-def test_multi_steps_is_a_clip_of_the_mean_gradient():
-  batches = batches_of(8, rows=6)
-  large = [tuple(map(jnp.concatenate, zip(*batches[i : i + 2], strict=True))) for i in range(0, 8, 2)]
-  want, norms = train_on_one_device(loss_fn, start(), large, LIMIT, optax.adam(0.05))
-  params, state = train(optax.MultiSteps(clipped_adam(), 2), batches)
-  assert_alike(params, want)
-  assert_clipped_as(state, norms)
-
-
-def test_inject_hyperparams_with_a_schedule_is_the_clip_with_that_schedule():
-  schedule = optax.linear_schedule(0.3, 0.9, STEPS)
-  inject = optax.inject_hyperparams(clipjax.clip_by_global_norm)
-  params, state = train(optax.chain(inject(max_norm=schedule), optax.adam(0.05)))
-  want, plain = train(clipped_adam(schedule))
-  assert_alike(params, want, rtol=1e-6)
-  seen, expected = clipjax.metrics(state), clipjax.metrics(plain)
-  assert 0 < expected["grad/clip_fraction"] < 1
-  assert seen.keys() == expected.keys()
-  assert_alike(seen, expected, rtol=1e-6)
 
 
 def test_inject_hyperparams_needs_to_know_that_a_function_of_groups_is_no_schedule():
@@ -323,69 +250,15 @@ def test_inject_hyperparams_needs_to_know_that_a_function_of_groups_is_no_schedu
     inject()(max_norm=0.1, groups=first).init(start())
 
 
-def test_masked_clips_and_measures_the_part_that_it_sees():
-  grads = jax.grad(loss_fn)(start(), *batches_of()[-1])
-  tx = optax.masked(clipjax.clip_by_global_norm(0.1), {"up": True, "down": {"w": False, "b": True}})
-  updates, state = jax.jit(tx.update)(grads, tx.init(grads))
-  part = {"up": grads["up"], "b": grads["down"]["b"]}
-  want = oracle_clip(part, 0.1)
-  assert_alike({"up": updates["up"], "b": updates["down"]["b"]}, want)
-  assert_bits_equal(updates["down"]["w"], grads["down"]["w"])
-  np.testing.assert_allclose(clipjax.metrics(state)["grad/norm"], oracle_norm(part), rtol=1e-6)
-
-
-@pytest.mark.parametrize("wrapper", [optax.multi_transform, optax.partition])
-def test_each_part_of_a_partition_has_a_clip_of_its_own(wrapper):
-  limits = {"first": 0.1, "last": 0.2}
-  parts = {label: optax.chain(clipjax.clip_by_global_norm(limit), optax.sgd(0.1)) for label, limit in limits.items()}
-  tx = wrapper(parts, {"up": "first", "down": "last"})
-  batch = batches_of()[-1]
-  params, state = train(tx, [batch])
-  grads = jax.grad(loss_fn)(start(), *batch)
-  for name, label in (("up", "first"), ("down", "last")):
-    clipped = oracle_clip(grads[name], limits[label])
-    assert oracle_norm(grads[name]) > limits[label]
-    assert_alike(params[name], jax.tree.map(lambda p, g: p - 0.1 * g, start()[name], clipped))
-    np.testing.assert_allclose(clipjax.metrics(state)[f"grad_{label}/norm"], oracle_norm(grads[name]), rtol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_apply_if_finite_leaves_out_the_bad_step(bad):
-  batches = batches_of()
-  broken = [*batches[:3], (batches[3][0], jnp.full_like(batches[3][1], bad)), *batches[3:]]
-  params, state = train(optax.apply_if_finite(clipped_adam(), 2), broken)
-  want, plain = train(clipped_adam(), batches)
-  assert_alike(params, want)
-  assert_alike(clipjax.metrics(state), clipjax.metrics(plain))
-  assert clipjax.metrics(state)["grad/nonfinite_steps"] == 0 and state.total_notfinite == 1
-
-
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_muon_before_and_after(ours_first):
-  muon = optax.contrib.muon(0.05)  # For matrices; Adam for biases: a partition within.
-  batch = batches_of()[-1]
-  grads = jax.grad(loss_fn)(start(), *batch)
-  raw, _ = muon.update(oracle_clip(grads, 0.1) if ours_first else grads, muon.init(start()), start())
-  want = raw if ours_first else oracle_clip(raw, 0.1)
-  clip = clipjax.clip_by_global_norm(0.1)
-  tx = optax.chain(clip, muon) if ours_first else optax.chain(muon, clip)
-  updates, state = jax.jit(tx.update)(grads, tx.init(start()), start())
-  assert_alike(updates, want, rtol=1e-4)  # Muon iterates in a series whose rounding differs under jit.
-  np.testing.assert_allclose(clipjax.metrics(state)["grad/norm"], oracle_norm(grads if ours_first else raw), rtol=1e-4)
-
-
-@pytest.mark.parametrize("params", [start(), jnp.float32(1.0)], ids=["tree", "one scalar"])
-def test_map_params_touches_the_moments_alone(params):
+def test_map_params_takes_no_number_of_a_state_for_the_one_parameter_that_is_a_scalar():
   clips = [clipjax.watch(), clipjax.clip_by_leaf_norm(1.0), clipjax.zclip(name="z"), clipjax.adagc(name="a")]
   tx = clipjax.skip_steps(optax.chain(*clips, optax.adam(0.05)), norm_rule=rules.rolling_sigma(window=4))
-  state = tx.init(params)
+  state = tx.init(jnp.float32(1.0))
   mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
   assert jax.tree.structure(mapped) == jax.tree.structure(state)
-  moments = lambda state: state.inner_state[-1][0]  # noqa: E731
-  for moment in ("mu", "nu"):
-    assert_bits_equal(getattr(moments(mapped), moment), jax.tree.map(lambda x: x + 1, getattr(moments(state), moment)))
-  rest = lambda state: state._replace(inner_state=state.inner_state[:-1])  # noqa: E731
-  assert_bits_equal(jax.tree.leaves(rest(mapped)), jax.tree.leaves(rest(state)))
+  changed = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (mapped, state)), strict=True)]
+  (adam, _), (new, _) = (x.inner_state[-1] for x in (state, mapped))
+  assert sum(changed) == 2 and (new.mu, new.nu) == (adam.mu + 1, adam.nu + 1)
 
 
 # Transformations of JAX ---------------------------------------------------------------------------------------------
@@ -419,16 +292,6 @@ def test_chexify_lets_a_dropped_step_pass_and_stops_at_a_bad_one():
       step(start(), state, bad)
 
 
-@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-def test_float_checks_of_checkify_find_nothing_in_a_finite_step(magnitude):
-  tx = clipjax.clip_by_leaf_norm(LIMIT)
-  grads = jax.tree.map(lambda x: jnp.full_like(x, magnitude), start())
-  checked = jax.jit(checkify.checkify(tx.update, errors=checkify.float_checks))
-  error, (updates, _) = checked(grads, tx.init(start()))
-  assert error.get() is None
-  assert_alike(updates, jax.tree.map(lambda g: oracle_clip(g, LIMIT), grads), rtol=1e-6)
-
-
 # One of each kind of state; the rules soon give a limit.
 EXPORTED = {
   **factories(),
@@ -441,23 +304,16 @@ EXPORTED = {
   "rolling_sigma": clipjax.clip_by_leaf_norm(rules.rolling_sigma(window=3)),
   "quantile_tracking": clipjax.clip_by_leaf_norm(rules.quantile_tracking(0.5)),
   "after": clipjax.clip_by_leaf_norm(rules.delayed(1, 1.0)),
+  "layers": clipjax.clip_by_leaf_norm(rules.zscore(warmup_steps=1), stacked={"w": 0, "b": None}),
 }
+ALIKE = {"clip_by_block_rms", "clip_by_group_norm", "autoclip"}  # What takes the same operations as another is slow.
 LOOKED_AT = {
   **EXPORTED,
   "a threshold of 0": clipjax.clip_by_global_norm(0.0),
   "an infinite threshold": clipjax.clip_by_leaf_norm(math.inf),
-  "another order": clipjax.clip_by_global_norm(1.0, ord=3),
-  "eps": clipjax.clip_by_global_norm(1.0, eps=1e-6),
-  "adaptive_grad_clip without eps": clipjax.adaptive_grad_clip(eps=0.0),
+  "units of layers": clipjax.adaptive_grad_clip(stacked={"w": 0, "b": None}),
   "skip_steps of an optimizer of Optax": clipjax.skip_steps(optax.sgd(1.0), norm_rule=rules.zscore(warmup_steps=1)),
-  "percentile of the past": clipjax.clip_by_global_norm(rules.percentile(50.0, include_current=False)),
-  "lower": clipjax.clip_by_global_norm(rules.minimum(rules.zscore(warmup_steps=1), 1.0)),
 }
-
-
-# What takes the same operations as another runs with `-m slow`.
-ALIKE = {"clip_by_block_rms", "clip_by_group_norm", "autoclip", "eps", "a threshold of 0", "an infinite threshold"}
-ALIKE |= {"another order", "percentile of the past", "adaptive_grad_clip without eps", "lower"}
 
 
 @pytest.mark.parametrize("name", cases(LOOKED_AT, ALIKE))
@@ -467,12 +323,13 @@ def test_every_operation_of_a_finite_step_is_finite_enough(name):
   checked = jax.jit(checkify.checkify(tx.update, errors=checkify.float_checks))
   for magnitude in (0.0, 1e-30, 1.0, 1e30):
     grads = {"w": jnp.array([[magnitude, 0.0], [magnitude, -magnitude]]), "b": jnp.full(2, magnitude, jnp.bfloat16)}
-    states = [tx.init(params), tx.init(params)]
-    for _ in range(3):
-      error, (_, states[0]) = checked(grads, states[0], params)
+    state = tx.init(params)
+    for step in range(3):
+      if step < 2 and magnitude in (0.0, 1e30):  # Operation by operation, outside of a compiler.
+        with jax.disable_jit(), jax.debug_nans(True):
+          tx.update(grads, state, params)
+      error, (_, state) = checked(grads, state, params)
       assert error.get() is None
-      with jax.disable_jit(), jax.debug_nans(True):
-        _, states[1] = tx.update(grads, states[1], params)
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -481,74 +338,28 @@ def test_every_state_goes_through_an_exported_program(name):
   state = EXPORTED[name].init(params)
   program = jax.export.deserialize(jax.export.export(jax.jit(lambda s: s))(state).serialize())
   chex.assert_trees_all_equal(program.call(state), state)
+  if name == "layers":
+    assert program.call(state).labels.slices == ("b", "w[0]", "w[1]")
+    with pytest.raises(ValueError, match=r"Labels|tree"):  # Another number of layers is another program.
+      program.call(EXPORTED[name].init({"w": jnp.ones((3, 2)), "b": jnp.ones(3)}))
 
 
-def test_export_of_a_training_step_with_any_batch_size():
-  register = functools.cache(jax.export.register_namedtuple_serialization)
-  for kind in (optax.EmptyState, optax.ScaleByAdamState):  # Optax leaves that to its users.
-    register(kind, serialized_name=f"optax.{kind.__name__}")
-  tx = optax.chain(clipjax.watch(history=3), clipjax.zclip(warmup_steps=2), optax.adam(0.05))
-
-  def step(params, state, x, y):
-    updates, state = tx.update(jax.grad(loss_fn)(params, x, y), state, params)
-    return optax.apply_updates(params, updates), state
-
-  (rows,) = jax.export.symbolic_shape("rows")
-  shapes = jax.eval_shape(lambda: (start(), tx.init(start())))
-  batch = [jax.ShapeDtypeStruct((rows, width), jnp.float32) for width in (3, 2)]
-  exported = jax.export.export(jax.jit(step))(*shapes, *batch)
-  again = jax.export.deserialize(exported.serialize())
-  params, state = start(), tx.init(start())
-  for i, (x, y) in enumerate(batches_of()):
-    params, state = again.call(params, state, x[: 4 + i % 2], y[: 4 + i % 2])
-  want = train(tx, [(x[: 4 + i % 2], y[: 4 + i % 2]) for i, (x, y) in enumerate(batches_of())])
-  assert_alike((params, clipjax.metrics(state)), (want[0], clipjax.metrics(want[1])))
-  assert state[0].labels.leaves == ("down/b", "down/w", "up/b", "up/w")
-
-
-def test_donated_step_gives_the_same_numbers_and_its_old_buffers_are_gone():
-  tx = optax.chain(clipjax.watch(history=3), clipjax.zclip(warmup_steps=2), optax.adam(0.05))
-
-  def step(params, state, x, y):
-    updates, state = tx.update(jax.grad(loss_fn)(params, x, y), state, params)
-    return optax.apply_updates(params, updates), state
-
-  donated = jax.jit(step, donate_argnums=(0, 1))
-  params, state = start(), jax.tree.map(jnp.copy, tx.init(start()))
-  for x, y in batches_of():
-    before = (params, state)
-    params, state = donated(params, state, x, y)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before[0]))
-  want = train(tx)
-  assert_alike((params, clipjax.metrics(state)), (want[0], clipjax.metrics(want[1])))
-
-
-def test_checkpointed_loss_and_checkpointed_clip():
-  remat = jax.checkpoint(loss_fn)
-  got, want = (train(clipped_adam(), loss=loss) for loss in (remat, loss_fn))
-  assert_alike(got[0], want[0])
-
-  def inner(params, x, y):  # A clip that is differentiated through, as in meta-learning.
+def test_a_clip_that_is_differentiated_through_in_a_checkpoint():
+  def inner(params, x, y):  # As in meta-learning.
     clipped, _ = clipjax.clip_grad_norm(jax.grad(loss_fn)(params, x, y), 0.1)
     return loss_fn(jax.tree.map(lambda p, g: p - 0.5 * g, params, clipped), x, y)
 
   batch = batches_of()[-1]
   assert oracle_norm(jax.grad(loss_fn)(start(), *batch)) > 0.1
-  plain = jax.grad(inner)(start(), *batch)
+  plain = jax.jit(jax.grad(inner))(start(), *batch)
   assert_alike(jax.jit(jax.grad(jax.checkpoint(inner)))(start(), *batch), plain)
   direction = jax.tree.map(jnp.ones_like, start())
-  along = lambda t: float(inner(jax.tree.map(lambda p, d: p + t * d, start(), direction), *batch))  # noqa: E731
-  slope = (along(1e-2) - along(-1e-2)) / 2e-2
+  along = jax.jit(lambda t: inner(jax.tree.map(lambda p, d: p + t * d, start(), direction), *batch))
+  slope = (float(along(1e-2)) - float(along(-1e-2))) / 2e-2
   np.testing.assert_allclose(sum(float(jnp.sum(g)) for g in jax.tree.leaves(plain)), slope, rtol=2e-2)
 
 
 # Loss scaling -------------------------------------------------------------------------------------------------------
-
-
-def half_loss(params, x, y):
-  """The model in float16, from parameters in float32; the loss in float32."""
-  half = jax.tree.map(lambda p: p.astype(jnp.float16), (params, x))
-  return loss_fn(*half, y.astype(jnp.float16)).astype(jnp.float32)
 
 
 def test_loss_scaling_of_the_readme_gives_the_true_norm_and_drops_the_step_that_overflows(capsys):
@@ -564,39 +375,3 @@ def test_loss_scaling_of_the_readme_gives_the_true_norm_and_drops_the_step_that_
   want, norms = train_on_one_device(loss, jnp.zeros(3), [(names["x"], names["y"])] * kept, 1.0, optax.sgd(0.1))
   assert_alike(names["w"], want, rtol=2e-3)
   np.testing.assert_allclose(seen["grad/norm"], norms[-1], rtol=2e-3)
-
-
-def test_dynamic_scale_of_flax_trains_as_float32_does():
-  want, norms = train_on_one_device(loss_fn, start(), batches_of(), LIMIT, optax.sgd(0.5))
-  tx = clipjax.skip_steps(optax.chain(clipjax.clip_by_global_norm(LIMIT), optax.sgd(0.5)))
-  params, state, scaling = start(), tx.init(start()), dynamic_scale.DynamicScale(scale=2.0**24)
-
-  @jax.jit
-  def step(scaling, params, state, x, y):
-    scaling, finite, _, grads = scaling.value_and_grad(half_loss)(params, x, y)  # Unscaled before they are clipped.
-    updates, state = tx.update(grads, state, params)
-    return scaling, finite, optax.apply_updates(params, updates), state
-
-  overflows = 0
-  for batch in batches_of():
-    finite = False
-    while not finite:  # The scale is lower at each attempt.
-      scaling, finite, params, state = step(scaling, params, state, *batch)
-      overflows += not finite
-  assert overflows > 0
-  assert clipjax.metrics(state)["skip/steps"] == STEPS + overflows
-  assert_alike(params, want, rtol=5e-3)
-  seen = clipjax.metrics(state)
-  np.testing.assert_allclose(seen["grad/norm"], norms[-1], rtol=5e-3)
-  assert seen["grad/steps"] == STEPS and seen["grad/clipped_steps"] == np.sum(np.array(norms) > LIMIT)
-
-
-def test_clip_before_the_loss_scale_is_taken_out_is_another_limit():
-  batch, scale = batches_of()[-1], 2.0**8
-  scaled = jax.grad(lambda *args: scale * half_loss(*args))(start(), *batch)
-  unscale = lambda tree: jax.tree.map(lambda g: g / scale, tree)  # noqa: E731
-  right, norm = clipjax.clip_grad_norm(unscale(scaled), LIMIT)
-  wrong, wrong_norm = clipjax.clip_grad_norm(scaled, LIMIT)
-  np.testing.assert_allclose(oracle_norm(right), LIMIT, rtol=1e-6)
-  np.testing.assert_allclose(oracle_norm(unscale(wrong)), LIMIT / scale, rtol=1e-6)
-  np.testing.assert_allclose(wrong_norm, scale * norm, rtol=1e-6)

@@ -1,9 +1,8 @@
-"""Stacked layers that are spread over devices: every transformation that takes `stacked=` against the layers unrolled.
+"""Stacked layers inside `shard_map`, where every device must hold them all, and in arrays of explicit types.
 
-Under plain jit any axis may be sharded, that of the layers too. Inside `shard_map` every device must hold all layers.
+That each transformation gives the numbers of one device, test_sharding.py sees.
 """
 
-import functools
 import re
 
 import jax
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import cases
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from unrolled import assert_as_unrolled, assert_same_numbers, unrolled
@@ -22,85 +20,40 @@ from clipjax.norms import sums
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 LAYERS = 2
-# (shape, dtype, axis of the layers, spec under jit, spec inside shard_map); both axes of the mesh have size 2.
+# (shape, dtype, axis of the layers, spec inside shard_map); both axes of the mesh have size 2.
 LEAVES = {
-  "by_both": ((LAYERS, 8), "float32", 0, P("a", "b"), P(None, ("a", "b"))),
-  "middle": ((8, LAYERS, 3), "float32", 1, P("b", "a"), P("b")),
-  "last": ((3, 8, LAYERS), "bfloat16", 2, P(None, "b", "a"), P(None, "b")),
-  "one_each": ((LAYERS,), "float32", 0, P("a"), P()),
-  "single": ((8, 4), "float32", None, P("a", "b"), P("a", "b")),
+  "by_both": ((LAYERS, 8), "float32", 0, P(None, ("a", "b"))),
+  "last": ((3, 8, LAYERS), "bfloat16", 2, P(None, "b")),
+  "one_each": ((LAYERS,), "float32", 0, P()),
+  "single": ((8, 4), "float32", None, P("a", "b")),
 }
-UNDER_JIT, INSIDE = ({name: leaf[i] for name, leaf in LEAVES.items()} for i in (3, 4))
+INSIDE = {name: leaf[3] for name, leaf in LEAVES.items()}
 INSIDE_AXES = {name: tuple(jax.tree.leaves(tuple(spec))) for name, spec in INSIDE.items()}
-MAGNITUDES = (1.0, 30.0, 1e25, 1e-25)
 
 
-def axis_of(name, leaf=None):
-  del leaf
+def axis_of(name, _=None):
   return LEAVES[name][2]
 
 
-def some_tree(magnitude=1.0, seed=0):
-  """Entries of which each layer has ten times as large ones as that before it, so that a limit clips some alone."""
-  rng, tree = np.random.default_rng(seed), {}
-  for name, (shape, dtype, axis, *_) in LEAVES.items():
-    growth = (
-      1.0 if axis is None else 10.0 ** np.arange(LAYERS).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    )
-    tree[name] = jnp.asarray(rng.standard_normal(shape) * growth * magnitude / 100, jnp.dtype(dtype))
-  return tree
-
-
-def last_letters(name, leaf):
-  """The layers of one number are a group, whichever leaf they are of."""
-  del leaf
-  return name[-3:]
+def some_tree(magnitude=1.0):
+  rng = np.random.default_rng(0)
+  return {
+    name: jnp.asarray(np.asarray(rng.standard_normal(shape)) * magnitude, jnp.dtype(dtype))
+    for name, (shape, dtype, *_) in LEAVES.items()
+  }
 
 
 def transformations(stacked, axis_name=None):
-  """What takes `stacked=`, by name; the clip of units, which takes no `axis_name`, only where that is left out.
-
-  A rule sees norms, which know of no mesh.
-  """
+  """What takes `stacked=`, by name; the clip of units, which takes no `axis_name`, only where that is left out."""
   by = {"stacked": stacked, "axis_name": axis_name}
   return {
     "clip_by_leaf_norm": clipjax.clip_by_leaf_norm(0.5, **by),
-    "clip_by_leaf_norm_inf": clipjax.clip_by_leaf_norm(0.5, jnp.inf, **by),
-    "clip_by_group_norm": clipjax.clip_by_group_norm(0.5, last_letters, **by),
+    "clip_by_group_norm": clipjax.clip_by_group_norm(0.5, lambda name, _: name[-3:], **by),
     "clip_by_block_rms": clipjax.clip_by_block_rms(0.1, **by),
     "watch": clipjax.watch(history=3, **by),
     "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(0.5, **by), optax.scale(0.5), **by),
     **({"adaptive_grad_clip": clipjax.adaptive_grad_clip(0.1, stacked=stacked)} if axis_name is None else {}),
   }
-
-
-# What the mesh has to do with the others is in these; all of them are inside `shard_map`, where sums are written out.
-UNDER_JIT_ALONE = ("clip_by_leaf_norm", "watch", "adaptive_grad_clip")
-
-
-def all_of(each):
-  """`(init, update)` of several at once, in one program."""
-
-  def update(grads, states, params):
-    out = {name: tx.update(grads, states[name], params) for name, tx in each.items()}
-    return {name: u for name, (u, _) in out.items()}, {name: s for name, (_, s) in out.items()}
-
-  return lambda params: {name: tx.init(params) for name, tx in each.items()}, update
-
-
-@pytest.fixture(scope="module")
-def layer_by_layer():
-  """What every transformation gives of the layers unrolled, on one device: `(updates, states)` of each step."""
-  init, update = all_of(transformations(None))
-  params = unrolled(some_tree(10.0), axis_of)
-  states, out = init(params), []
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    for i, magnitude in enumerate(MAGNITUDES):
-      updates, states = jax.jit(update)(unrolled(some_tree(magnitude, i), axis_of), states, params)
-      out.append(jax.device_get((updates, states)))
-  scales = out[0][1]["clip_by_leaf_norm"].scale
-  assert 0 < (scales < 1).sum() < scales.size
-  return out
 
 
 def mesh_of(kind):
@@ -111,50 +64,17 @@ def on_mesh(mesh, tree, specs):
   return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
-def compare(run, states, layer_by_layer, place, names):
-  """Runs the steps, and holds each to the layers unrolled; gives the last updates and states."""
-  for i, magnitude in enumerate(MAGNITUDES):
-    updates, states = run(place(some_tree(magnitude, i)), states, place(some_tree(10.0)))
-    for name in names:
-      got, want = ([part[name] for part in both] for both in (jax.device_get((updates, states)), layer_by_layer[i]))
-      assert_as_unrolled(got, want, axis_of)
-  return updates, states
+# Explicit types -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
-def test_under_jit_any_axis_may_be_sharded_that_of_the_layers_too(kind, layer_by_layer):
-  each = {name: transformations(axis_of)[name] for name in UNDER_JIT_ALONE}
-  init, update = all_of(each)
-  mesh = mesh_of(kind)
-  with jax.set_mesh(mesh):
-    run = jax.jit(update)
-    updates, states = compare(
-      run, jax.jit(init)(some_tree(10.0)), layer_by_layer, lambda tree: on_mesh(mesh, tree, UNDER_JIT), each
-    )
-    for name in each:  # Gradients stay where they were, states are everywhere.
-      for leaf, spec in UNDER_JIT.items():
-        assert updates[name][leaf].sharding.is_equivalent_to(NamedSharding(mesh, spec), updates[name][leaf].ndim)
-      assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(states[name])), name
-    if kind == AxisType.Explicit:
-      norms = jax.jit(lambda tree: clipjax.leaf_norms(tree, stacked=axis_of))(on_mesh(mesh, some_tree(), UNDER_JIT))
-      for name, norm in clipjax.leaf_norms(some_tree(), stacked=axis_of).items():
-        np.testing.assert_allclose(norms[name], norm, rtol=2e-6)
-
-
-WITHOUT_MESH = [
-  (functools.partial(clipjax.adaptive_grad_clip, 0.1), True),
-  (functools.partial(clipjax.clip_by_leaf_norm, 2.0), False),
-]
-
-
-@pytest.mark.parametrize(("make", "jit"), cases(WITHOUT_MESH, WITHOUT_MESH[1:]))
-def test_arrays_of_explicit_types_need_no_mesh_around(make, jit):
+def test_arrays_of_explicit_types_need_no_mesh_around():
   shapes, specs = {"w": (LAYERS, 8), "gates": (LAYERS,)}, {"w": P("a", "b"), "gates": P("a")}
   grads = {name: jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape) for name, shape in shapes.items()}
   placed = on_mesh(mesh_of(AxisType.Explicit), grads, specs)
-  layers, tx, each = unrolled(grads, lambda name: 0), make(stacked=0), make()
-  got = (jax.jit(tx.update) if jit else tx.update)(placed, tx.init(placed), placed)
-  assert_as_unrolled(jax.device_get(got), jax.jit(each.update)(layers, each.init(layers), layers), lambda name: 0)
+  layers = unrolled(grads, lambda _: 0)
+  tx, each = (clipjax.adaptive_grad_clip(0.1, stacked=stacked) for stacked in (0, None))
+  got = jax.jit(tx.update)(placed, tx.init(placed), placed)
+  assert_as_unrolled(jax.device_get(got), jax.jit(each.update)(layers, each.init(layers), layers), lambda _: 0)
   assert jax.typeof(got[0]["w"]) == jax.typeof(placed["w"])
 
 
@@ -173,23 +93,6 @@ def test_gradient_through_a_clip_of_explicit_types():
 # Inside shard_map ----------------------------------------------------------------------------------------------------
 
 
-def inside(update, mesh, states, specs=INSIDE, **options):
-  """`update` in a `shard_map` in a `jit`, with the states whole on every device."""
-  whole = jax.tree.map(lambda _: P(), states)
-  out_specs = (dict.fromkeys(states, specs), whole)
-  return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(specs, whole, specs), out_specs=out_specs, **options))
-
-
-@pytest.mark.parametrize("way", cases(["by the types", "by name", "without checks"], {"by name"}))
-def test_inside_shard_map_where_every_device_holds_all_layers(way, layer_by_layer):
-  each = transformations(axis_of, None if way == "by the types" else INSIDE_AXES)
-  each.pop("adaptive_grad_clip", None)
-  init, update = all_of(each)
-  states = init(some_tree(10.0))  # Outside, with whole parameters.
-  run = inside(update, mesh_of(AxisType.Auto), states, check_vma=way != "without checks")
-  compare(run, states, layer_by_layer, lambda tree: tree, each)
-
-
 def all_reduces(run, *args):
   return len(re.findall(r" all-reduce(?:-start)?\(", jax.jit(run).lower(*args).compile().as_text()))
 
@@ -200,18 +103,8 @@ def test_all_layers_of_all_leaves_have_one_all_reduce(ord):
   specs = {"w": P(None, "a"), "v": P("a"), "head": P("a")}
   tx = clipjax.clip_by_leaf_norm(0.5, ord, stacked={"w": 0, "v": 1, "head": None})
   state = tx.init(grads)
-  run = inside(
-    lambda g, s, p: ({"": (out := tx.update(g, s[""]))[0]}, {"": out[1]}), mesh_of(AxisType.Auto), {"": state}, specs
-  )
-  assert all_reduces(run, grads, {"": state}, grads) == 1
-
-
-def test_inside_shard_map_large_leaves_are_read_again_where_a_sum_has_left_its_range(monkeypatch, layer_by_layer):
-  monkeypatch.setattr(sums, "SMALL", 4)
-  each = {name: transformations(axis_of)[name] for name in ("clip_by_leaf_norm", "watch")}
-  init, update = all_of(each)
-  states = init(some_tree(10.0))
-  compare(inside(update, mesh_of(AxisType.Auto), states), states, layer_by_layer, lambda tree: tree, each)
+  run = jax.shard_map(tx.update, mesh=mesh_of(AxisType.Auto), in_specs=(specs, P()), out_specs=(specs, P()))
+  assert all_reduces(run, grads, state) == 1
 
 
 def with_init_inside(tx, specs=INSIDE, **options):
@@ -227,30 +120,30 @@ HOLDS_ALL = re.escape(
   "does not say which of its axes are sharded: pass the mesh axes that split a single layer as `axis_name`, () "
   "for none; or, for a transformation with a state, call `init` outside with whole parameters."
 )
-INIT = ["clip_by_leaf_norm", "clip_by_group_norm", "clip_by_block_rms", "watch"]
 
 
-@pytest.mark.parametrize("name", cases(INIT, INIT[1:-1]))
-def test_init_inside_shard_map_must_be_told_what_layers_are_spread_over(name, layer_by_layer):
+@pytest.mark.parametrize("name", ["clip_by_leaf_norm", "clip_by_group_norm", "clip_by_block_rms", "watch"])
+def test_init_inside_shard_map_must_be_told_what_layers_are_spread_over(name):
   with pytest.raises(ValueError, match=f"^{HOLDS_ALL}"):
-    with_init_inside(transformations(axis_of)[name])(some_tree())
-  got = with_init_inside(transformations(axis_of, INSIDE_AXES)[name])(some_tree())
-  if name != "watch":  # Of other parameters.
-    assert_as_unrolled(jax.device_get(got), [part[name] for part in layer_by_layer[0]], axis_of)
+    jax.eval_shape(with_init_inside(transformations(axis_of)[name]), some_tree())
+  jax.eval_shape(with_init_inside(transformations(axis_of, INSIDE_AXES)[name]), some_tree())
 
 
-def test_init_inside_shard_map_needs_nothing_where_every_device_holds_everything(layer_by_layer):
-  whole = jax.tree.map(lambda _: P(), INSIDE)
-  got = with_init_inside(transformations(axis_of)["clip_by_leaf_norm"], whole)(some_tree())
-  assert_as_unrolled(jax.device_get(got), [part["clip_by_leaf_norm"] for part in layer_by_layer[0]], axis_of)
+@pytest.mark.parametrize(
+  ("axis_name", "specs"), [(INSIDE_AXES, INSIDE), (None, dict.fromkeys(INSIDE, P()))], ids=["told", "all on each"]
+)
+def test_init_inside_shard_map(axis_name, specs):
+  got = with_init_inside(transformations(axis_of, axis_name)["clip_by_leaf_norm"], specs)(some_tree())
+  each, layers = clipjax.clip_by_leaf_norm(0.5), unrolled(some_tree(), axis_of)
+  assert_as_unrolled(jax.device_get(got), jax.jit(each.update)(layers, each.init(layers)), axis_of)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_leaf_norms_inside_shard_map(check_vma):
-  def run(axis_name):
+def test_leaf_norms_inside_shard_map(check_vma, monkeypatch):
+  def run(axis_name, magnitude=1.0):
     norms = lambda tree: clipjax.leaf_norms(tree, stacked=axis_of, axis_name=axis_name)  # noqa: E731
     split = jax.shard_map(norms, mesh=mesh_of(AxisType.Auto), in_specs=(INSIDE,), out_specs=P(), check_vma=check_vma)
-    return jax.jit(split)(some_tree())
+    return jax.jit(split)(some_tree(magnitude))
 
   if check_vma:
     with pytest.raises(ValueError, match=f"^{HOLDS_ALL}"):
@@ -258,7 +151,10 @@ def test_leaf_norms_inside_shard_map(check_vma):
   else:
     with pytest.warns(UserWarning, match="pass the mesh axes that shard the leaves as `axis_name`"):
       run(None)
-  assert_same_numbers(run(INSIDE_AXES), clipjax.leaf_norms(some_tree(), stacked=axis_of))
+  want = {magnitude: clipjax.leaf_norms(some_tree(magnitude), stacked=axis_of) for magnitude in (1.0, 1e25, 1e-25)}
+  monkeypatch.setattr(sums, "SMALL", 4)  # Large leaves are read again where a sum has left its range.
+  for magnitude, norms in want.items():
+    assert_same_numbers(run(INSIDE_AXES, magnitude), norms)
 
 
 @pytest.mark.parametrize("name", list(transformations(None)))
@@ -295,22 +191,6 @@ def test_clip_of_units_is_an_error_inside_shard_map_wherever_its_state_was_made(
 
     with pytest.raises(ValueError, match=f"^{message}"):
       jax.jit(jax.shard_map(step, mesh=mesh_of(AxisType.Auto), in_specs=(specs,), out_specs=specs))(grads)
-
-
-def test_pmap_of_layers_that_are_split_along_another_axis():
-  rng = np.random.default_rng(0)
-  whole = {
-    "w": jnp.asarray(rng.standard_normal((LAYERS, 8, 3)), jnp.float32),
-    "b": jnp.asarray(rng.standard_normal((LAYERS, 2)), jnp.float32),
-  }
-  apart = {"w": jnp.moveaxis(whole["w"], 1, 0), "b": jnp.broadcast_to(whole["b"], (8, LAYERS, 2))}
-  tx = clipjax.clip_by_leaf_norm(1.0, stacked=0, axis_name={"w": "i", "b": ()})
-  updates, state = jax.pmap(lambda grads: tx.update(grads, tx.init(grads)), axis_name="i")(apart)
-  each = clipjax.clip_by_leaf_norm(1.0)
-  layers = unrolled(whole, lambda name: 0)
-  first = jax.tree.map(lambda x: x[0], state)
-  joined = {"w": jnp.moveaxis(updates["w"], 0, 1), "b": updates["b"][5]}
-  assert_as_unrolled((joined, first), jax.jit(each.update)(layers, each.init(layers)), lambda name: 0)
 
 
 def test_gradient_through_a_clip_inside_shard_map():
