@@ -46,6 +46,23 @@ def _wide(x):
   return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
+def assert_close(got, want, rtol=1e-6, atol=0.0):
+  """Two trees of one structure: every entry within `rtol`, compared in 64 bits."""
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(_wide(a), _wide(b), rtol=rtol, atol=atol), got, want)
+
+
+def first_step(tx, grads, params=None):
+  """The updates and the state of one step from a new state."""
+  return tx.update(grads, tx.init(grads if params is None else params), params)
+
+
+def message_of(call, kind=ValueError):
+  """The whole text of the error that a call raises."""
+  with pytest.raises(kind) as error:
+    call()
+  return str(error.value)
+
+
 def random_leaves(count, dtype="float32", magnitude=1.0, seed=0):
   """`count` leaves of mixed ranks, normal entries times `magnitude`."""
   rng = np.random.default_rng(seed)
