@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import NO_LIMIT, first_step, message_of
+from helpers import NO_LIMIT, first_step, message_of, steps_of
 
 import clipjax
 from clipjax import rules
@@ -28,13 +28,8 @@ every_rule = pytest.mark.parametrize("name", sorted(RULES))
 
 def run(rule, norms, make=clipjax.clip_by_global_norm, **options):
   """The states of a clip under a rule after gradients of these norms."""
-  tx = make(rule, **options)
-  state, states = tx.init(jnp.zeros(1)), []
-  update = jax.jit(tx.update)
-  for n in norms:
-    _, state = update(jnp.array([n], jnp.float32), state)
-    states.append(state)
-  return states
+  grads = [jnp.array([n], jnp.float32) for n in norms]
+  return [state for _, state in steps_of(make(rule, **options), grads)]
 
 
 def limits(rule, norms, **options):
@@ -66,6 +61,9 @@ SCALE_FREE = {name: rule for name, rule in RULES.items() if name != "quantile_tr
 }
 
 
+ALONE = RULES | SCALE_FREE  # The warm-up of ema_ratio with a limit looks at the norm of all leaves.
+
+
 @pytest.mark.parametrize("name", sorted(SCALE_FREE))
 @pytest.mark.parametrize("value", [1e-12, 0.1, 1.0, 1e6])
 def test_constant_norms_clip_nothing(name, value):
@@ -91,9 +89,7 @@ def test_global_leaf_and_group_agree(name):
 def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, x64):
   rng = np.random.default_rng(0)
   norms = rng.lognormal(size=(12, 3)).astype(np.float32)
-  rule = RULES[name]()
-  if name == "ema_ratio":  # Its warm-up looks at the norm of all leaves.
-    rule = rules.ema_ratio(1.1, decay=0.9, warmup_steps=2, max_norm=math.inf)
+  rule = ALONE[name]()
   tx = clipjax.clip_by_leaf_norm(rule)
   grads = [jnp.asarray(norms[:, i : i + 1]) for i in range(3)]
   state, _ = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init([g[0] for g in grads]), grads)
@@ -112,7 +108,7 @@ def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, x64):
   ("ema_ratio", (1e-30, 1.0, 1e30)), ("zscore", (1.0, 1e3, 1e12)),
 ])  # fmt: skip
 def test_each_norm_has_a_limit_in_its_own_magnitude(name, magnitudes):
-  rule = rules.ema_ratio(1.1, decay=0.9, warmup_steps=0, max_norm=math.inf) if name == "ema_ratio" else RULES[name]()
+  rule = ALONE[name]()
   rng = np.random.default_rng(0)
   norms = jnp.asarray(rng.lognormal(sigma=0.3, size=(30, 3)) * np.array(magnitudes), jnp.float32)
 
@@ -241,19 +237,16 @@ def test_lasting_rise_of_the_norm(name, times):
 
 def after_pairs(tx, pairs):
   """The last updates and state after gradients of two leaves."""
-  state = tx.init([jnp.zeros(1), jnp.zeros(1)])
-  for pair in pairs:
-    updates, state = tx.update([jnp.array([g]) for g in pair], state)
-  return updates, state
+  return steps_of(tx, [[jnp.array([g]) for g in pair] for pair in pairs])[-1]
 
 
 def test_guard_is_off_by_default_and_restarts_one_leaf_alone():
   tx = clipjax.clip_by_leaf_norm(rules.zscore(warmup_steps=3, restart_after=2))
-  _, state = after_pairs(tx, [(0.9, 1.0), (1.1, 1.0), (1.0, 1.0), (9.0, 1.0), (9.0, 1.0)])
+  pairs = [(0.9, 1.0), (1.1, 1.0), (1.0, 1.0), (9.0, 1.0), (9.0, 1.0)]
+  _, state = after_pairs(tx, pairs)
   np.testing.assert_array_equal(state.rule.seen, [0, 3])
   assert state.rule.mean[0] == 0
-  _, state = tx.update([jnp.array([9.0]), jnp.array([1.0])], state)
-  assert state.rule.mean[0] == 9
+  assert after_pairs(tx, [*pairs, (9.0, 1.0)])[1].rule.mean[0] == 9
 
 
 def test_leaf_that_is_zero_in_the_warm_up_of_adagc_learns_later():
@@ -329,18 +322,14 @@ def test_numbers_may_be_injected(standard_promotion):
   )
 
 
-@pytest.mark.parametrize(
-  ("call", "text"),
-  [
-    (lambda: rules.percentile(10.0, window=5, min_count=6), "`min_count` must be an integer >= 1 and <= 5, got 6"),
-    (lambda: rules.rolling_sigma(window=5, min_count=7), "`min_count` must be an integer >= 1 and <= 6, got 7"),
-    (lambda: rules.rolling_sigma(ddof=2), "`ddof` must be an integer >= 0 and <= 1, got 2"),
-    (lambda: rules.quantile_tracking(-0.1), "`quantile` must be a number >= 0 and <= 1, got -0.1"),
-    (lambda: rules.zscore(restart_after=0), "`restart_after` must be an integer >= 1, got 0"),
-    (lambda: clipjax.zclip(warmup_steps=0), "`warmup_steps` must be an integer >= 1, got 0"),
-  ],
-)
-def test_argument_out_of_range(call, text):  # What is not in `test_bad_calls.py`.
+BAD_ARGUMENTS = [  # What a range depends on; the others are in `test_bad_calls.py`.
+  (lambda: rules.percentile(10.0, window=5, min_count=6), "`min_count` must be an integer >= 1 and <= 5, got 6"),
+  (lambda: rules.rolling_sigma(window=5, min_count=7), "`min_count` must be an integer >= 1 and <= 6, got 7"),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), BAD_ARGUMENTS)
+def test_argument_out_of_range(call, text):
   assert message_of(call) == f"{text}: choose one in that range."
 
 

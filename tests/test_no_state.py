@@ -1,7 +1,9 @@
 """What is an optimizer state, what can be made one, and what is none: readers never pass over it in silence."""
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+import types
+from typing import Any
 
 import equinox as eqx
 import flax.serialization
@@ -78,16 +80,11 @@ NONE_OF_THEM = {
   "a list of arrays": (lambda: [jnp.ones(2)], "a list", RETURNED),
   "an array": (lambda: jnp.ones(2), "float32[2]", RETURNED),
   "a class": (lambda: optax.EmptyState, "a type", RETURNED),
-  "an object": (lambda: Holder(None), "a Holder", RETURNED),
+  "an object": (lambda: types.SimpleNamespace(state=None), "a SimpleNamespace", RETURNED),
   "an object that holds None": (lambda: linen_train_state(None), "a NoneType", RETURNED),
   "None": (lambda: None, "a NoneType", RETURNED),
   "nnx.split of a model": (lambda: nnx.split(nnx_optimizer()[0]), "a Linear", RETURNED),
 }  # fmt: skip
-
-
-class Holder:
-  def __init__(self, state):
-    self.state = state
 
 
 def linen_train_state(opt_state):
@@ -124,31 +121,13 @@ class Dataclass:
   inside: Any
 
 
-class Pair(NamedTuple):
-  """A pytree of the user's own."""
-
-  params: Any
-  opt: Any
-
-
-class Object:
-  """Not a pytree, but it holds the state as `opt_state`."""
-
-  def __init__(self, opt_state):
-    self.opt_state = opt_state
-
-  def __call__(self):
-    return self.opt_state
-
-
 HOLDERS = {
   "itself": lambda s: s,
   "a callable module of Equinox": Callable,
-  "a callable module in a dict": lambda s: {"m": Callable(s)},
   "a dataclass of Flax": Dataclass,
-  "a NamedTuple": lambda s: Pair(PARAMS, s),
+  "a NamedTuple": optax.TraceState,
   "a train state": linen_train_state,
-  "a callable object": Object,
+  "an object": lambda s: types.SimpleNamespace(opt_state=s),
   "a dict": lambda s: {"params": PARAMS, "opt_state": s},
   "a tuple": lambda s: (PARAMS, s),
   "a list": lambda s: [s],
@@ -224,20 +203,13 @@ def test_the_remedies_work():
 
 
 def test_a_foreign_object_with_get_value_is_no_variable_of_flax():
-  @jax.tree_util.register_pytree_node_class
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass
   class Boxed:
-    def __init__(self, x):
-      self.x = x
+    x: Any
 
     def get_value(self):
       raise AssertionError("not ours to call")
-
-    def tree_flatten(self):
-      return (self.x,), None
-
-    @classmethod
-    def tree_unflatten(cls, aux, children):
-      return cls(*children)
 
   tx = clipjax.skip_steps(optax.GradientTransformation(lambda p: Boxed(jnp.ones(1)), lambda u, s, p=None: (u, s)))
   state = state_of(tx, PARAMS)

@@ -96,11 +96,9 @@ def test_float64_leaves_at_their_own_range_and_beside_float32(p):
 
 
 @pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25, 3e37])
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25, 1e37])  # Norms up to 3e38.
 def test_derivatives_are_those_of_the_formula(p, magnitude):
   x = jnp.array([3.0, -4.0, 1.0]) * magnitude
-  if oracle_norm(x, p) > 3.4e38:
-    pytest.skip("the norm itself is not finite")
   wide = np.asarray(x, np.float64)
   n = oracle_norm(x, p)
   want = np.sign(wide) * (np.abs(wide) == n if p == math.inf else (np.abs(wide) / n) ** (p - 1))
@@ -149,7 +147,7 @@ def test_no_nan_on_the_way_without_jit(magnitude):
   # Every operation is looked at, not what comes out alone; leaves of every width, and with an entry 0.
   with jax.enable_x64(True), jax.disable_jit(), jax.debug_nans(True):
     leaves = [jnp.array([magnitude, 0.0], dtype) for dtype in ("float32", "float64", "complex64")]
-    for p in (*ORDERS, 0.0, -math.inf):
+    for p in (*ORDERS, *COUNTS):
       norm, grad = jax.value_and_grad(clipjax.global_norm)(leaves, p)
       assert np.isfinite(norm) and all(np.isfinite(x).all() for x in grad)
       assert all(np.isfinite(n) for n in clipjax.leaf_norms(leaves, p))

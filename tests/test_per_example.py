@@ -1,14 +1,12 @@
 """clip_grad_per_example against the oracle, Optax's, and the worked steps."""
 
-import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, message_of, oracle_clip, oracle_norm
+from helpers import assert_close, message_of, oracle_clip, oracle_norm, worked_cases
 
 import clipjax
 
@@ -77,8 +75,7 @@ def test_derivatives_pass_over_a_broken_example(bad):
 
 
 def test_worked_steps():
-  cases = json.loads((pathlib.Path(__file__).parent / "data" / "vectors.json").read_text())["cases"]
-  case = next(case for case in cases if case["name"] == "dp_per_example_and_quantile")
+  case = worked_cases()["dp_per_example_and_quantile"]
   with jax.enable_x64(True):
     limit = case["hyperparams"]["init_clip"]
     for step in case["steps"]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import first_step
+from helpers import first_step, steps_of
 
 import clipjax
 from clipjax import rules
@@ -27,13 +27,7 @@ def ema_rule(decay=0.5, ratio=2.0):
 
 
 def run(tx, norms):
-  state = tx.init({"a": jnp.zeros(2), "b": jnp.zeros(1)})
-  out = []
-  for n in norms:
-    grads = {"a": jnp.array([0.6, 0.8]) * n, "b": jnp.array([2.0]) * n}
-    updates, state = tx.update(grads, state)
-    out.append((updates, state))
-  return out
+  return steps_of(tx, [{"a": jnp.array([0.6, 0.8]) * n, "b": jnp.array([2.0]) * n} for n in norms])
 
 
 def test_limit_and_target_may_differ():
@@ -71,14 +65,9 @@ def test_rule_in_every_clip():
 
 
 def test_rule_sees_the_global_norm():
-  seen = []
-
-  def update(norms, state, *, global_norm):
-    seen.append(global_norm)
-    return jnp.inf, jnp.inf, state
-
-  run(clipjax.clip_by_leaf_norm(rules.Rule(lambda shape, dtype: (), update)), [3.0])
-  np.testing.assert_allclose(seen[0], np.sqrt(45), rtol=1e-6)
+  rule = rules.Rule(lambda shape, dtype: (), lambda norms, state, *, global_norm: (global_norm, jnp.inf, state))
+  _, state = run(clipjax.clip_by_leaf_norm(rule), [3.0])[-1]
+  np.testing.assert_allclose(state.max_norm, [np.sqrt(45)] * 2, rtol=1e-6)
 
 
 GLOBAL, BY_LEAF = clipjax.clip_by_global_norm, clipjax.clip_by_leaf_norm

@@ -1,4 +1,4 @@
-"""Norms of every order inside shard_map, and their derivatives, beside the norms of one device.
+"""What runs over several devices: norms of every order inside shard_map, their derivatives, and what is said of a mesh.
 
 Programs over a mesh are compiled in every run, see `conftest.py`, so that they have a file of their own.
 """
@@ -8,8 +8,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import assert_close, oracle_norm
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import clipjax
@@ -30,7 +32,7 @@ def norms(tree, ord):
 
 def split(fn, out_specs=None, **options):
   """The function inside shard_map, where each device has its part of the tree."""
-  mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
   return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=(SPECS,), out_specs=out_specs or P(), **options))
 
 
@@ -57,7 +59,24 @@ def test_derivatives_inside_shard_map_are_those_of_one_device(ord):
 
 
 def test_agc_says_that_it_cannot_measure_a_unit_that_is_split():
-  tx, mesh = clipjax.adaptive_grad_clip(), jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  tx, mesh = clipjax.adaptive_grad_clip(), jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
   step = jax.shard_map(lambda g: tx.update(g, tx.init(g), g)[0], mesh=mesh, in_specs=P("x"), out_specs=P("x"))
   with pytest.raises(ValueError, match=r"must not vary over mesh axes inside shard_map, got '\.' varying over"):
     step(jnp.ones((8, 2)))
+
+
+@pytest.mark.usefixtures("standard_promotion")  # Optax needs it.
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_accumulator_that_stays_nan_is_told_under_a_mesh_that_is_set_around(kind):
+  """There JAX runs no program on one of its devices alone."""
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+  with jax.set_mesh(mesh):
+    params, bad = (jax.device_put({"w": jnp.full((8, 2), v)}, NamedSharding(mesh, P("d"))) for v in (1.0, jnp.nan))
+    tx = optax.MultiSteps(clipjax.skip_steps(optax.sgd(0.1)), 2)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)  # Optax before 0.2.7 loses a sharding without jit.
+    for _ in range(2):
+      _, state = update(bad, state, params)
+    in_one_part = jax.device_put({"w": jnp.zeros((8, 2)).at[7].set(jnp.inf)}, NamedSharding(mesh, P("d")))
+    for held in (state, *(state._replace(acc_grads=x) for x in (in_one_part, jax.device_get(in_one_part)))):
+      with pytest.raises(FloatingPointError, match=r"^The accumulator of `optax\.MultiSteps` is not finite"):
+        clipjax.raise_if_nonfinite(held)
