@@ -1,6 +1,9 @@
 """The float64 oracle, and the trees that several tests use."""
 
+import functools
+import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,7 @@ def cases(values, slow):
 
 def oracle_norm(tree, p=2.0):
   """The p-norm of all entries in float64, rescaled by the largest, so that nothing can overflow."""
-  parts = [np.abs(_wide(x)).ravel() for x in jax.tree.leaves(tree)]
+  parts = [np.abs(as_wide(x)).ravel() for x in jax.tree.leaves(tree)]
   entries = np.concatenate([np.zeros(0), *parts])
   if p == 0:
     return float(np.count_nonzero(entries))
@@ -38,12 +41,46 @@ def oracle_clip(tree, max_norm, p=2.0, eps=0.0):
   """Every leaf times `min(1, max_norm / (norm + eps))`, in float64."""
   norm = oracle_norm(tree, p)
   factor = min(1.0, max_norm / (norm + eps)) if norm + eps > 0 else 1.0
-  return jax.tree.map(lambda x: _wide(x) * factor, tree)
+  return jax.tree.map(lambda x: as_wide(x) * factor, tree)
 
 
-def _wide(x):
+def as_wide(x):
+  """In float64 or complex128."""
   x = np.asarray(x)
   return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def assert_close(got, want, rtol=1e-6, atol=0.0):
+  """Two trees of one structure: every entry within `rtol`, compared in 64 bits."""
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(as_wide(a), as_wide(b), rtol=rtol, atol=atol), got, want)
+
+
+def first_step(tx, grads, params=None):
+  """The updates and the state of one step from a new state."""
+  return tx.update(grads, tx.init(grads if params is None else params), params)
+
+
+def steps_of(tx, grads, params=None, **extra):
+  """The updates and the state after each of some steps."""
+  state, update, steps = tx.init(grads[0] if params is None else params), jax.jit(tx.update), []
+  for g in grads:
+    updates, state = update(g, state, params, **extra)
+    steps.append((updates, state))
+  return steps
+
+
+def message_of(call, kind=ValueError):
+  """The whole text of the error that a call raises."""
+  with pytest.raises(kind) as error:
+    call()
+  return str(error.value)
+
+
+@functools.cache
+def worked_cases():
+  """The worked float64 steps of published methods, by name."""
+  text = (pathlib.Path(__file__).parent / "data" / "vectors.json").read_text()
+  return {case["name"]: case for case in json.loads(text)["cases"]}
 
 
 def random_leaves(count, dtype="float32", magnitude=1.0, seed=0):

@@ -11,68 +11,82 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import first_step
 
 import clipjax
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "hardening.md"
 HEADING = "Where it differs on purpose"
-ONE, HUGE, TINY, INF = [3.0, 4.0], [3e20, 4e20], [3e-7, 4e-7], [1.0, math.inf]
+ONE, HUGE, TINY, INF, ZEROS = [3.0, 4.0], [3e20, 4e20], [3e-7, 4e-7], [1.0, math.inf], [0.0, 0.0]
 
 
-def clip_norm(values, max_norm=1.0, dtype=jnp.float32, **options):
-  return clipjax.clip_grad_norm(jnp.asarray(values, dtype), max_norm, **options)[0]
+def optax_and_ours(name, ours, limit, values, params=None, **options):
+  """The updates of both transformations."""
+  grads = jnp.asarray(values, jnp.float32)
+  params = None if params is None else jnp.asarray(params, jnp.float32)
+  return tuple(
+    lambda *_, factory=factory: first_step(factory(limit, **options), grads, params)[0]
+    for factory in (getattr(optax, name), ours)
+  )
 
 
-def leaf_norm(values, max_norm=1.0):
-  tx, x = clipjax.clip_by_leaf_norm(max_norm), jnp.asarray(values, jnp.float32)
-  return tx.update(x, tx.init(x))[0]
-
-
-def optax_clip(factory, values, dtype=jnp.float32, params=None):
+def examples_and_ours(values, limit, part, dtype=jnp.float32):
+  """The sum of clipped examples (0), or what comes beside it (1)."""
   x = jnp.asarray(values, dtype)
-  return factory.update(x, factory.init(x), params)[0]
+  return (
+    lambda _: jax.tree.leaves(optax.per_example_global_norm_clip([x], limit)[part]),
+    lambda: clipjax.clip_grad_per_example(x, limit)[part],
+  )
+
+
+def torch_and_ours(values, max_norm=1.0, norm_type=2.0, **options):
+  """The gradient after each clip of its norm; with `error_if_nonfinite` each may raise."""
+  policy = "error" if options else "propagate"
+  return (
+    lambda torch: torch_gradient(torch, torch.nn.utils.clip_grad_norm_, values, max_norm, norm_type, **options),
+    lambda: clipjax.clip_grad_norm(jnp.array(values), max_norm, norm_type, on_nonfinite=policy)[0],
+  )
+
+
+def torch_value_and_ours(values, bound, dtype="float32"):
+  return (
+    lambda torch: torch_gradient(torch, torch.nn.utils.clip_grad_value_, values, bound, dtype=dtype),
+    lambda: clipjax.clip_grad_value(jnp.array(values, dtype), bound),
+  )
+
+
+def torch_gradient(torch, clip, values, *arguments, dtype="float32", **options):
+  parameter = torch.nn.Parameter(torch.zeros(len(values), dtype=getattr(torch, dtype)))
+  parameter.grad = torch.tensor(values, dtype=getattr(torch, dtype))
+  clip([parameter], *arguments, **options)
+  return parameter.grad.float()
+
+
+def tensorflow_norm_and_ours(values, limit):
+  x = jnp.asarray(values, jnp.float32)
+  return lambda tf: tf.clip_by_norm(values, limit), lambda: first_step(clipjax.clip_by_leaf_norm(limit), x)[0]
+
+
+def tensorflow_global_and_ours(values, limit):
+  x = jnp.asarray(values, jnp.float32)
+  return (
+    lambda tf: tf.clip_by_global_norm([tf.constant(values)], limit)[0][0], lambda: clipjax.clip_grad_norm(x, limit)[0],
+  )  # fmt: skip
 
 
 def gradient_at_zero(tx):
-  return jax.grad(lambda x: tx.update(x, tx.init(x))[0][0])(jnp.zeros(2))
+  return jax.grad(lambda x: first_step(tx, x)[0][0])(jnp.zeros(2))
 
 
-def agc(factory, gradient):
-  return optax_clip(factory(0.01), gradient, params=jnp.array([3e-7, 4e-7]))
-
-
-def examples(values, dtype=jnp.float32):
-  return jnp.asarray(values, dtype)
-
-
-def torch_clip(torch, values, max_norm=1.0, dtype="float32", **options):
-  parameter = torch.nn.Parameter(torch.zeros(len(values), dtype=getattr(torch, dtype)))
-  parameter.grad = torch.tensor(values, dtype=getattr(torch, dtype))
-  torch.nn.utils.clip_grad_norm_([parameter], max_norm, **options)
-  return parameter.grad.float()
-
-
-def torch_value(torch, values, bound, dtype="float32"):
-  parameter = torch.nn.Parameter(torch.zeros(len(values), dtype=getattr(torch, dtype)))
-  parameter.grad = torch.tensor(values, dtype=getattr(torch, dtype))
-  torch.nn.utils.clip_grad_value_([parameter], bound)
-  return parameter.grad.float()
-
-
+GLOBAL = functools.partial(optax_and_ours, "clip_by_global_norm", clipjax.clip_by_global_norm)
+RMS = functools.partial(optax_and_ours, "clip_by_block_rms", clipjax.clip_by_block_rms)
+AGC = functools.partial(optax_and_ours, "adaptive_grad_clip", clipjax.adaptive_grad_clip, params=TINY)
 # The first two cells of a row -> theirs, to which a module other than Optax is handed in, and ours.
 ROWS = {
-  ("Optax", "`clip_by_global_norm(1)` of float32 `[3e20, 4e20]`"): (
-    lambda _: optax_clip(optax.clip_by_global_norm(1.0), HUGE), lambda: clip_norm(HUGE),
-  ),
-  ("Optax", "`clip_by_global_norm(1)` of `[1, inf]`"): (
-    lambda _: optax_clip(optax.clip_by_global_norm(1.0), INF), lambda: clip_norm(INF),
-  ),
-  ("Optax", "`clip_by_global_norm(-1)` of `[3, 4]`"): (
-    lambda _: optax_clip(optax.clip_by_global_norm(-1.0), ONE), lambda: clipjax.clip_by_global_norm(-1.0),
-  ),
-  ("Optax", "`clip_by_global_norm(0)` of zeros"): (
-    lambda _: optax_clip(optax.clip_by_global_norm(0.0), [0.0, 0.0]), lambda: clip_norm([0.0, 0.0], 0.0),
-  ),
+  ("Optax", "`clip_by_global_norm(1)` of float32 `[3e20, 4e20]`"): GLOBAL(1.0, HUGE),
+  ("Optax", "`clip_by_global_norm(1)` of `[1, inf]`"): GLOBAL(1.0, INF),
+  ("Optax", "`clip_by_global_norm(-1)` of `[3, 4]`"): GLOBAL(-1.0, ONE),
+  ("Optax", "`clip_by_global_norm(0)` of zeros"): GLOBAL(0.0, ZEROS),
   ("Optax", "derivative of `clip_by_global_norm(1)` at zeros"): (
     lambda _: gradient_at_zero(optax.clip_by_global_norm(1.0)),
     lambda: gradient_at_zero(clipjax.clip_by_global_norm(1.0)),
@@ -81,102 +95,54 @@ ROWS = {
     lambda _: optax.tree.norm([jnp.ones(1, jnp.bfloat16)] * 300),
     lambda: clipjax.global_norm([jnp.ones(1, jnp.bfloat16)] * 300),
   ),
-  ("Optax", "`clip_by_block_rms(0)` of zeros"): (
-    lambda _: optax_clip(optax.clip_by_block_rms(0.0), [0.0, 0.0]),
-    lambda: optax_clip(clipjax.clip_by_block_rms(0.0), [0.0, 0.0]),
-  ),
-  ("Optax", "`clip_by_block_rms(1)` of `[1, inf]`"): (
-    lambda _: optax_clip(optax.clip_by_block_rms(1.0), INF), lambda: optax_clip(clipjax.clip_by_block_rms(1.0), INF),
-  ),
-  ("Optax", "`clip(-1)` of `[3, 4]`"): (
-    lambda _: optax_clip(optax.clip(-1.0), ONE), lambda: clipjax.clip_by_value(-1.0),
-  ),
-  ("Optax", "`adaptive_grad_clip(0.01, eps=0)` of `[3e-7, 4e-7]`, parameters the same"): (
-    lambda _: agc(functools.partial(optax.adaptive_grad_clip, eps=0.0), TINY),
-    lambda: agc(functools.partial(clipjax.adaptive_grad_clip, eps=0.0), TINY),
-  ),
-  ("Optax", "`adaptive_grad_clip(0.01)` of `[1, inf]`"): (
-    lambda _: agc(optax.adaptive_grad_clip, INF), lambda: agc(clipjax.adaptive_grad_clip, INF),
-  ),
-  ("Optax", "`per_example_global_norm_clip` of `[3, 4]` and `[inf, 1]` to 1, the sum"): (
-    lambda _: optax.per_example_global_norm_clip([examples([ONE, [math.inf, 1.0]])], 1.0)[0][0],
-    lambda: clipjax.clip_grad_per_example(examples([ONE, [math.inf, 1.0]]), 1.0)[0],
+  ("Optax", "`clip_by_block_rms(0)` of zeros"): RMS(0.0, ZEROS),
+  ("Optax", "`clip_by_block_rms(1)` of `[1, inf]`"): RMS(1.0, INF),
+  ("Optax", "`clip(-1)` of `[3, 4]`"): optax_and_ours("clip", clipjax.clip_by_value, -1.0, ONE),
+  ("Optax", "`adaptive_grad_clip(0.01, eps=0)` of `[3e-7, 4e-7]`, parameters the same"): AGC(0.01, TINY, eps=0.0),
+  ("Optax", "`adaptive_grad_clip(0.01)` of `[1, inf]`"): AGC(0.01, INF),
+  ("Optax", "`per_example_global_norm_clip` of `[3, 4]` and `[inf, 1]` to 1, the sum"): examples_and_ours(
+    [ONE, [math.inf, 1.0]], 1.0, 0
   ),
   ("Optax", "`per_example_global_norm_clip` of `[3, 4]` and `[0.3, 0.4]` to 1, what comes beside the sum"): (
-    lambda _: optax.per_example_global_norm_clip([examples([ONE, [0.3, 0.4]])], 1.0)[1],
-    lambda: clipjax.clip_grad_per_example(examples([ONE, [0.3, 0.4]]), 1.0)[1],
+    examples_and_ours([ONE, [0.3, 0.4]], 1.0, 1)
   ),
-  ("Optax", "`per_example_global_norm_clip` of 3000 float16 examples `[300, 400]` to 100"): (
-    lambda _: optax.per_example_global_norm_clip([examples([[300.0, 400.0]] * 3000, jnp.float16)], 100.0)[0][0],
-    lambda: clipjax.clip_grad_per_example(examples([[300.0, 400.0]] * 3000, jnp.float16), 100.0)[0],
+  ("Optax", "`per_example_global_norm_clip` of 3000 float16 examples `[300, 400]` to 100"): examples_and_ours(
+    [[300.0, 400.0]] * 3000, 100.0, 0, jnp.float16
   ),
   ("Optax", "`per_example_global_norm_clip` of no leaves"): (
     lambda _: optax.per_example_global_norm_clip([], 1.0)[0], lambda: clipjax.clip_grad_per_example([], 1.0)[0],
   ),
-  ("torch", "`clip_grad_norm_` of `[1, inf]` to 1"): (lambda torch: torch_clip(torch, INF), lambda: clip_norm(INF)),
-  ("torch", "`clip_grad_norm_` of float32 `[3e20, 4e20]` to 1"): (
-    lambda torch: torch_clip(torch, HUGE), lambda: clip_norm(HUGE),
-  ),
-  ("torch", "`clip_grad_norm_` of `[3, 4]` to -1"): (
-    lambda torch: torch_clip(torch, ONE, -1.0), lambda: clip_norm(ONE, -1.0),
-  ),
-  ("torch", "`clip_grad_norm_` of `[3e-7, 4e-7]` to 1e-7"): (
-    lambda torch: torch_clip(torch, TINY, 1e-7), lambda: clip_norm(TINY, 1e-7),
-  ),
+  ("torch", "`clip_grad_norm_` of `[1, inf]` to 1"): torch_and_ours(INF),
+  ("torch", "`clip_grad_norm_` of float32 `[3e20, 4e20]` to 1"): torch_and_ours(HUGE),
+  ("torch", "`clip_grad_norm_` of `[3, 4]` to -1"): torch_and_ours(ONE, -1.0),
+  ("torch", "`clip_grad_norm_` of `[3e-7, 4e-7]` to 1e-7"): torch_and_ours(TINY, 1e-7),
   ("torch", "`get_total_norm` of order 0 of `[1, 2]` and `[3]`"): (
     lambda torch: torch.nn.utils.get_total_norm([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], 0.0),
     lambda: clipjax.global_norm([jnp.array([1.0, 2.0]), jnp.array([3.0])], 0),
   ),
-  ("torch", "`clip_grad_norm_` of `[3, 4]` to 1, order 0"): (
-    lambda torch: torch_clip(torch, ONE, norm_type=0.0), lambda: clip_norm(ONE, ord=0),
-  ),
-  ("torch", "`clip_grad_norm_` of `[3, 4]` to 1, order \"inf\""): (
-    lambda torch: torch_clip(torch, ONE, norm_type="inf"), lambda: clip_norm(ONE, ord="inf"),
-  ),
-  ("torch", "`clip_grad_norm_` of `[1, inf]`, `error_if_nonfinite=True`"): (
-    lambda torch: torch_clip(torch, INF, error_if_nonfinite=True), lambda: clip_norm(INF, on_nonfinite="error"),
-  ),
-  ("torch", "`clip_grad_value_` of `[3, 4]` to -1"): (
-    lambda torch: torch_value(torch, ONE, -1.0), lambda: clipjax.clip_grad_value(jnp.array(ONE), -1.0),
-  ),
-  ("torch", "`clip_grad_value_` of float16 `[3, 4]` to 1e9"): (
-    lambda torch: torch_value(torch, ONE, 1e9, "float16"),
-    lambda: clipjax.clip_grad_value(jnp.array(ONE, jnp.float16), 1e9),
-  ),
+  ("torch", "`clip_grad_norm_` of `[3, 4]` to 1, order 0"): torch_and_ours(ONE, norm_type=0.0),
+  ("torch", "`clip_grad_norm_` of `[3, 4]` to 1, order \"inf\""): torch_and_ours(ONE, norm_type="inf"),
+  ("torch", "`clip_grad_norm_` of `[1, inf]`, `error_if_nonfinite=True`"): torch_and_ours(INF, error_if_nonfinite=True),
+  ("torch", "`clip_grad_value_` of `[3, 4]` to -1"): torch_value_and_ours(ONE, -1.0),
+  ("torch", "`clip_grad_value_` of float16 `[3, 4]` to 1e9"): torch_value_and_ours(ONE, 1e9, "float16"),
   ("torch", "`clip_grad_value_` of no parameters"): (
     lambda torch: torch.nn.utils.clip_grad_value_([], 1.0), lambda: clipjax.clip_grad_value([], 1.0),
   ),
-  ("TensorFlow", "`clip_by_norm` of `[1, inf]` to 1"): (lambda tf: tf.clip_by_norm(INF, 1.0), lambda: leaf_norm(INF)),
-  ("TensorFlow", "`clip_by_norm` of float32 `[3e20, 4e20]` to 1"): (
-    lambda tf: tf.clip_by_norm(HUGE, 1.0), lambda: leaf_norm(HUGE),
-  ),
-  ("TensorFlow", "`clip_by_norm` of `[3, 4]` to -1"): (
-    lambda tf: tf.clip_by_norm(ONE, -1.0), lambda: leaf_norm(ONE, -1.0),
-  ),
-  ("TensorFlow", "`clip_by_norm` of zeros to 0"): (
-    lambda tf: tf.clip_by_norm([0.0, 0.0], 0.0), lambda: leaf_norm([0.0, 0.0], 0.0),
-  ),
-  ("TensorFlow", "`clip_by_norm` of `[3, 4]` to inf"): (
-    lambda tf: tf.clip_by_norm(ONE, math.inf), lambda: leaf_norm(ONE, math.inf),
-  ),
-  ("TensorFlow", "`clip_by_global_norm` of `[3, 4]` to inf"): (
-    lambda tf: tf.clip_by_global_norm([tf.constant(ONE)], math.inf)[0][0], lambda: clip_norm(ONE, math.inf),
-  ),
-  ("TensorFlow", "`clip_by_global_norm` of `[3, 4]` to -1"): (
-    lambda tf: tf.clip_by_global_norm([tf.constant(ONE)], -1.0)[0][0], lambda: clip_norm(ONE, -1.0),
-  ),
-  ("TensorFlow", "`clip_by_global_norm` of zeros to 0"): (
-    lambda tf: tf.clip_by_global_norm([tf.constant([0.0, 0.0])], 0.0)[0][0], lambda: clip_norm([0.0, 0.0], 0.0),
-  ),
-  ("TensorFlow", "`clip_by_global_norm` of float32 `[3e20, 4e20]` to 1"): (
-    lambda tf: tf.clip_by_global_norm([tf.constant(HUGE)], 1.0)[0][0], lambda: clip_norm(HUGE),
-  ),
+  ("TensorFlow", "`clip_by_norm` of `[1, inf]` to 1"): tensorflow_norm_and_ours(INF, 1.0),
+  ("TensorFlow", "`clip_by_norm` of float32 `[3e20, 4e20]` to 1"): tensorflow_norm_and_ours(HUGE, 1.0),
+  ("TensorFlow", "`clip_by_norm` of `[3, 4]` to -1"): tensorflow_norm_and_ours(ONE, -1.0),
+  ("TensorFlow", "`clip_by_norm` of zeros to 0"): tensorflow_norm_and_ours(ZEROS, 0.0),
+  ("TensorFlow", "`clip_by_norm` of `[3, 4]` to inf"): tensorflow_norm_and_ours(ONE, math.inf),
+  ("TensorFlow", "`clip_by_global_norm` of `[3, 4]` to inf"): tensorflow_global_and_ours(ONE, math.inf),
+  ("TensorFlow", "`clip_by_global_norm` of `[3, 4]` to -1"): tensorflow_global_and_ours(ONE, -1.0),
+  ("TensorFlow", "`clip_by_global_norm` of zeros to 0"): tensorflow_global_and_ours(ZEROS, 0.0),
+  ("TensorFlow", "`clip_by_global_norm` of float32 `[3e20, 4e20]` to 1"): tensorflow_global_and_ours(HUGE, 1.0),
   ("TensorFlow", "`linalg.global_norm` of float16 `[300, 400]`"): (
     lambda tf: tf.linalg.global_norm([tf.constant([300.0, 400.0], tf.float16)]),
     lambda: clipjax.global_norm(jnp.array([300.0, 400.0], jnp.float16)),
   ),
   ("TensorFlow", "`clip_by_global_norm` of one tensor, not in a list, `[3, 4]` to 1"): (
-    lambda tf: tf.clip_by_global_norm(tf.constant(ONE), 1.0), lambda: clip_norm(ONE),
+    lambda tf: tf.clip_by_global_norm(tf.constant(ONE), 1.0), lambda: clipjax.clip_grad_norm(jnp.array(ONE), 1.0)[0],
   ),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import DTYPES, cases, conditionals, oracle_clip, oracle_norm, random_leaves
+from helpers import DTYPES, assert_close, cases, conditionals, first_step, oracle_clip, oracle_norm, random_leaves
 
 import clipjax
 from clipjax import arithmetic, conditional
@@ -16,6 +16,7 @@ from clipjax.norms import sums
 from clipjax.norms.sums import NormSpec, measure_on
 
 ORDERS = (0.5, 1.0, 1.5, 2.0, 3.0, 7.3, math.inf)
+COUNTS = (0.0, -math.inf)  # Of which a norm can be taken, but not a clip.
 
 
 @pytest.mark.parametrize("count", [1, 4, 200, pytest.param(700, marks=pytest.mark.slow)])
@@ -29,59 +30,25 @@ def test_grid_of_magnitudes_dtypes_and_leaf_counts(dtype, count):
     np.testing.assert_allclose(norm(leaves), oracle_norm(leaves), rtol=1e-6, err_msg=f"1e{exponent}")
 
 
-@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("p", [*ORDERS, *COUNTS])
 @pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-10, 1.0, 1e10, 1e24, 1e30, 1e37])
 def test_every_order_at_every_magnitude(p, magnitude):
   leaves = random_leaves(5, magnitude=magnitude)
   # 1e-37 brings entries below the smallest normal float32, which XLA on CPU reads as zero.
   leaves = [jnp.where(jnp.abs(x) < 1.2e-38, 1.2e-38, x) for x in leaves]
-  want = oracle_norm(leaves, p)
-  got = clipjax.global_norm(leaves, p)
-  if want > 3.4e38:
-    assert got == math.inf
-  else:
-    np.testing.assert_allclose(got, want, rtol=1e-6)
+  for tree in (leaves, {"z": jax.lax.complex(leaves[1], leaves[1][::-1]), "x": leaves[0]}):
+    want = oracle_norm(tree, p)
+    np.testing.assert_allclose(clipjax.global_norm(tree, p), math.inf if want > 3.4e38 else want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("p", ORDERS)
-def test_leaf_norms_have_a_scale_of_their_own(p):
-  tree = {"huge": jnp.full((3,), 1e30), "tiny": jnp.full((3,), 1e-25), "one": jnp.ones(3), "zero": jnp.zeros(3)}
-  norms = clipjax.leaf_norms(tree, p)
-  for name, x in tree.items():
-    np.testing.assert_allclose(norms[name], oracle_norm(x, p), rtol=1e-6, err_msg=name)
-    assert norms[name].shape == ()
-
-
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("count", [17, 40])
+@pytest.mark.parametrize("count", [7, 17, 40])
 def test_one_extreme_leaf_among_many_has_a_scale_of_its_own(p, count):
-  # More leaves than the second pass has parts: leaves of different magnitudes share one.
+  # With more leaves than the second pass has parts, leaves of different magnitudes share one.
   leaves = [jnp.full((3,), 0.5) for _ in range(count)]
-  for i, magnitude in ((0, 1e30), (5, 1e-25), (count - 1, 1e-30)):
+  for i, magnitude in ((0, 1e30), (3, 0.0), (5, 1e-25), (count - 1, 1e-30)):
     leaves[i] = jnp.full((3,), magnitude)
   np.testing.assert_allclose(clipjax.leaf_norms(leaves, p), [oracle_norm(x, p) for x in leaves], rtol=1e-6)
-
-
-def test_the_count_of_nonzero_entries_has_the_derivative_zero():
-  grads = {"a": jnp.array([3.0, 0.0]), "z": jnp.array([1.0 + 2.0j])}
-  assert clipjax.global_norm(grads, 0) == 2
-  for x in jax.tree.leaves(jax.grad(lambda g: clipjax.global_norm(g, 0))(grads)):
-    np.testing.assert_array_equal(x, np.zeros_like(x))
-
-
-def test_leaves_that_tie_for_the_largest_entry_share_its_derivative():
-  grads = {"a": jnp.array([3.0, -5.0]), "b": jnp.array([5.0, 1.0])}
-  tx = clipjax.clip_by_leaf_norm(1.0, ord=math.inf)
-  for norm in (lambda g: clipjax.global_norm(g, math.inf), lambda g: tx.update(g, tx.init(g))[1].norm):
-    got = jax.grad(norm)(grads)
-    np.testing.assert_array_equal(got["a"], [0.0, -0.5])
-    np.testing.assert_array_equal(got["b"], [0.5, 0.0])
-
-
-def test_thousand_bfloat16_leaves():
-  rng = np.random.default_rng(0)
-  leaves = [jnp.asarray(rng.standard_normal((64, 64)), jnp.bfloat16) * jnp.bfloat16(0.01) for _ in range(1000)]
-  np.testing.assert_allclose(clipjax.global_norm(leaves), oracle_norm(leaves), rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [600, pytest.param(3000, marks=pytest.mark.slow)])
@@ -97,19 +64,11 @@ def test_float8_leaves(dtype):
   assert np.isnan(clipjax.global_norm(jnp.asarray([1.0, jnp.nan], dtype)))
 
 
-@pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-def test_complex_leaves(p, magnitude):
-  rng = np.random.default_rng(0)
-  z = jnp.asarray((rng.standard_normal(20) + 1j * rng.standard_normal(20)) * magnitude, jnp.complex64)
-  np.testing.assert_allclose(clipjax.global_norm({"z": z, "x": z.real}, p), oracle_norm([z, z.real], p), rtol=1e-6)
-
-
 @pytest.mark.parametrize("tree", [{}, [], None, {"a": jnp.zeros((0, 3))}, jnp.zeros(4), (None, optax.MaskedNode())])
-@pytest.mark.parametrize("p", ORDERS)
-def test_nothing_and_zero_have_norm_zero(tree, p):
-  assert clipjax.global_norm(tree, p) == 0
-  assert all(n == 0 for n in jax.tree.leaves(clipjax.leaf_norms(tree, p)))
+def test_nothing_and_zero_have_norm_zero_in_the_dtype_of_norms(tree, x64):
+  for p in ORDERS:
+    for norm in (clipjax.global_norm(tree, p), *jax.tree.leaves(clipjax.leaf_norms(tree, p))):
+      assert norm == 0 and norm.dtype == (jnp.float64 if x64 else jnp.float32)
 
 
 @pytest.mark.parametrize("p", ORDERS)
@@ -123,50 +82,23 @@ def test_nonfinite_entries(p, bad):
   np.testing.assert_allclose(norms["b"], oracle_norm(tree["b"], p), rtol=1e-6)
 
 
-def test_norm_above_the_largest_float32_is_inf():
-  assert clipjax.global_norm(jnp.full(4, 3e38)) == math.inf
-  np.testing.assert_allclose(clipjax.global_norm(jnp.full(4, 1.6e38)), 3.2e38, rtol=1e-6)
-
-
-def test_order_zero_counts_and_minus_inf_takes_the_smallest():
-  tree = {"a": jnp.array([0.0, 2.0, -3.0]), "b": jnp.array([[1.0, 0.0]])}
-  assert clipjax.global_norm(tree, 0) == 3
-  for other in (1.0, 7.0):
-    assert clipjax.global_norm({"a": tree["a"][1:], "c": jnp.full(2, other)}, -math.inf) == min(2, other)
-  assert clipjax.leaf_norms(tree, 0)["b"] == 1
-
-
-def test_norms_are_float64_exactly_under_x64(x64):
-  tree = {"a": jnp.ones(3, jnp.float32), "b": jnp.ones(3, jnp.bfloat16), "c": jnp.zeros(0, jnp.float32)}
-  want = jnp.float64 if x64 else jnp.float32
-  assert clipjax.global_norm(tree).dtype == want
-  assert {n.dtype for n in jax.tree.leaves(clipjax.leaf_norms(tree))} == {jnp.dtype(want)}
-  assert clipjax.global_norm({}).dtype == want
-
-
-@pytest.mark.parametrize("p", ORDERS)
-def test_float64_leaves_at_their_own_range(p):
+@pytest.mark.parametrize("p", [*ORDERS, *COUNTS])
+def test_float64_leaves_at_their_own_range_and_beside_float32(p):
+  pairs = ((1e-30, 1e-30), (1e30, 1e30), (1e-30, 1e-200), (1e30, 1e200), (0.0, 1e-100), (1.0, math.inf))
   with jax.enable_x64(True):
     for magnitude in (1e-300, 1e-60, 1.0, 1e200):
-      leaves = [jnp.asarray(np.random.default_rng(0).standard_normal(30) * magnitude), jnp.zeros(0)]
-      np.testing.assert_allclose(clipjax.global_norm(leaves, p), oracle_norm(leaves, p), rtol=1e-13)
-
-
-@pytest.mark.parametrize("p", [*ORDERS, 0.0, -math.inf])
-def test_float32_beside_float64(p):
-  with jax.enable_x64(True):
-    for small, large in ((1e-30, 1e-30), (1e30, 1e30), (1e-30, 1e-200), (1e30, 1e200), (0.0, 1e-100), (1.0, math.inf)):
+      alone = [jnp.asarray(np.random.default_rng(0).standard_normal(30) * magnitude), jnp.zeros(0)]
+      np.testing.assert_allclose(clipjax.global_norm(alone, p), oracle_norm(alone, p), rtol=1e-13)
+    for small, large in pairs:
       leaves = [jnp.full(5, small, jnp.float32), jnp.full(7, large, jnp.float64)]
       np.testing.assert_allclose(clipjax.global_norm(leaves, p), oracle_norm(leaves, p), rtol=1e-6)
       assert np.isnan(clipjax.global_norm([*leaves, jnp.full(2, math.nan)], p)) or p == 0
 
 
 @pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25, 3e37])
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25, 1e37])  # Norms up to 3e38.
 def test_derivatives_are_those_of_the_formula(p, magnitude):
   x = jnp.array([3.0, -4.0, 1.0]) * magnitude
-  if oracle_norm(x, p) > 3.4e38:
-    pytest.skip("the norm itself is not finite")
   wide = np.asarray(x, np.float64)
   n = oracle_norm(x, p)
   want = np.sign(wide) * (np.abs(wide) == n if p == math.inf else (np.abs(wide) / n) ** (p - 1))
@@ -175,17 +107,32 @@ def test_derivatives_are_those_of_the_formula(p, magnitude):
   np.testing.assert_allclose(jax.grad(lambda x: clipjax.leaf_norms([x, 0.5 * x], p)[1])(x), 0.5 * want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("p", ORDERS)
-def test_derivative_at_zero_is_zero(p):
-  for tree in (jnp.zeros(3), {"a": jnp.zeros(3), "b": jnp.zeros(0)}):
-    for g in jax.tree.leaves(jax.grad(clipjax.global_norm)(tree, p)):
-      assert np.isfinite(g).all() and (p <= 1 or not g.any())
-  g = jax.grad(lambda x: clipjax.leaf_norms([x, x + 1], p)[0])(jnp.zeros(3))
-  assert np.isfinite(g).all()
+def norm_beside_norms_of_leaves(tree, p):
+  """The global norm, measured together with the norm of each leaf."""
+  return clipjax.metrics(first_step(clipjax.clip_by_leaf_norm(1.0, p), tree)[1])["grad/norm"]
 
 
-def test_derivative_of_tied_extremes_is_shared():
-  np.testing.assert_allclose(jax.grad(clipjax.global_norm)(jnp.array([2.0, -2.0, 1.0]), math.inf), [0.5, -0.5, 0])
+# Orders, leaves, and the derivative of their norm where the formula has none.
+CORNERS = {
+  "a count": ((0,), {"a": [3.0, 0.0], "z": [1 + 2j]}, {"a": [0, 0], "z": [0]}),
+  "one largest entry": ((math.inf,), {"a": [3.0], "b": [-1.0]}, {"a": [1], "b": [0]}),
+  "a tie within a leaf": ((math.inf,), [[2.0, -2.0, 1.0]], [[0.5, -0.5, 0]]),
+  "a tie of leaves": ((math.inf,), {"a": [3.0, -5.0], "b": [5.0, 1.0]}, {"a": [0, -0.5], "b": [0.5, 0]}),
+  "a zero entry": ((0.5, 1.0, 1.5, 3.0), [[0.0, 3.0]], [[0, 1]]),  # For p < 1 that of |x|^p is infinite.
+  "a complex zero": ((0.5, 1.0, 2.0, 3.0, math.inf), [[3 + 4j, 0j]], [[0.6 - 0.8j, 0]]),
+  "an entry too small to count": ((1.5, 3.0), [[1e-30, 1e30]], [[0, 1]]),
+  "nothing but zeros": (ORDERS, {"a": [0.0, 0.0], "b": [0.0], "c": []}, {"a": [0, 0], "b": [0], "c": []}),
+}
+
+
+@pytest.mark.parametrize("case", CORNERS)
+def test_derivatives_where_the_formula_has_none(case):
+  orders, tree, want = CORNERS[case]
+  is_leaf = lambda x: isinstance(x, list) and not (x and isinstance(x[0], list))  # noqa: E731
+  tree, want = (jax.tree.map(jnp.asarray, t, is_leaf=is_leaf) for t in (tree, want))
+  for p in orders:
+    for norm in (clipjax.global_norm, norm_beside_norms_of_leaves)[: 1 if p == 0 else 2]:
+      assert_close(jax.grad(norm)(tree, p), want, 1e-6, 1e-25)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
@@ -195,72 +142,26 @@ def test_complex_derivative_agrees_with_jax(p):
   np.testing.assert_allclose(jax.grad(clipjax.global_norm)(z, p), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("values", "want"), [((3.0, -1.0), (1, 0)), ((3.0, -3.0), (0.5, -0.5)), ((0.0, 0.0), (0, 0))])
-def test_the_derivative_of_the_largest_entry_where_each_leaf_is_measured(values, want):
-  tx = clipjax.clip_by_leaf_norm(1.0, math.inf)
-  leaves = list(map(jnp.array, values))
-  got = jax.grad(lambda leaves: clipjax.metrics(tx.update(leaves, tx.init(leaves))[1])["grad/norm"])(leaves)
-  assert tuple(got) == want
-
-
-@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, math.inf])
-def test_a_complex_entry_of_zero_has_the_derivative_zero(p):
-  got = jax.grad(lambda x: clipjax.global_norm(x, p))(jnp.array([3 + 4j, 0j], jnp.complex64))
-  np.testing.assert_allclose(got, [0.6 - 0.8j, 0], rtol=1e-6)
-
-
-def test_second_derivative_is_that_of_the_norm():
-  x = jnp.array([3.0, 4.0])
-  want = (np.eye(2) - np.outer([0.6, 0.8], [0.6, 0.8])) / 5
-  np.testing.assert_allclose(jax.hessian(clipjax.global_norm)(x), want, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("magnitude", cases([0.0, 1e-30, 1.0, 1e30], {1.0, 1e-30}))
-def test_no_nan_on_the_way_for_finite_input(magnitude):
-  with jax.debug_nans(True):
-    for p in ORDERS:
-      leaves = random_leaves(3, magnitude=magnitude)
-      jax.block_until_ready(jax.jit(jax.value_and_grad(lambda x, p=p: clipjax.global_norm(x, p)))(leaves))
-      norms = jax.block_until_ready(clipjax.leaf_norms(leaves, p))
-      assert all(np.isfinite(n) for n in norms)
-
-
 @pytest.mark.parametrize("magnitude", cases([0.0, 1e-30, 1.0, 1e30], {1.0}))
 def test_no_nan_on_the_way_without_jit(magnitude):
   # Every operation is looked at, not what comes out alone; leaves of every width, and with an entry 0.
   with jax.enable_x64(True), jax.disable_jit(), jax.debug_nans(True):
     leaves = [jnp.array([magnitude, 0.0], dtype) for dtype in ("float32", "float64", "complex64")]
-    for p in (*ORDERS, 0.0, -math.inf):
+    for p in (*ORDERS, *COUNTS):
       norm, grad = jax.value_and_grad(clipjax.global_norm)(leaves, p)
       assert np.isfinite(norm) and all(np.isfinite(x).all() for x in grad)
       assert all(np.isfinite(n) for n in clipjax.leaf_norms(leaves, p))
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
-def test_vmap_is_a_loop(p):
-  x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 9)) * np.array([[0], [1e-30], [1], [1e30]]), jnp.float32)
-  np.testing.assert_array_equal(jax.vmap(lambda x: clipjax.global_norm({"x": x}, p))(x), [
-    clipjax.global_norm({"x": row}, p) for row in x
-  ])  # fmt: skip
-
-
 @pytest.mark.parametrize("p", [2, 3])
 @pytest.mark.parametrize("magnitude", [1.0, 1e30, 1e-30])
-def test_over_a_named_axis_of_vmap_it_is_the_norm_of_all(p, magnitude):
+@pytest.mark.parametrize("axis_name", ["i", {"split": "i", "whole": ()}])
+def test_over_a_named_axis_of_vmap_it_is_the_norm_of_all(axis_name, magnitude, p):
   batch = jnp.arange(12.0).reshape(4, 3) * magnitude
-  norms = jax.vmap(lambda x: clipjax.global_norm(x, p, axis_name="i"), axis_name="i")(batch)
-  np.testing.assert_allclose(norms, np.full(4, oracle_norm(batch, p)), rtol=1e-6)
-
-
-@pytest.mark.parametrize("magnitude", [1.0, 1e30, 1e-30])
-def test_one_leaf_over_a_named_axis_of_vmap_beside_one_that_is_whole(magnitude):
-  batch, whole = jnp.arange(12.0).reshape(4, 3) * magnitude, jnp.array([2.0, 3.0]) * magnitude
-
-  def norm(x):
-    return clipjax.global_norm({"split": x, "whole": whole}, axis_name={"split": "i", "whole": ()})
-
+  whole = None if axis_name == "i" else jnp.array([2.0, 3.0]) * magnitude  # The same in every place of the axis.
+  norm = lambda x: clipjax.global_norm({"split": x, "whole": whole}, p, axis_name=axis_name)  # noqa: E731
   norms = jax.vmap(norm, axis_name="i")(batch)
-  np.testing.assert_allclose(norms, np.full(4, oracle_norm([batch, whole])), rtol=1e-6)
+  np.testing.assert_allclose(norms, np.full(4, oracle_norm([batch, whole], p)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("magnitude", [1e25, 1e-25])
@@ -388,54 +289,17 @@ def test_numpy_python_and_float0_leaves():
   assert clipjax.leaf_norms(tree) == {"np": 3.0, "py": 4.0, "f0": 0.0}
 
 
-@pytest.mark.parametrize("ord", [1.0, 2.0, 3.0, math.inf])
-def test_derivatives_inside_shard_map_are_those_of_one_device(ord):
-  mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  p = jax.sharding.PartitionSpec
-  rng = np.random.default_rng(0)
-  tree, tangent = (
-    {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in (("ab", (8, 4)), ("none", (3,)))}
-    for _ in range(2)
-  )
-
-  def numbers(t):
-    norms = clipjax.leaf_norms(t, ord)
-    return clipjax.global_norm(t, ord) + 2 * norms["ab"] + 3 * norms["none"]
-
-  specs = {"ab": p("a", "b"), "none": p()}
-  split = jax.jit(jax.shard_map(numbers, mesh=mesh, in_specs=(specs,), out_specs=p()))
-  want, dwant = jax.jvp(numbers, (tree,), (tangent,))
-  got, dgot = jax.jvp(split, (tree,), (tangent,))
-  np.testing.assert_allclose([got, dgot], [want, dwant], rtol=1e-5)
-  for a, b in zip(*map(jax.tree.leaves, (jax.grad(split)(tree), jax.grad(numbers)(tree))), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("ord", [0.5, 1.0, 1.5, 3.0])
-def test_a_zero_entry_has_the_derivative_zero_in_every_order(ord):
-  # That of |x|^p for p < 1 is infinite there; no step is to be taken along it.
-  got = jax.grad(lambda x: clipjax.global_norm(x, ord))(jnp.array([0.0, 3.0]))
-  np.testing.assert_allclose(got, [0.0, 1.0], rtol=1e-6)
-
-
-def test_a_batch_of_some_leaves_is_measured_beside_the_others():
-  # More leaves than parts of the second pass, so that both kinds share one.
-  rng = np.random.default_rng(0)
-  xs = [jnp.asarray(rng.standard_normal((4, 3)) * 10.0 ** rng.uniform(-30, 30), jnp.float32) for _ in range(20)]
-  rest = [jnp.full((3,), 10.0**k, jnp.float32) for k in range(-30, 30, 3)]
-  mixed = lambda xs: [leaf for pair in zip(xs, rest, strict=True) for leaf in pair]  # noqa: E731
-  for p in (2.0, 3.0):
-    got = jax.vmap(lambda xs, p=p: clipjax.leaf_norms(mixed(xs), p))(xs)
-    want = [clipjax.leaf_norms(mixed([x[i] for x in xs]), p) for i in range(4)]
-    np.testing.assert_allclose(np.transpose([np.broadcast_to(n, 4) for n in got]), want, rtol=1e-6)
-
-
 @pytest.mark.parametrize("p", [2.0, 3.0])
-def test_a_batch_of_one_of_two_leaves(p):
-  # Each leaf is a part of the second pass of its own, and one of them has no batch.
-  x, y = jnp.array([[3e-30, 4e-30], [3.0, 4.0]]), jnp.array([5e-30, 0.0])
-  got = jax.vmap(lambda x: clipjax.leaf_norms([x, y], p))(x)
-  np.testing.assert_allclose(got, [[oracle_norm(row, p) for row in x], [oracle_norm(y, p)] * 2], rtol=1e-6)
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_batch_of_some_leaves_is_measured_beside_the_others(count, p):
+  # Each leaf is a part of the second pass of its own, or, of 40, shares one with a leaf of the other kind.
+  rng = np.random.default_rng(0)
+  xs = [jnp.asarray(rng.standard_normal((4, 3)) * 10.0 ** rng.uniform(-30, 30), jnp.float32) for _ in range(count)]
+  rest = [jnp.full((3,), 10.0**k, jnp.float32) for k in range(-30, 30, 60 // count)]
+  mixed = lambda xs: [leaf for pair in zip(xs, rest, strict=True) for leaf in pair]  # noqa: E731
+  got = jax.vmap(lambda xs: clipjax.leaf_norms(mixed(xs), p))(xs)
+  want = [[oracle_norm(x, p) for x in mixed([x[i] for x in xs])] for i in range(4)]
+  np.testing.assert_allclose(np.transpose([np.broadcast_to(n, 4) for n in got]), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("ord", [0, 0.5, 1, math.inf, -math.inf])
@@ -466,15 +330,11 @@ def test_divide_is_right_for_every_normal_divisor(n):
     np.testing.assert_allclose(change, np.full(4, 0.25), rtol=1e-6)
 
 
-def test_small_numbers_survive_a_large_divisor():
-  np.testing.assert_allclose(arithmetic.divide(jnp.array([1e-30, 1e-33]), jnp.float32(1000)), [1e-33, 1e-36], rtol=1e-6)
-
-
 @pytest.mark.parametrize("divisor", [2.0, 1e3, 1e10])
-def test_small_tangents_survive_a_large_divisor(divisor):
-  quotient = lambda x: arithmetic.quotient(x, jnp.float32(divisor))  # noqa: E731
-  _, got = jax.jvp(quotient, (jnp.float32(1),), (jnp.float32(1e-27),))
-  np.testing.assert_allclose(got, 1e-27 / divisor, rtol=1e-6)
+def test_small_numbers_and_tangents_survive_a_large_divisor(divisor):
+  small, n = jnp.float32(1e-27), jnp.float32(divisor)
+  _, change = jax.jvp(lambda x: arithmetic.quotient(x, n), (jnp.float32(1),), (small,))
+  np.testing.assert_allclose([change, arithmetic.divide(small, n)], 1e-27 / divisor, rtol=1e-6)
 
 
 def test_the_root_of_zero_has_the_derivatives_zero():
@@ -483,12 +343,6 @@ def test_the_root_of_zero_has_the_derivatives_zero():
     for fn in (jax.grad(arithmetic.root_or_zero), jax.grad(jax.grad(arithmetic.root_or_zero))):
       assert fn(jnp.float32(0)) == 0
   assert jax.grad(arithmetic.root_or_zero)(jnp.float32(4)) == 0.25
-
-
-@pytest.mark.parametrize("ord", [1.5, 3.0])
-def test_an_entry_that_adds_nothing_to_the_norm_has_the_derivative_zero(ord):
-  got = jax.grad(lambda x: clipjax.global_norm(x, ord))(jnp.array([1e-30, 1e30]))
-  np.testing.assert_allclose(got, [0.0, 1.0], atol=1e-25)
 
 
 @pytest.mark.parametrize("ord", cases([0.5, 1.5, 3.0], {1.5}))
@@ -502,53 +356,22 @@ def test_second_derivatives_at_zero_and_beside_it_are_no_nan(ord):
       assert np.isfinite(outer(jax.jacrev(norm))(x)).all()
 
 
-def test_shards_are_summed_inside_shard_map():
-  mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  p = jax.sharding.PartitionSpec
-  rng = np.random.default_rng(0)
-  tree = {"ab": rng.standard_normal((8, 4)), "a": rng.standard_normal((8,)), "none": rng.standard_normal(3)}
-  tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-  specs = {"ab": p("a", "b"), "a": p("a"), "none": p()}
-  for ord in (1.0, 2.0, 3.0, math.inf, 0.0, -math.inf):
-    both = jax.shard_map(
-      lambda t, ord=ord: (clipjax.global_norm(t, ord), clipjax.leaf_norms(t, ord)),
-      mesh=mesh, in_specs=(specs,), out_specs=(p(), p()),
-    )  # fmt: skip
-    by_hand = jax.shard_map(
-      lambda t, ord=ord: clipjax.global_norm(t, ord, axis_name={"ab": ("a", "b"), "a": "a", "none": None}),
-      mesh=mesh, in_specs=(specs,), out_specs=p(), check_vma=False,
-    )  # fmt: skip
-    both, by_hand = map(jax.jit, (both, by_hand))
-    for scale in (1.0, 1e30, 1e-30):
-      scaled = jax.tree.map(lambda x, scale=scale: x * scale, tree)
-      norm, norms = both(scaled)
-      np.testing.assert_allclose(norm, oracle_norm(scaled, ord), rtol=2e-6)
-      for name, n in norms.items():
-        np.testing.assert_allclose(n, oracle_norm(scaled[name], ord), rtol=2e-6)
-      np.testing.assert_allclose(by_hand(scaled), oracle_norm(scaled, ord), rtol=2e-6)
-
-
 @pytest.mark.parametrize("p", cases([1.0, 2.0, math.inf, -math.inf, 0.5, 3.0], {-math.inf, 0.5}))
 def test_with_x64_a_norm_of_32_bit_leaves_may_be_above_the_largest_float32(p):
   leaves = {"complex": np.array([3e38 + 3e38j, 1e38], np.complex64), "float": np.full(8, 3e38, np.float32)}
+
+  def clip(grads):
+    return clipjax.clip_grad_norm(grads, 1.0, p)[0]
+
   with jax.enable_x64(True):
     for grads in ({"complex": leaves["complex"]}, {"float": leaves["float"]}, leaves):
       want = oracle_norm(grads, p)
-      assert want > 3e38 or p == -math.inf
-      np.testing.assert_allclose(clipjax.global_norm(grads, p), want, rtol=1e-6)
-      for name, norm in clipjax.leaf_norms(grads, p).items():
-        np.testing.assert_allclose(norm, oracle_norm(grads[name], p), rtol=1e-6)
-      np.testing.assert_allclose(jax.jvp(lambda g: clipjax.global_norm(g, p), (grads,), (grads,))[1], want, rtol=1e-6)
-      if p < 0:
-        continue
-      by_leaf = clipjax.clip_by_leaf_norm(1.0, p)
-
-      def clip(grads):
-        return clipjax.clip_grad_norm(grads, 1.0, p)[0]
-
-      for name, x in clip(grads).items():
-        np.testing.assert_allclose(x, oracle_clip(grads, 1.0, p)[name], rtol=2e-6)
-      for name, x in by_leaf.update(grads, by_leaf.init(grads))[0].items():
-        np.testing.assert_allclose(x, oracle_clip(grads[name], 1.0, p), rtol=2e-6)
-      for change in jax.tree.leaves(jax.jvp(clip, (grads,), (grads,))[1]):  # A longer gradient is clipped to the same.
-        np.testing.assert_allclose(change, np.zeros(change.shape), atol=1e-5)
+      norm, longer = jax.jvp(lambda g: clipjax.global_norm(g, p), (grads,), (grads,))
+      np.testing.assert_allclose([norm, longer], want, rtol=1e-6)
+      assert_close(clipjax.leaf_norms(grads, p), jax.tree.map(lambda x: oracle_norm(x, p), grads))
+      if p > 0:
+        clipped, change = jax.jvp(clip, (grads,), (grads,))
+        assert_close(clipped, oracle_clip(grads, 1.0, p), 2e-6)
+        assert_close(change, jax.tree.map(np.zeros_like, grads), 0, 1e-5)  # A longer one is clipped to the same.
+        by_leaf = first_step(clipjax.clip_by_leaf_norm(1.0, p), grads)[0]
+        assert_close(by_leaf, jax.tree.map(lambda x: oracle_clip(x, 1.0, p), grads), 2e-6)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import first_step, steps_of
 
 import clipjax
 from clipjax import rules
@@ -26,32 +27,25 @@ def ema_rule(decay=0.5, ratio=2.0):
 
 
 def run(tx, norms):
-  state = tx.init({"a": jnp.zeros(2), "b": jnp.zeros(1)})
-  out = []
-  for n in norms:
-    grads = {"a": jnp.array([0.6, 0.8]) * n, "b": jnp.array([2.0]) * n}
-    updates, state = tx.update(grads, state)
-    out.append((updates, state))
-  return out
+  return steps_of(tx, [{"a": jnp.array([0.6, 0.8]) * n, "b": jnp.array([2.0]) * n} for n in norms])
 
 
 def test_limit_and_target_may_differ():
   steps = run(clipjax.clip_by_leaf_norm(ema_rule()), [1.0, 1.0, 10.0, 1.5])
-  _, state = steps[2]
+  updates, state = steps[2]
   np.testing.assert_allclose(state.max_norm, [2, 4], rtol=1e-6)
   np.testing.assert_allclose(state.scale, [0.1, 0.1], rtol=1e-6)
-  np.testing.assert_allclose(np.linalg.norm(steps[2][0]["a"]), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(updates["a"]), 1.0, rtol=1e-6)
   np.testing.assert_allclose(steps[3][1].max_norm, [3, 6], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nonfinite_step_leaves_the_rule_as_it_was(bad):
-  make = lambda: clipjax.clip_by_global_norm(ema_rule())  # noqa: E731
-  clean = run(make(), [1.0, 2.0, 3.0])
-  dirty = run(make(), [bad, 1.0, bad, 2.0, bad, 3.0])
-  assert dirty[-1][1].nonfinite_steps == 3
-  assert jax.tree.map(float, dirty[-1][1].rule) == jax.tree.map(float, clean[-1][1].rule)
-  np.testing.assert_array_equal(dirty[-1][0]["a"], clean[-1][0]["a"])
+  tx = clipjax.clip_by_global_norm(ema_rule())
+  (want, clean), (got, dirty) = run(tx, [1.0, 2.0, 3.0])[-1], run(tx, [bad, 1.0, bad, 2.0, bad, 3.0])[-1]
+  assert dirty.nonfinite_steps == 3
+  assert jax.tree.map(float, dirty.rule) == jax.tree.map(float, clean.rule)
+  np.testing.assert_array_equal(got["a"], want["a"])
 
 
 def test_rule_in_every_clip():
@@ -71,28 +65,36 @@ def test_rule_in_every_clip():
 
 
 def test_rule_sees_the_global_norm():
-  seen = []
-
-  def update(norms, state, *, global_norm):
-    seen.append(global_norm)
-    return jnp.inf, jnp.inf, state
-
-  tx = clipjax.clip_by_leaf_norm(rules.Rule(lambda shape, dtype: (), update))
-  run(tx, [3.0])
-  np.testing.assert_allclose(seen[0], np.sqrt(45), rtol=1e-6)
+  rule = rules.Rule(lambda shape, dtype: (), lambda norms, state, *, global_norm: (global_norm, jnp.inf, state))
+  _, state = run(clipjax.clip_by_leaf_norm(rule), [3.0])[-1]
+  np.testing.assert_allclose(state.max_norm, [np.sqrt(45)] * 2, rtol=1e-6)
 
 
-def test_target_is_at_most_the_limit_and_never_negative():
-  def fixed(limit, target):
-    return rules.Rule(lambda shape, dtype: (), lambda norms, state, *, global_norm: (limit, target, state))
+GLOBAL, BY_LEAF = clipjax.clip_by_global_norm, clipjax.clip_by_leaf_norm
+NAN_BESIDE_1 = np.array([1.0, np.nan], np.float32)
+# Factory, limit and target, the factors of leaves of norms 3 and 4; None for a step that is not finite.
+TARGETS = {
+  "at most the limit": (GLOBAL, 1.0, 5.0, 0.2),
+  "below 0": (GLOBAL, 1.0, -2.0, 0.0),
+  "below 0 by leaf": (BY_LEAF, 1.0, -2.0, 0.0),
+  "under a limit below 0": (GLOBAL, -1.0, 1.0, 0.0),
+  "without a meaning at the limit": (GLOBAL, 5.0, 1.0, 1.0),
+  "NaN": (GLOBAL, 1.0, np.nan, None),
+  "NaN for one leaf": (BY_LEAF, 1.0, NAN_BESIDE_1, None),
+  "with a limit NaN for one leaf": (BY_LEAF, NAN_BESIDE_1, 1.0, None),
+}
 
-  for limit, target, want in ((1.0, 5.0, 1.0), (1.0, -2.0, 0.0), (-1.0, 1.0, 0.0)):
-    tx = clipjax.clip_by_global_norm(fixed(limit, target))
-    updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
-    np.testing.assert_allclose(np.linalg.norm(updates), want, rtol=1e-6)
-  tx = clipjax.clip_by_global_norm(fixed(1.0, jnp.nan), on_nonfinite="zero")
-  updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
-  assert not updates.any() and state.nonfinite_steps == 1
+
+@pytest.mark.parametrize("case", TARGETS)
+@pytest.mark.parametrize(("policy", "filled"), [("propagate", np.nan), ("zero", 0.0)])
+def test_the_target_of_a_rule(case, policy, filled):
+  factory, limit, target, factor = TARGETS[case]
+  fixed = rules.Rule(lambda shape, dtype: (), lambda norms, state, *, global_norm: (limit, target, state))
+  grads = np.array([3.0, 4.0], np.float32)
+  updates, state = first_step(factory(fixed, on_nonfinite=policy, eps=1e-6), [*map(jnp.asarray, grads)])
+  np.testing.assert_allclose(updates, np.full(2, filled) if factor is None else factor * grads, rtol=1e-6)
+  assert state.nonfinite_steps == int(factor is None) and state.nonfinite_leaf == -1  # No leaf: it is the rule.
+  np.testing.assert_allclose(state.norm_clipped, filled if factor is None else 5 * factor, rtol=1e-6)
 
 
 def test_rule_state_keeps_its_dtype_in_a_scan():

@@ -1,42 +1,37 @@
 """Worked float64 steps of the published methods (data/vectors.json), under x64."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import worked_cases
 
 import clipjax
 from clipjax import rules
 
-CASES = {
-  case["name"]: case
-  for case in json.loads((pathlib.Path(__file__).parent / "data" / "vectors.json").read_text())["cases"]
-}
+
+def zclip(h, **options):
+  return clipjax.zclip(h["z_thresh"], decay=h["alpha"], warmup_steps=h["warmup_steps"], eps=h["eps"], **options)
+
+
+def levanter(h):
+  waits = {"window": h["window"], "min_count": h["window"] // 2 + 1}
+  return rules.rolling_sigma(h["sigma_factor"], ddof=0, std_floor=h["std_floor"], **waits)
+
 
 TRANSFORMATIONS = {
   "clip_by_value": lambda h: clipjax.clip_by_value(h["max_delta"]),
   "clip_by_global_norm": lambda h: clipjax.clip_by_global_norm(h["max_norm"]),
   "clip_by_global_norm_torch_eps": lambda h: clipjax.clip_by_global_norm(h["max_norm"], eps=h["eps"]),
+  "clip_by_leaf_norm": lambda h: clipjax.clip_by_leaf_norm(h["max_norm"]),
   "autoclip_p10_full_history": lambda h: clipjax.autoclip(h["percentile"]),
   "autoclip_p90_window4_include": lambda h: clipjax.autoclip(h["percentile"], window=h["window"]),
-  "zclip_reciprocal": lambda h: clipjax.zclip(
-    h["z_thresh"], decay=h["alpha"], warmup_steps=h["warmup_steps"], eps=h["eps"]
-  ),
-  "zclip_skip_update": lambda h: clipjax.zclip(
-    h["z_thresh"], decay=h["alpha"], warmup_steps=h["warmup_steps"], record="none", eps=h["eps"]
-  ),
+  "zclip_reciprocal": zclip,
+  "zclip_skip_update": lambda h: zclip(h, record="none"),
   "adagc_paper": lambda h: clipjax.adagc(
     h["lambda_rel"], decay=h["beta"], warmup_steps=h["warmup_steps"], max_norm=h["lambda_abs"]
   ),
-  "clip_rolling_sigma_levanter": lambda h: clipjax.clip_by_global_norm(
-    rules.rolling_sigma(
-      h["sigma_factor"], window=h["window"], ddof=0, std_floor=h["std_floor"], min_count=h["window"] // 2 + 1
-    )
-  ),
-  "clip_by_leaf_norm": lambda h: clipjax.clip_by_leaf_norm(h["max_norm"]),
+  "clip_rolling_sigma_levanter": lambda h: clipjax.clip_by_global_norm(levanter(h)),
 }
 
 
@@ -51,7 +46,7 @@ def as_array(x, dtype):
 @pytest.mark.parametrize("name", sorted(TRANSFORMATIONS))
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_steps(name, dtype):
-  case = CASES[name]
+  case = worked_cases()[name]
   with jax.enable_x64(dtype == "float64"):
     tx = TRANSFORMATIONS[name](case["hyperparams"])
     rtol = case["rtol"] if dtype == "float64" else FLOAT32_RTOL.get(name, 1e-6)
