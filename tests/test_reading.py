@@ -1,4 +1,4 @@
-"""Readers only read: under guards against transfers, under the checks for NaN and inf, wherever the arrays lie."""
+"""Readers only read: under transfer guards, under the checks for NaN and inf, wherever the arrays lie."""
 
 import textwrap
 
@@ -84,7 +84,7 @@ def test_metrics_inside_jit_and_of_many_models_moves_nothing(name):
     np.testing.assert_array_equal(value[1], one[key], err_msg=key)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 17, 300])
+@pytest.mark.parametrize("n", [1, 2, 17, 70])
 def test_every_leaf_has_its_own_number(n):
   grads = {f"leaf{i:03}": jnp.array([1.0 + i]) for i in range(n)}
   state = state_of(clipjax.clip_by_leaf_norm(2.0), grads, steps=1)
@@ -118,7 +118,7 @@ def test_states_may_lie_on_different_devices():
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_to_read_a_nan_or_inf_is_no_error(name, bad):
+def test_reading_a_nan_or_inf_is_no_error(name, bad):
   state = state_of(TRANSFORMS[name](), {**PARAMS, "w": jnp.array([bad, 1.0])})
   want = clipjax.metrics(state, per_leaf=True)
   with jax.debug_nans(True), jax.debug_infs(True):
