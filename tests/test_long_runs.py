@@ -54,7 +54,8 @@ def test_counts_and_history_of_a_million_steps(norms):
 
 
 @pytest.mark.parametrize("window", cases([32, 50], {50}))
-def test_rings_hold_the_last_norms_after_a_million_steps(norms, window):
+def test_rings_hold_the_last_norms_after_many_steps(norms, window):
+  norms = norms[:200_000]  # A ring that has wrapped around thousands of times.
   finite = norms[~np.isnan(norms)]
   for rule in (rules.percentile(90.0, window=window), rules.rolling_sigma(6.0, window=window)):
     ring = after(clipjax.clip_by_global_norm(rule), norms).rule
@@ -175,10 +176,10 @@ print(grown, traced, sum(1 for _ in path.open()))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process from /proc")
-@pytest.mark.parametrize("pushes", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pushes", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_memory_is_flat_while_a_run_is_recorded(pushes, tmp_path):
   command = [sys.executable, "-c", RECORDING, str(pushes), str(tmp_path / "run.jsonl")]
   done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
   grown, traced, rows = map(int, done.stdout.split())
   assert rows >= pushes
-  assert grown < 2e6 and traced < 4e5, (grown, traced)
+  assert grown < 2e6 and traced < 3.5e5, (grown, traced)
