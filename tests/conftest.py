@@ -51,3 +51,9 @@ def standard_promotion():
   """JAX as users have it, for tests that run their code, or code of Optax that strict promotion does not allow."""
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
+
+
+@pytest.fixture
+def path(tmp_path):
+  """Where a test records its run."""
+  return tmp_path / "run.jsonl"

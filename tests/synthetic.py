@@ -1,4 +1,4 @@
-"""Synthetic runs for the tests of `diagnose` and `suggest_max_norm`: a healthy one, and what to spoil it with."""
+"""Synthetic runs for the tests of `diagnose` and `suggest_max_norm`: a healthy one, and ways to spoil it."""
 
 import numpy as np
 

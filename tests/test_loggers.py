@@ -16,14 +16,15 @@ import struct
 import sys
 import tempfile
 import time
+import types
 import warnings
 import zipfile
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recording import LOGGING, train, warnings_of
 
 import clipjax
 
@@ -36,24 +37,15 @@ PARAMS = {"w": jnp.ones(2), "blocks": {"v[0]": jnp.ones(3)}}
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("standard_promotion")]
 
 
-def steps_of(count=STEPS, first=1):
-  """Numbers of steps, and optimizer states whose norm is that of the number of the step."""
-  tx = clipjax.watch()
-  state, update = tx.init(PARAMS), jax.jit(tx.update)
-  for step in range(first, first + count):
-    state = update(jax.tree.map(lambda x: x * step, PARAMS), state, PARAMS)[1]  # noqa: B023  (called at once)
-    yield step, state
-
-
-def record(folder, writer, *, leaves=False, before=lambda step: None, after=lambda step: None, first=1, count=STEPS):
+def record(folder, writer, *, leaves=False, before=lambda step: None, after=lambda step: None):
   """Trains and records; returns the rows of the file, as {step: values}."""
   path = Path(folder) / "run.jsonl"
   with clipjax.runs.Recorder(path, writers=[(writer, "leaves") if leaves else writer]) as recorder:
-    for step, state in steps_of(count, first):
+    for step, state in train(clipjax.watch(), STEPS, params=PARAMS):
       before(step)
       recorder.push(step, state, loss=ODD.get(step, 1 / step))
       after(step)
-      if step == first + count // 2:
+      if step == STEPS // 2:
         recorder.flush()
   return rows_of(path, leaves)
 
@@ -102,12 +94,6 @@ def gathered(triples):
     assert key not in rows.setdefault(step, {}), (step, key)
     rows[step][key] = value
   return rows
-
-
-def warnings_of(call):
-  with pytest.warns(RuntimeWarning) as caught:
-    call()
-  return [str(warning.message) for warning in caught]
 
 
 def finite(rows):
@@ -165,51 +151,24 @@ def wandb_entries(folder):
       yield wandb_internal_pb2.Record.FromString(whole)
 
 
-# How the training logs to wandb: a function (run, step) before the push, one after it, the first step.
-WANDB = {
-  "alone": (None, None),
-  "log(step=i)": (lambda run, i: run.log({"loss": i}, step=i), None),
-  "log(step=i) after the push": (None, lambda run, i: run.log({"loss": i}, step=i)),
-  "log() without a step": (lambda run, i: run.log({"loss": i}), None),
-  "three log() a step": (lambda run, i: [run.log({f"loss{k}": i}) for k in range(3)], None),
-  "log(step=i) every tenth": (lambda run, i: i % 10 or run.log({"loss": i}, step=i), None),
-  "log() every tenth": (lambda run, i: i % 10 or run.log({"loss": i}), None),
-  "log(step=i) every hundredth": (lambda run, i: i % 100 or run.log({"loss": i}, step=i), None),
-  "log(step=examples)": (lambda run, i: run.log({"loss": i}, step=64 * i), None),
-  "log(step=10000 + i)": (lambda run, i: run.log({"loss": i}, step=10000 + i), None),
-  "log(step=epoch), from the start": (lambda run, i: i % 20 == 1 and run.log({"loss": i}, step=i // 20), None),
-  "log(step=update), of 4 pushes": (lambda run, i: i % 4 or run.log({"loss": i}, step=i // 4), None),
-}
-
-
 def through_wandb(folder, situation, leaves=False):
   """Rows of ours that wandb has, those that it should have, and how many of the user's it has and should have."""
   logged = []
   with wandb_run(folder) as run:
-    log = run.log
-
-    def counted(function):
-      class Counting:
-        def log(self, values, **options):
-          logged.append(values)
-          log(values, **options)
-
-      return (lambda step: function(Counting(), step)) if function else (lambda step: None)
-
-    before, after = map(counted, WANDB[situation])
-    want = record(folder, run, leaves=leaves, before=before, after=after)
+    user = types.SimpleNamespace(log=lambda values, **options: (logged.append(values), run.log(values, **options)))
+    when = "after" if "after" in situation else "before"
+    want = record(folder, run, leaves=leaves, **{when: functools.partial(LOGGING[situation], user)})
   rows = wandb_rows(folder)
   ours = [{key[8:]: value for key, value in row.items() if key.startswith("clipjax/")} for row in rows]
   ours = [row for row in ours if row]
   assert all("time" in row for row in ours)
   got = {row["step"]: {k: v for k, v in row.items() if k not in ("step", "time")} for row in ours}
   assert len(got) == len(ours)
-  left = [{k: v for k, v in row.items() if not k.startswith(("clipjax/", "_"))} for row in rows]
-  found = sum(len(row) for row in left)
+  found = sum(not k.startswith(("clipjax/", "_")) for row in rows for k in row)
   return got, want, found, len(logged)
 
 
-@pytest.mark.parametrize("situation", WANDB)
+@pytest.mark.parametrize("situation", LOGGING)
 def test_wandb_has_all_rows_of_ours_and_of_the_user(situation, tmp_path):
   pytest.importorskip("wandb")
   got, want, found, logged = through_wandb(tmp_path, situation)
@@ -224,32 +183,27 @@ def test_wandb_is_given_the_leaves(tmp_path):
   assert got[1]["grad/norm/blocks/v[0]"] == pytest.approx(3**0.5)
 
 
+def train_with_epochs(path, ours, users):
+  with clipjax.runs.Recorder(path, writers=[ours]) as recorder:
+    for step in range(STEPS):
+      recorder.push(step, None, loss=1.0)
+      if step % 100 == 99:
+        users.log({"epoch": step}, step=step // 100)
+
+
 def test_wandb_beside_epochs_that_begin_late_says_what_it_costs(tmp_path):
   pytest.importorskip("wandb")
-
-  def train():
-    with wandb_run(tmp_path) as run, clipjax.runs.Recorder(tmp_path / "run.jsonl", writers=[run]) as recorder:
-      for step in range(STEPS):
-        recorder.push(step, None, loss=1.0)
-        if step % 100 == 99:
-          run.log({"epoch": step}, step=step // 100)
-
-  with pytest.warns(RuntimeWarning, match=r"a `step=` of yours is not above .*reinit=\"create_new\""):
-    train()
+  with wandb_run(tmp_path) as run:
+    (said,) = warnings_of(lambda: train_with_epochs(tmp_path / "run.jsonl", run, run))
+  assert "one of your `step=` is not above " in said and 'reinit="create_new"' in said
   assert sum("clipjax/step" in row for row in wandb_rows(tmp_path)) == STEPS
 
 
 def test_two_runs_of_wandb_beside_epochs_keep_all(tmp_path):
-  wandb = pytest.importorskip("wandb")
+  pytest.importorskip("wandb")
   (tmp_path / "ours").mkdir()
-  with wandb_run(tmp_path) as users:
-    ours = wandb.init(mode="offline", dir=tmp_path / "ours", project="tests", reinit="create_new")
-    with clipjax.runs.Recorder(tmp_path / "run.jsonl", writers=[ours]) as recorder:
-      for step in range(STEPS):
-        recorder.push(step, None, loss=1.0)
-        if step % 100 == 99:
-          users.log({"epoch": step}, step=step // 100)
-    ours.finish()
+  with wandb_run(tmp_path) as users, wandb_run(tmp_path / "ours") as ours:
+    train_with_epochs(tmp_path / "run.jsonl", ours, users)
   assert [row["epoch"] for row in wandb_rows(tmp_path)] == [99, 199, 299]
   assert len(wandb_rows(tmp_path / "ours")) == STEPS
 
@@ -487,7 +441,7 @@ def table():
           yield f"| {package} {importlib.metadata.version(package)} | {what} | {len(want)} | {len(got)} | |"
   with contextlib.suppress(ImportError):
     version = importlib.metadata.version("wandb")
-    for situation in WANDB:
+    for situation in LOGGING:
       with tempfile.TemporaryDirectory() as folder:
         got, want, found, logged = through_wandb(folder, situation)
         same(got, want)

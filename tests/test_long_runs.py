@@ -54,7 +54,8 @@ def test_counts_and_history_of_a_million_steps(norms):
 
 
 @pytest.mark.parametrize("window", cases([32, 50], {50}))
-def test_rings_hold_the_last_norms_after_a_million_steps(norms, window):
+def test_rings_hold_the_last_norms_after_many_steps(norms, window):
+  norms = norms[:200_000]  # A ring that has wrapped around thousands of times.
   finite = norms[~np.isnan(norms)]
   for rule in (rules.percentile(90.0, window=window), rules.rolling_sigma(6.0, window=window)):
     ring = after(clipjax.clip_by_global_norm(rule), norms).rule
@@ -150,7 +151,7 @@ def test_counts_stay_at_the_end_of_int32(name, bad):
 # The memory of the host ---------------------------------------------------------------------------------------------
 
 RECORDING = """
-import pathlib, sys
+import pathlib, sys, tracemalloc
 import jax, jax.numpy as jnp, numpy as np, optax, clipjax
 tx = optax.chain(clipjax.watch(history=8), clipjax.clip_by_global_norm(1.0), clipjax.watch(name="update"))
 params = {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}
@@ -162,19 +163,23 @@ def resident():
 with clipjax.runs.Recorder(path) as recorder:
   for i in range(pushes):
     if i == pushes // 5:
+      recorder.flush()
+      tracemalloc.start()
       before = resident()
     state = update(state)
     recorder.push(i, state, params=params, loss=0.5, examples=8)
+  recorder.flush()
   grown = resident() - before
-print(grown, sum(1 for _ in path.open()))
+  traced, _ = tracemalloc.get_traced_memory()
+print(grown, traced, sum(1 for _ in path.open()))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process from /proc")
-@pytest.mark.parametrize("pushes", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pushes", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_memory_is_flat_while_a_run_is_recorded(pushes, tmp_path):
   command = [sys.executable, "-c", RECORDING, str(pushes), str(tmp_path / "run.jsonl")]
   done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-  grown, rows = map(int, done.stdout.split())
+  grown, traced, rows = map(int, done.stdout.split())
   assert rows >= pushes
-  assert grown < 2e6
+  assert grown < 2e6 and traced < 3.5e5, (grown, traced)

@@ -1,4 +1,4 @@
-"""Readers only read: under guards against transfers, under the checks for NaN and inf, wherever the arrays lie."""
+"""Readers only read: under transfer guards, under the checks for NaN and inf, wherever the arrays lie."""
 
 import textwrap
 
@@ -52,15 +52,17 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+  ("place", "entry"), [*((place, 4.0) for place in PLACES), ("not committed", jnp.nan), ("not committed", jnp.inf)]
+)
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_metrics_moves_nothing(name, place):
-  state = PLACES[place](state_of(TRANSFORMS[name]()))
+def test_metrics_moves_nothing_and_a_nan_or_inf_is_no_error(name, place, entry):
+  state = PLACES[place](state_of(TRANSFORMS[name](), {**PARAMS, "w": jnp.array([3.0, entry])}))
   for per_leaf in (True, False):
-    with jax.transfer_guard(GUARD):
+    with jax.transfer_guard(GUARD), jax.debug_nans(entry != 4.0), jax.debug_infs(entry != 4.0):
       got = clipjax.metrics(state, per_leaf=per_leaf)
     want = jax.jit(clipjax.metrics, static_argnames="per_leaf")(state, per_leaf=per_leaf)
-    assert set(got) == set(want) and got
+    assert set(got) == set(want) and all(np.isfinite(x) for x in got.values()) == (entry == 4.0)
     for key, value in got.items():
       assert isinstance(value, jax.Array) and value.shape == () and value.dtype == want[key].dtype
       np.testing.assert_array_equal(value, want[key], err_msg=key)
@@ -84,7 +86,7 @@ def test_metrics_inside_jit_and_of_many_models_moves_nothing(name):
     np.testing.assert_array_equal(value[1], one[key], err_msg=key)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 17, 300])
+@pytest.mark.parametrize("n", [1, 2, 17, 70])
 def test_every_leaf_has_its_own_number(n):
   grads = {f"leaf{i:03}": jnp.array([1.0 + i]) for i in range(n)}
   state = state_of(clipjax.clip_by_leaf_norm(2.0), grads, steps=1)
@@ -114,18 +116,6 @@ def test_states_may_lie_on_different_devices():
   # Even the fields of one: what is computed of each is a program of its own.
   scattered = second._replace(norms=put(second.norms, 4), scale=put(second.scale, 5))
   assert clipjax.metrics(scattered, per_leaf=True)["grad/norm/b"] == 12
-
-
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_to_read_a_nan_or_inf_is_no_error(name, bad):
-  state = state_of(TRANSFORMS[name](), {**PARAMS, "w": jnp.array([bad, 1.0])})
-  want = clipjax.metrics(state, per_leaf=True)
-  with jax.debug_nans(True), jax.debug_infs(True):
-    got = clipjax.metrics(state, per_leaf=True)
-  assert any(not np.isfinite(value) for value in got.values())
-  for key, value in got.items():
-    np.testing.assert_array_equal(value, want[key])
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

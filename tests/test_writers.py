@@ -1,20 +1,22 @@
-"""Writers: what each kind of logger is given, in what order, and what happens when one fails, or takes its time."""
+"""Writers: what each kind of logger gets and in what order, and what happens when one fails or is slow."""
 
 import contextvars
 import csv
 import datetime
+import functools
 import io
 import logging
 import math
-import os
 import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recording import LOGGING, message_of
 
 import clipjax
 from clipjax.runs.loggers import writers
@@ -33,6 +35,14 @@ def row_of(step, **values):
 
 def collected(sent):
   return lambda step, values: sent.append((step, values))
+
+
+def queued(targets, count, warn=print):
+  """The writers of some targets, with as many rows handed on."""
+  every = Writers(targets, warn)
+  for step in range(count):
+    every.hand_on(row_of(step), LEAVES)
+  return every
 
 
 def given(target, rows, leaves=LEAVES):
@@ -54,7 +64,7 @@ def test_every_row_comes_once_and_in_order():
   assert sent == [(step, {"loss": 0.5}) for step in range(1000)]
 
 
-def test_numbers_alone_are_handed_on_and_what_is_not_finite_as_floats():
+def test_only_numbers_are_handed_on_and_nonfinite_ones_as_floats():
   sent = []
   flags = {"loss": "nan", "a": "inf", "b": "-inf"}
   row = row_of(3, update=2, batch="x", weights=[1], loss=None, a=None, b=None, nonfinite=flags)
@@ -64,13 +74,11 @@ def test_numbers_alone_are_handed_on_and_what_is_not_finite_as_floats():
   assert values == {"update": 2, "a": math.inf, "b": -math.inf}
 
 
-def test_numbers_by_leaf_go_to_those_that_ask_for_them():
-  some, more, said = [], [], []
-  every = Writers([collected(some), (collected(more), "leaves")], said.append)
-  every.hand_on(row_of(1, leaf={"grad/norm": np.array([0.25, np.inf], np.float32)}), LEAVES)
-  every.close()
-  assert some == [(1, {"loss": 0.5})]
-  assert more == [(1, {"loss": 0.5, "grad/norm/w": 0.25, "grad/norm/blocks/v[0]": math.inf})] and not said
+@pytest.mark.parametrize("asks", [False, True])
+def test_numbers_by_leaf_go_to_those_that_ask_for_them(asks):
+  sent, row = [], row_of(1, leaf={"grad/norm": np.array([0.25, np.inf], np.float32)})
+  assert given((collected(sent), "leaves") if asks else collected(sent), [row]) == []
+  assert sent == [(1, {"loss": 0.5} | ({"grad/norm/w": 0.25, "grad/norm/blocks/v[0]": math.inf} if asks else {}))]
 
 
 def test_a_row_without_numbers_is_left_out():
@@ -107,29 +115,49 @@ def test_tensorboard_is_given_the_time_of_the_push():
   assert target.calls == [("loss", 0.5, 1, 1001.0), ("a", 2, 1, 1001.0), ("a", 3, 2, None), "flush"]
 
 
-def test_an_add_scalar_without_a_wall_time():
+def taking(method, function):
+  """An object with one method of this signature, and the list of what that makes of each call."""
   calls = []
-  given(types.SimpleNamespace(add_scalar=lambda key, value, step: calls.append((key, value, step))), [row_of(1)])
-  assert calls == [("loss", 0.5, 1)]
+
+  @functools.wraps(function)  # Signatures are inspected.
+  def called(*args, **options):
+    calls.append(function(*args, **options))
+
+  return types.SimpleNamespace(**{method: called}), calls
 
 
-def test_an_add_scalar_whose_arguments_are_hidden():
-  calls = []
-  target = types.SimpleNamespace(add_scalar=lambda *args, **options: calls.append((*args, options)))
-  given(target, [row_of(1)])
-  assert calls == [("loss", 0.5, 1, {"walltime": 1001.0})]
+ROW = {"step": 1, "time": 1001.0, "loss": 0.5, "grad/norm": 7, "a": math.inf}
+FINITE, ALL = {"loss": 0.5, "grad/norm": 7}, {"loss": 0.5, "grad/norm": 7, "a": math.inf}
+TIME = datetime.datetime(1970, 1, 1, 0, 16, 41, tzinfo=datetime.UTC)
+# For each kind of logger: its method, what that returns for a call, and the expected results for the row.
+TAKERS = {
+  "tensorboard without times": ("add_scalar", lambda tag, x, step: (tag, x, step), [(k, x, 1) for k, x in ALL.items()]),
+  "tensorboard, wrapped": (
+    "add_scalar", lambda *args, **options: (*args, options), [(k, x, 1, {"walltime": 1001.0}) for k, x in ALL.items()],
+  ),
+  "clu": ("write_scalars", lambda step, scalars: (step, scalars), [(1, ALL)]),
+  "log and step": ("log", lambda metrics, step=None: (step, metrics), [(1, ALL)]),
+  "lightning": ("log_metrics", lambda metrics, step: (step, metrics), [(1, ALL)]),
+  "neptune_scale": ("log_metrics", lambda data, step, *, timestamp: (step, data, timestamp), [(1, FINITE, TIME)]),
+  "aim": ("track", lambda value, name, step: (repr(value), name), [(repr(float(x)), k) for k, x in ALL.items()]),
+  "clearml": (
+    "report_scalar", lambda title, series, value, iteration: (title, series, value, iteration),
+    [("loss", "loss", 0.5, 1), ("grad", "norm", 7, 1)],
+  ),
+}  # fmt: skip
 
 
-def test_clu_is_given_a_dict():
-  calls = []
-  given(types.SimpleNamespace(write_scalars=lambda step, scalars: calls.append((step, scalars))), [row_of(1)])
-  assert calls == [(1, {"loss": 0.5})]
+@pytest.mark.parametrize("case", TAKERS)
+def test_each_kind_of_logger_is_given_a_row_in_its_own_way(case):
+  method, function, want = TAKERS[case]
+  target, calls = taking(method, function)
+  assert given(target, [ROW]) == [] and calls == want
 
 
-def test_an_object_with_log_and_step():
-  calls = []
-  given(types.SimpleNamespace(log=lambda metrics, step=None: calls.append((step, metrics))), [row_of(1)])
-  assert calls == [(1, {"loss": 0.5})]
+def test_neptune_scale_is_given_no_time_where_there_is_none():
+  target, calls = taking("log_metrics", lambda data, step, *, timestamp: (step, data, timestamp))
+  given(target, [{"step": 2, "a": 1.0}])
+  assert calls == [(2, {"a": 1.0}, None)]
 
 
 def test_trackio_is_called_in_the_context_of_the_caller():
@@ -137,90 +165,43 @@ def test_trackio_is_called_in_the_context_of_the_caller():
   trackio = types.ModuleType("trackio")
   trackio.context_vars = types.SimpleNamespace(current_run=current)
   trackio.log = lambda metrics, step=None: calls.append((current.get(), step, metrics))
-  with pytest.raises(
-    ValueError, match=r"trackio with a run, got none: call `trackio.init` before the Recorder is made"
-  ):
-    Writers([trackio], print)
+  text = "`writers` must have trackio with a run, got none: call `trackio.init` before making the Recorder"
+  assert text in message_of(ValueError, Writers, [trackio], print)
   token = current.set("mine")
   given(trackio, [row_of(1)])
   current.reset(token)
   assert calls == [("mine", 1, {"loss": 0.5})]
 
 
-class Comet:
-  def __init__(self):
-    self.curr_step, self.calls = 40, []
-
-  def log_metrics(self, dic, prefix=None, step=None, epoch=None):
-    self.curr_step = step
-    self.calls.append((step, dic))
-
-
 def test_comet_keeps_the_step_of_the_user():
-  target = Comet()
+  def log_metrics(dic, prefix=None, step=None, epoch=None):
+    target.curr_step = step
+    return step, dic
+
+  target, calls = taking("log_metrics", log_metrics)
+  target.curr_step = 40
   given(target, [row_of(1)])
-  assert target.calls == [(1, {"loss": 0.5})] and target.curr_step == 40
-
-
-def test_a_logger_of_lightning():
-  calls = []
-  given(types.SimpleNamespace(log_metrics=lambda metrics, step: calls.append((step, metrics))), [row_of(1)])
-  assert calls == [(1, {"loss": 0.5})]
-
-
-def test_neptune_scale_is_given_finite_numbers_and_a_time():
-  calls = []
-  target = types.SimpleNamespace(log_metrics=lambda data, step, *, timestamp: calls.append((data, step, timestamp)))
-  given(target, [row_of(1, a=math.nan), {"step": 2, "a": 1.0}])
-  assert calls == [
-    ({"loss": 0.5}, 1, datetime.datetime(1970, 1, 1, 0, 16, 41, tzinfo=datetime.UTC)),
-    ({"a": 1.0}, 2, None),
-  ]
+  assert calls == [(1, {"loss": 0.5})] and target.curr_step == 40
 
 
 class Neptune:
   """Refuses a key that is a folder too, as neptune does."""
 
   def __init__(self):
-    self.series = {}
+    self.calls = []
 
   def __getitem__(self, key):
-    def append(value, step, timestamp):
-      assert not any(key.startswith(f"{other}/") or other.startswith(f"{key}/") for other in self.series)
-      self.series.setdefault(key, []).append((step, value, timestamp))
+    assert not any(key.startswith(f"{other}/") or other.startswith(f"{key}/") for other, *_ in self.calls)
+    return types.SimpleNamespace(append=lambda value, step, timestamp: self.calls.append((key, step, value, timestamp)))
 
-    return types.SimpleNamespace(append=append)
-
-  def assign(self, value):
-    raise AssertionError
-
-  sync = assign
+  assign = sync = print
 
 
 def test_neptune_has_no_number_that_is_a_folder():
   target, row = Neptune(), row_of(1, **{"grad/norm": 2.0}, leaf={"grad/norm": np.array([3.0, np.inf])})
   assert given((target, "leaves"), [row, row_of(2, loss=math.nan)]) == []
-  assert target.series == {
-    "loss": [(1, 0.5, 1001.0)],
-    "grad/norm": [(1, 2.0, 1001.0)],
-    "grad/norm.w": [(1, 3.0, 1001.0)],
-  }
-
-
-def test_aim_is_given_floats():
-  calls = []
-  target = types.SimpleNamespace(track=lambda value, name, step: calls.append((value, name, step)))
-  given(target, [row_of(1, tokens=7)])
-  assert calls == [(0.5, "loss", 1), (7.0, "tokens", 1)] and isinstance(calls[1][0], float)
-
-
-def test_clearml_draws_no_zero_for_what_is_not_finite():
-  calls = []
-  target = types.SimpleNamespace(
-    report_scalar=lambda title, series, value, iteration: calls.append((title, series, value))
-  )
-  given(target, [row_of(1, **{"grad/norm": 2.0, "a": math.inf})])
-  assert calls == [("loss", "loss", 0.5), ("grad", "norm", 2.0)]
+  want = {"loss": 0.5, "grad/norm": 2.0, "grad/norm.w": 3.0}
+  assert target.calls == [(key, 1, value, 1001.0) for key, value in want.items()]
 
 
 def mlflow_module(active, batches):
@@ -262,14 +243,9 @@ def test_mlflow_is_given_no_more_than_it_takes_in_one_request():
 def test_keys_of_mlflow():
   keys = MlflowKeys()
   assert keys("grad/norm") == "grad/norm" and keys("grad/norm/blocks/w[3]") == "grad/norm.blocks/w.3"
-  assert keys("grad/norm/blocks/w.3") == "grad/norm.blocks/w.3_2"  # No two become one.
+  assert keys("grad/norm/blocks/w.3") == "grad/norm.blocks/w.3_2"  # No two keys become one.
   assert keys("grad/norm/blocks/w[3]") == "grad/norm.blocks/w.3"
-  assert (
-    keys("a//b") == "a/b"
-    and keys("/x") == "x"
-    and keys("a/../c") == "a/_/c"
-    and keys("k['s']") == "k_'s'_".replace("'", "_")
-  )
+  assert [keys(key) for key in ("a//b", "/x", "a/../c", "k['s']")] == ["a/b", "x", "a/_/c", "k_'s'_".replace("'", "_")]
   assert len(keys("y" * 400)) == 250 and len(keys("y" * 401)) <= 250
 
 
@@ -279,11 +255,6 @@ def test_a_folder_that_becomes_a_number():
 
 
 # What takes no rows --------------------------------------------------------------------------------------------------
-
-
-class Log:
-  def log(self, level, message):
-    raise AssertionError
 
 
 REFUSED = {
@@ -301,45 +272,34 @@ REFUSED = {
     lambda: types.SimpleNamespace(log_batch=print),
     "a SimpleNamespace: pass the module `mlflow` after `mlflow.start_run()`, or what that returned.",
   ),
-  "a log of another kind": (Log, "a Log: pass a function that hands the values on."),
+  "a log of another kind": (
+    lambda: taking("log", lambda level, text: None)[0], "a SimpleNamespace: pass a function that forwards the values.",
+  ),
   "a class": (lambda: Scalars, "<class 'test_writers.Scalars'>: pass an instance."),
-  "a string": (lambda: "runs", "'runs': pass a function that hands the values on."),
-  "an object": (object, "an object: pass a function that hands the values on."),
-  "another pair": (lambda: (Scalars(), "leafs"), "a tuple: of a pair the second must be 'leaves'."),
+  "a string": (lambda: "runs", "'runs': pass a function that forwards the values."),
+  "an object": (object, "an object: pass a function that forwards the values."),
+  "another pair": (lambda: (Scalars(), "leafs"), "a tuple: the second of a pair must be 'leaves'."),
   "a pair that is no list": (lambda: "leaves", "'leaves': pass [(logger, 'leaves')]."),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_takes_no_rows_is_a_type_error(case):
+def test_an_object_that_takes_no_rows_is_a_type_error(case):
   make, text = REFUSED[case]
-  with pytest.raises(TypeError) as error:
-    Writers([make()], print)
-  assert str(error.value) == RULE + text
+  assert message_of(TypeError, Writers, [make()], print) == RULE + text
 
 
 def test_a_function_of_other_arguments_is_a_type_error():
-  with pytest.raises(
-    TypeError, match=r"a function among `writers` must take \(step, values\), got a function of \(row\)"
-  ):
-    Writers([lambda row: None], print)
+  text = "a function among `writers` must take (step, values), got a function of (row)"
+  assert text in message_of(TypeError, Writers, [lambda row: None], print)
 
 
 def test_a_logger_without_a_run_is_a_value_error():
   wandb = types.ModuleType("wandb")
   wandb.run, wandb.define_metric = None, print
-  for module, text in (
-    (wandb, "wandb with a run, got none: call `wandb.init`"),
-    (mlflow_module(None, []), "mlflow with a"),
-  ):
-    with pytest.raises(ValueError, match=f"`writers` must have {text}"):
-      Writers([module], print)
-
-
-def test_writers_that_are_no_sequence(tmp_path):
-  with pytest.raises(TypeError, match=r"`writers` must be a sequence, got Scalars: pass \[writer\]\."):
-    clipjax.runs.Recorder(tmp_path / "run.jsonl", writers=Scalars())
-  assert not os.listdir(tmp_path)
+  needs = {"wandb with a run, got none: call `wandb.init`": wandb, "mlflow with a": mlflow_module(None, [])}
+  for text, module in needs.items():
+    assert f"`writers` must have {text}" in message_of(ValueError, Writers, [module], print)
 
 
 # Failures, and time ---------------------------------------------------------------------------------------------------
@@ -359,8 +319,8 @@ class Failing:
 
 
 WAITS = (
-  "the writer Failing raised ConnectionError: no route; its rows wait, up to 16 MiB of them, and are tried again. The "
-  "training and the other outputs go on."
+  "the writer Failing raised ConnectionError: no route; up to 16 MiB of its rows wait for another attempt. "
+  "Training and the other outputs continue."
 )
 
 
@@ -386,10 +346,7 @@ def test_a_number_that_was_written_before_an_error_is_not_written_twice():
 
 def test_a_writer_that_never_takes_a_row_says_how_many_at_the_end():
   target, said = Failing(lambda count: True), []
-  every = Writers([target], said.append)
-  for step in range(30):
-    every.hand_on(row_of(step), LEAVES)
-    every.pace(step)
+  every = queued([target], 30, said.append)
   every.flush()
   assert said == [WAITS]
   every.close()
@@ -413,9 +370,7 @@ def test_rows_that_wait_are_bounded_and_the_oldest_go(monkeypatch):
   monkeypatch.setattr(writers, "_KEPT_BYTES", 10_000)
   target, gate = Failing(lambda count: False), threading.Event()
   said = []
-  every = Writers([lambda step, values: (gate.wait(), target(step, values))], said.append)
-  for step in range(1000):
-    every.hand_on(row_of(step), LEAVES)
+  every = queued([lambda step, values: (gate.wait(), target(step, values))], 1000, said.append)
   gate.set()
   every.close()
   assert 5 < len(target.sent) < 100 and target.sent[-20:] == list(range(1000))[-20:]
@@ -425,11 +380,9 @@ def test_rows_that_wait_are_bounded_and_the_oldest_go(monkeypatch):
 
 def test_a_slow_writer_holds_up_nothing_but_itself():
   gate, slow, fast = threading.Event(), [], []
-  every = Writers([lambda step, values: (gate.wait(), slow.append(step)), collected(fast)], print)
   start = time.monotonic()
-  for step in range(100):
-    every.hand_on(row_of(step), LEAVES)
-    every.pace(step)
+  every = queued([lambda step, values: (gate.wait(), slow.append(step)), collected(fast)], 100)
+  every.pace(99)
   while len(fast) < 100:
     time.sleep(0.001)
   assert time.monotonic() - start < 5 and not slow
@@ -439,13 +392,13 @@ def test_a_slow_writer_holds_up_nothing_but_itself():
   every.close()
 
 
-def test_a_writer_that_is_stuck_is_not_waited_for_without_end(monkeypatch):
+def test_a_stuck_writer_is_not_waited_for_forever(monkeypatch):
   monkeypatch.setattr(writers, "_PATIENCE", 0.2)
   gate = threading.Event()
   said = given(lambda step, values: gate.wait(), [row_of(1), row_of(2)])
   gate.set()
   assert said == [
-    "the writer <lambda> has taken nothing for 0 s: it is not waited for.",
+    "the writer <lambda> has taken nothing for 0 s: clipjax stops waiting for it.",
     "the writer <lambda> never took 2 rows: the file has them.",
   ]
 
@@ -540,26 +493,11 @@ def trained(run, log=lambda step: None, *, count=300, first=0, late=50, flushes=
   return said
 
 
-WAYS = {
-  "alone": lambda run: lambda step: None,
-  "step=i": lambda run: lambda step: run.log({"loss": step}, step=step),
-  "no step": lambda run: lambda step: run.log({"loss": step}),
-  "three a step": lambda run: lambda step: [run.log({f"loss{k}": step}) for k in range(3)],
-  "every tenth, step=i": lambda run: lambda step: step % 10 or run.log({"loss": step}, step=step),
-  "every tenth, no step": lambda run: lambda step: step % 10 or run.log({"loss": step}),
-  "every hundredth, step=i": lambda run: lambda step: step % 100 or run.log({"loss": step}, step=step),
-  "step=examples": lambda run: lambda step: run.log({"loss": step}, step=32 * step),
-  "short epochs": lambda run: lambda step: step % 10 or run.log({"loss": step}, step=step // 10),
-  "long epochs": lambda run: lambda step: step % 150 or run.log({"loss": step}, step=step // 150),
-  "updates of four pushes": lambda run: lambda step: step % 4 or run.log({"loss": step}, step=step // 4),
-}
-
-
 @pytest.mark.parametrize("flushes", [(), (70, 120, 121, 200)], ids=["", "flushed"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOGGING)
 def test_wandb_loses_no_row_of_ours_or_the_user(way, flushes):
   run = Wandb()
-  trained(run, WAYS[way](run), flushes=flushes)
+  trained(run, functools.partial(LOGGING[way], run), flushes=flushes)
   assert run.ours() == list(range(300)) and not run.dropped
   assert run.axes == [("clipjax/step", None), ("clipjax/*", "clipjax/step")]
 
@@ -577,10 +515,10 @@ def test_a_run_of_wandb_that_counts_already():
   assert run.ours() == list(range(10000, 10300)) and [step for step, _ in run.rows] == list(range(10000, 10299))
 
 
-def test_wandb_beside_epochs_is_said_once_and_costs_the_user_nothing():
+def test_wandb_beside_epochs_is_reported_once_and_costs_the_user_nothing():
   run = Wandb()
-  (text,) = trained(run, WAYS["short epochs"](run), count=2000)
-  assert text.startswith("wandb takes one row a step, and `step=` was ")
+  (text,) = trained(run, lambda step: step % 10 or run.log({"loss": step}, step=step // 10), count=2000)
+  assert text.startswith("wandb takes one row per step, and `step=` was ")
   assert text.endswith('or give clipjax a run of its own: writers=[wandb.init(reinit="create_new")].')
   assert run.ours() == list(range(2000)) and not run.dropped
 
@@ -588,16 +526,13 @@ def test_wandb_beside_epochs_is_said_once_and_costs_the_user_nothing():
 def test_wandb_beside_epochs_that_begin_after_our_rows():
   run = Wandb()
   said = trained(run, lambda step: step % 100 == 99 and run.log({"epoch": step}, step=step // 100))
-  assert len(said) == 1 and said[0].startswith("wandb takes one row a step, and a `step=` of yours is not above ")
+  assert len(said) == 1 and said[0].startswith("wandb takes one row per step, and one of your `step=` is not above ")
   assert run.ours() == list(range(300)) and len(run.dropped) == 3
 
 
 def test_a_push_hands_on_one_row_and_one_of_many_steps_as_many():
-  run = Wandb()
-  every = Writers([run], print)
-  for step in range(300):
-    every.hand_on(row_of(step), LEAVES)
-  counts = []
+  run, counts = Wandb(), []
+  every = queued([run], 300)
   for step in (0, 1, 2, 12, None, 12, 1000):
     every.pace(step)
     counts.append(len(run.ours()))
@@ -635,13 +570,8 @@ def test_the_module_wandb_stands_for_its_run():
 
 def test_two_threads_that_push_hand_on_each_row_once():
   run = Wandb()
-  every = Writers([run], print)
-  for step in range(500):
-    every.hand_on(row_of(step), LEAVES)
-  threads = [threading.Thread(target=lambda: [every.pace(None) for _ in range(200)]) for _ in range(2)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  every = queued([run], 500)
+  with ThreadPoolExecutor(2) as pool:
+    pool.map(lambda _: [every.pace(None) for _ in range(200)], range(2))
   every.close()
   assert run.ours() == list(range(500))

@@ -1,4 +1,4 @@
-"""The run wing: recording a training run, judging it, and drawing it. Everything here happens on the host.
+"""The run wing records a training run, judges it and draws it. Everything here runs on the host.
 
 A run flows one way: optimizer state -> `packing` -> `rows` -> file -> `Run` -> findings -> text or page. `schema` names
 every key of a row once.

@@ -1,4 +1,4 @@
-"""What a run is made of, for annotations."""
+"""Types of the arrays in a run, for annotations."""
 
 from typing import Any, TypeAlias
 
@@ -9,4 +9,4 @@ Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 Objects: TypeAlias = np.ndarray[Any, np.dtype[np.object_]]
 
-Names: TypeAlias = dict[str, tuple[str, ...]]  # Of leaves or groups, by the name of a state.
+Names: TypeAlias = dict[str, tuple[str, ...]]  # The leaves or groups of each state, by its name.

@@ -1,7 +1,7 @@
-"""The norms of a run as they are judged: raw, with what was not finite and the warm-up told apart.
+"""The norms of a run as the verdict uses them: raw norms, with nonfinite ones and the warm-up marked.
 
-A run has one state that is judged, `main_name`: "grad" where there is one. Its norms are those before any clip. Where
-`skip_steps` rejected a step, a clip inside did not see it: the norm that `skip_steps` saw stands there instead.
+One state of a run is judged, `main_name`: "grad" if there is one. Its norms are taken before any clip. If `skip_steps`
+rejected a step, the clip inside never saw it, and the norm that `skip_steps` saw takes its place.
 """
 
 from typing import Any, NamedTuple
@@ -14,19 +14,19 @@ from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, SKIP, key_of, names_with
 from clipjax.runs.words import described
 
-WARMUP_SHARE, WARMUP_MOST = 10, 100  # The warm-up is a tenth of the rows, at most 100, where it is not given.
-FEW = 20  # Percentiles of fewer norms say little: p90 would rest on two of them.
+WARMUP_SHARE, WARMUP_MOST = 10, 100  # The default warm-up is a tenth of the rows, at most 100.
+FEW = 20  # Percentiles of fewer norms say little: p90 would rest on two norms.
 
 
 class Norms(NamedTuple):
-  """Norms in the order of their steps; n is how many were recorded.
+  """Norms in step order; n is how many were recorded.
 
   Attributes:
     steps: int64, shape (n,): their steps.
-    values: float64, shape (n,): inf or NaN where the norm was not finite.
+    values: float64, shape (n,): inf or NaN for a nonfinite norm.
     rejected: bool, shape (n,): whether `skip_steps` rejected the step.
-    warmup_steps: how many steps from the first recorded one on are the warm-up.
-    begin: the first step after it.
+    warmup_steps: the length of the warm-up, in steps from the first recorded one.
+    begin: the first step after the warm-up.
   """
 
   steps: Ints
@@ -42,30 +42,30 @@ class Norms(NamedTuple):
 
   @property
   def judged(self) -> Bools:
-    """Whether each norm is finite and after the warm-up."""
+    """Whether each norm is finite and lies after the warm-up."""
     return self.finite & (self.steps >= self.begin)
 
   @property
   def typical(self) -> Floats:
-    """The norms that are finite and after the warm-up."""
+    """The finite norms after the warm-up."""
     return self.values[self.judged]
 
 
 def main_name(run: Run) -> str | None:
-  """The name of "grad" where it has a norm, else of the first state that has one, "skip" last; None without any."""
+  """The state that is judged: "grad" if it has a norm, else the first with one, "skip" last; None without norms."""
   names = names_with(run.columns, NORM)
   return next((name for name in [GRAD, *sorted(names, key=lambda name: name == SKIP)] if name in names), None)
 
 
 def norms_of_run(run: Run, name: str | None, warmup_steps: int | None) -> Norms:
-  """The raw norms of the state `name`, none for None. `warmup_steps` None is the default."""
+  """The raw norms of the state `name`, empty for None. `warmup_steps=None` means the default warm-up."""
   warmup, begin = _warmup(run.steps, warmup_steps)
   if name is None:
     return Norms(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.bool_), warmup, begin)
   skipped = rejected(run)
   values = np.where(unseen(run, name), np.nan, _flagged(run, key_of(name, NORM)))
   if (key := key_of(SKIP, NORM)) in run.columns and name != SKIP:
-    # A step that was not rejected either was a part of a larger one, as in optax.MultiSteps.
+    # A step without a norm that was not rejected is a micro-batch, as in optax.MultiSteps.
     values = np.where(np.isnan(values) & skipped, _flagged(run, key), values)
   known = ~np.isnan(values)
   return Norms(run.steps[known], values[known], skipped[known], warmup, begin)
@@ -77,9 +77,9 @@ def rejected(run: Run) -> Bools:
 
 
 def unseen(run: Run, name: str) -> Bools:
-  """Whether each step passed the state `name` by, as a step that is rejected passes by a clip inside `skip_steps`.
+  """Whether the state `name` did not see each step, as a clip inside `skip_steps` does not see a rejected step.
 
-  A row of format 1 repeats the numbers of the step before there: its count of steps stands still.
+  A row of format 1 then repeats the numbers of the step before: the state's count of steps does not change.
   """
   count = run.columns.get(key_of(name, STEPS))
   if count is None:
@@ -88,9 +88,10 @@ def unseen(run: Run, name: str) -> Bools:
 
 
 def acted(run: Run, name: str | None, norms: Norms) -> Bools:
-  """Whether the clip acted, for each norm. A norm that came out of a watch's history has no scale: its row has a limit.
+  """Whether the clip acted on each norm.
 
-  Such a row stands before the push that brought it, so that the limit is that of the next row which has one.
+  A norm from the history of a watch has no scale. Its row stands before the push that brought it, so it is compared
+  with the limit of the next row that has one.
   """
   scale, limit = (run.columns.get(key_of(str(name), quantity)) for quantity in (SCALE, MAX_NORM))
   if scale is None or limit is None or not (known := np.flatnonzero(np.isfinite(scale))).size:
@@ -101,22 +102,21 @@ def acted(run: Run, name: str | None, norms: Norms) -> Bools:
 
 
 def norms_of_array(norms: Any, warmup_steps: int | None) -> Norms:
-  """The norms of a list or array, one a step.
+  """The norms in a list or array, one per step.
 
   Raises:
-    TypeError: where these are no real numbers.
-    ValueError: where they are none, not in one dimension, or negative.
+    TypeError: if they are not real numbers.
+    ValueError: if they are empty, not 1-D, or negative.
   """
   try:
     array = np.asarray(norms)
-  except (ValueError, TypeError):  # A list of lists of several lengths; inside jit.
+  except (ValueError, TypeError):  # Lists of different lengths, or a traced array.
     array = np.asarray(None)
-  # Beside those of numpy, the 16-bit and 8-bit floats of JAX, whose kind is "V".
+  # The 16-bit and 8-bit floats that JAX adds to numpy have kind "V".
   if array.dtype.kind not in "fiu" and not (array.dtype.kind == "V" and "float" in array.dtype.name):
     raise TypeError(
       f"`norms_or_run` must be a Run or a 1-D array of norms, got {described(norms)}: pass "
-      "clipjax.runs.read_run(path) or a "
-      "list of numbers."
+      "clipjax.runs.read_run(path) or a list of numbers."
     )
   values: Floats = array.astype(np.float64)
   if values.ndim != 1 or values.size == 0:
@@ -134,7 +134,7 @@ def norms_of_array(norms: Any, warmup_steps: int | None) -> Norms:
 
 
 def _warmup(steps: Ints, warmup_steps: int | None) -> tuple[int, int]:
-  """How many steps the warm-up has, by default those of a tenth of the rows, and the first step after it."""
+  """The length of the warm-up in steps, by default a tenth of the rows, and the first step after it."""
   if not steps.size:
     return warmup_steps or 0, 0
   first = int(steps[0])
@@ -145,13 +145,13 @@ def _warmup(steps: Ints, warmup_steps: int | None) -> tuple[int, int]:
 
 
 def default_warmup(steps: Ints) -> int:
-  """The first step after the warm-up that is not given: a tenth of the rows, at most 100."""
-  # Rows, for steps may be examples, or be pushed once in a hundred.
+  """The first step after the default warm-up: a tenth of the rows, at most 100."""
+  # Rows, not steps: steps may count examples, or one in a hundred may be pushed.
   return int(steps[min(steps.size // WARMUP_SHARE, WARMUP_MOST)])
 
 
 def check_warmup(warmup_steps: Any) -> None:
-  """Raises unless this is None or a whole number >= 0."""
+  """Raises unless `warmup_steps` is None or a whole number >= 0."""
   if warmup_steps is None:
     return
   if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int | np.integer):
@@ -159,17 +159,17 @@ def check_warmup(warmup_steps: Any) -> None:
       f"`warmup_steps` must be a whole number or None, got {described(warmup_steps)}: pass how many steps to leave out."
     )
   if warmup_steps < 0:
-    raise ValueError(f"`warmup_steps` must be >= 0, got {warmup_steps}: pass 0 to leave no step out.")
+    raise ValueError(f"`warmup_steps` must be >= 0, got {warmup_steps}: pass 0 to leave out no steps.")
 
 
 def mean(values: Floats) -> float:
-  """The mean of numbers >= 0, whose sum may be above the largest float64."""
+  """The mean of nonnegative numbers; their sum may exceed the largest float64."""
   largest = float(values.max(initial=0.0))
   return largest * float(np.mean(values / largest)) if largest > 0 else 0.0
 
 
 def column(run: Run, key: str) -> Floats:
-  """A column of a run, of NaN where it has none of that name."""
+  """A column of a run; all NaN if the run has no such column."""
   return run.columns.get(key, np.full(len(run.steps), np.nan))
 
 
@@ -179,5 +179,5 @@ def flag(run: Run, key: str) -> Bools:
 
 
 def _flagged(run: Run, key: str) -> Floats:
-  """A column in which inf stands where the record says that a value was there but not finite."""
+  """A column with inf in place of the recorded nonfinite values."""
   return np.where(flag(run, key), np.inf, run.columns[key])

@@ -1,12 +1,12 @@
-"""Which optimizers divide the scale of the gradient out, by the classes of their states in a record.
+"""Which optimizers divide out the scale of the gradient, by the classes of their recorded states.
 
-Of such an optimizer the updates are the same where every gradient is a hundred times as large. `Run.optimizer` has the
-classes; some optimizers, as `optax.sign_sgd`, keep no state of their own and cannot be told.
+Such an optimizer makes the same updates when every gradient is a hundred times larger. `Run.optimizer` has the classes.
+Some optimizers, such as `optax.sign_sgd`, keep no state of their own and cannot be recognized.
 """
 
 from clipjax.runs.run import Run
 
-# Those of Optax; `tests/test_suggest.py` scales gradients to see which belong here.
+# States of Optax; `tests/test_suggest.py` scales gradients to find out which belong here.
 _SCALE_FREE = frozenset(
   {
     "COCOBState",
@@ -39,5 +39,5 @@ _SCALE_FREE = frozenset(
 
 
 def scale_free_states(run: Run) -> tuple[str, ...]:
-  """The classes of the recorded optimizer that divide the scale out; none where there are none, or it is not known."""
+  """The recorded classes that divide out the scale; empty if there are none or the optimizer is unknown."""
   return tuple(name for name in run.optimizer if name in _SCALE_FREE)

@@ -1,7 +1,7 @@
-"""What a column of a run is: a loss, a learning rate, the norm of a gradient or of an update.
+"""The role of a column in a run: a loss, a learning rate, the norm of a gradient or of an update.
 
-Names of states follow `clipjax.quantities`. What the caller pushes is told by the words of its name, as in
-"train/loss", "val_loss" or "lr".
+Keys of states follow `clipjax.quantities`. The words of its name tell the role of a scalar that the caller pushed, such
+as "train/loss", "val_loss" or "lr".
 """
 
 import enum
@@ -19,13 +19,13 @@ from clipjax.runs.schema import BY_BLOCK, GRAD, LOSS, SKIP, UPDATES, key_of, nam
 
 
 class Role(enum.Enum):
-  """What a column is."""
+  """The role of a column."""
 
   LOSS = enum.auto()
-  VALIDATION = enum.auto()  # A loss that is not trained.
+  VALIDATION = enum.auto()  # A loss that is evaluated, not trained.
   RATE = enum.auto()  # A learning rate.
-  SCALE = enum.auto()  # That of a loss, as for float16.
-  NORM = enum.auto()  # Of a gradient.
+  SCALE = enum.auto()  # A loss scale, as for float16.
+  NORM = enum.auto()  # The norm of a gradient.
   UPDATE = enum.auto()  # The norm of an update.
   PARAMETERS = enum.auto()  # The norm of the parameters.
 
@@ -33,24 +33,24 @@ class Role(enum.Enum):
 _LOSSES = {LOSS, "losses", "nll", "xent", "cost", "mse", "perplexity", "ppl"}
 _SCALE = {"scale", "scaling"}
 _VALIDATION = {"val", "valid", "validation", "eval", "evaluation", "dev", "test"}
-# Words beside "loss" with which a column is still the loss that is trained.
+# "loss" with any of these words is still the training loss.
 _PLAIN = {"train", "training", "total", "mean", "avg", "average", "batch", "step", "full"}
 
 
-@functools.lru_cache(4096)  # A recorder asks of every key of every row.
+@functools.lru_cache(4096)  # A recorder asks for every key of every row.
 def role_of(key: str) -> Role | None:
-  """What a column is; None for what is not judged, as counters are."""
+  """The role of a column; None for one that is not judged, such as a counter."""
   if (name := _state(key, NORM)) is not None:
     return None if name == SKIP else Role.UPDATE if _is_update(name) else Role.NORM
   if _state(key, PARAM_NORM) is not None:
     return Role.PARAMETERS
   if key.startswith(key_of(SKIP, "")) or any(f"/{quantity}/" in key for quantity in BY_BLOCK):
-    return None  # A group may be called as the caller likes.
+    return None  # The caller may give a group any name, even "loss".
   return _role_of_words(_words(key))
 
 
 def _role_of_words(words: tuple[str, ...]) -> Role | None:
-  """What the caller means by these words."""
+  """The role that these words of a name suggest."""
   if "lr" in words or ("learning", "rate") in itertools.pairwise(words):
     return Role.RATE
   if LOSS in words and not _SCALE.isdisjoint(words):
@@ -61,7 +61,7 @@ def _role_of_words(words: tuple[str, ...]) -> Role | None:
 
 
 def main_loss(keys: Iterable[str]) -> str | None:
-  """The loss that is trained: "loss", else one such as "train/loss" or "total_loss", else the only one there is."""
+  """The training loss: "loss", else one such as "train/loss" or "total_loss", else the only loss."""
   losses = keys_with(keys, Role.LOSS)
   plain = [key for key in losses if {LOSS} <= set(_words(key)) <= _PLAIN | {LOSS}]
   if LOSS in losses:
@@ -70,7 +70,7 @@ def main_loss(keys: Iterable[str]) -> str | None:
 
 
 def losses_of(run: Run) -> tuple[Ints, Floats]:
-  """The steps of the loss that is trained and its values, where they are finite; none where it was not recorded."""
+  """The steps and values of the training loss where it is finite; empty if it was not recorded."""
   key = main_loss(run.columns)
   values = np.full(len(run.steps), np.nan) if key is None else run.columns[key]
   known = np.isfinite(values)
@@ -78,14 +78,14 @@ def losses_of(run: Run) -> tuple[Ints, Floats]:
 
 
 def keys_with(keys: Iterable[str], *roles: Role) -> list[str]:
-  """The columns of some roles, in their order."""
+  """The columns with these roles, in their order."""
   return [key for key in keys if role_of(key) in roles]
 
 
 def judged_states(run: Run) -> list[str]:
-  """The names of the states whose gradients are judged, the main one first: "grad" where there is one.
+  """The names of the states whose gradients are judged, the main one first: "grad" if there is one.
 
-  That of `skip_steps` is judged where there is no other.
+  The state of `skip_steps` is judged only if there is no other.
   """
   names = [name for name in names_with(run.columns, NORM) if not _is_update(name)]
   others = sorted((name for name in names if name != SKIP), key=lambda name: name != GRAD)
@@ -98,12 +98,12 @@ def effect_names(run: Run) -> list[str]:
 
 
 def update_states(run: Run) -> list[str]:
-  """The names of the watches that are last in a chain: what they measure are the steps of the optimizer."""
+  """The names of the watches at the end of a chain, which measure the steps of the optimizer."""
   return [name for name in names_with(run.columns, NORM) if _is_update(name)]
 
 
 def update_ratio(run: Run) -> str | None:
-  """The key of the ratios of updates to parameters, of all or by layer; None where `clip_effect` has that name."""
+  """The key of the update-to-parameter ratios, of all leaves or by layer; None if `clip_effect` has that name."""
   return None if UPDATES in effect_names(run) else key_of(UPDATES, RATIO)
 
 
@@ -112,12 +112,12 @@ def _is_update(name: str) -> bool:
 
 
 def _state(key: str, quantity: str) -> str | None:
-  """The name of the state whose number over all leaves this is."""
+  """The state that has this quantity over all leaves under this key; None for any other key."""
   name = key.removesuffix(key_of("", quantity))
   return name if name != key and names_with([key], quantity) else None
 
 
 def _words(key: str) -> tuple[str, ...]:
-  """The words of a name, in small letters: those of "trainLoss" and of "train/loss" are the same."""
+  """The words of a name in lower case; "trainLoss" and "train/loss" have the same words."""
   spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", key)
   return tuple(re.findall(r"[a-z]+|[0-9]+", spaced.lower()))

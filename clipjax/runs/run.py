@@ -1,6 +1,7 @@
 """A recorded run: columns of numpy arrays over its steps.
 
-A file becomes one by `clipjax.runs.read_run`, what a `jax.lax.scan` returned by `Run.from_arrays`. numpy alone.
+`clipjax.runs.read_run` makes a `Run` of a file, `Run.from_arrays` of the arrays that a `jax.lax.scan` returned. numpy
+alone.
 """
 
 import dataclasses
@@ -17,30 +18,30 @@ from clipjax.runs.schema import UNITS, name_of
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
-  """A recorded run; made by `read_run` or `from_arrays`. n is the number of steps, m of those with numbers by leaf.
+  """A recorded run, made by `read_run` or `from_arrays`. n is the number of steps, m the number with values by leaf.
 
-  `run[key]` is a column, or for a leaf, as in `run["grad/norm/w"]`, its numbers spread over all steps, NaN where none
-  were recorded. `run.keys()` are the keys of both kinds, `key in run` and `len(run)`, the number of steps, work too.
+  `run[key]` is a column. For a leaf, as in `run["grad/norm/w"]`, it spreads the recorded numbers over all steps, with
+  NaN at the others. `run.keys()` lists keys of both kinds; `key in run` and `len(run)`, the number of steps, work too.
   A slice of stacked layers is a leaf, as in `run["grad/norm/blocks/w[3]"]`.
 
   Attributes:
-    path: the file; empty where the run was not read from one.
-    steps: int64, shape (n,): the numbers that were pushed, ascending, each once; not every one needs to be there.
-    columns: float64, shape (n,), by key: NaN where nothing was recorded or the number was not finite. "time" is the
-      time of the push in seconds since 1970, "update" how many updates the optimizer had counted.
-    flags: bool, shape (n,), by key: True where a number was recorded and was inf or NaN; only keys that have such.
-    leaves: names of the leaves or groups, by name of the clip or watch, such as "grad".
-    vectors: by `<name>/<quantity>`: int64 (m,), the steps, and float64 (m, leaves), the numbers, inf for what was not
-      finite, NaN for a leaf that was not recorded there, as after the model has changed.
+    path: the file; empty if the run was not read from one.
+    steps: int64, shape (n,): the step numbers that were pushed, ascending and unique, possibly with gaps.
+    columns: float64, shape (n,), by key: NaN where nothing was recorded or the number was nonfinite. "time" is the time
+      of the push in seconds since 1970, "update" the number of updates that the optimizer had counted.
+    flags: bool, shape (n,), by key: True where the recorded number was inf or NaN; only keys with such numbers.
+    leaves: names of the leaves or groups, by the name of the clip or watch, such as "grad".
+    vectors: by `<name>/<quantity>`: int64 (m,), the steps, and float64 (m, leaves), the numbers: inf for a nonfinite
+      one, NaN for a leaf that was not recorded at that step, for example because the model changed.
     weights: the histogram of log10|w| over the parameters: int64 (m,), steps; float64 (k + 1,), edges of its bins;
-      float64 (m, k), counts. None where no parameters were given.
-    parameters: number of the parameters; None where none were given.
-    batches: what the caller calls the batches: object, shape (n,), an int, a string, a tuple of these where a row is of
-      several micro-batches, or None where it has none. None where no row has one.
-    superseded: how many rows of the file are left out, as the run went back to an earlier step.
-    unreadable: how many lines of the file were torn by a crash, or hold nothing of a run.
-    optimizer: the classes of the states that were pushed, such as "ScaleByAdamState", without those of this package;
-      empty where they are not known.
+      float64 (m, k), counts. None if no parameters were given.
+    parameters: the number of parameters; None if none were given.
+    batches: object, shape (n,): the caller's name for each batch, an int or a string; a tuple of them for several
+      micro-batches; None for a row without one. None if no row has one.
+    superseded: how many rows of the file are left out because the run went back to an earlier step.
+    unreadable: how many lines of the file a crash tore, or hold no row or header.
+    optimizer: the classes of the states that were pushed, such as "ScaleByAdamState", except those of this package;
+      empty if unknown.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, clipjax
@@ -68,20 +69,20 @@ class Run:
 
   @classmethod
   def from_arrays(cls, arrays: Mapping[str, Any], steps: Any = None) -> "Run":
-    """The run whose steps a `jax.lax.scan` has returned: an array for each number, with an entry for each step.
+    """Makes a run of what a `jax.lax.scan` returned: one array per recorded number, with one entry per step.
 
-    Numbers by leaf, as `clipjax.metrics(state, per_leaf=True)` names them, become `vectors`, whose leaves are in the
-    order of their names, "w[2]" before "w[10]". All else becomes `columns`. What is not finite is flagged. A limit that
-    stands for none, as in `clipjax.metrics`, is inf, which a run has as NaN with a flag.
+    Numbers by leaf, named as in `clipjax.metrics(state, per_leaf=True)`, become `vectors`. Their leaves are sorted by
+    name, "w[2]" before "w[10]". Everything else becomes `columns`. Nonfinite numbers are flagged. A limit that means
+    "no limit" in `clipjax.metrics` counts as inf, which a run stores as NaN with a flag.
 
     Args:
-      arrays: 1-D arrays of one length by key, such as "grad/norm" or "loss": of JAX or numpy, or lists.
-      steps: the number of each step, whole and ascending; None: 1, 2, ....
+      arrays: 1-D arrays of equal length by key, such as "grad/norm" or "loss": JAX or numpy arrays, or lists.
+      steps: the number of each step, whole and ascending; None means 1, 2, ....
 
     Raises:
-      TypeError: for what is no dict of real numbers, and for steps that are not whole.
-      ValueError: for arrays of other lengths, scalars, arrays with leading axes, as of runs under `vmap`, and none at
-        all; for steps that do not ascend or are not as many; for a key that means something else in a run.
+      TypeError: for anything but a dict of real numbers, and for steps that are not whole.
+      ValueError: for an empty dict, empty arrays, scalars, arrays of different lengths, or arrays with leading axes, as
+        for runs under `vmap`; for steps that do not ascend or differ in number; for a key that a run itself uses.
 
     Example:
       >>> import jax, jax.numpy as jnp, clipjax
@@ -97,7 +98,7 @@ class Run:
     return cls(**fields_of(arrays, steps))
 
   def keys(self) -> tuple[str, ...]:
-    """The columns, then the numbers by leaf."""
+    """The keys of the columns, then the keys of the numbers by leaf."""
     by_leaf = (f"{key}/{leaf}" for key in self.vectors for leaf in self.leaves[name_of(key)])
     return tuple(dict.fromkeys((*self.columns, *by_leaf)))
 
@@ -107,7 +108,7 @@ class Run:
     if (place := self._place(key)) is None:
       near = difflib.get_close_matches(str(key), self.keys(), 3, 0.5) or list(self.columns)
       raise KeyError(f"{self.path or 'the run'} has no {key!r}; it has {', '.join(map(repr, near[:10]))}")
-    vector, i = place
+    vector, i = place  # A leaf: its recorded numbers, spread over all steps.
     steps, values = self.vectors[vector]
     out = np.full(self.steps.shape, np.nan)
     out[np.searchsorted(self.steps, steps)] = values[:, i]
@@ -127,10 +128,10 @@ class Run:
     return ("superseded rows", self.superseded), ("unreadable lines", self.unreadable)
 
   def _place(self, key: object) -> tuple[str, int] | None:
-    """The vector that a key such as "grad/norm/w" belongs to, and the place of the leaf in it."""
+    """The vector that a key such as "grad/norm/w" belongs to, and the index of the leaf in it."""
     if not isinstance(key, str):
       return None
-    for ending in UNITS:  # Of blocks that are not those of the watch of this name.
+    for ending in UNITS:  # The unit marks blocks that differ from those of the watch of this name.
       for vector in self.vectors:
         name, _, quantity = vector.rpartition("/")
         start, leaves = f"{name.removesuffix(ending)}/{quantity}/", self.leaves[name]

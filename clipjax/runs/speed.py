@@ -1,7 +1,8 @@
-"""How fast a run went: seconds a step, tokens and examples a second.
+"""How fast a run went: seconds per step, tokens and examples per second.
 
-A step is an update here, whatever the caller's numbers count; where updates were not counted, it is one of these.
-JAX runs ahead of the host, so two pushes may be closer than two steps: longer parts of the run tell more.
+A step here is an update, whatever the caller's step numbers count; if updates were not counted, it is one of the
+caller's steps. JAX runs ahead of the host, so two pushes may lie closer together than two steps. Averages over longer
+parts of the run are more reliable.
 """
 
 from typing import NamedTuple
@@ -15,9 +16,9 @@ from clipjax.runs.schema import AMOUNTS, TIME, UPDATE
 
 
 class Speed(NamedTuple):
-  """Seconds: `step_time`, the median of `parts` parts of the run, and two percentiles of the time from push to push.
+  """Seconds per step: `step_time` is the median over `parts` parts of the run, `median` and `p99` go from push to push.
 
-  `rates` are the tokens and examples a second at that step time, of those that were recorded.
+  `rates` are tokens and examples per second at `step_time`, as far as they were recorded.
   """
 
   step_time: float
@@ -28,23 +29,23 @@ class Speed(NamedTuple):
 
 
 def seconds_per_step(run: Run) -> tuple[Ints, Floats]:
-  """`(steps, seconds)`: the time between two pushes over the updates between them, at the later one."""
+  """`(steps, seconds)`: the time between two pushes divided by the updates between them, at the later step."""
   rows = np.flatnonzero(np.isfinite(column(run, TIME)))
   seconds = np.diff(column(run, TIME)[rows]) / _between(run, rows)
-  forward = seconds > 0  # After a resume a step may be older than the one before it.
+  forward = seconds > 0  # After a resume, a step may be older than the step before it.
   return run.steps[rows][1:][forward], seconds[forward]
 
 
 def _between(run: Run, rows: Ints) -> Floats:
-  """How many updates there are from each of some rows to the next one."""
+  """The number of updates from each of these rows to the next."""
   updates, steps = np.diff(column(run, UPDATE)[rows]), np.diff(run.steps[rows])
   return np.where(updates > 0, updates, steps).astype(np.float64)
 
 
 def speed(run: Run, begin: int | None = None) -> Speed | None:
-  """The speed from the step `begin` on, by default the first after the warm-up; None without two pushes.
+  """The speed from step `begin` on, by default the first after the warm-up; None with fewer than two pushes.
 
-  The medians of parts leave out a pause, as where a run was resumed.
+  A median over parts ignores a pause, such as the gap before a resume.
   """
   begin = norms_of_run(run, main_name(run), None).begin if begin is None else begin
   parts = _parts(run, 20, begin)
@@ -61,7 +62,8 @@ def speed(run: Run, begin: int | None = None) -> Speed | None:
 
 
 def throughput(run: Run, key: str) -> tuple[Ints, Floats]:
-  """`(steps, rate)`: the scalar `key`, an amount for each update, a second, for 50 parts of the run."""
+  """`(steps, rate)`: how much of the scalar `key`, an amount per update, is processed per second, for 50 parts."""
+  # In each part: the mean recorded amount per update, over the seconds per update.
   parts = _parts(run, 50)
   amount = column(run, key)
   known = np.isfinite(amount)
@@ -73,7 +75,7 @@ def throughput(run: Run, key: str) -> tuple[Ints, Floats]:
 
 
 class _Parts(NamedTuple):
-  """Parts of a run: their first and last steps, and the seconds for an update."""
+  """Parts of a run: their first and last steps, and the seconds per update."""
 
   first: Ints
   last: Ints
@@ -81,12 +83,12 @@ class _Parts(NamedTuple):
 
 
 def _parts(run: Run, most: int, begin: int = 0) -> _Parts:
-  """The run from `begin` on in at most `most` parts."""
+  """Splits the run from `begin` on into at most `most` parts."""
   time = column(run, TIME)
   rows = np.flatnonzero(np.isfinite(time) & (run.steps >= begin))
   ends = np.linspace(0, max(rows.size - 1, 0), max(min(most, rows.size - 1), 0) + 1).astype(np.int64)
   rows = rows[ends] if rows.size else rows
   seconds = np.diff(time[rows])
-  forward = seconds > 0  # The clock was set back, or stood still.
+  forward = seconds > 0  # Drops parts in which the clock was set back or stood still.
   first, last = run.steps[rows][:-1][forward], run.steps[rows][1:][forward]
   return _Parts(first, last, (seconds / _between(run, rows))[forward])

@@ -1,4 +1,4 @@
-"""Numbers, names and steps as the texts of the run wing show them."""
+"""Numbers, names and steps as the run wing prints them."""
 
 import itertools
 import re
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 def described(x: Any) -> str:
-  """A value in a message: a number or a short string with its type, anything else by its type."""
+  """A value in a message: a number or a short string with its type; only the type of anything else."""
   if isinstance(x, str | int | float) and len(repr(x)) <= 60:
     return f"{x!r} ({type(x).__name__})"
   name = type(x).__name__
@@ -15,34 +15,34 @@ def described(x: Any) -> str:
 
 
 def plain(name: str) -> str:
-  """A name with every character that has no shape of its own as an escape: line ends, controls, direction marks."""
+  """A name with every unprintable character escaped: line ends, control characters, direction marks."""
   return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def number(x: float) -> str:
-  """Three significant digits; without an exponent from 0.0001 up to a million."""
+  """Three significant digits, without an exponent from 0.0001 up to a million."""
   rounded = float(f"{x:.3g}")
   return f"{rounded:.0f}" if 1e3 <= rounded < 1e6 else f"{x:.3g}"
 
 
 def percent(share: float) -> str:
-  """A share in percent; one that is not 0 or 1 never reads as such."""
+  """A share in percent. Only exactly 0 and 1 read as "0%" and "100%"."""
   if 0 < share < 0.001 or 0.999 < share < 1:
     return "<0.1%" if share < 0.5 else ">99.9%"
   return f"{100 * share:.3g}%"
 
 
-_MOST_STEPS, _MOST_BATCHES = 5, 3  # That are named; of more, their number is told.
-_MOST_RANGES = 3  # Of layers that are named; of more, their number is told.
+_MOST_STEPS, _MOST_BATCHES = 5, 3  # This many are listed, the rest are counted.
+_MOST_RANGES = 3  # This many ranges of layers are listed; if there are more, the layers are counted.
 
 
 class Stack(NamedTuple):
-  """Names that follow each other: of all layers of a stacked leaf, or of one leaf.
+  """Consecutive names: all layers of a stacked leaf, or one unstacked leaf.
 
   Attributes:
-    name: that of the leaf.
-    start: the place of the first name.
-    size: how many layers; 1 for a leaf that is whole.
+    name: the name of the leaf.
+    start: the index of the first name.
+    size: the number of layers; 1 for an unstacked leaf.
   """
 
   name: str
@@ -51,7 +51,7 @@ class Stack(NamedTuple):
 
 
 def in_stacks(names: Sequence[str]) -> list[Stack]:
-  """The names, those of one stack together: "w[0]", "w[1]", "w[2]" are the stack "w"."""
+  """Groups the layers of a stack: "w[0]", "w[1]", "w[2]" become the stack "w"."""
   out: list[Stack] = []
   for i, name in enumerate(names):
     leaf, layer = _layer(name)
@@ -64,27 +64,29 @@ def in_stacks(names: Sequence[str]) -> list[Stack]:
 
 
 def several(names: Sequence[str], among: Sequence[str], most: int = 3) -> str:
-  """Names, quoted, which also shows what is not printable; the first few of many.
+  """Lists names in quotes, with unprintable characters escaped, and counts those beyond `most`.
 
-  Layers of a stack are said together, and so is one layer of many stacks: "all 24 layers of 'blocks/w'",
+  The layers of a stack are listed together, and so is one layer of many stacks: "all 24 layers of 'blocks/w'",
   "'blocks/w[3..7]'", "layer 3 of all 12 stacks".
 
   Args:
-    names: some of `among`, in their order.
+    names: some of `among`, in the same order.
     among: the names of all leaves or groups.
-    most: how many are said.
+    most: how many items are listed.
   """
+  # Collect the layers of each leaf, then the leaves with the same layers.
   sizes = {stack.name: stack.size for stack in in_stacks(among) if stack.size > 1}
-  layers: dict[tuple[str, bool], list[int]] = {}  # By leaf, and whether it is a stack.
+  layers: dict[tuple[str, bool], list[int]] = {}  # Keyed by leaf and whether it is a stack.
   for name in names:
     leaf, layer = _layer(name)
     is_stack = layer >= 0 and leaf in sizes
     layers.setdefault((leaf if is_stack else name, is_stack), []).append(layer)
-  alike: dict[tuple[tuple[int, ...], bool], list[str]] = {}  # By layers, and whether these are all.
+  alike: dict[tuple[tuple[int, ...], bool], list[str]] = {}  # Keyed by layers and whether these are all layers.
   for (leaf, is_stack), some in layers.items():
     if is_stack:
       alike.setdefault((tuple(some), len(some) == sizes[leaf]), []).append(leaf)
-  said: list[tuple[str, int]] = []  # Each with the number of its names.
+  # Word each group once, at its first leaf.
+  said: list[tuple[str, int]] = []  # Text, and how many names it covers.
   for (leaf, is_stack), some in layers.items():
     others = alike[tuple(some), len(some) == sizes[leaf]] if is_stack else []
     if len(others) > most or 1 < len(others) == len(sizes):
@@ -111,7 +113,7 @@ def _of_stacks(layers: Sequence[int], leaves: Sequence[str], sizes: dict[str, in
 
 
 def _layer(name: str) -> tuple[str, int]:
-  """The leaf and the number of a layer of it; the name and -1 where it is none."""
+  """The leaf and the layer index of a name such as "w[3]"; for any other name, the name and -1."""
   match = re.fullmatch(r"(.*)\[(0|[1-9][0-9]{0,8})\]", name, re.DOTALL)
   return (match[1], int(match[2])) if match else (name, -1)
 
@@ -123,18 +125,18 @@ def _of_stack(leaf: str, layers: Sequence[int]) -> str:
 
 
 def _ranges(layers: Iterable[int]) -> list[str]:
-  """Ascending numbers, neighbours together: 0 and 3..7."""
+  """Ascending numbers, with consecutive ones as a range: "0", "3..7"."""
   groups = itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0])
   runs = [[layer for _, layer in group] for _, group in groups]
   return [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
 
 
 def at_steps(steps: Sequence[int], batches: Sequence[Any] | None = None) -> str:
-  """The first of some steps, as in "at steps 250 (batch 'shard-3'), 300 and 3 more".
+  """Lists the first of some steps, as in "at steps 250 (batch 'shard-3'), 300 and 3 more".
 
   Args:
-    steps: as the caller pushed them, not none.
-    batches: what the caller called the batch of each, None where it was not said; None where it never was.
+    steps: the step numbers that the caller pushed; at least one.
+    batches: the caller's name for the batch of each step, or None for a step without one; None if no step has one.
   """
   named = batches is not None and any(batch is not None for batch in batches[:_MOST_STEPS])
   most = _MOST_BATCHES if named else _MOST_STEPS
@@ -144,7 +146,7 @@ def at_steps(steps: Sequence[int], batches: Sequence[Any] | None = None) -> str:
 
 
 def _of_batch(batch: Any) -> str:
-  """The batch of a step in brackets; those of a step that is several micro-batches."""
+  """The batch of a step in parentheses, or the batches of a step that has several micro-batches."""
   if batch is None:
     return ""
   if not isinstance(batch, tuple):
@@ -154,10 +156,10 @@ def _of_batch(batch: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-  """A time in milliseconds or seconds."""
+  """A duration in milliseconds or seconds."""
   return f"{number(1e3 * seconds)} ms" if seconds < 1 else f"{number(seconds)} s"
 
 
 def counted(x: float) -> str:
-  """A number that may be large, its thousands apart."""
+  """A number that may be large, with thousands separators."""
   return f"{x:,.0f}" if x >= 100 else number(x)

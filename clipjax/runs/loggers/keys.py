@@ -1,6 +1,6 @@
-"""Keys of a row as loggers take them that do not take every key: mlflow and neptune.
+"""Keys of a row for loggers that do not accept every key: mlflow and neptune.
 
-A new key is the same in every row, and no two keys become one.
+A key gets the same new key in every row, and no two keys get the same one.
 """
 
 import posixpath
@@ -10,10 +10,10 @@ _MLFLOW_LENGTH = 250
 
 
 class Namespaces:
-  """Keys for a logger in which "grad/norm" cannot be a number and also a folder, as in "grad/norm/w".
+  """Keys for a logger in which "grad/norm" cannot be both a number and a folder, as in "grad/norm/w".
 
-  The slash after what is a number becomes a dot: "grad/norm.w".
-  A number that comes after its folder is "grad/norm.all".
+  If the folder already is a number, its slash becomes a dot: "grad/norm.w". If the number comes after its folder, it
+  becomes "grad/norm.all".
   """
 
   def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Namespaces:
     self._folders: set[str] = set()
 
   def __call__(self, key: str) -> str:
-    """The key to be used."""
+    """The key to use."""
     if key not in self._new:
       self._new[key] = self._without_folder(key)
     return self._new[key]
@@ -37,9 +37,9 @@ class Namespaces:
 
 
 class MlflowKeys(Namespaces):
-  """Keys of mlflow: letters, digits and "_-. :/" alone, no empty folder, at most 250 characters.
+  """Keys for mlflow: only letters, digits and "_-. :/", no empty folder, at most 250 characters.
 
-  Its file store has folders, and a name such as "blocks/w[3]" is "blocks/w.3".
+  Its file store has folders, and a name such as "blocks/w[3]" becomes "blocks/w.3".
   """
 
   def __init__(self) -> None:
@@ -47,6 +47,7 @@ class MlflowKeys(Namespaces):
     self._taken: set[str] = set()
 
   def _without_folder(self, key: str) -> str:
+    # Rewrite what mlflow refuses, then number duplicates.
     new = re.sub(r"\[(\w+)\]", r".\1", super()._without_folder(key))
     new = re.sub(r"[^/\w.\- ]", "_", new)
     new = posixpath.normpath(re.sub(r"(?<![^/])\.+(?![^/])", "_", new)).lstrip("/")[:_MLFLOW_LENGTH]

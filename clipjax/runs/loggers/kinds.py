@@ -1,7 +1,7 @@
-"""What each kind of logger takes, and how it is called; a kind is known by its methods, and nothing is imported.
+"""How each kind of logger is called. A kind is recognized by its methods; no logger is imported.
 
-`logger_of` makes a `Logger` of what a user passes: from then on a row goes to all of them in the same way. wandb, which
-takes only growing steps, has a file of its own.
+`logger_of` turns what a user passes into a `Logger`; from then on, every logger gets its rows in the same way. wandb
+accepts only increasing steps and has its own file, `wandb_rows`.
 """
 
 import contextvars
@@ -26,11 +26,11 @@ _NO_NUMBERS = frozenset({HEADER, STEP, TIME, BATCH, LEAF, FLAGS, WEIGHTS, USER_S
 
 
 class Entry(NamedTuple):
-  """A row as a logger is given it.
+  """A row as a logger gets it.
 
   Attributes:
-    step: the number that the caller pushed.
-    time: of the push, in seconds since 1970; None for a row that a ring brought.
+    step: the step number that the caller pushed.
+    time: the time of the push, in seconds since 1970; None for a row from a ring.
     values: numbers by key; inf and NaN are floats.
   """
 
@@ -40,13 +40,13 @@ class Entry(NamedTuple):
 
 
 class Logger(NamedTuple):
-  """How rows are given to a target.
+  """How a target gets its rows.
 
   Attributes:
-    name: of the target, in messages.
-    take: is given rows; where it raises it is called again with the same rows.
-    flush: that of the target, where it has one.
-    most: so many rows at once.
+    name: the name of the target in messages.
+    take: takes rows; if it raises, it is called again with the same rows.
+    flush: the flush method of the target, if it has one.
+    most: the maximum number of rows per call.
   """
 
   name: str
@@ -56,7 +56,7 @@ class Logger(NamedTuple):
 
 
 def entry_of(row: Mapping[str, Any], leaves: Mapping[str, Sequence[str]] | None) -> Entry:
-  """A row of the file as a logger is given it, with the numbers by leaf where `leaves` has their names."""
+  """A row of the file as a logger gets it, with the numbers by leaf if `leaves` has their names."""
   flags = row.get(FLAGS, {})
   values = {key: float(flags[key]) if value is None else value for key, value in row.items() if key not in _NO_NUMBERS}
   if leaves is not None:
@@ -70,7 +70,7 @@ def logger_of(target: Any) -> Logger | WandbRows:
   """How to give rows to this target.
 
   Raises:
-    TypeError: for what takes no rows.
+    TypeError: for an object that takes no rows.
     ValueError: for wandb, mlflow or trackio without a run.
   """
   if remedy := _refusal(target):
@@ -78,9 +78,9 @@ def logger_of(target: Any) -> Logger | WandbRows:
   for kind in (_wandb, _mlflow, _by_row, _by_key, _function):
     if (logger := kind(target)) is not None:
       return logger
-  remedy = "pass a function that hands the values on"
+  remedy = "pass a function that forwards the values"
   if isinstance(target, tuple) and len(target) == 2:
-    remedy = "of a pair the second must be 'leaves'"
+    remedy = "the second of a pair must be 'leaves'"
   elif target == "leaves":
     remedy = "pass [(logger, 'leaves')]"
   raise TypeError(f"{_RULE}, got {_described(target)}: {remedy}.")
@@ -90,7 +90,7 @@ _RULE = "`writers` must each be a logger that clipjax knows, a function (step, v
 
 
 def _refusal(target: Any) -> str | None:
-  """What to pass in place of something that looks like a logger and takes no rows."""
+  """What to pass instead of something that looks like a logger but takes no rows."""
   if isinstance(target, type):
     return "pass an instance"
   if isinstance(target, logging.Logger | logging.LoggerAdapter) or target is logging:
@@ -102,17 +102,17 @@ def _refusal(target: Any) -> str | None:
   return None
 
 
-# Called once a row ---------------------------------------------------------------------------------------------------
+# Called once per row -------------------------------------------------------------------------------------------------
 
 
 def _by_row(target: Any) -> Logger | None:
-  """Loggers that take the numbers of a row together: clu, trackio, neptune_scale, comet."""
+  """Loggers that take all numbers of a row at once: clu, trackio, neptune_scale, comet."""
   if _has(target, "write_scalars"):
     return _rows(target, lambda entry: target.write_scalars(entry.step, entry.values))
   if _has(target, "log_metrics"):
     return _rows(target, _neptune_scale(target) if _takes(target.log_metrics, "data") else _comet(target))
   if _has(target, "log") and _takes(target.log, "step"):
-    # trackio knows its run by a context variable, which another thread does not have.
+    # trackio keeps its run in a context variable, which another thread would not see.
     context = contextvars.copy_context()
     _check_trackio(target)
     return _rows(target, lambda entry: context.run(target.log, entry.values, step=entry.step))
@@ -128,7 +128,7 @@ def _rows(target: Any, write: Callable[[Entry], Any]) -> Logger:
 
 
 def _neptune_scale(target: Any) -> Callable[[Entry], Any]:
-  def write(entry: Entry) -> None:  # It refuses what is not finite.
+  def write(entry: Entry) -> None:  # It refuses nonfinite numbers.
     time = None if entry.time is None else datetime.datetime.fromtimestamp(entry.time, datetime.UTC)
     target.log_metrics(data=_finite(entry.values), step=entry.step, timestamp=time)
 
@@ -136,12 +136,12 @@ def _neptune_scale(target: Any) -> Callable[[Entry], Any]:
 
 
 def _comet(target: Any) -> Callable[[Entry], Any]:
-  """`log_metrics(dict, step=)`, of comet and of the loggers of Lightning."""
+  """`log_metrics(dict, step=)`, for comet and the loggers of Lightning."""
 
   def write(entry: Entry) -> None:
     current = getattr(target, "curr_step", None)
     target.log_metrics(entry.values, step=entry.step)
-    if hasattr(target, "curr_step"):  # The step of what the user logs without one; ours is of an earlier step.
+    if hasattr(target, "curr_step"):  # comet uses it for what the user logs without a step; ours is older.
       target.curr_step = current
 
   return write
@@ -151,11 +151,11 @@ def _check_trackio(target: Any) -> None:
   current = getattr(getattr(target, "context_vars", None), "current_run", None)
   if isinstance(current, contextvars.ContextVar) and current.get() is None:
     raise ValueError(
-      "`writers` must have trackio with a run, got none: call `trackio.init` before the Recorder is made."
+      "`writers` must have trackio with a run, got none: call `trackio.init` before making the Recorder."
     )
 
 
-# Called once a number ------------------------------------------------------------------------------------------------
+# Called once per number ----------------------------------------------------------------------------------------------
 
 
 def _by_key(target: Any) -> Logger | None:
@@ -163,7 +163,7 @@ def _by_key(target: Any) -> Logger | None:
   write: Callable[[str, float, Entry], Any] | None = None
   if _has(target, "add_scalar"):
     write = _tensorboard(target.add_scalar)
-  elif _has(target, "track"):  # A whole number would change the type of a series of aim.
+  elif _has(target, "track"):  # An integer would change the type of an aim series.
     write = lambda key, value, entry: target.track(float(value), name=key, step=entry.step)  # noqa: E731
   elif _has(target, "report_scalar"):
     write = _clearml(target.report_scalar)
@@ -173,7 +173,7 @@ def _by_key(target: Any) -> Logger | None:
 
 
 class _KeyByKey:
-  """Writes a row number by number; goes on where it was after an error, so that each is written once."""
+  """Writes a row number by number; after an error it resumes, so each number is written once."""
 
   def __init__(self, write: Callable[[str, float, Entry], Any]):
     self._write = write
@@ -195,7 +195,7 @@ def _tensorboard(add_scalar: Callable[..., Any]) -> Callable[[str, float, Entry]
 
 def _clearml(report_scalar: Callable[..., Any]) -> Callable[[str, float, Entry], Any]:
   def write(key: str, value: float, entry: Entry) -> None:
-    if math.isfinite(value):  # It would draw a 0.
+    if math.isfinite(value):  # clearml would draw a 0.
       title, _, series = key.rpartition("/")
       report_scalar(title=title or series, series=series, value=value, iteration=entry.step)
 
@@ -206,7 +206,7 @@ def _neptune(target: Any) -> Callable[[str, float, Entry], Any]:
   keys = Namespaces()
 
   def write(key: str, value: float, entry: Entry) -> None:
-    if math.isfinite(value):  # It leaves out what is not finite, with a warning each time.
+    if math.isfinite(value):  # neptune would warn at each nonfinite number.
       target[keys(key)].append(value, step=entry.step, timestamp=entry.time)
 
   return write
@@ -223,23 +223,23 @@ def _function(target: Any) -> Logger | None:
 
 
 def _wandb(target: Any) -> WandbRows | None:
-  """A run of wandb, or the module with its run."""
+  """A run of wandb, or the module with an active run."""
   if isinstance(target, ModuleType) and _has(target, "define_metric") and hasattr(target, "run"):
     if target.run is None:
-      raise ValueError("`writers` must have wandb with a run, got none: call `wandb.init` before the Recorder is made.")
+      raise ValueError("`writers` must have wandb with a run, got none: call `wandb.init` before making the Recorder.")
     target = target.run
-  # Asking a run for its step takes a while, and fails once it is finished.
+  # Look at the type: asking a run for its step is slow, and fails once the run is finished.
   if _has(target, "define_metric") and _has(target, "log") and hasattr(type(target), "step"):
     return WandbRows(target)
   return None
 
 
 def _mlflow(target: Any) -> Logger | None:
-  """The module with its active run, which other threads do not see, or a run that it started."""
+  """The module with its active run, which other threads cannot see, or a run that it started."""
   if isinstance(target, ModuleType) and _has(target, "active_run") and _has(target, "MlflowClient"):
     if (run := target.active_run()) is None:
       raise ValueError(
-        "`writers` must have mlflow with a run, got none: call `mlflow.start_run` before the Recorder is made."
+        "`writers` must have mlflow with a run, got none: call `mlflow.start_run` before making the Recorder."
       )
     return _mlflow_run(target, run)
   if hasattr(getattr(target, "info", None), "run_id") and "mlflow" in sys.modules:
@@ -247,8 +247,8 @@ def _mlflow(target: Any) -> Logger | None:
   return None
 
 
-_MLFLOW_ROWS = 50  # In one request: a server takes a few requests in a second.
-_MLFLOW_METRICS = 1000  # It refuses more in one.
+_MLFLOW_ROWS = 50  # Per request: a server handles only a few requests per second.
+_MLFLOW_METRICS = 1000  # mlflow refuses more per request.
 
 
 def _mlflow_run(mlflow: Any, run: Any) -> Logger:
@@ -267,7 +267,7 @@ def _mlflow_run(mlflow: Any, run: Any) -> Logger:
   return Logger("mlflow", take, None, _MLFLOW_ROWS)
 
 
-# What an object is like ----------------------------------------------------------------------------------------------
+# Looking at objects -------------------------------------------------------------------------------------------------
 
 
 def _has(target: Any, method: str) -> bool:
@@ -275,7 +275,7 @@ def _has(target: Any, method: str) -> bool:
 
 
 def _takes(function: Callable[..., Any], argument: str) -> bool:
-  """Whether a function has an argument of this name; one that cannot be asked has."""
+  """Whether a function has an argument of this name; assumed if it has no signature."""
   try:
     parameters = inspect.signature(function).parameters
   except (TypeError, ValueError):

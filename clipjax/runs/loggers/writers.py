@@ -1,8 +1,8 @@
 """Gives the rows of a `Recorder` to loggers: each row once, in order, and no push waits for a logger.
 
-Every logger has a queue of its own. A thread empties it, so that a slow one holds up nothing but itself; one that
-raises is tried again. wandb counts its steps by what the training logs, so its rows are handed on by the thread that
-pushes, one a push. Warnings are given in the thread that pushes too.
+Every logger has its own queue, emptied by its own thread, so a slow logger delays only itself; one that raises is tried
+again. wandb counts steps by what the training code logs, so the pushing thread logs its rows, one per push. Warnings
+are given in the pushing thread too.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from clipjax.runs.loggers.kinds import Entry, Logger, entry_of, logger_of
 from clipjax.runs.loggers.wandb_rows import WandbRows
 from clipjax.runs.schema import LEAF
 
-WITH_LEAVES = "leaves"  # What stands beside a target that is given the numbers by leaf too.
+WITH_LEAVES = "leaves"  # Second of a pair: its logger gets the numbers by leaf too.
 
-_KEPT_BYTES = 2**24  # Of rows that wait for a logger.
+_KEPT_BYTES = 2**24  # Limit for the rows that wait for a logger.
 _BYTES_A_NUMBER = 64  # A float and its place in a dict.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 60.0  # Seconds between two tries.
-_MOST_A_PUSH = 100  # Rows, where a push stands for many steps.
-_TRIES = 3  # At a flush; each may take as long as a server that does not answer.
-_PATIENCE = 60.0  # For how many seconds a flush waits for a logger that takes nothing.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 60.0  # Seconds between two attempts.
+_MOST_A_PUSH = 100  # Rows handed on by one push that stands for many steps.
+_TRIES = 3  # Attempts at a flush; each may take as long as an unresponsive server.
+_PATIENCE = 60.0  # Seconds that a flush waits for a logger that takes nothing.
 
 Row: TypeAlias = dict[str, Any]
 Leaves: TypeAlias = Mapping[str, Sequence[str]]
@@ -35,10 +35,10 @@ class Writers:
 
   Args:
     targets: loggers, functions (step, values), or pairs of one and "leaves".
-    warn: is given the text of each warning, in a thread that calls `pace`, `flush` or `close`.
+    warn: called with the text of each warning, in a thread that calls `pace`, `flush` or `close`.
 
   Raises:
-    TypeError: for what takes no rows.
+    TypeError: for an object that takes no rows.
     ValueError: for wandb, mlflow or trackio without a run.
   """
 
@@ -48,20 +48,20 @@ class Writers:
     self._paced = [writer for writer in self._writers if isinstance(writer, _Paced)]
 
   def hand_on(self, row: Row, leaves: Leaves) -> None:
-    """Puts a row into the queues.
+    """Adds a row to the queues.
 
     Args:
-      row: as it is in the file, its numbers by leaf as numpy vectors. It is not to be changed afterwards.
-      leaves: names of the entries of those vectors, by the name of their state.
+      row: as in the file, with its numbers by leaf as numpy vectors. Must not be changed afterwards.
+      leaves: names of the entries of those vectors, by state name.
     """
     for writer in self._writers:
       writer.put(row, leaves)
 
   def pace(self, step: int | None) -> None:
-    """Hands on the next row to loggers that want it in this thread; to be called at each push.
+    """Hands on the next row to loggers that want it in this thread; called at each push.
 
     Args:
-      step: that of the push; None where it is not known here.
+      step: the step of the push; None if it is not known on the host.
     """
     for writer in self._paced:
       writer.pace(step)
@@ -70,7 +70,7 @@ class Writers:
         self._say()
 
   def flush(self) -> None:
-    """Hands on what waits, tries again what failed, and flushes the loggers."""
+    """Hands on waiting rows, retries failed ones, and flushes the loggers."""
     for writer in self._writers:
       writer.ask()
     for writer in self._writers:
@@ -78,7 +78,7 @@ class Writers:
     self._say()
 
   def close(self) -> None:
-    """Flushes, and says how many rows were never taken; rows of later calls are not either."""
+    """Flushes, and warns how many rows were never taken, as later rows never are."""
     for writer in self._writers:
       writer.ask(is_last=True)
     for writer in self._writers:
@@ -99,13 +99,13 @@ def _writer(target: Any) -> "_Threaded | _Paced":
 
 
 class _Queue:
-  """Rows that a logger has not taken yet; where there are too many, the oldest go."""
+  """Rows that a logger has not taken yet; if there are too many, the oldest are dropped."""
 
   def __init__(self, with_leaves: bool):
     self._with_leaves = with_leaves
     self._rows: deque[tuple[Row, Leaves, int]] = deque()
     self._bytes = 0
-    self._lock = threading.RLock()  # SIGTERM is handled in the thread that it interrupts.
+    self._lock = threading.RLock()  # SIGTERM is handled in the thread that it interrupts, which may hold the lock.
     self.lost = 0
 
   def __len__(self) -> int:
@@ -123,7 +123,7 @@ class _Queue:
         self.lost += 1
 
   def take(self, most: int) -> list[Entry]:
-    """Some of the oldest rows, without those that have no number."""
+    """Takes some of the oldest rows, without those that have no number."""
     with self._lock:
       taken = [self._rows.popleft() for _ in range(min(most, len(self._rows)))]
       self._bytes -= sum(size for _, _, size in taken)
@@ -132,7 +132,7 @@ class _Queue:
 
 
 class _Tries:
-  """Calls a logger; after an error it is given pauses that grow, and one warning is made."""
+  """Calls a logger; after an error, it pauses longer each time and warns once."""
 
   def __init__(self, name: str, says: deque[str]):
     self._name = name
@@ -142,19 +142,19 @@ class _Tries:
     self._next = 0.0
 
   def begin(self) -> None:
-    """Tries again at once, and `_TRIES` times with short pauses."""
+    """Allows an immediate attempt, and `_TRIES` attempts with short pauses."""
     self._failures, self._next = 0, 0.0
 
   def is_given_up(self) -> bool:
-    """Whether it has failed so often since `begin`."""
+    """Whether it has failed `_TRIES` times since `begin`."""
     return self._failures >= _TRIES
 
   def pause(self) -> float:
-    """How many seconds there are until the next try."""
+    """Seconds until the next attempt."""
     return max(0.0, self._next - time.monotonic())
 
   def call(self, function: Callable[[], Any]) -> bool:
-    """Whether it did not raise."""
+    """Calls the function; returns whether it succeeded."""
     try:
       function()
     except Exception as error:
@@ -163,8 +163,8 @@ class _Tries:
       if not self._has_said:
         self._has_said = True
         self._says.append(
-          f"the writer {self._name} raised {type(error).__name__}: {error}; its rows wait, up to "
-          f"{_KEPT_BYTES >> 20} MiB of them, and are tried again. The training and the other outputs go on."
+          f"the writer {self._name} raised {type(error).__name__}: {error}; up to "
+          f"{_KEPT_BYTES >> 20} MiB of its rows wait for another attempt. Training and the other outputs continue."
         )
       return False
     self._failures, self._next = 0, 0.0
@@ -172,14 +172,14 @@ class _Tries:
 
 
 class _Threaded:
-  """A logger that is called in a thread of its own."""
+  """A logger with its own thread."""
 
   def __init__(self, logger: Logger, with_leaves: bool):
     self.says: deque[str] = deque()
     self._logger = logger
     self._tries = _Tries(logger.name, self.says)
     self._queue = _Queue(with_leaves)
-    self._in_hand: list[Entry] = []  # Taken from the queue; kept until the logger has taken them.
+    self._in_hand: list[Entry] = []  # Taken from the queue, and kept until the logger accepts them.
     self._changed = threading.Condition()
     self._asked = self._answered = self._progress = 0
     self._is_closed = False
@@ -195,7 +195,7 @@ class _Threaded:
       self._changed.notify_all()
 
   def ask(self, *, is_last: bool = False) -> None:
-    """Asks for a flush; `wait` waits for it."""
+    """Requests a flush; `wait` waits for it."""
     with self._changed:
       if not self._is_closed:
         self._asked += 1
@@ -203,11 +203,12 @@ class _Threaded:
         self._changed.notify_all()
 
   def wait(self) -> None:
-    """Until all that was asked for is done, or failed once more, or the logger is stuck."""
-    while self._thread is None and self._answered < self._asked:  # There were no rows, or no thread can start any more.
+    """Waits until the flush is done or has failed again, or the logger is stuck."""
+    while self._thread is None and self._answered < self._asked:  # No rows so far, or no thread can start.
       time.sleep(self._tries.pause())
       self._turn()
     with self._changed:
+      # Give up only on a logger that makes no progress at all: a slow one may take its time.
       asked, progress, since = self._asked, self._progress, time.monotonic()
       while self._answered < asked:
         self._changed.wait(_PATIENCE / 10)
@@ -215,7 +216,7 @@ class _Threaded:
           progress, since = self._progress, time.monotonic()
         elif time.monotonic() - since > _PATIENCE:
           self.says.append(
-            f"the writer {self._logger.name} has taken nothing for {_PATIENCE:.0f} s: it is not waited for."
+            f"the writer {self._logger.name} has taken nothing for {_PATIENCE:.0f} s: clipjax stops waiting for it."
           )
           return
 
@@ -229,7 +230,7 @@ class _Threaded:
   def _start(self) -> None:
     if self._thread is None:
       thread = threading.Thread(target=self._work, name=f"clipjax {self._logger.name}", daemon=True)
-      with contextlib.suppress(RuntimeError):  # While Python exits, none can be started.
+      with contextlib.suppress(RuntimeError):  # No thread can start while Python exits.
         thread.start()
         self._thread = thread
 
@@ -243,7 +244,8 @@ class _Threaded:
       self._turn()
 
   def _turn(self) -> None:
-    """Gives the next rows to the logger; flushes it where there are none and that was asked for."""
+    """Gives the next rows to the logger; flushes it if there are none and a flush was requested."""
+    # Under the lock: what to do. Without it: the call, which may take long. Under it again: what was done.
     with self._changed:
       asked = self._asked
       self._in_hand = rows = self._in_hand or self._queue.take(self._logger.most)
@@ -261,13 +263,13 @@ class _Threaded:
       self._changed.notify_all()
 
   def _is_due(self) -> bool:
-    """Whether there is something to be done now, not after a pause."""
+    """Whether there is work to do now rather than after a pause."""
     is_wanted = self._asked > self._answered or bool(self._in_hand) or len(self._queue) > 0
     return is_wanted and self._tries.pause() == 0
 
 
 class _Paced:
-  """A logger that is called in the thread that pushes."""
+  """A logger that is called in the pushing thread."""
 
   def __init__(self, logger: WandbRows, with_leaves: bool):
     self.says: deque[str] = deque()
@@ -283,13 +285,13 @@ class _Paced:
     self._queue.put(row, leaves)
 
   def pace(self, step: int | None) -> None:
-    if not self._lock.acquire(blocking=False):  # Another thread hands on a row at this moment.
+    if not self._lock.acquire(blocking=False):  # Another thread is handing on a row.
       return
     try:
       before = self._pushed[1] if self._pushed else step
       if step is not None and before is not None:
         self._pushed = (before, max(before, step))
-      # A push that brings several steps from a ring hands on as many.
+      # A push that brings several steps from a ring hands on as many rows.
       most = max(1, self._pushed[1] - self._pushed[0]) if self._pushed and step is not None else 1
       if self._tries.pause() == 0:
         self._hand_on(min(most, _MOST_A_PUSH))
@@ -307,7 +309,7 @@ class _Paced:
         self._hand_on(None, at_any_step=is_last)
 
   def wait(self) -> None:
-    """Nothing is left to wait for."""
+    """Does nothing: `ask` has done it all."""
 
   def end(self) -> None:
     if not self._is_closed:
@@ -315,7 +317,7 @@ class _Paced:
       _say_lost(self.says, self._logger.name, self._queue.lost + len(self._queue) + len(self._in_hand))
 
   def _hand_on(self, most: int | None, at_any_step: bool = False) -> None:
-    """Hands on rows while the logger takes them."""
+    """Hands on rows as long as the logger takes them."""
     handed = 0
     while (most is None or handed < most) and (self._in_hand or len(self._queue)):
       self._in_hand = self._in_hand or self._queue.take(1)

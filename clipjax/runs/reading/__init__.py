@@ -1,1 +1,1 @@
-"""Reading: from the lines of a file, or arrays, to the columns of a `Run`."""
+"""Reading: turns the lines of a file into the columns of a `Run`."""

@@ -1,9 +1,9 @@
-"""Rows of a file as compact columns, which are filled while the file is read. numpy alone.
+"""Rows of a file as compact columns, filled while the file is read. numpy alone.
 
-A `Table` holds its rows in the order of their steps, each step once. Every column is one array of float64 that has room
-for about all rows from the start; room that is not used costs no memory. Rows with new steps come many at a time and
-cost a few numpy calls a column. All other changes come one at a time: a number that is put into an earlier row, a row
-between two others, and the end of a course that was given up.
+A `Table` holds its rows in step order, each step once. Every column is one float64 array, allocated up front for about
+all rows; the unused part costs no memory. Rows with new steps arrive many at a time and cost a few numpy calls per
+column. All other changes arrive one at a time: a number for an earlier row, a row between two others, and the end of a
+course that the run abandoned.
 """
 
 import math
@@ -22,7 +22,7 @@ Row: TypeAlias = dict[str, Any]
 
 
 class Block(NamedTuple):
-  """Rows with the same keys, all of numbers: `steps` (rows,), and `values` (rows, keys)."""
+  """Rows with the same keys and only numbers: `steps` (rows,) and `values` (rows, keys)."""
 
   keys: tuple[str, ...]
   steps: Ints
@@ -35,15 +35,15 @@ class Block(NamedTuple):
 
 
 class Table:
-  """Columns over steps that ascend.
+  """Columns over ascending steps.
 
   Attributes:
-    count: how many rows there are.
-    dropped: how many rows `cut` has taken away.
+    count: the number of rows.
+    dropped: how many rows `cut` has removed.
 
   Args:
-    room: for how many rows there is room at first.
-    names: of the leaves of the first rows, by the name of their state.
+    room: how many rows to allocate at first.
+    names: the leaf names of the first rows, by state name.
   """
 
   def __init__(self, room: int, names: Names):
@@ -61,7 +61,7 @@ class Table:
     self.name(names)
 
   def name(self, names: Names) -> None:
-    """Says the names of the leaves of the rows to come."""
+    """Sets the leaf names for the rows to come."""
     self._names |= names
     for key, labels in names.items():
       self._all_names.setdefault(key, {}).update(dict.fromkeys(labels))
@@ -69,7 +69,8 @@ class Table:
   # Growing ----------------------------------------------------------------------------------------------------------
 
   def append(self, rows: Sequence[Row], block: Block | None = None, among: Ints | None = None) -> None:
-    """Adds rows behind the last one; their steps ascend. Those of a block have the places `among` all of them."""
+    """Appends rows with ascending steps. The rows of a block take the places `among` all of them."""
+    # Reserve and clear the places, then fill in the block and the other rows.
     start, stop = self.count, self.count + len(rows) + (0 if block is None else len(block.steps))
     self._reserve(stop)
     self._clear(start, stop)
@@ -78,7 +79,7 @@ class Table:
       self._fill_block(block, where[among])
       where = np.delete(where, among)
     self._steps[where] = [row[STEP] for row in rows]
-    # Rows of as many keys nearly always have the same ones, and are filled in together.
+    # Rows with equally many keys nearly always have the same keys, and are filled in together.
     sizes = list(map(len, rows))
     for size in dict.fromkeys(sizes):
       alike = [i for i, other in enumerate(sizes) if other == size]
@@ -93,13 +94,13 @@ class Table:
         self._column(key)[where] = column
 
   def _fill(self, rows: Sequence[Row], where: Ints) -> bool:
-    """Puts rows of as many keys in their places; False, and nothing is done, where they do not have the same ones."""
+    """Fills in rows with equally many keys; does nothing and returns False if their keys differ."""
     keys = tuple(rows[0])
     try:
       values = list(chain.from_iterable(map(itemgetter(STEP, *keys), rows)))
     except KeyError:
       return False
-    if not _OBJECTS.isdisjoint(keys):
+    if not _OBJECTS.isdisjoint(keys):  # Vectors, flags, batches or histograms: the rest are numbers.
       self._fill_objects(rows, where)
       scalars = _scalars(keys)
       values = list(chain.from_iterable(map(itemgetter(STEP, STEP, *scalars), rows)))
@@ -111,7 +112,7 @@ class Table:
     return True
 
   def _fill_objects(self, rows: Sequence[Row], where: Ints) -> None:
-    """Puts in what is not a number."""
+    """Fills in everything that is not a number."""
     vectors: dict[str, tuple[list[int], list[Any]]] = {}
     for row, place in zip(rows, where.tolist(), strict=True):
       for key in _flagged(row):
@@ -130,7 +131,7 @@ class Table:
       self._blocks.setdefault(key, []).append(block)
 
   def _is_named(self, key: str, values: Any) -> bool:
-    """Whether a vector is of the leaves that have names; where no header has any, they are numbered."""
+    """Whether a vector has an entry per named leaf; if no header names leaves, they are numbered."""
     name = name_of(key)
     if values and not self._names.get(name):
       self.name({name: tuple(f"leaf {i}" for i in range(len(values)))})
@@ -141,7 +142,7 @@ class Table:
     if counts.shape != (len(edges) - 1,):
       raise ValueError("a histogram must have a count for each bin")
     if self._histograms and self._histograms[-1].names == edges:
-      edges = self._histograms[-1].names  # They come with every row.
+      edges = self._histograms[-1].names  # Every row has the same edges: keep one copy.
     self._histograms.append(_Piece(np.array([step], np.int64), edges, counts[None], len(self._cuts)))
 
   # Changing what is there -------------------------------------------------------------------------------------------
@@ -151,28 +152,28 @@ class Table:
     return int(self._steps[self.count - 1]) if self.count else None
 
   def add(self, row: Row) -> None:
-    """Puts the numbers of a row into that of its step, which is made where there is none."""
+    """Adds the numbers of a row to the row of its step, which is created if needed."""
     place = self._place(row[STEP])
     if place == self.count:
       self.append([row])
       return
-    if self._steps[place] != row[STEP]:
+    if self._steps[place] != row[STEP]:  # A new step between two others.
       self._make_room(place)
       self._steps[place] = row[STEP]
-    for key in _scalars(row):
+    for key in _scalars(row):  # A new number also replaces the flag of the old one.
       if key in self._flags:
         self._flags[key][place] = False
     self._fill([row], np.array([place]))
 
   def cut(self, step: int) -> None:
-    """Takes away the rows from `step` on."""
+    """Removes the rows from `step` on."""
     place = self._place(step)
     self.dropped += self.count - place
     self.count = place
     self._cuts.append(step)
 
   def _make_room(self, place: int) -> None:
-    """Moves the rows from `place` on by one."""
+    """Moves the rows from `place` on by one place."""
     self._reserve(self.count + 1)
     for values in (self._steps, *self._values.values(), *self._flags.values(), self._batches):
       if values is not None:
@@ -181,7 +182,7 @@ class Table:
     self.count += 1
 
   def _reserve(self, count: int) -> None:
-    """Makes room for `count` rows, where it is not enough."""
+    """Grows the arrays to at least `count` rows."""
     if count > self._room:
       self._room = max(count, self._room + self._room // 4)
       for values in (self._steps, *self._values.values(), *self._flags.values(), self._batches):
@@ -216,7 +217,7 @@ class Table:
     return int(np.searchsorted(self._steps[: self.count], step))
 
   def _end(self, block: "_Piece") -> float:
-    """The step from which on the rows of a block were taken away."""
+    """The step from which on the rows of a block were removed later; inf if none were."""
     return min(self._cuts[block.cuts :], default=math.inf)
 
   # What has been read -----------------------------------------------------------------------------------------------
@@ -227,29 +228,29 @@ class Table:
     return self._steps
 
   def columns(self) -> dict[str, Floats]:
-    """The columns, shape (n,), in which something was recorded: NaN where there is no number that is finite."""
+    """The columns with anything recorded, shape (n,): NaN where there is no finite number."""
     flags = self.flags()
     values = {key: _cut_to(values, self.count) for key, values in self._values.items()}
     return {key: column for key, column in values.items() if key in flags or not np.isnan(column).all()}
 
   def flags(self) -> dict[str, Bools]:
-    """Where a number was recorded that is not finite, shape (n,), of the columns that have such."""
+    """Where a recorded number was nonfinite, shape (n,), for the columns with such numbers."""
     flags = {key: _cut_to(flags, self.count) for key, flags in self._flags.items()}
     return {key: column for key, column in flags.items() if column.any()}
 
   def batches(self) -> Objects | None:
-    """What the caller calls the batches, shape (n,); None where no row has one."""
+    """The caller's name for each batch, shape (n,); None if no row has one."""
     batches = None if self._batches is None else _cut_to(self._batches, self.count)
     return None if batches is None or not any(batch is not None for batch in batches) else batches
 
   def names(self) -> Names:
-    """The leaves of each state, those of all headers together."""
+    """The leaves of each state, from all headers together."""
     return {name: tuple(labels) for name, labels in self._all_names.items()}
 
   def vectors(self) -> dict[str, tuple[Ints, Floats]]:
-    """By key the steps (m,) and the numbers (m, leaves): inf where not finite, NaN for a leaf without a number."""
+    """By key: the steps (m,) and the numbers (m, leaves), inf for a nonfinite one, NaN for a leaf without one."""
     out: dict[str, tuple[Ints, Floats]] = {}
-    while self._blocks:
+    while self._blocks:  # Releases each block as soon as it is joined, to save memory.
       key = next(iter(self._blocks))
       joined = self._joined(self._blocks.pop(key), tuple(self._all_names[name_of(key)]))
       if joined[0].size:
@@ -257,17 +258,19 @@ class Table:
     return out
 
   def weights(self) -> tuple[Ints, Floats, Floats] | None:
-    """The histograms: steps (m,), edges (k + 1,) and counts (m, k); None without any."""
+    """The histograms: steps (m,), edges (k + 1,) and counts (m, k); None if there are none."""
     kept = [block for block in self._histograms if block.steps[0] < self._end(block)]
     if not kept:
       return None
+    # Only histograms with the edges of the last one can be compared.
     edges = max(reversed(kept), key=lambda block: int(block.steps[0])).names
     same = [block._replace(names=edges[1:]) for block in kept if block.names == edges]
     steps, counts = self._joined(same, edges[1:])
     return steps, np.array(edges, np.float64), counts
 
   def _joined(self, blocks: list["_Piece"], names: tuple[Any, ...]) -> tuple[Ints, Floats]:
-    """Blocks as one, each step once; a later one replaces an earlier one."""
+    """Joins blocks, each step once; a later block replaces an earlier one."""
+    # A row survives unless a later cut removed its step.
     ends = np.minimum.accumulate(np.array([math.inf, *reversed(self._cuts)]))[::-1]
     kept = [block.steps < ends[block.cuts] for block in blocks]
     steps = np.unique(np.concatenate([block.steps[mask] for block, mask in zip(blocks, kept, strict=True)]))
@@ -284,7 +287,7 @@ class Table:
 
 
 class _Piece(NamedTuple):
-  """Vectors of some steps: `values` (m, names), added when so many cuts had been made."""
+  """Vectors at some steps: `values` (m, names). `cuts` counts the cuts made before they were added."""
 
   steps: Ints
   names: tuple[Any, ...]
@@ -301,7 +304,7 @@ def _scalars(keys: Iterable[str]) -> list[str]:
 
 
 def _floats(numbers: list[Any]) -> Floats:
-  """Numbers, with NaN for None; raises for what is neither."""
+  """The numbers as float64, with NaN for None; raises for anything else."""
   form = f"{len(numbers)}d"
   try:
     return np.frombuffer(struct.pack(form, *numbers))
@@ -310,29 +313,29 @@ def _floats(numbers: list[Any]) -> Floats:
       raise TypeError("a value must be a number or null") from None
     try:
       return np.frombuffer(struct.pack(form, *[math.nan if x is None else x for x in numbers]))
-    except struct.error:  # What Python says of an integer beyond a float64 depends on its version.
+    except struct.error:  # Which error Python raises for an integer beyond float64 depends on its version.
       raise OverflowError("a value must be in the range of a float") from None
 
 
 def _vectors(lists: list[Any]) -> Floats:
-  """Lists of one length as rows, with inf for None."""
+  """Lists of equal length as rows, with inf for None."""
   values = np.array(lists, np.float64)  # None becomes NaN.
   if values.ndim != 2:
-    raise ValueError("a vector must have numbers alone")
+    raise ValueError("a vector must have only numbers")
   values[np.isnan(values)] = np.inf
   return values
 
 
 def _flagged(row: Row) -> list[str]:
-  """The keys of a row whose numbers are not finite."""
+  """The keys of a row whose numbers are nonfinite."""
   flags = row.get(FLAGS) or {}
   if not isinstance(flags, dict):
-    raise TypeError("what is not finite must be told by key")
+    raise TypeError("nonfinite numbers must be flagged by key")
   return [key for key in flags if key in row and key not in _NO_SCALARS]
 
 
 def _batch(value: Any) -> Any:
-  """A batch: an int, a string, or a tuple of them where a row is of several."""
+  """A batch: an int, a string, or a tuple of them for a row with several."""
   if isinstance(value, list):
     return tuple(map(_batch, value))
   if not isinstance(value, int | str | None):
@@ -341,7 +344,7 @@ def _batch(value: Any) -> Any:
 
 
 def _cut_to(values: Any, count: int) -> Any:
-  """The first entries; the room behind them is given back."""
+  """The first entries; the memory behind them is released."""
   if values.size > count:
     values.resize(count, refcheck=False)
   return values

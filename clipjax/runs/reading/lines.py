@@ -1,7 +1,7 @@
-"""The lines of a file of rows as dicts: all of them, part by part, or those at its end.
+"""The lines of a run file as dicts: all of them, part by part, or only the last ones.
 
-A line that a crash has torn is no JSON and is passed over, and so is whatever else is neither a header nor a row. No
-more than a part of the file is in memory at a time.
+A line that a crash tore is not JSON and is skipped, like anything else that is neither a header nor a row. Only one
+part of the file is in memory at a time.
 """
 
 import json
@@ -20,14 +20,14 @@ from clipjax.runs.schema import FORMAT, HEADER, STEP
 from clipjax.runs.words import described
 
 _PART = 2**20  # Bytes of a part.
-_MANY = 50  # Rows that are alike; of fewer the parser takes as long.
-_TAIL = 2**16  # Bytes at the end of a file that are looked at first.
+_MANY = 50  # Uniform rows; for fewer, the parser is as fast.
+_TAIL = 2**16  # Bytes at the end of a file to look at first.
 _START = f'{{"{HEADER}"'.encode()
 _NUMBER = re.compile(re.escape(_START) + rb": *(\d+)")
 
 
 def checked_path(path: Any) -> str:
-  """The path as a string; raises for what is none."""
+  """The path as a string; raises for anything but a path."""
   name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
   if not isinstance(name, str):
     raise TypeError(f"`path` must be a string or a pathlib.Path, got {described(path)}: pass the name of a file.")
@@ -37,25 +37,25 @@ def checked_path(path: Any) -> str:
 
 
 def is_run(path: str) -> bool:
-  """Whether a file begins as a `Recorder` does; an empty one does, and so does one torn in its first line."""
+  """Whether a file begins as a `Recorder` begins one; an empty file counts, and so does a torn first line."""
   with Path(path).open("rb") as file:
     return _START.startswith(file.read(len(_START)))
 
 
 def is_blank(path: str) -> bool:
-  """Whether a file has no line with anything in it."""
+  """Whether all lines of a file are blank."""
   with Path(path).open("rb") as file:
     return not any(line.strip() for line in file)
 
 
 class Survey(NamedTuple):
-  """What a first look at a file tells.
+  """What a first look at a file shows.
 
   Attributes:
-    size: its bytes.
-    rows: about how many lines it has.
-    header: the first header that is whole; None without one.
-    format: that of the rows before it, which a torn header may tell.
+    size: the size in bytes.
+    rows: the approximate number of lines.
+    header: the first complete header; None if there is none.
+    format: the format of the rows before it, which a torn header may still tell.
   """
 
   size: int
@@ -65,7 +65,7 @@ class Survey(NamedTuple):
 
 
 def survey(path: str) -> Survey:
-  """Looks at the first lines of a file; at all of them where it has no header."""
+  """Looks at the first lines of a file, or at all of them if it has no header."""
   header, number = None, None
   with Path(path).open("rb") as file:
     size = file.seek(0, os.SEEK_END)
@@ -76,6 +76,7 @@ def survey(path: str) -> Survey:
         number = number or (int(found[1]) if found else None)
         if (header := _entry(line)) is not None:
           break
+    # The line density of the next part gives the approximate number of rows.
     head = file.read(_PART)
   rows = 16 + size * head.count(b"\n") // max(len(head), 1)
   return Survey(size, rows + rows // 32, header, number or FORMAT)
@@ -85,10 +86,10 @@ class Part(NamedTuple):
   """Some lines of a file.
 
   Attributes:
-    entries: headers and rows, in their order.
+    entries: headers and rows, in order.
     others: how many lines were neither.
-    block: more rows, which are alike; None where there are none. `entries` then has no header.
-    among: the places of these among all rows.
+    block: more rows, all uniform; None if there are none. With a block, `entries` has no header.
+    among: the places of the block among all rows.
   """
 
   entries: list[Row]
@@ -103,6 +104,7 @@ def parts(path: str, size: int) -> Iterator[Part]:
   with Path(path).open("rb") as file:
     while size > 0 and (data := file.read(min(_PART, size))):
       size -= len(data)
+      # A part ends with a line; the beginning of the next line waits for the next part.
       lines, end, rest_of_line = (rest + data).rpartition(b"\n") if b"\n" in data else (b"", b"", rest + data)
       if lines:
         yield _with_block(lines + end) or Part(*_entries(lines.split(b"\n")))
@@ -112,7 +114,7 @@ def parts(path: str, size: int) -> Iterator[Part]:
 
 
 def last_parts(path: str) -> Iterator[tuple[list[Row], bool]]:
-  """The headers and rows at the end of a file, each time of more of it, and whether that is all of it."""
+  """Headers and rows at the end of a file, each time from a larger part, and whether that is the whole file."""
   with Path(path).open("rb") as file:
     size, length = file.seek(0, os.SEEK_END), _TAIL
     while True:
@@ -124,18 +126,18 @@ def last_parts(path: str) -> Iterator[tuple[list[Row], bool]]:
 
 
 def _from(file: BinaryIO, start: int, size: int) -> list[bytes]:
-  """The lines that begin at `start` or behind it."""
+  """The lines that begin at `start` or later."""
   file.seek(max(start - 1, 0))
   data = file.read(size - max(start - 1, 0))
   return data.splitlines(keepends=True) if start == 0 else data.split(b"\n", 1)[-1].split(b"\n")
 
 
 def _with_block(text: bytes) -> Part | None:
-  """Rows, most of which are alike; None where they are not, or one of the lines is no row."""
+  """A part whose rows are mostly uniform; None if they are not, or a line is not a row."""
   characters = np.frombuffer(text, np.uint8)
   ends = np.flatnonzero(characters == ord("\n")) + 1
   bounds = np.concatenate([[0], ends])
-  # First those without an object inside; where that is not enough, those that have as many keys as most.
+  # Select the rows with the usual number of objects; if they are not uniform, those with the usual number of keys.
   for mark in b'{"':
     counts = np.diff(np.searchsorted(np.flatnonzero(characters == mark), bounds))
     usual = np.bincount(counts).argmax()
@@ -155,14 +157,14 @@ def _with_block(text: bytes) -> Part | None:
 
 
 def _without(text: bytes, bounds: Ints, lines: list[int]) -> bytes:
-  """The text without some of its lines, the first of which begins at `bounds[0]`."""
+  """The text without some of its lines; line i begins at `bounds[i]`."""
   starts = [0, *(bounds[i + 1] for i in lines)]
   stops = [*(bounds[i] for i in lines), len(text)]
   return b"".join([text[start:stop] for start, stop in zip(starts, stops, strict=True)])
 
 
 def _entries(lines: list[bytes]) -> tuple[list[Row], int]:
-  """What the lines hold, and how many of them hold nothing of ours."""
+  """The headers and rows in the lines, and how many lines hold neither."""
   entries = _together(lines)
   if entries is None:
     lines = [line for line in lines if line.strip()]
@@ -174,17 +176,17 @@ def _entries(lines: list[bytes]) -> tuple[list[Row], int]:
 
 
 def _together(lines: list[bytes]) -> list[Row] | None:
-  """What the lines hold, by one call of the parser; None where not every line is an object by itself."""
+  """The lines, parsed in a single call; None unless every line is an object by itself."""
   try:
     entries = json.loads(f"[{b','.join(lines).decode()}]")
   except (ValueError, RecursionError):
     return None
-  # A torn line could be healed by one that follows it, but that leaves fewer objects than lines.
+  # The next line could complete a torn one, but then there are fewer objects than lines.
   return entries if len(entries) == len(lines) and {*map(type, entries)} <= {dict} else None
 
 
 def _entry(line: bytes) -> Row | None:
-  """What a line holds; None where it is torn, no text, or nested too deep for any row."""
+  """The object in a line; None if the line is torn, not text, or nested too deeply to be a row."""
   try:
     entry = json.loads(line.decode("utf-8-sig"))
   except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""Reading what a `Recorder` has written: which rows are of the run, and which of a course that was given up.
+"""Reads what a `Recorder` wrote, and decides which rows belong to the run and which were superseded.
 
-The file is JSON Lines. A header names what was recorded, `{"clipjax_run": 2, "leaves": ..., ...}`; then comes a row for
-each step, `{"step": 7, "time": ..., "grad/norm": ..., ...}`. Numbers that are not finite are null, and the row's
-"nonfinite" says what they were. Most rows go on above the last one; `Course` has the rules for those that do not.
+The file is JSON Lines. A header says what was recorded, `{"clipjax_run": 2, "leaves": ..., ...}`, followed by one row
+per step, `{"step": 7, "time": ..., "grad/norm": ..., ...}`. Nonfinite numbers are null, and "nonfinite" in the row says
+what they were. Most rows follow the last step; `Course` has the rules for those that do not.
 """
 
 import dataclasses
@@ -21,30 +21,30 @@ from clipjax.runs.reading.lines import Part, Survey, checked_path, is_blank, is_
 from clipjax.runs.run import Run
 from clipjax.runs.schema import BACK, FORMAT, HEADER, LEAF, LEAVES, OPTIMIZER, PARAMETERS, STARTED, STEP, VERSION, merge
 
-_HEAD = 2**20  # Bytes that are looked at for a first row.
+_HEAD = 2**20  # Bytes to search for the first row.
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-  """Reads a file that a `Recorder` wrote, also while it is being written, or after a crash.
+  """Reads a file that a `Recorder` wrote, even while it is being written or after a crash.
 
-  Rows of one step become one row, in which a later number replaces an earlier one, also where it was recorded after
-  later steps. Where the run went back to a step, which its row says, what was recorded from there on is superseded.
-  `Run.superseded` counts such rows, and `Run.unreadable` the lines that a crash has torn.
-  A million rows take seconds, and little more memory than their columns.
+  Rows of one step become one row, in which a later number replaces an earlier one, even if it was recorded after later
+  steps. If a row says that the run went back to its step, all earlier rows from that step on are superseded.
+  `Run.superseded` counts them, and `Run.unreadable` counts the lines that a crash tore. A million rows take seconds and
+  little more memory than their columns.
 
-  Files of clipjax 0.1.0, in which a step is a count of updates, are read too. In these a resumed run drops what was
-  recorded from its first step on, and nothing else does.
+  Files of clipjax 0.1.0, in which a step is an update count, are read too. In them, only a resumed run supersedes rows,
+  from its first step on.
 
   Args:
     path: the file.
 
   Returns:
-    A `Run`; without rows, one of length 0.
+    A `Run`; its length is 0 if the file has no rows.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    TypeError: for what is no path.
-    ValueError: for a directory, an empty file, a file that no `Recorder` wrote, or one of a later format.
+    TypeError: for anything but a path.
+    ValueError: for a directory, an empty file, a file that no `Recorder` wrote, or a file of a later format.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, clipjax
@@ -61,22 +61,22 @@ def read_run(path: str | os.PathLike[str]) -> Run:
   """
   name = checked_path(path)
   _check_file(name)
-  seen, unreadable = survey(name), 0
+  seen, unreadable = survey(name), 0  # How large to make the table, and the names of the first rows.
   with _told(name):
     course = Course(seen)
     for part in parts(name, seen.size):
       unreadable += part.others
       course.follow(part)
+    # Without a complete header, the beginning of a torn one is enough.
     if not course.header and not (course.table.count and is_run(name)):
-      raise _OtherFileError("no header of one")
+      raise _OtherFileError("no Recorder header")
     return course.run(name, unreadable)
 
 
 def tail(path: str | os.PathLike[str], count: int) -> Run:
-  """The last `count` rows of a file, or all where there are fewer, read from its end.
+  """The last `count` rows of a file, or all if there are fewer, read from its end.
 
-  What the rules for steps that go back make of them is what `read_run` has, except that `superseded` and the names of
-  leaves are those of the part that was read.
+  The rows equal those of `read_run`, but `superseded` and the leaf names cover only the part that was read.
 
   Args:
     path: a file that a `Recorder` wrote.
@@ -87,14 +87,14 @@ def tail(path: str | os.PathLike[str], count: int) -> Run:
     for entries, is_all in last_parts(name):
       course = Course(Survey(0, len(entries), None, FORMAT))
       course.follow(Part(entries))
-      # The first ones may be parts of rows, or have been added to steps further up.
+      # The first rows may be incomplete, or belong to steps further up in the file.
       if is_all or course.table.count >= 2 * count + 1:
         break
     return _last(course.run(name, 0), count)
 
 
 def first_step(path: str | os.PathLike[str]) -> int | None:
-  """The step of the first row of a file, read from its beginning; None without a row there."""
+  """The step of the first row of a file, read from its beginning; None if there is no row."""
   for part in parts(checked_path(path), _HEAD):
     for entry in _in_order(part):
       if STEP in entry:
@@ -103,11 +103,11 @@ def first_step(path: str | os.PathLike[str]) -> int | None:
 
 
 class Course:
-  """Follows a run line by line, and keeps the rows that are of it in a `Table`.
+  """Follows a run line by line, and keeps the rows that belong to it in a `Table`.
 
   Attributes:
     table: the rows.
-    header: the last values that the headers have.
+    header: the last value of each header field.
   """
 
   def __init__(self, seen: Survey):
@@ -115,11 +115,11 @@ class Course:
     self.header: dict[str, Any] = {}
     self._format = seen.format
     self._started: Any = None
-    self._is_resumed = False  # Format 1: whether the next row is the first of another `Recorder`.
-    self._rows: list[Row] = []  # Those above the last step, which go into the table together.
+    self._is_resumed = False  # Format 1: whether the next row is the first one of another `Recorder`.
+    self._rows: list[Row] = []  # Rows above the last step, which enter the table together.
 
   def follow(self, part: Part) -> None:
-    """Goes on by some headers and rows."""
+    """Processes the next headers and rows."""
     if self._goes_on(part):
       self._is_resumed = False
       self.table.append(part.entries, part.block, part.among)
@@ -133,6 +133,7 @@ class Course:
         self._flush()
         self._begin(entry)
         continue
+      # A row above the last step waits for more; a second row of the last step joins it; any other one is special.
       step = entry[STEP]
       if last is None or step > last:
         rows.append(entry)
@@ -145,9 +146,10 @@ class Course:
     self._flush()
 
   def _goes_on(self, part: Part) -> bool:
-    """Whether these are rows alone that ascend above the last step, as nearly all do."""
+    """Whether these are only rows, ascending above the last step, as nearly all parts are."""
     if (not part.entries and part.block is None) or any(HEADER in entry for entry in part.entries):
       return False
+    # One comparison of all steps replaces the rules of `_follow_each`.
     steps, last = [entry[STEP] for entry in part.entries], self.table.last()
     if part.block is None or part.among is None:
       return (last is None or steps[0] > last) and all(map(operator.lt, steps, steps[1:]))
@@ -155,7 +157,7 @@ class Course:
     return bool((last is None or both[0] > last) and (both[1:] > both[:-1]).all())
 
   def run(self, path: str, unreadable: int) -> Run:
-    """What was read."""
+    """The run that was read."""
     table, parameters = self.table, self.header.get(PARAMETERS)
     if not isinstance(parameters, int | None):
       raise TypeError("parameters must be a whole number")
@@ -189,7 +191,8 @@ class Course:
       self._rows.clear()
 
   def _add(self, row: Row) -> None:
-    """A row that does not go on above the last step."""
+    """Adds a row at or below the last step: it supersedes what follows, or adds to its step."""
+    # Format 1 goes back at the first row of another recorder; a row of format 2 says so itself.
     if self._is_resumed if self._format == 1 else row.get(BACK):
       self.table.cut(row[STEP])
     self._is_resumed = False
@@ -197,7 +200,7 @@ class Course:
 
 
 def run_of_rows(rows: Iterable[Mapping[str, Any]], leaves: Names) -> Run:
-  """The run of rows that are in memory, as a `Recorder` has them."""
+  """The run of rows in memory, in the form that a `Recorder` has them."""
   kept = [{**row, LEAF: {key: list(vector) for key, vector in row.get(LEAF, {}).items()}} for row in rows]
   course = Course(Survey(0, len(kept), {LEAVES: leaves}, FORMAT))
   course.follow(Part(kept))
@@ -205,14 +208,14 @@ def run_of_rows(rows: Iterable[Mapping[str, Any]], leaves: Names) -> Run:
 
 
 def _in_order(part: Part) -> list[dict[str, Any]]:
-  """The headers and rows of a part, those of its block among them."""
+  """The headers and rows of a part, including those of its block, in order."""
   if part.block is None or part.among is None:
     return part.entries
   return _scattered(part.block.rows(), part.among, part.entries, np.object_).tolist()  # type: ignore[no-any-return]
 
 
 def _scattered(some: Any, among: Ints, others: list[Any], dtype: Any) -> Any:
-  """An array of `some` at their places `among` all, and of the others at the rest."""
+  """An array with `some` at the places `among`, and the others at the remaining places."""
   out = np.empty(len(some) + len(others), dtype)
   out[among] = some
   out[np.delete(np.arange(len(out)), among)] = others
@@ -237,21 +240,21 @@ def _last(run: Run, count: int) -> Run:
 
 # What is wrong with a file ------------------------------------------------------------------------------------------
 
-_REMEDY = "pass the path that the Recorder was given."
+_REMEDY = "pass the path that you gave the Recorder."
 _RULE = "`path` must be a file that `clipjax.runs.Recorder` wrote, got"
 
 
 class _OtherFileError(Exception):
-  """A file that no `Recorder` wrote; its text is what it has instead."""
+  """A file that no `Recorder` wrote; the text says what it has instead."""
 
 
 class _LaterFormatError(Exception):
-  """A file of a later format; the number, and the version of clipjax that wrote it."""
+  """A file of a later format, with its number and the version of clipjax that wrote it."""
 
 
 @contextmanager
 def _told(name: str) -> Iterator[None]:
-  """Turns whatever reading a file raises into an error that names it."""
+  """Turns any error while reading a file into one that names the file."""
   try:
     yield
   except _LaterFormatError as error:
@@ -265,7 +268,7 @@ def _told(name: str) -> Iterator[None]:
   except OSError:
     raise
   except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:  # Anything may be in a file.
-    what = f"rows of another kind ({type(error).__name__})"
+    what = f"malformed rows ({type(error).__name__})"
     raise ValueError(f"{_RULE} {name!r}, which has {what}: {_REMEDY}") from error
 
 
@@ -274,9 +277,9 @@ def _check_file(name: str) -> None:
   if path.is_dir():
     raise ValueError(f"{_RULE} the directory {name!r}: name the file.")
   if not _exists(path):
-    raise FileNotFoundError(f"{_RULE} {name!r}, which does not exist: look at its spelling.")
+    raise FileNotFoundError(f"{_RULE} {name!r}, which does not exist: check its spelling.")
   if not path.is_file():
-    raise ValueError(f"{_RULE} {name!r}, which is no regular file: name the file.")
+    raise ValueError(f"{_RULE} {name!r}, which is not a regular file: name the file.")
   if is_blank(name):
     raise ValueError(
       f"{_RULE} {name!r}, which is empty: a Recorder writes its first rows after `every` steps, or when it is closed."
@@ -294,14 +297,14 @@ def _exists(path: Path) -> bool:
 def _checked_format(header: dict[str, Any]) -> int:
   number = header[HEADER]
   if type(number) is not int or number < 1:
-    raise _OtherFileError("a header of another kind")
+    raise _OtherFileError("a malformed header")
   if number > FORMAT:
     raise _LaterFormatError(number, header.get(VERSION))
   return number
 
 
 def _classes(header: dict[str, Any]) -> tuple[str, ...]:
-  """The classes of the states of the optimizer."""
+  """The classes of the optimizer states."""
   names = header.get(OPTIMIZER) or ()
   if isinstance(names, str) or not all(isinstance(name, str) for name in names):
     raise TypeError("the optimizer must be a list of names")
@@ -309,7 +312,7 @@ def _classes(header: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _names(header: dict[str, Any]) -> Names:
-  """The leaves that a header names."""
+  """The leaf names in a header."""
   leaves = (header.get(LEAVES) or {}).items()
   if any(isinstance(labels, str) for _, labels in leaves):
     raise TypeError("the names of leaves must be a list")

@@ -1,1 +1,1 @@
-"""Recording: from pushes to the rows of a file."""
+"""Recording: turns pushes into the rows of a file."""

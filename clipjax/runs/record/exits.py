@@ -1,7 +1,7 @@
-"""The recorders that are open in this process: one for each file, and all of them written when the process ends.
+"""The recorders that are open in this process: one per file, and all of them are written when the process ends.
 
-It ends in an exit of Python, with or without an exception, or by SIGTERM, which schedulers send before they take a
-machine away. SIGTERM is taken only where nobody else takes it; once the rows are written, the process dies of it.
+A process ends when Python exits, with or without an exception, or by SIGTERM, which schedulers send before they take a
+machine away. We handle SIGTERM only if nobody else does; once the rows are written, the process dies of it.
 """
 
 import atexit
@@ -26,11 +26,11 @@ class _Open(Protocol):
 
 _OPEN: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _IS_OURS = threading.Event()
-_PATIENCE = 10.0  # Seconds that loggers get at SIGTERM: it is followed by a kill.
+_PATIENCE = 10.0  # Seconds that loggers get at SIGTERM; a kill follows it.
 
 
 def add(pipeline: _Open) -> None:
-  """An open recorder, to be closed when the process ends."""
+  """Registers an open recorder, which is closed when the process ends."""
   _OPEN.add(pipeline)
   if not _IS_OURS.is_set() and threading.current_thread() is threading.main_thread() and _is_sigterm_free():
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -38,7 +38,7 @@ def add(pipeline: _Open) -> None:
 
 
 def remove(pipeline: _Open) -> None:
-  """A recorder that is closed; after the last one SIGTERM is nobody's again."""
+  """Forgets a closed recorder; after the last one, SIGTERM has its default handler again."""
   _OPEN.discard(pipeline)
   if not _OPEN and _IS_OURS.is_set() and threading.current_thread() is threading.main_thread():
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
@@ -47,12 +47,13 @@ def remove(pipeline: _Open) -> None:
 
 
 def open_at(path: str) -> Any:
-  """The open recorder that writes to this file, or has written to it before it was removed; None without any."""
+  """The open recorder that writes to this file, or wrote to it before it was removed; None if there is none."""
   try:
     status = os.stat(path)
     identity = status.st_dev, status.st_ino
   except OSError:
     identity = None
+  # The same file may have several paths, and a removed file has only its path.
   return next(
     (p for p in list(_OPEN) if p.path == os.path.abspath(path) or (identity is not None and identity == p.identity)),
     None,
@@ -63,7 +64,7 @@ def _close_all(patience: float | None = None) -> None:
   for pipeline in list(_OPEN):
     try:
       pipeline.close(patience)
-    except Exception as error:  # The others are still to be written.
+    except Exception as error:  # The others must still be written.
       print(f"clipjax: {error}", file=sys.stderr)
 
 
@@ -74,25 +75,25 @@ def _on_sigterm(number: int, frame: Any) -> None:
 
 
 def _is_sigterm_free() -> bool:
-  """Whether neither Python nor what is linked to it takes SIGTERM: JAX does, where it tells of a preemption."""
+  """Whether neither Python nor a linked library handles SIGTERM, as JAX does to report a preemption."""
   if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
     return False
   try:
     status = Path("/proc/self/status").read_text()
-  except OSError:  # Not Linux: Python's answer has to do.
+  except OSError:  # Not Linux: Python's answer must do.
     return True
   caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
   return not int(caught, 16) >> (signal.SIGTERM - 1) & 1
 
 
 def _forget() -> None:
-  """In a child that was forked there is no thread to wait for, and the parent writes."""
+  """After a fork: the child has no thread to wait for, and the parent writes."""
   _OPEN.clear()
   if _IS_OURS.is_set():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _IS_OURS.clear()
 
 
-atexit.register(_close_all)  # Those whose garbage is being collected as Python ends.
+atexit.register(_close_all)  # Also recorders that are collected only as Python ends.
 if hasattr(os, "register_at_fork"):
   os.register_at_fork(after_in_child=_forget)

@@ -1,4 +1,7 @@
-"""Reading the vectors of pushes off the device, many at once."""
+"""Reads the packed vectors of pushes from the device, many at once.
+
+A push that cannot be read, because its step failed, is left out with one warning; the others of its batch are kept.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +14,16 @@ from clipjax.runs.record.pushes import Pushed
 
 
 def fetched(arrays: list[jax.Array | None], warn: Callable[[str], None]) -> list[Any]:
-  """The arrays on the host, together; None for one that a failed step has left without a value.
+  """Copies the arrays to the host together; None for an array without a value, because its step failed.
 
   Waits for the device.
   """
   try:
-    if _are_on_cpu(arrays):  # `device_get` would ask for a copy of each first.
+    if _are_on_cpu(arrays):  # `device_get` would first request a copy of each.
       return [array if array is None else np.asarray(array) for array in arrays]
     return list(jax.device_get(arrays))
   except Exception as error:
+    # One failed step fails the whole read: read one by one to lose only its own numbers.
     out = [_value(array) for array in arrays]
     lost = sum(a is not None and b is None for a, b in zip(arrays, out, strict=True))
     warn(f"{lost} pushes could not be read from the device ({str(error).splitlines()[0]}): they are left out.")
@@ -27,7 +31,7 @@ def fetched(arrays: list[jax.Array | None], warn: Callable[[str], None]) -> list
 
 
 def seen_in(batch: list[Pushed], vectors: list[Any]) -> list[Seen | None]:
-  """What the vectors hold; all those of one layout are taken apart together."""
+  """Unpacks the vectors; vectors of one layout are unpacked together."""
   out: list[Seen | None] = [None] * len(batch)
   places: dict[Layout, list[int]] = {}
   for i, (pushed, words) in enumerate(zip(batch, vectors, strict=True)):
@@ -47,6 +51,6 @@ def _value(array: Any) -> Any:
 
 
 def _are_on_cpu(arrays: list[jax.Array | None]) -> bool:
-  """Whether these arrays, all of one place, are in the memory of the host; of none, yes."""
+  """Whether these arrays, which share a place, are in host memory; True if there are none."""
   first = next((array for array in arrays if array is not None), None)
   return first is None or all(device.platform == "cpu" for device in first.devices())

@@ -1,8 +1,8 @@
-"""What a `Recorder` runs on the device: everything that is recorded of one step, packed into one new vector.
+"""The program that a `Recorder` runs on the device: it packs everything recorded of one step into one new vector.
 
-The vector holds 32-bit words, the bits of every number as they are: a counter above 2**24 would not survive as a
-float32. Nothing in it is shared with a buffer of the optimizer state, which the next step may donate. Finding the
-states of this package in a large optimizer state is slow, so it is done once: after that, each push follows the paths.
+The vector holds 32-bit words with the unchanged bits of every number: a counter above 2**24 would not survive as a
+float32. It shares no buffer with the optimizer state, which the next step may donate. Searching a large optimizer state
+for the states of this package is slow and done once; after that, each push follows the known paths.
 """
 
 from collections import OrderedDict
@@ -37,30 +37,30 @@ Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 Vector: TypeAlias = np.ndarray[Any, Any]
 _Path: TypeAlias = list[tuple[bool, Any]]
 
-MOST_COLUMNS = 64  # Groups up to which each has columns of its own.
+MOST_COLUMNS = 64  # Up to this many groups, each has its own columns.
 
 _SHAPE = attrgetter("shape", "dtype")
 _NOT_READ = ("rule", "norm_rule", "loss_rule", "inner_state", "unclipped_state", "labels")
 
 
 class Ring(NamedTuple):
-  """The last norms of a watch: that of its step i at `(i - 1) % len(norms)`."""
+  """The last norms of a watch; the norm of its step i is at `(i - 1) % len(norms)`."""
 
   steps: int
   norms: Vector
 
 
 class Seen(NamedTuple):
-  """What one vector held.
+  """The contents of one vector.
 
   Attributes:
-    counts: how many steps each of the states has counted, in the order of `Packer.sources`.
-    mini_step: how many micro-batches the outermost `optax.MultiSteps` has gathered; None where not all are in one.
-    user_step: the caller's number of the step where that was an array; else None.
+    counts: how many steps each state has counted, in the order of `Packer.sources`.
+    mini_step: how many micro-batches the outermost `optax.MultiSteps` has gathered; None unless all states are in one.
+    user_step: the caller's step number if it was an array, else None.
     pushed: the caller's scalars that were on the device, by key.
-    metrics: those of the states, by key.
+    metrics: the metrics of the states, by key.
     vectors: numbers by leaf or group, by `<name>/<quantity>`.
-    rings: by name.
+    rings: the last norms of watches, by name.
   """
 
   counts: tuple[int, ...]
@@ -73,13 +73,13 @@ class Seen(NamedTuple):
 
 
 _KINDS = ("count", "pushed", "metric", "vector", "ring")
-_ARRAYS = ("vector", "ring")  # Of one entry each; all others are scalars.
-# Keys of counts. No two of them begin alike.
+_ARRAYS = ("vector", "ring")  # Kinds whose entries are arrays; the others are scalars.
+# Prefixes of count keys; no two of them can be confused.
 _OF, _RING, _MINI_STEP = "of ", "ring ", "mini_step"
 
 
 class _Entry(NamedTuple):
-  """A run of words that hold numbers of one dtype: one array, or scalars, each with its key."""
+  """Consecutive words of one dtype: one array, or scalars with a key each."""
 
   kind: str
   keys: tuple[str, ...]
@@ -89,11 +89,12 @@ class _Entry(NamedTuple):
 
 
 class Layout:
-  """Where everything is in the vectors of one program."""
+  """Where each number lies in the vectors of one program."""
 
   def __init__(self, shapes: Mapping[tuple[str, str], Any]):
     self.entries: list[_Entry] = []
     start = self._scalars = 0
+    # Scalars come first, so that `read` can convert those of many vectors at once.
     for (kind, dtype, *_), members in _grouped(shapes).items():
       words = sum(int(np.prod(shapes[member].shape)) for member in members) * (dtype.itemsize // 4)
       keys = tuple(key for _, key in members)
@@ -103,8 +104,8 @@ class Layout:
     self.metric_keys = tuple(key for kind, key in shapes if kind == "metric")
 
   def read(self, vectors: Sequence[Words]) -> list[Seen]:
-    """Takes vectors apart."""
-    # np.stack of numpy 2.4 keeps a tuple for ever.
+    """Unpacks vectors."""
+    # Scalars of all vectors together; not by np.stack, which leaks a tuple in numpy 2.4.
     scalars = np.array([words[: self._scalars] for words in vectors])
     every: list[dict[str, dict[str, Any]]] = [{kind: {} for kind in _KINDS} for _ in vectors]
     for kind, keys, dtype, start, stop in self.entries:
@@ -129,16 +130,17 @@ class Packer:
   """The states of this package in optimizer states of one structure, and the programs that pack them.
 
   Attributes:
-    leaves: names of leaves or groups, by the name of the state.
-    metric_keys: of `clipjax.metrics`.
+    leaves: names of leaves or groups, by state name.
+    metric_keys: the keys of `clipjax.metrics`.
     sources: the states, from the outside in.
-    source_of: the place among them of the state that a metric, a vector or a ring is of, by kind and key.
-    quantity_of: what each of them is, such as "norm".
-    is_accumulated: whether all of them are inside `optax.MultiSteps`, and see a step once in several pushes.
+    source_of: the index in `sources` of the state that a metric, vector or ring belongs to, by kind and key.
+    quantity_of: the quantity of each metric, vector or ring, such as "norm", by kind and key.
+    is_accumulated: whether all states are inside `optax.MultiSteps`, so that they see one step in several pushes.
     optimizer: the classes of the other states.
   """
 
   def __init__(self, opt_state: Any):
+    # Search once: our states and their paths, the `skip_steps` around each, and MultiSteps around all.
     tree = held_tree(opt_state)
     everything = [] if tree is None else found_in(tree)
     ours = named(everything)
@@ -158,6 +160,7 @@ class Packer:
     self._program = jax.jit(self._pack)
     self._layouts: dict[Any, Layout] = {}
     self._is_scattered = False
+    # Trace once for the keys.
     arrays = self.arrays(opt_state)
     if arrays is None:
       raise TypeError(
@@ -169,11 +172,11 @@ class Packer:
     self._vectors = tuple(f"{key}/" for kind, key in shapes if kind == "vector")
 
   def has(self, key: str) -> bool:
-    """Whether the states have a number under this key, of all leaves or of one."""
+    """Whether the states have a number under this key, over all leaves or for one leaf."""
     return key in self.metric_keys or key.startswith(self._vectors)
 
   def arrays(self, opt_state: Any) -> list[Any] | None:
-    """The arrays to be packed; None where the optimizer state is not of this structure."""
+    """The arrays to pack; None if the optimizer state has another structure."""
     tree = held_tree(opt_state)
     if not self.sources:
       return [] if jax.tree.structure(tree) == self._without else None
@@ -188,7 +191,7 @@ class Packer:
     return out
 
   def pack(self, arrays: list[Any], scalars: dict[str, Any]) -> tuple[jax.Array | None, Layout]:
-    """Enqueues the program; the vector is None where there is nothing to pack."""
+    """Enqueues the program; the vector is None if there is nothing to pack."""
     key = (tuple(scalars), *map(_SHAPE, arrays), *map(_SHAPE, scalars.values()))
     layout = self._layouts.get(key)
     if layout is None:
@@ -198,14 +201,15 @@ class Packer:
     if not self._is_scattered:
       try:
         return self._program(arrays, scalars), layout
-      except ValueError:  # They lie on different devices; to ask each of them takes longer than the program.
+      except ValueError:  # They lie on different devices. Asking each array would take longer than the program.
         self._is_scattered = True
     return self._program(*jax.device_put((arrays, scalars), jax.local_devices()[0])), layout
 
   def _entries(self, arrays: list[Any], scalars: dict[str, Any]) -> OrderedDict[tuple[str, str], jax.Array]:
-    """Every array that is recorded, by kind and key."""
+    """Every recorded array, by kind and key."""
     out: OrderedDict[tuple[str, str], Any] = OrderedDict()
     rest = iter(arrays)
+    # Counts, the caller's scalars, then what each state measured.
     states = [source.rebuilt(rest) for source in self.sources]
     for i, (source, state) in enumerate(zip(self.sources, states, strict=True)):
       source.check(state.steps)
@@ -216,7 +220,7 @@ class Packer:
       out["count" if key == USER_STEP else "pushed", key] = value
     for i, (source, state) in enumerate(zip(self.sources, states, strict=True)):
       for member, (quantity, value) in self._numbers_of(source, state).items():
-        if member not in out:  # The first in the chain gives what two of one name have.
+        if member not in out:  # If two states share a name, the first in the chain provides the number.
           out[member] = value
           self.source_of[member], self.quantity_of[member] = i, quantity
       if isinstance(state, WatchState) and not isinstance(state.history, tuple):
@@ -224,12 +228,12 @@ class Packer:
     return OrderedDict((key, _as_recorded(value)) for key, value in out.items())
 
   def _numbers_of(self, source: "_Source", state: Any) -> dict[tuple[str, str], tuple[str, Any]]:
-    """What one state says, by kind and key: quantities and their values."""
+    """The quantities of one state and their values, by kind and key."""
     vectors, numbers = vectors_of(state), global_numbers(state)
     out: dict[tuple[str, str], tuple[str, Any]] = {}
     for quantity, value in numbers.items():
       out["metric", key_of(source.name, quantity)] = quantity, value
-    # With a group for each of hundreds of layers, numbers by group are vectors alone, as those by leaf are.
+    # Up to 64 groups get columns. Groups for each of hundreds of layers are recorded only as vectors, like leaves.
     if state.labels.unit == "group" and len(state.labels.block_names) <= MOST_COLUMNS:
       by = blocks_name(source.name, source.labels, [(s.name, s.labels) for s in self.sources])
       for quantity, vector in vectors.items():
@@ -244,19 +248,19 @@ class Packer:
   def _pack(self, arrays: list[Any], scalars: dict[str, Any]) -> jax.Array:
     entries = self._entries(arrays, scalars)
     order = [member for members in _grouped(entries).values() for member in members]
-    # Those of one dtype together, then their bits. Behind a barrier XLA on CPU copies each vector at once; fused with
-    # the rest it would ask of each word where it goes.
+    # Join the numbers of one dtype, then their bits. Behind a barrier, XLA on CPU copies each vector as a whole; fused
+    # with the rest, it would look up the source of each word.
     runs = [jnp.concatenate([entries[m].ravel() for m in run]) for _, run in groupby(order, lambda m: entries[m].dtype)]
     bits = [lax.bitcast_convert_type(run, jnp.uint32).ravel() for run in lax.optimization_barrier(runs)]
     return jnp.concatenate(lax.optimization_barrier(bits))
 
 
 class _OtherStructureError(Exception):
-  """An optimizer state is not of the structure that a packer was made for."""
+  """An optimizer state does not have the structure that a packer was made for."""
 
 
 class _Source:
-  """One state of this package, and the way to it in the optimizer state."""
+  """One state of this package and its path in the optimizer state."""
 
   def __init__(self, name: str, path: Sequence[Any], state: Any):
     self.name = name
@@ -271,23 +275,23 @@ class _Source:
 
   @property
   def is_skip(self) -> bool:
-    """Whether it is that of `skip_steps`."""
+    """Whether this is the state of `skip_steps`."""
     return issubclass(self._type, SkipState)
 
   def is_around(self, other: "_Source") -> bool:
-    """Whether another state is inside this one."""
+    """Whether the other state is inside this one."""
     return len(self.path) < len(other.path) and other.path[: len(self.path)] == self.path
 
   def check(self, steps: Any) -> None:
-    """Raises for a state of several models."""
+    """Raises if the state belongs to several models."""
     if shape := np.shape(steps):
       raise ValueError(
-        f"`opt_state` must be that of one model, got '{self.name}' with leading axes {shape}, as under vmap or pmap: "
+        f"`opt_state` must belong to one model, got '{self.name}' with leading axes {shape}, as under vmap or pmap: "
         "push one of them, jax.tree.map(lambda x: x[0], opt_state)."
       )
 
   def arrays(self, tree: Any) -> list[Any]:
-    """The arrays of the state that are recorded."""
+    """The arrays of the state that are packed."""
     tree = _at(tree, self.path)
     if type(tree) is not self._type or (tree.labels is not self.labels and tree.labels != self.labels):
       raise _OtherStructureError
@@ -295,18 +299,18 @@ class _Source:
     return [unwrapped(x) for x in out] if self._is_wrapped else out
 
   def rebuilt(self, arrays: Any) -> Any:
-    """The state, with nothing in the place of what is not read."""
+    """The state with these arrays, and empty tuples for the fields that are not read."""
     values = dict.fromkeys(self._type._fields, ()) | {field: next(arrays) for field in self._fields}
     return self._type(**{**values, "labels": self.labels})
 
   def leaves_name(self, sources: Sequence["_Source"]) -> str:
-    """What its leaves are known by: its name, unless a state before it has other leaves under that."""
+    """The name its leaves are recorded under: its own, unless an earlier state uses it for other leaves."""
     first = next(s for s in sources if (s.name == self.name and s.labels.block_names) or s is self)
     return self.name if first.labels.block_names == self.labels.block_names else f"{self.name}_{self.labels.unit}"
 
 
 def _path_of(path: Sequence[Any]) -> _Path:
-  """For each step of a path whether it is an attribute, and its name or place."""
+  """For each part of a path: whether it is an attribute, and its name or index."""
   return [
     (True, key.name)
     if isinstance(key, jax.tree_util.GetAttrKey)
@@ -322,7 +326,7 @@ def _at(tree: Any, path: _Path) -> Any:
 
 
 def _as_recorded(value: Any) -> jax.Array:
-  """The same numbers in a dtype of 4 or 8 bytes."""
+  """The same numbers in a 4-byte or 8-byte dtype."""
   array = jnp.asarray(value)
   if array.dtype.itemsize == 8:
     return array
@@ -332,9 +336,9 @@ def _as_recorded(value: Any) -> jax.Array:
 
 
 def _grouped(shapes: Mapping[tuple[str, str], Any]) -> dict[tuple[str, np.dtype[Any]], list[tuple[str, str]]]:
-  """The entries in the order of the vector: scalars of one kind and dtype together, then arrays each by itself.
+  """The entries in vector order: scalars grouped by kind and dtype, then single arrays.
 
-  Within the scalars, and within the arrays, those of one dtype follow each other.
+  Scalars of one dtype are adjacent, and so are arrays of one dtype.
   """
   out: dict[Any, list[tuple[str, str]]] = {}
   for kind, key in shapes:

@@ -1,8 +1,8 @@
-"""From pushes to rows in a file, in a thread of its own: the loop that trains waits for none of it.
+"""A thread that turns pushes into rows of the file; the training loop does not wait for it.
 
-The thread takes what is pushed in batches, reads it off the device, makes rows, and hands them to the file and the
-writers. An interrupt reaches the thread that trains alone, so it never cuts a batch in two. What the thread has to
-say, a warning or a finding, waits for the next call from outside.
+The thread takes pushes in batches, reads them from the device, makes rows, and hands them to the file and the writers.
+An interrupt reaches only the training thread, so it never cuts a batch in two. Warnings and findings of the thread wait
+for the next call from outside.
 """
 
 import os
@@ -42,7 +42,7 @@ from clipjax.runs.schema import (
 
 
 class _Request:
-  """Something that the thread does once all that was pushed before is written."""
+  """An action that the thread runs once all earlier pushes are written."""
 
   def __init__(self, action: Callable[[], None]):
     self.action = action
@@ -50,7 +50,7 @@ class _Request:
 
 
 class _Failure(NamedTuple):
-  """An error of the thread, which is raised in the next call from outside."""
+  """An error in the thread, raised by the next call from outside."""
 
   error: BaseException
 
@@ -79,9 +79,9 @@ class Pipeline:
     self.parameters: int | None = None
     self._optimizer: tuple[str, ...] = ()
     self._pending: deque[Pushed] = deque()
-    self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()  # None: a batch has gathered.
+    self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()  # None: a batch is complete.
     self._batch: list[Pushed] = []
-    self._held: dict[str, Any] | None = None  # A row that more numbers of its step may still come to.
+    self._held: dict[str, Any] | None = None  # The last row; more numbers of its step may still arrive.
     self._is_closed = self._is_ending = False
     self._made: list[Made] = []
     self._thread = threading.Thread(target=self._run, name="clipjax recorder", daemon=True)
@@ -89,45 +89,45 @@ class Pipeline:
 
   @property
   def identity(self) -> Any:
-    """What tells the file from others."""
+    """Identifies the file, whatever its path."""
     return self._file.identity
 
   @property
   def is_closed(self) -> bool:
-    """Whether everything is written, and nothing more is taken."""
+    """Whether everything is written and nothing more is accepted."""
     return self._is_closed
 
   @property
   def path(self) -> str:
-    """The file."""
+    """The path of the file."""
     return str(self._file.path)
 
   def has_optimizer(self, states: tuple[str, ...]) -> None:
-    """Takes the classes of the states of an optimizer that is pushed."""
+    """Adds the state classes of an optimizer that is pushed."""
     self._optimizer = tuple(dict.fromkeys(self._optimizer + states))
 
   def put(self, pushed: Pushed) -> None:
-    """Takes a push; waits only while two batches are on their way."""
+    """Accepts a push; waits only while two batches are in flight."""
     if self._is_elsewhere():
       raise ValueError("`push` must be called in the process that made the Recorder, got a fork of it: make another.")
     self._pending.append(pushed)
-    if self._is_ending:  # Another thread closes: whether this push came in time is known once the thread has ended.
+    if self._is_ending:  # Another thread closes. Once ours has ended, we know whether this push came in time.
       self._thread.join()
       if any(late is pushed for late in list(self._pending)):
         raise ValueError("`push` must be called before `close`, got a push while another thread closed the Recorder.")
-    elif len(self._pending) >= self._every:  # To wake the thread for each push would cost more than the push.
+    elif len(self._pending) >= self._every:  # Waking the thread for each push would cost more than the push.
       self._queue.put(None)
       _wait_until(lambda: len(self._pending) + len(self._batch) < 2 * self._every or not self._thread.is_alive())
 
   def drain(self) -> None:
-    """Waits until all that was pushed before is written, and given to the writers."""
+    """Waits until all earlier pushes are written and given to the writers."""
     if not self._is_elsewhere():
       self._request(self._release)
 
   def close(self, patience: float | None = None) -> None:
-    """Drains, and gives the file up; a second call goes on where an interrupted one was.
+    """Drains and releases the file; a second call resumes an interrupted one.
 
-    The writers are waited for at most `patience` seconds, where that is given; the file has all before.
+    The file is complete before the writers are closed; `patience` limits the seconds spent waiting for them.
     """
     if self._is_closed or self._is_elsewhere():
       return
@@ -144,7 +144,7 @@ class Pipeline:
   # Outside the thread ------------------------------------------------------------------------------------------------
 
   def _is_elsewhere(self) -> bool:
-    """Whether this is a child that was forked: it has no thread, and its parent writes."""
+    """Whether this is a forked child: it has no thread, and its parent writes."""
     return self._process != os.getpid()
 
   def _request(self, action: Callable[[], None]) -> None:
@@ -163,7 +163,7 @@ class Pipeline:
         if item is not None:
           self._write_batch(len(self._pending))
           item.action()
-      except BaseException as error:  # A fault of ours, or no memory: the loop is told, and the thread goes on.
+      except BaseException as error:  # A bug of ours, or out of memory: the caller gets it, the thread goes on.
         self._batch = []
         self._notes.add(_Failure(error))
       if item is not None:
@@ -172,13 +172,14 @@ class Pipeline:
           return
 
   def recorded(self, first: int, last: int) -> dict[int, Norms]:
-    """The norms that the file has from one step to another, rows of the batch at hand among them."""
+    """The norms in the file from one step to another, including the rows of the current batch."""
     self._write_made()
     return norms_in(self.path, first, last)
 
   def _write_batch(self, count: int) -> None:
     batch = self._batch = [self._pending.popleft() for _ in range(count)]
     if batch:
+      # Read the whole batch at once; the device may be several steps ahead.
       vectors = fetched([p.vector for p in batch], self._notes.warn)
       weights = fetched([p.weights for p in batch], self._notes.warn)
       for pushed, seen, counts in zip(batch, seen_in(batch, vectors), weights, strict=True):
@@ -188,11 +189,13 @@ class Pipeline:
 
   def _write_made(self) -> None:
     made, self._made = _joined(self._made), []
+    # Numbers by leaf go into rows where they are due, and where a detector finds something.
     rows = [m.row for m in made]
     marked = self._live.marked(rows, [m.vectors for m in made])
     for m in made:
       if m.vectors and (m.is_due or m.row[STEP] in marked):
         m.row[LEAF] = m.vectors
+    # The file first: it is the record, whatever a writer does.
     if rows:
       self._file.write(self._header(), rows)
     for row in rows:
@@ -202,7 +205,7 @@ class Pipeline:
         self._notes.add(finding)
 
   def _hand_on(self, row: dict[str, Any]) -> None:
-    """Gives the row before to the writers, now that nothing more comes to it."""
+    """Gives the previous row to the writers, now that it is complete."""
     if self._held is not None and self._held[STEP] == row[STEP] and BACK not in row:
       merge(self._held, row)
     else:
@@ -215,14 +218,14 @@ class Pipeline:
       self._held = None
 
   def _finish(self) -> None:
-    # What other threads push from here on may be too late, and what they have pushed is not.
+    # Pushes of other threads may be too late from here on; earlier ones are still written.
     self._is_ending = True
     self._write_batch(len(self._pending))
     self._made += self._rows.rest()
     self._write_made()
     self._file.write(self._header(), [])
     self._release()
-    while self._queue.qsize():  # What another thread has asked for is done too.
+    while self._queue.qsize():  # Requests of other threads are done too.
       if (item := self._queue.get()) is not None:
         item.is_done = True
 
@@ -239,22 +242,22 @@ class Pipeline:
 
 
 class Notes:
-  """What the thread has to say, in order, until somebody outside listens."""
+  """Warnings, findings and errors of the thread, in order, until a call from outside delivers them."""
 
   def __init__(self, on_finding: Callable[[Finding], Any] | None):
     self._on_finding = on_finding
     self._notes: deque[str | Finding | _Failure] = deque()
 
   def add(self, note: "str | Finding | _Failure") -> None:
-    """Leaves a note."""
+    """Adds a note."""
     self._notes.append(note)
 
   def warn(self, text: str) -> None:
-    """Leaves a warning."""
+    """Adds a warning."""
     self._notes.append(text)
 
   def deliver(self) -> None:
-    """Warns, calls back and raises, each note once."""
+    """Delivers each note once: warns, calls back or raises."""
     while self._notes:
       try:
         note = self._notes.popleft()
@@ -269,7 +272,7 @@ class Notes:
 
 
 def _joined(made: list[Made]) -> list[Made]:
-  """The rows, those of one step that follow each other as one."""
+  """The rows, with consecutive rows of one step merged."""
   out: list[Made] = []
   for m in made:
     if out and out[-1].row[STEP] == m.row[STEP] and BACK not in m.row:
@@ -281,7 +284,7 @@ def _joined(made: list[Made]) -> list[Made]:
 
 
 def _wait_until(is_true: Callable[[], bool]) -> None:
-  """Looks again and again. A lock would be left taken by an interrupt at the wrong moment."""
+  """Polls. An interrupt at the wrong moment would leave a lock held."""
   pause = 1e-5
   while not is_true():
     time.sleep(pause)

@@ -1,4 +1,4 @@
-"""What `Recorder.push` is given: the checks, and the record of a push on its way to a row."""
+"""The arguments of `Recorder.push`: their checks, and the record of a push on its way to a row."""
 
 import functools
 import numbers
@@ -11,7 +11,7 @@ import numpy as np
 from clipjax.checks import describe
 from clipjax.runs.record.packing import Layout, Packer
 
-_LONGEST_BATCH = 100  # Characters: a name, not its content.
+_LONGEST_BATCH = 100  # Characters: enough for the name of a batch, not for its content.
 _INT64 = 2**63
 _INSIDE_JIT = "`{}` must be an array with a value, got {}: call `push` outside jit, with what the jitted step returns."
 
@@ -23,7 +23,7 @@ class Pushed(NamedTuple):
 
   time: float
   thread: int
-  step: int | None  # None where it is on the device.
+  step: int | None  # None if it is on the device.
   batch: Batch | None
   scalars: dict[str, Any]
   packer: Packer
@@ -34,7 +34,7 @@ class Pushed(NamedTuple):
 
 
 def split(scalars: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The scalars that are on the host, as Python numbers, and those on the device."""
+  """Splits scalars into those on the host, as Python numbers, and those on the device."""
   host: dict[str, Any] = {}
   device: dict[str, Any] = {}
   for key, value in scalars.items():
@@ -42,10 +42,11 @@ def split(scalars: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if isinstance(value, np.ndarray | jax.Array):
       if value.shape != ():
         raise ValueError(
-          f"`{key}` must be a scalar, got shape {value.shape}: reduce it, for example with jnp.mean, or push an entry."
+          f"`{key}` must be a scalar, got shape {value.shape}: reduce it, for example with jnp.mean, or push one entry."
         )
       if not _is_real(value.dtype):
         raise _no_number(key, value)
+    # Device scalars are packed with the metrics; host scalars go straight into the row.
     if isinstance(value, jax.Array):
       device[key] = value
     else:
@@ -54,25 +55,26 @@ def split(scalars: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_outside_jit(value: Any, name: str) -> None:
-  """Raises for what a traced function computes."""
+  """Raises for a traced value."""
   if isinstance(value, jax.core.Tracer):
-    raise TypeError(_INSIDE_JIT.format(name, "a traced one"))
+    raise TypeError(_INSIDE_JIT.format(name, "a traced array"))
 
 
 def step_of(step: Any) -> int | None:
-  """The caller's number of the step; None where it is on the device."""
+  """The caller's step number; None if it is on the device."""
   check_outside_jit(step, "step")
   if isinstance(step, numbers.Integral) and not isinstance(step, bool):
     if abs(int(step)) >= _INT64:
       raise ValueError("`step` must be in the range of an int64, got a larger integer: pass the number of the step.")
     return int(step)
+  # A numpy step is on the host already; a JAX one may still be being computed.
   if isinstance(step, jax.Array | np.ndarray) and step.shape == () and jnp.issubdtype(step.dtype, jnp.integer):
     return None if isinstance(step, jax.Array) else int(step)
   raise TypeError(f"`step` must be an integer, got {describe(step)}: pass the number of the step.")
 
 
 def batch_of(batch: Any) -> Batch | None:
-  """What the caller calls the batch."""
+  """The caller's name for the batch."""
   if batch is None:
     return None
   if isinstance(batch, str):
@@ -87,11 +89,11 @@ def batch_of(batch: Any) -> Batch | None:
       raise ValueError("`batch` must be in the range of an int64, got a larger integer: pass it as a string.")
     return int(batch)
   raise TypeError(
-    f"`batch` must be an integer or a short string, got {describe(batch)}: pass what you would look the batch up by."
+    f"`batch` must be an integer or a short string, got {describe(batch)}: pass the name you look the batch up by."
   )
 
 
-@functools.cache  # Every push asks it of every scalar.
+@functools.cache  # Every push asks for every scalar.
 def _is_real(dtype: Any) -> bool:
   return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
@@ -111,4 +113,4 @@ def _python_number(key: str, value: Any) -> int | float:
 
 
 def _no_number(key: str, value: Any) -> TypeError:
-  return TypeError(f"`{key}` must be a real number or an array of shape (), got {describe(value)}: push numbers alone.")
+  return TypeError(f"`{key}` must be a real number or an array of shape (), got {describe(value)}: push only numbers.")

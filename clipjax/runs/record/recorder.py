@@ -1,7 +1,7 @@
-"""The flight recorder: what every clip and watch measured, and the losses, of every step, in a file.
+"""The flight recorder: it writes what every clip and watch measured, and the losses, of every step to a file.
 
-A push enqueues one small program and returns; numbers are read from the device when they are there, many steps at
-once, in a thread of their own. So a loop is not slowed down by its log, and only a kill costs the last rows.
+A push enqueues one small program and returns. Another thread reads the numbers from the device once they are ready,
+many steps at a time. Logging therefore does not slow the training loop, and only a kill costs the last rows.
 """
 
 import os
@@ -29,54 +29,54 @@ from clipjax.runs.schema import RESERVED, USER_STEP
 
 
 class Recorder:
-  """Writes what the clips and watches of an optimizer state have measured, and what else it is given, row by row.
+  """Writes what the clips and watches of an optimizer state measured, and your own scalars, row by row.
 
-  `push` never waits for the device: it packs everything into one new vector there, which outlives a step that donates
-  the optimizer state, and returns. A thread reads the vectors, `every` at a time, writes the rows, and hands them to
-  the writers. The loop waits only where the device is more than `2 * every` steps behind.
+  `push` never waits for the device. It packs everything into one new vector there, which outlives a step that donates
+  the optimizer state, and returns. A thread reads the vectors, `every` at a time, writes the rows and hands them to the
+  writers. The loop waits only if the device is more than `2 * every` steps behind.
 
-  The file is JSON Lines, one row for each step, and `read_run` reads it. A row has the number that was pushed;
-  "update" is how many updates the optimizer had seen. Pushes of one step are one row, of two numbers of one key the
-  later. With `watch(history=N)` the steps between two pushes, up to N, become rows with their norm, numbered back from
-  the push that brought them. Under `optax.MultiSteps` a row is an update: its step is the one in which the update
+  The file is JSON Lines with one row per step; `read_run` reads it. A row has the step number that you pushed; "update"
+  counts the updates that the optimizer had seen. Several pushes of one step become one row, in which the later number
+  of a key wins. With `watch(history=N)`, up to N steps between two pushes become rows with their norm, numbered back
+  from the push that brought them. Under `optax.MultiSteps`, a row is an update: its step is the one in which the update
   landed, its scalars are means over the micro-batches, "tokens" and "examples" are sums. A step that `skip_steps`
-  rejected is a row too, without the numbers of clips and watches inside, which did not see it.
+  rejected is a row too, without the numbers of the clips and watches inside, which did not see it.
 
-  A path that has a run is appended to. Where the steps go back, to a checkpoint or to the start, what was recorded from
-  there on is superseded: it stays in the file, and `read_run` leaves it out. What is pushed without an optimizer state
-  for an earlier step, as a late evaluation, is added to that step.
+  If the path holds a run, rows are appended to it. When the steps go back, to a checkpoint or to the start, the rows
+  from there on are superseded: they stay in the file, but `read_run` leaves them out. A push without an optimizer state
+  for an earlier step, such as a late evaluation, is added to that step.
 
-  Norms by leaf are written once in `every` pushes, and at every step that a finding names: a spike of a norm or of the
-  loss, and what is not finite, for the first `every` in a row. So they are at a worst step 10% above the last one
-  written. Slices of stacked layers are leaves in this, and so are groups where there are more than 64. Numbers by
-  fewer groups are in every row.
+  Norms by leaf are written once in `every` pushes and at every step that a finding names: a spike of a norm or of the
+  loss, or nonfinite numbers, for the first `every` steps in a row. They are also written at a worst step 10% above the
+  last one written. Slices of stacked layers count as leaves here, and so do more than 64 groups. Numbers of fewer
+  groups are in every row.
 
-  Nothing that was pushed is lost by an exception, Ctrl-C, SIGTERM or a script that ends without `close`. SIGTERM is
-  handled where nobody else does: the file is written, loggers get ten seconds, and the process ends by it. A process
-  that is killed loses what was not yet read, at most twice `every` rows. `push` may be called from several threads.
+  An exception, Ctrl-C, SIGTERM or a script that ends without `close` loses nothing that was pushed. SIGTERM is handled
+  if nobody else does: the file is written, loggers get ten seconds, and the process dies of it. A killed process loses
+  what was not yet read, at most twice `every` rows. `push` may be called from several threads.
 
-  A full disk, or a logger that raises, is a warning, once, and the training goes on; up to 16 MiB of rows wait until
-  they can be written, beyond that the oldest are dropped, and `close` says how many were never written. A file is
-  recorded to by one recorder: a second one of this process closes the first, one of another process is refused. Of
-  several processes of `jax.distributed` only process 0 writes: make the `Recorder` after `jax.distributed.initialize`.
+  A full disk or a logger that raises causes one warning, and training continues. Up to 16 MiB of rows wait until they
+  can be written; beyond that the oldest are dropped, and `close` says how many were never written. Only one recorder
+  writes to a file: a second one in this process closes the first, one in another process is refused. With several
+  processes of `jax.distributed`, only process 0 writes: make the `Recorder` after `jax.distributed.initialize`.
 
   Args:
     path: the file.
-    every: pushes between two reads from the device.
-    writers: loggers that are given every scalar too, in order: a `SummaryWriter`, a run of wandb, the module `mlflow`
-      and others, or functions `(step, values)`; docs/loggers.md of the project has all. A pair `(logger, "leaves")` is
-      given the numbers by leaf as well. Each is called in a thread of its own, but for wandb, to which each push hands
-      on a row. They are flushed, but not closed.
-    on_finding: called with each FAIL or WARN of `diagnose` that names a step: what is not finite, a run that diverged
-      or in which nothing trains, a layer that died, spikes that reached the parameters; once for each kind, by the
-      first `push` after the rows were written, so within about `every` pushes. What it raises, `push` raises.
-    limits: where these findings begin, as in `diagnose`.
+    every: how many pushes are read from the device at a time.
+    writers: loggers that also get every scalar, in order: a `SummaryWriter`, a run of wandb, the module `mlflow` and
+      others, or functions `(step, values)`; docs/loggers.md of the project lists all. A pair `(logger, "leaves")` gets
+      the numbers by leaf as well. Each logger has its own thread, except wandb, which gets a row at each push. They are
+      flushed, but not closed.
+    on_finding: called with each FAIL or WARN of `diagnose` that names a step: nonfinite numbers, a run that diverged or
+      in which nothing trains, a layer that died, spikes that reached the parameters. It is called once for each kind,
+      by the first `push` after the rows were written, so within about `every` pushes. `push` raises what it raises.
+    limits: the thresholds of these findings, as in `diagnose`.
 
   Raises:
     OSError: if the file cannot be written to.
-    ValueError: if it is one that no Recorder wrote, no regular file, or recorded to by another process; for an `every`
-      below 1 or limits out of their range.
-    TypeError: for an object among the writers that takes no rows, or an argument of another type.
+    ValueError: if no Recorder wrote the file, it is not a regular file, or another process records to it; for an
+      `every` below 1 or limits out of range.
+    TypeError: for a writer that takes no rows, or an argument of another type.
 
   Example:
     >>> import os, tempfile, jax.numpy as jnp, optax, clipjax
@@ -117,7 +117,7 @@ class Recorder:
     self._is_closed = False
     self._is_alone = jax.process_count() == 1
     self._pipeline: Pipeline | None = None
-    if jax.process_index() == 0:
+    if jax.process_index() == 0:  # In the other processes, `push` returns at once.
       targets = Writers(writers, self._notes.warn)
       self._open(path, targets, on_finding is not None, limits)
       self._notes.deliver()
@@ -134,29 +134,29 @@ class Recorder:
     """Records a step; call it outside jit, with what the step returned.
 
     Args:
-      step: your number of the step. One on the device is not waited for.
-      opt_state: as in `clipjax.metrics`, or None for a run without an optimizer; may be donated afterwards. Of several
-        optimizers push a dict of their states.
-      params: the parameters, for their number and a histogram of log10|w| once in `every` pushes; of an array that is
-        spread over several devices, the part on the first of them. May be donated afterwards.
-      batch: what you would look the batch up by: an integer or a short string. Findings name it.
-      scalars: what else to record, such as `loss=`, `learning_rate=`, or `tokens=` of this step for the throughput:
-        Python numbers or arrays of shape (), which are not waited for. May be inf or NaN.
+      step: your step number. `push` does not wait for one on the device.
+      opt_state: as in `clipjax.metrics`, or None for a run without an optimizer; may be donated afterwards. For several
+        optimizers, push a dict of their states.
+      params: the parameters, to record their number and, once in `every` pushes, a histogram of log10|w|. Only the part
+        on the first device counts if an array is spread over several. May be donated afterwards.
+      batch: the name you look the batch up by: an integer or a short string. Findings quote it.
+      scalars: anything else to record, such as `loss=`, `learning_rate=`, or `tokens=` of this step for the throughput:
+        Python numbers or arrays of shape (), which `push` does not wait for. May be inf or NaN.
 
     Raises:
-      TypeError: for a value that is no number, what is no optimizer state, `params` without a floating leaf, or inside
-        jit.
-      ValueError: for an array that is no scalar, a step beyond an int64, a key of `clipjax.metrics` or of the file's
-        own, an optimizer state with leading axes, or after `close`.
+      TypeError: for a value that is not a number, anything but an optimizer state, `params` without a floating leaf, or
+        a call inside jit.
+      ValueError: for an array that is not a scalar, a step beyond int64, a key of `clipjax.metrics` or of the file
+        itself, an optimizer state with leading axes, or a call after `close`.
     """
     if self._is_closed:
-      raise ValueError("`push` must be called before `close`, got a closed Recorder: make another, of the same path.")
+      raise ValueError("`push` must be called before `close`, got a closed Recorder: make another with the same path.")
     if self._pipeline is None:
       return
     if self._pipeline.is_closed:
       raise ValueError(
-        "`push` must be called of the last Recorder of a path, got one that another of this process has replaced: push "
-        "to that."
+        "`push` must be called on the newest Recorder of a path, got one that another Recorder of this process has "
+        "replaced: push to that one."
       )
     pushed = self._pushed(step, opt_state, params, batch, scalars)
     self._pipeline.put(pushed)
@@ -164,9 +164,9 @@ class Recorder:
     self._notes.deliver()
 
   def flush(self) -> None:
-    """Reads and writes all that was pushed; waits for the device.
+    """Reads and writes all pushes so far; waits for the device.
 
-    Micro-batches of an update that has not landed wait for the others, until `close`.
+    Micro-batches of an update that has not landed wait for the rest of the update, or for `close`.
     """
     if self._pipeline is not None and not self._pipeline.is_closed:
       self._pipeline.drain()
@@ -174,7 +174,7 @@ class Recorder:
     self._notes.deliver()
 
   def close(self) -> None:
-    """Writes what is left; a second call does nothing, but goes on where the first one was interrupted."""
+    """Writes everything that is left. A second call resumes an interrupted first call and otherwise does nothing."""
     self._is_closed = True
     if self._pipeline is not None:
       self._pipeline.close()
@@ -193,7 +193,7 @@ class Recorder:
     except Exception as late:
       if error is None:
         raise
-      error.add_note(f"Closing the Recorder raised {type(late).__name__}: {late}")  # The first error stays the error.
+      error.add_note(f"Closing the Recorder raised {type(late).__name__}: {late}")  # The first error wins.
 
   def _open(self, path: Any, writers: Writers, is_told: bool, limits: HealthLimits) -> None:
     name, warn = checked_path(path), self._notes.warn
@@ -201,8 +201,8 @@ class Recorder:
       older.close()
       exits.remove(older)
       warn(
-        f"{name!r} was open in another Recorder of this process, which is closed now: close a Recorder, best by "
-        "`with`, before you make another of its path."
+        f"{name!r} was open in another Recorder of this process, which is now closed: close a Recorder, preferably "
+        "with `with`, before you make another for its path."
       )
     file = RunFile(path, warn)
     self._pipeline = Pipeline(self._every, file, writers, Live(limits), self._notes, is_told)
@@ -210,6 +210,7 @@ class Recorder:
     self._finalizer = weakref.finalize(self, _end, self._pipeline, self._notes)
 
   def _pushed(self, step: Any, opt_state: Any, params: Any, batch: Any, scalars: dict[str, Any]) -> Pushed:
+    # Check the arguments first: a push that fails must leave no trace.
     now = time.time()
     host, device = split(scalars)
     number, name = step_of(step), batch_of(batch)
@@ -220,27 +221,28 @@ class Recorder:
       raise ValueError(f"`{taken[0]}` must be another key, got one that the Recorder writes itself: rename it.")
     if any(issubclass(kind, jax.core.Tracer) for kind in {*map(type, arrays)}):
       check_outside_jit(next(x for x in arrays if isinstance(x, jax.core.Tracer)), "opt_state")
-    if not self._is_alone:
+    if not self._is_alone:  # A program over devices of other processes would wait for them.
       arrays = [first_shard(x) for x in arrays]
       device = {key: first_shard(value) for key, value in device.items()}
     params = params if self._pushes >= self._next_weights else None
     for leaf in jax.tree.leaves(params):
       check_outside_jit(leaf, "params")
+    # Enqueue the programs: nothing here waits for the device.
     vector, layout = packer.pack(arrays, device)
-    if isinstance(vector, jax.core.Tracer):  # Of a state that is no argument of the traced function.
+    if isinstance(vector, jax.core.Tracer):  # The traced function closes over the state.
       raise TypeError(
         "`push` must be called outside jit, got a call in a traced function: push what the jitted step returns."
       )
     weights = self._weights(params)
-    by_leaf = self._pushes % self._every == 0
+    by_leaf = self._pushes % self._every == 0  # Makes numbers by leaf due.
     self._pushes += 1
     return Pushed(now, threading.get_ident(), number, name, host, packer, layout, vector, weights, by_leaf)
 
   def _packed(self, opt_state: Any) -> tuple[packing.Packer, list[Any]]:
-    """The packer for this structure of state, and what it packs."""
+    """The packer for this state structure, and the arrays to pack."""
     if (found := self._found(opt_state)) is not None:
       return found
-    with self._making:  # One packer for a structure, whatever threads push it at once.
+    with self._making:  # One packer per structure, even if several threads push it at once.
       if (found := self._found(opt_state)) is not None:
         return found
       packer = packing.Packer(opt_state)
@@ -266,9 +268,9 @@ class Recorder:
 
 
 def _end(pipeline: Pipeline, notes: Notes) -> None:
-  """Closes a recorder that nobody has closed.
+  """Closes a recorder that nobody closed.
 
-  Garbage may be collected in any thread. One that rows pass through cannot wait for them: another one does.
+  Garbage may be collected in any thread. A thread that rows pass through cannot wait for them, so another one does.
   """
   if threading.current_thread() is threading.main_thread():
     _close(pipeline, notes)

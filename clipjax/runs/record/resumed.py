@@ -1,4 +1,4 @@
-"""What a file has already, where a run is resumed: read from its ends, however long it is."""
+"""What the file of a resumed run already holds, read from its two ends however long it is."""
 
 import numpy as np
 
@@ -9,16 +9,16 @@ from clipjax.runs.record.rows import Before
 from clipjax.runs.record.run_file import RunFile
 from clipjax.runs.schema import UPDATE, key_of, names_with
 
-_ROWS = 100  # At the end, of which one surely tells whether there is an optimizer.
+_ROWS = 100  # Rows at the end; one of them is sure to tell whether there is an optimizer.
 
 
 def before_in(file: RunFile) -> Before | None:
-  """The steps of a file that has rows; None where there are none."""
+  """The first and last step of a file; None if it has no rows."""
   if not file.had_rows:
     return None
   try:
     end = tail(file.path, _ROWS)
-  except ValueError:  # Torn in its header.
+  except ValueError:  # A torn header.
     return None
   if not len(end):
     return None
@@ -27,8 +27,9 @@ def before_in(file: RunFile) -> Before | None:
 
 
 def norms_in(path: str, first: int, last: int) -> dict[int, Norms]:
-  """The norms that a file has from the step `first` to `last`, by step."""
+  """The norms in a file from step `first` to `last`, by step."""
   try:
+    # The steps are at the end, unless late rows were added there; only then read all of the file.
     run = tail(path, 2 * (last - first + 1))
     if not len(run) or run.steps[0] > first:
       run = read_run(path)

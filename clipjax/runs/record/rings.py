@@ -1,7 +1,7 @@
-"""The steps between two pushes, out of the rings of norms that watches keep.
+"""The steps between two pushes, from the rings of norms that watches keep.
 
-They are numbered backwards from the push that brought them. Where the caller's numbers grow faster than the updates, as
-under `optax.MultiSteps` or where steps are examples, the rows stand evenly between the two pushes.
+They are numbered backward from the push that brought them. If the caller's step numbers grow faster than the updates,
+as under `optax.MultiSteps` or when they count examples, the rows are spaced evenly between the two pushes.
 """
 
 import math
@@ -14,20 +14,20 @@ from clipjax.runs.record.packing import Ring
 from clipjax.runs.schema import key_of
 from clipjax.runs.text import numbers
 
-Norms = dict[str, float]  # Of one step, by key.
+Norms = dict[str, float]  # The norms of one step, by key.
 
 
 class _Place(NamedTuple):
-  """A push: the caller's step, and the update that it showed."""
+  """A push: the caller's step and the update count at that time."""
 
   step: int
   update: int
 
 
 class Rings:
-  """Makes rows of what the rings of one optimizer hold since its last push.
+  """Makes rows from the rings of one optimizer since its last push.
 
-  `recorded` gives the norms that the file has between two steps: a ring that was restored goes back to before its
+  `recorded` returns the norms that the file has between two steps, because a restored ring reaches back beyond its
   checkpoint.
   """
 
@@ -35,16 +35,17 @@ class Rings:
     self._recorded = recorded
     self._once = Once(warn)
     self._last: _Place | None = None
-    self._lag: dict[str, int] = {}  # By how much the count of a watch is behind the updates.
+    self._lag: dict[str, int] = {}  # How far the count of each watch lags behind the updates.
 
   def between(self, step: int, update: int, rings: dict[str, Ring]) -> tuple[list[tuple[int, Norms]], int | None]:
-    """The steps between the last push and this one, ascending, with their norms.
+    """The steps between the last push and this one with their norms, ascending.
 
-    Beside them the first step at which the file has another norm: the run went back to it. None without any.
+    Also the first step at which the file has another norm, because the run went back to it; None if there is none.
     """
     before, self._last = self._last, _Place(step, update)
     if before is not None and before.update == update:
       return [], None
+    # A new or restored ring is compared with the file; otherwise the last push tells where to begin.
     is_new = before is None or update < before.update or step < before.step
     stride = 1
     if before is not None and not is_new:
@@ -53,7 +54,7 @@ class Rings:
         self._once.say(
           "slow steps",
           f"`step` must grow at least as fast as the updates, got {before.step} and {step} for "
-          f"{update - before.update} updates: the norms between them have no number and are not recorded; push the "
+          f"{update - before.update} updates: the norms in between have no number and are not recorded; push the "
           "number of the last update.",
         )
         return [], None
@@ -64,7 +65,7 @@ class Rings:
     rows: dict[int, Norms] = {}
     for name, (count, norms) in rings.items():
       lag, size = now.update - count, len(norms)
-      is_in_step = self._lag.get(name, lag) == lag  # Else steps that the watch has not seen lie between.
+      is_in_step = self._lag.get(name, lag) == lag  # If not, the watch missed some of the steps in between.
       self._lag[name] = lag
       if not is_in_step:
         continue
@@ -80,7 +81,7 @@ class Rings:
     return rows
 
   def _without_known(self, rows: dict[int, Norms]) -> tuple[list[tuple[int, Norms]], int | None]:
-    """What the file does not have, and all from the first step on at which it has another norm."""
+    """The rows that the file lacks, and all rows from the first step on at which it has another norm."""
     recorded = self._recorded(min(rows), max(rows))
     out: list[tuple[int, Norms]] = []
     other = None
@@ -95,8 +96,8 @@ class Rings:
   def _say_gap(self, name: str, size: int, steps: int) -> None:
     self._once.say(
       "history",
-      f"`history` of the watch '{name}' must reach from one push to the next, got {size} for {steps} steps: those "
-      f"before are not recorded; pass watch(history={steps}).",
+      f"`history` of the watch '{name}' must reach from one push to the next, got {size} for {steps} steps: earlier "
+      f"steps are not recorded; pass watch(history={steps}).",
     )
 
 

@@ -1,7 +1,7 @@
-"""From what a `Recorder` has read off the device to rows: which steps, which numbers, and when those by leaf.
+"""Makes rows from what a `Recorder` read from the device: which steps, which numbers, and when numbers by leaf.
 
-Pushes come in their order; what a row depends on of those before it is kept in `Rows`. Under `optax.MultiSteps` the
-pushes of one update become one row: means of what was pushed, sums of tokens and examples.
+Pushes arrive in order; `Rows` keeps what a row needs from earlier ones. Under `optax.MultiSteps`, the pushes of one
+update become one row, with means of the scalars and sums of tokens and examples.
 """
 
 import math
@@ -17,13 +17,13 @@ from clipjax.runs.record.rings import Norms, Rings
 from clipjax.runs.record.weights import weights_row
 from clipjax.runs.schema import AMOUNTS, BACK, BATCH, FLAGS, MAY_BE_INF, STEP, TIME, UPDATE, WEIGHTS, key_of
 
-_Series = tuple[int, Packer | frozenset[str]]  # A thread, and an optimizer or keys.
-_REMEMBERED = 4096  # Steps of a series without a state.
-_WORSE = 1.1  # By how much a worst step exceeds the last one whose leaves were written: a rising norm has many.
+_Series = tuple[int, Packer | frozenset[str]]  # A thread, and an optimizer or a set of keys.
+_REMEMBERED = 4096  # How many steps of a series without a state are remembered.
+_WORSE = 1.1  # A worst step must exceed the last one written by this factor: a rising norm has many worst steps.
 
 
 class Made(NamedTuple):
-  """A row, and the numbers by leaf that it gets where they are due or a detector asks for them."""
+  """A row, and the numbers by leaf that it gets if they are due or a detector asks for them."""
 
   row: dict[str, Any]
   vectors: dict[str, Any]
@@ -31,11 +31,11 @@ class Made(NamedTuple):
 
 
 class Before(NamedTuple):
-  """What a file has already, where a run is resumed.
+  """What the file of a resumed run already holds.
 
   Attributes:
-    first: its first step.
-    last: its last step.
+    first: the first step in the file.
+    last: the last step in the file.
     has_updates: whether an optimizer state was pushed.
   """
 
@@ -45,7 +45,7 @@ class Before(NamedTuple):
 
 
 class Rows:
-  """Makes rows of what was read, and remembers what they depend on."""
+  """Makes rows of what was read, and remembers what later rows need."""
 
   def __init__(
     self,
@@ -57,26 +57,27 @@ class Rows:
     self._states = States(warn)
     self._recorded = recorded
     self._warn = warn
-    self._rings: dict[frozenset[str], Rings] = {}  # Of each optimizer, by the names of its watches.
+    self._rings: dict[frozenset[str], Rings] = {}  # One per optimizer, by the names of its watches.
     self._course = _Course(before, warn)
     self._groups: dict[Packer, _Group] = {}
     self._leaves = _ByLeaf(every)
 
   @property
   def leaves(self) -> dict[str, tuple[str, ...]]:
-    """Names of leaves or groups, by the name of a state."""
+    """Names of leaves or groups, by state name."""
     return self._states.leaves
 
   def of(self, pushed: Pushed, seen: Seen | None, counts: Any) -> list[Made]:
-    """The rows of the steps in the rings of watches since the last push, then the row of this one."""
+    """The rows of steps that the rings of watches hold since the last push, then the row of this push."""
     seen = seen or Seen((), None, None, {}, {}, {}, {})
     step = pushed.step if pushed.step is not None else seen.user_step
-    if step is None:  # It was on the device, and could not be read.
+    if step is None:  # The step number was on the device and could not be read.
       return []
     if pushed.by_leaf:
       self._leaves.ask()
     values = {**pushed.scalars, **seen.pushed}
     batch: Any = pushed.batch
+    # Micro-batches wait until their update lands; then they become one row.
     if pushed.packer.is_accumulated and seen.counts:
       group = self._groups.setdefault(pushed.packer, _Group())
       group.add(step, pushed, values, counts)
@@ -87,7 +88,7 @@ class Rows:
     return self._made(step, pushed, measured, values, batch, counts)
 
   def rest(self) -> list[Made]:
-    """The rows of micro-batches that no update has followed, where the recording ends."""
+    """The rows of micro-batches whose update has not landed when the recording ends."""
     out = []
     for group in self._groups.values():
       if group.pushed:
@@ -98,6 +99,7 @@ class Rows:
   def _made(
     self, step: int, pushed: Pushed, measured: Measured, values: dict[str, Any], batch: Any, counts: Any
   ) -> list[Made]:
+    # The row of this push.
     row: dict[str, Any] = {STEP: step}
     if measured.update is not None:
       row[UPDATE] = measured.update
@@ -106,10 +108,12 @@ class Rows:
       row[BATCH] = batch
     if counts is not None:
       row[WEIGHTS] = weights_row(counts)
+    # The steps between two pushes, from the rings.
     rings = self._rings_of(measured)
     between, other = ([], None) if rings is None else rings.between(step, measured.update or 0, measured.rings)
     rows = [Made({STEP: at, **_finite(dict(norms))}, {}, False) for at, norms in between]
     rows.append(Made(row, measured.vectors, self._leaves.are_due(row, measured)))
+    # If the run went back, the first row that replaces others says so.
     series = pushed.packer if measured.update is not None else frozenset(values)
     if self._course.goes_back((pushed.thread, series), step) or other is not None or measured.is_again:
       first = step if other is None else other
@@ -126,9 +130,9 @@ class Rows:
 
 
 class _ByLeaf:
-  """Says at which steps numbers by leaf are due: once in `every` pushes, where not finite, and at a worst step.
+  """Decides when numbers by leaf are due: once in `every` pushes, at nonfinite steps and at a worst step.
 
-  Each optimizer has its own; where numbers are due at a step that has none, the next step that has some gets them.
+  Each optimizer is due by itself. If numbers are due at a step without any, the next step that has some gets them.
   """
 
   def __init__(self, every: int):
@@ -136,14 +140,14 @@ class _ByLeaf:
     self._asked = 0
     self._given: dict[frozenset[str], int] = {}
     self._bad_in_a_row: dict[frozenset[str], int] = {}
-    self._worst: dict[str, tuple[float, float]] = {}  # Step and norm when those by leaf were last written.
+    self._worst: dict[str, tuple[float, float]] = {}  # The worst step and norm when last written.
 
   def ask(self) -> None:
-    """Once in so many pushes."""
+    """Makes numbers by leaf due; called once in `every` pushes."""
     self._asked += 1
 
   def are_due(self, row: dict[str, Any], measured: Measured) -> bool:
-    """Whether this row gets them in any case."""
+    """Whether this row gets numbers by leaf, whatever a detector finds."""
     who = frozenset(measured.vectors)
     if not who:
       return False
@@ -171,7 +175,7 @@ class _Group:
     self._counts: Any = None
 
   def add(self, step: int, pushed: Pushed, values: dict[str, Any], counts: Any) -> None:
-    """Takes one."""
+    """Adds a micro-batch."""
     self.step = step
     self.pushed.append(pushed)
     for key, value in values.items():
@@ -179,13 +183,13 @@ class _Group:
     self._counts = self._counts if counts is None else counts
 
   def has_landed(self, seen: Seen) -> bool:
-    """Whether the micro-batch of this push was the last one of its update."""
+    """Whether this push was the last micro-batch of its update."""
     update, before = max(seen.counts), self._update
     self._update = update
     return update > 0 and (seen.mini_step == 0 if before is None else update != before)
 
   def taken(self) -> tuple[dict[str, Any], Any, Any]:
-    """What all of them have together: scalars, names of batches, the histogram of the parameters."""
+    """Takes all micro-batches: combined scalars, batch names, the histogram of the parameters."""
     values = {key: _together(key, some) for key, some in self._values.items()}
     batches: list[Batch] = [p.batch for p in self.pushed if p.batch is not None]
     out = values, (batches if len(batches) > 1 else batches[0]) if batches else None, self._counts
@@ -194,29 +198,30 @@ class _Group:
 
 
 class _Course:
-  """Tells where a run goes back: to a checkpoint, or to its start.
+  """Decides when a run goes back, to a checkpoint or to its start.
 
-  A series is what one thread pushes of one optimizer, or under one set of keys: threads are not in step with each
-  other, nor are the optimizers of a GAN. Of threads that share the steps of one run the first one goes back for all.
+  A series is what one thread pushes from one optimizer, or under one set of keys: threads are not in step with each
+  other, nor are the optimizers of a GAN. If threads share the steps of one run, the first one goes back for all.
   """
 
   def __init__(self, before: Before | None, warn: Callable[[str], None]):
     self._before = before
     self._warn = warn
     self._has_states = before is not None and before.has_updates
-    self._last: dict[_Series, tuple[int, int]] = {}  # The last step of each, and how often the run had gone back.
+    self._last: dict[_Series, tuple[int, int]] = {}  # The last step, and how often the run had gone back.
     self._times = 0
     self._recorded: dict[_Series, OrderedDict[int, None]] = {}
 
   def goes_back(self, series: _Series, step: int) -> bool:
-    """Whether a push for `step` supersedes what was recorded from there on.
+    """Whether a push for `step` supersedes the rows from there on.
 
-    What is pushed without a state for an earlier step adds to that step, as a late evaluation does; only where a run
-    has no state at all, and the same keys were recorded at that step before, it went back.
+    A push without a state for an earlier step adds to that step, as a late evaluation does. It goes back only if the
+    run has no state at all and recorded the same keys at that step before.
     """
     has_state = isinstance(series[1], Packer)
     self._has_states = self._has_states or has_state
     before = self._before
+    # The first push to an existing file: does it resume inside, or after it?
     if before is not None and (has_state or not self._has_states):
       self._before = None
       if step <= before.first:
@@ -224,7 +229,7 @@ class _Course:
       is_back = step <= before.last
     else:
       last, times = self._last.get(series, (step, 0))
-      is_back = step < last and times == self._times  # Else another thread has gone back before.
+      is_back = step < last and times == self._times  # If times differ, another thread went back already.
       if is_back and not has_state:
         is_back = not self._has_states and self._was_recorded(series, step)
     self._times += is_back
@@ -249,32 +254,32 @@ class _Course:
 
   def _warn_of_fresh_start(self, before: Before, step: int) -> None:
     self._warn(
-      f"`path` should be a new file for a new run, got one of the steps {before.first} to {before.last}, and a run "
-      f"that begins at step {step}: read_run will show the new run alone. The old rows stay in the file; name "
-      "another file to keep both apart."
+      f"`path` should be a new file for a new run, got one with steps {before.first} to {before.last} and a run that "
+      f"begins at step {step}: read_run will show only the new run. The old rows stay in the file; name another file "
+      "to keep the runs apart."
     )
 
 
 def _together(key: str, values: list[Any]) -> Any:
-  """A number of several micro-batches: the sum of an amount, else the mean."""
+  """Combines a number over micro-batches: the sum of an amount, otherwise the mean."""
   if key in AMOUNTS:
     return sum(values)
   return values[0] if all(x == values[0] for x in values) else sum(values) / len(values)
 
 
 def _is_of(key: str, quantities: frozenset[str]) -> bool:
-  """Whether a key is that of one of these quantities, of all leaves or of a group."""
+  """Whether a key belongs to one of these quantities, over all leaves or by group."""
   return not quantities.isdisjoint(key.split("/"))
 
 
 def _worst(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
-  """Number and norm of the worst step of each watch."""
+  """Step and norm of the worst step of each watch."""
   names = [key.removesuffix(f"/{WORST_NORM}") for key in metrics if key.endswith(f"/{WORST_NORM}")]
   return {name: (metrics[key_of(name, WORST_STEP)], metrics[key_of(name, WORST_NORM)]) for name in names}
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-  """The values as a row has them: null where not finite, and what they were beside them."""
+  """The values as a row has them: null for nonfinite ones, with flags that say what they were."""
   flags = {key: str(value) for key, value in values.items() if not math.isfinite(value)}
   if not flags:
     return values

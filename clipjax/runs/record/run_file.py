@@ -1,6 +1,6 @@
-"""The file of a run: JSON Lines that are appended to, and never by two recorders at once.
+"""The file of a run: JSON Lines, appended to by one recorder at a time.
 
-It never stops a training. What goes wrong after the start is told once, and rows wait until they can be written.
+It never stops a training run. An error after the start causes one warning, and rows wait until they can be written.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ from clipjax.runs.text import json_array
 
 try:
   import fcntl
-except ImportError:  # Not a system of this kind: nothing tells that another process records to the file.
+except ImportError:  # Not Unix: another process that records to the file goes unnoticed.
   fcntl = None  # type: ignore[assignment]
 
-_KEPT_BYTES = 2**24  # Of rows that could not be written, until the disk takes them.
-# Without O_NONBLOCK the opening of a FIFO would wait for its reader.
+_KEPT_BYTES = 2**24  # Rows that could not be written wait, up to this many bytes.
+# Without O_NONBLOCK, opening a FIFO would wait for its reader.
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class RunFile:
   """Appends to a file; every `write` hands its rows to the operating system before it returns.
 
-  The file stays locked until `close`. Where its path leads to another file meanwhile, or to none, that one is taken.
+  The file stays locked until `close`. If its path leads to another file meanwhile, or to none, the rows go there.
 
   Raises:
-    OSError: if the file cannot be made or written to.
-    ValueError: if it is one that no `Recorder` wrote, no regular file, or locked by another process.
+    OSError: if the file cannot be created or written to.
+    ValueError: if no `Recorder` wrote the file, it is not a regular file, or another process has locked it.
   """
 
   def __init__(self, path: str | os.PathLike[str], warn: Callable[[str], None]):
-    # Absolute, because the training may change the working directory.
+    # Absolute, because the caller may change the working directory.
     self.path = Path(checked_path(path)).absolute()
     self._given = os.fspath(path)
     self._warn = warn
@@ -47,19 +47,19 @@ class RunFile:
     self._is_torn = size > 0 and not _ends_with_newline(self.path)
     self._entry: dict[str, Any] = {}
     self._header = b""
-    self._waiting: deque[tuple[bytes, int]] = deque()  # Lines, and how many of them are rows.
+    self._waiting: deque[tuple[bytes, int]] = deque()  # Lines, and how many rows they hold.
     self._lost = 0
     self._is_reported = False
 
   @property
   def identity(self) -> tuple[int, int] | None:
-    """What tells this file from every other one, whatever the path; None once it is closed."""
+    """Identifies this file, whatever its path; None once it is closed."""
     return None if self._file is None else _identity(os.fstat(self._file))
 
   def write(self, header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Appends rows, and a header before them where it is new or the file is."""
+    """Appends rows, preceded by the header if the header or the file is new."""
     lines = [_line(row) for row in rows]
-    if header != self._entry or not self._header:  # Its text may have the names of thousands of slices.
+    if header != self._entry or not self._header:  # Made only on a change: it may name thousands of slices.
       self._entry, self._header = header, _line(header)
       lines.insert(0, self._header)
     if lines:
@@ -68,7 +68,7 @@ class RunFile:
       self._write_waiting()
 
   def close(self) -> None:
-    """Gives the file up; another recorder may take it."""
+    """Releases the file; another recorder may open it."""
     if self._file is not None:
       if lost := self._lost + sum(rows for _, rows in self._waiting):
         self._warn(f"{lost} rows were never written to {str(self.path)!r}: they are lost.")
@@ -81,11 +81,12 @@ class RunFile:
       file = self._current()
       is_new = os.fstat(file).st_size == 0
       while self._waiting:
+        # A new file needs a header, and a torn line an end, before anything else is written.
         text, _ = self._waiting[0]
         if is_new and not text.startswith(self._header):
           text = self._header + text
         text = b"\n" + text if self._is_torn else text
-        self._is_torn = True  # Until all of it is written.
+        self._is_torn = True  # Until all of the text is written.
         _write_all(file, text)
         self._is_torn = is_new = False
         self._waiting.popleft()
@@ -93,10 +94,10 @@ class RunFile:
       self._report(error)
       while sum(len(text) for text, _ in self._waiting) > _KEPT_BYTES and len(self._waiting) > 1:
         self._lost += self._waiting.popleft()[1]
-        self._header = b""  # It may have been in what is dropped, so it is written once more.
+        self._header = b""  # The dropped text may have held the header, so write it again.
 
   def _current(self) -> int:
-    """The file that the path leads to now: what is written to one that was removed is lost without an error."""
+    """The file that the path leads to now; writes to a removed file would be lost without an error."""
     try:
       now = _identity(os.stat(self.path))
     except FileNotFoundError:
@@ -114,9 +115,8 @@ class RunFile:
       return
     self._is_reported = True
     self._warn(
-      f"cannot write {str(self.path)!r}: {getattr(error, 'strerror', None) or error}; the training goes on, and the "
-      f"last {_KEPT_BYTES >> 20} MiB of rows are kept to be written when it is possible again: free disk space or fix "
-      "the path."
+      f"cannot write {str(self.path)!r}: {getattr(error, 'strerror', None) or error}; training continues, and the "
+      f"last {_KEPT_BYTES >> 20} MiB of rows wait until they can be written: free disk space or fix the path."
     )
 
 
@@ -126,12 +126,12 @@ def _opened(path: Path, given: str) -> int:
   try:
     file = os.open(path, _FLAGS, 0o666)
   except OSError as error:
-    if path.exists() and not path.is_file() and not path.is_dir():  # A FIFO or a socket, which may refuse it.
-      raise ValueError(f"{rule}, got {given!r}, which is no regular file: name a file on a disk.") from error
+    if path.exists() and not path.is_file() and not path.is_dir():  # A FIFO or a socket may refuse to open.
+      raise ValueError(f"{rule}, got {given!r}, which is not a regular file: name a file on a disk.") from error
     raise
   try:
     if not stat.S_ISREG(os.fstat(file).st_mode):
-      raise ValueError(f"{rule}, got {given!r}, which is no regular file: name a file on a disk.")
+      raise ValueError(f"{rule}, got {given!r}, which is not a regular file: name a file on a disk.")
     if not is_run(str(path)):
       raise ValueError(f"{rule}, got {given!r}, which is neither: name another file.")
     _lock(file, given)
@@ -148,14 +148,15 @@ def _lock(file: int, given: str) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     raise ValueError(
-      f"`path` must be a file that no other process records to, got {given!r}, which one does: name a file for each."
+      f"`path` must be a file that no other process records to, got {given!r}, which another process has open: name "
+      "a file for each process."
     ) from None
   except OSError:  # A file system without locks.
     pass
 
 
 def _unlock(file: int) -> None:
-  """Gives the lock up for every process: a child that was forked meanwhile has the file open too."""
+  """Releases the lock for every process: a child forked meanwhile has the file open too."""
   if fcntl is not None:
     with contextlib.suppress(OSError):
       fcntl.flock(file, fcntl.LOCK_UN)
@@ -181,7 +182,7 @@ _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 def _line(entry: dict[str, Any]) -> bytes:
-  """A row, or a header; what a row has by leaf are vectors."""
+  """A row or a header as a line; numbers by leaf are numpy vectors."""
   is_row = LEAF in entry and HEADER not in entry
   text = _encode({key: value for key, value in entry.items() if key != LEAF} if is_row else entry)
   if is_row:

@@ -1,8 +1,8 @@
-"""The parameters in a record: how many there are, and the histogram of log10|w|, counted on the device.
+"""The parameters in a record: their number, and the histogram of log10|w|, counted on the device.
 
-No program grows with the number of leaves, as XLA needs seconds for one of hundreds. Small leaves are joined, up to 64
-by one program, and what is joined is filled up to a power of two, so that few sizes are counted; a large leaf is
-counted by itself, by one program for each shape.
+No program grows with the number of leaves, because XLA takes seconds to compile one for hundreds of leaves. One program
+joins up to 64 small leaves and pads them to a power of two, so few sizes are ever compiled. A large leaf is counted by
+itself, with one program per shape.
 """
 
 import math
@@ -19,32 +19,31 @@ from clipjax.checks import describe
 from clipjax.leaves import is_measured
 from clipjax.state_search import is_wrapper, unwrapped
 
-# Log10 of |w|, four bins a decade; what is beyond counts in the outermost bin.
+# log10|w|, four bins per decade; values outside count in the outermost bins.
 LOW, HIGH, BINS = -8, 2, 40
 EDGES = np.linspace(LOW, HIGH, BINS + 1)
-_CHUNK = 2**22  # Entries of a leaf that are binned at once; more would take as much memory again as the leaf.
-_SMALL = 2**14  # Entries of the largest leaf that is joined with others.
+_CHUNK = 2**22  # Entries of a leaf that are binned at once; binning all would need as much memory again as the leaf.
+_SMALL = 2**14  # Leaves of up to this many entries are joined.
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
-_MOST = 64  # Leaves that are joined by one program.
+_MOST = 64  # One program joins up to this many leaves.
 
 
 def parameter_count(params: Any) -> int:
-  """Entries of all floating and complex leaves."""
+  """The number of entries in all floating and complex leaves."""
   return sum(int(np.prod(np.shape(x))) for x in map(unwrapped, _weight_leaves(params)))
 
 
 def histogram(params: Any) -> jax.Array | None:
-  """Enqueues the histogram of log10|w|, of what lies on the first device. Shape (parts, BINS + 2), int32, or None.
+  """Enqueues the histogram of log10|w| over the entries on the first device. Shape (parts, BINS + 2), int32, or None.
 
-  The last two columns count zeros, and entries that are not finite. The rows are to be summed, on the host, where the
-  sum may be above the largest int32.
+  The last two columns count zeros and nonfinite entries. The host sums the rows, because the sum may exceed int32.
   """
-  with jax.set_mesh(_NO_MESH):  # That of the caller has more devices than the first.
+  with jax.set_mesh(_NO_MESH):  # The caller's mesh spans more than the first device.
     return _histogram(params)
 
 
 def _histogram(params: Any) -> jax.Array | None:
-  small: dict[Any, list[tuple[Any, int]]] = {}  # With their sizes, by dtype.
+  small: dict[Any, list[tuple[Any, int]]] = {}  # Leaves and their sizes, by dtype.
   counts: list[jax.Array] = []
   for (dtype, shape), leaves in _by_kind([first_shard(unwrapped(x)) for x in _weight_leaves(params)]).items():
     size = math.prod(shape)
@@ -59,15 +58,15 @@ def _histogram(params: Any) -> jax.Array | None:
 
 
 def weights_row(counts: np.ndarray[Any, Any]) -> dict[str, list[float]]:
-  """What a row has under "weights"."""
+  """The histogram as a row has it under "weights"."""
   total = counts.astype(np.int64).sum(axis=0).tolist()
   return {"edges": EDGES.tolist(), "counts": total[:BINS], "zeros": total[BINS], "nonfinite": total[BINS + 1]}
 
 
 def first_shard(x: Any) -> Any:
-  """What of an array lies on the first device of this process.
+  """The part of an array on the first device of this process.
 
-  A program over devices of other processes would wait for these; a replicated array is whole in each place.
+  A program over devices of other processes would wait for them. A replicated array is whole on every device.
   """
   return x.addressable_data(0) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 else x
 
@@ -90,7 +89,7 @@ _KIND = attrgetter("dtype", "shape")
 
 
 def _by_kind(leaves: Iterable[Any]) -> dict[Any, list[Any]]:
-  """The leaves by dtype and shape: where many are alike, many parts of them are joined by the same program."""
+  """The leaves by dtype and shape: the same program then joins many groups of equal leaves."""
   kinds: dict[Any, list[Any]] = {}
   for x in leaves:
     kinds.setdefault(_KIND(x), []).append(x)
@@ -99,17 +98,17 @@ def _by_kind(leaves: Iterable[Any]) -> dict[Any, list[Any]]:
 
 @jax.jit
 def _joined(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-  """The sizes of all entries in one vector, filled up with zeros to a power of two, and how many entries there are."""
-  # Between barriers XLA on CPU copies each leaf at once; fused with the rest it takes ten times as long to compile.
+  """The absolute values of all entries in one vector, zero-padded to a power of two, and the number of entries."""
+  # Between barriers, XLA on CPU copies each leaf as a whole; fused with the rest, it takes ten times longer to compile.
   vectors = lax.optimization_barrier([jnp.asarray(x).ravel() for x in leaves])
   sizes = _sizes(lax.optimization_barrier(jnp.concatenate(vectors)))
   padded = jnp.pad(sizes, (0, (1 << (sizes.size - 1).bit_length()) - sizes.size))
-  return padded, jnp.full((), sizes.size, jnp.int32)  # Of the program: nothing is moved to the device.
+  return padded, jnp.full((), sizes.size, jnp.int32)  # A constant of the program: nothing is moved to the device.
 
 
 @jax.jit
 def _first_counts(sizes: jax.Array, count: jax.Array) -> jax.Array:
-  """Counts the first `count` of the sizes."""
+  """Counts the first `count` values; the rest is padding."""
   return _counted(jnp.zeros(BINS + 2, jnp.int32), sizes, jnp.arange(sizes.size, dtype=count.dtype) < count)
 
 
@@ -118,7 +117,7 @@ def _first_counts(sizes: jax.Array, count: jax.Array) -> jax.Array:
 
 @jax.jit
 def _leaf_counts(x: jax.Array) -> jax.Array:
-  """Counts all entries of a leaf, part by part."""
+  """Counts all entries of a leaf, chunk by chunk."""
   x = jnp.asarray(x).ravel()
   counts = jnp.zeros(BINS + 2, jnp.int32)
   whole = x.size // _CHUNK
@@ -131,12 +130,13 @@ def _leaf_counts(x: jax.Array) -> jax.Array:
 
 
 def _sizes(x: jax.Array) -> jax.Array:
-  """Absolute values in float32, those of 64-bit numbers in float64."""
+  """Absolute values: float64 for 64-bit numbers, otherwise float32."""
   size = jnp.abs(jnp.asarray(x).ravel())
   return size if size.dtype == jnp.float64 else size.astype(jnp.float32)
 
 
 def _counted(counts: jax.Array, size: jax.Array, is_one: jax.Array | bool) -> jax.Array:
+  # The bin of each entry; zeros and nonfinite entries have their own.
   place = jnp.clip(jnp.floor((jnp.log10(size) - LOW) * (BINS / (HIGH - LOW))), 0, BINS - 1).astype(jnp.int32)
   place = jnp.where(size > 0, place, BINS)
   place = jnp.where(jnp.isfinite(size), place, BINS + 1)
