@@ -1,22 +1,28 @@
 """Every notebook is a pair: text in jupytext's percent format, and the same cells after execution.
 
-CI runs the notebooks with nbmake. These tests check what nbmake does not see: both files agree, the kept outputs are
-there and fit for a reader, and the notebooks stay small. Each check is also shown to fail on a spoiled copy.
+Both files say the same, the kept outputs are fit for a reader, and the notebooks are short. `pytest -m notebooks` also
+executes each of them, and then its claims, `tests/claims/<name>.py`: plain statements that run in the kernel of the
+notebook after its last cell, and assert what its sentences say. Each check is shown to fail, on a spoiled copy of a
+notebook that passes. Files in notebooks/ without a number are modules that notebooks import.
 """
 
+import ast
 import copy
+import os
 import pathlib
 import re
 
 import jupytext
+import nbclient
 import nbformat
 import pytest
+from compiled import cache_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
-FOLDER = ROOT / "notebooks"
-NAMES = sorted({path.stem for path in FOLDER.glob("*.*") if path.suffix in {".py", ".ipynb"}})
+FOLDER, CLAIMS = ROOT / "notebooks", ROOT / "tests" / "claims"
+NAMES = sorted({path.stem for path in FOLDER.glob("[0-9][0-9]_*.*") if path.suffix in {".py", ".ipynb"}})
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MOST_LINES, MOST_BYTES = 150, 400_000
+MOST_LINES, MOST_BYTES = 90, 400_000
 # A path from the root of a machine; not the one inside of a URL or of a fraction.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~<>-])/(?:[\w.+-]+/)+[\w.+-]*|\b[A-Z]:\\\w")
 
@@ -44,10 +50,17 @@ def check_agreement(text, executed):
 
 
 def check_size(text, executed):
-  """The code is short enough to read, and the file small enough for a browser."""
+  """Two screens of code, and a file that a browser shows."""
   lines = [line.strip() for cell in code_cells(text) for line in cell.source.splitlines()]
-  assert 0 < sum(bool(line) and not line.startswith("#") for line in lines) < MOST_LINES
+  assert 0 < sum(bool(line) and not line.startswith("#") for line in lines) <= MOST_LINES
   assert len(nbformat.writes(executed).encode()) < MOST_BYTES
+
+
+def check_no_asserts(text, executed):
+  """A notebook shows; its claims are checked outside of it."""
+  del executed
+  trees = [ast.parse(cell.source) for cell in code_cells(text)]
+  assert not any(isinstance(node, ast.Assert) for tree in trees for node in ast.walk(tree))
 
 
 def check_execution(text, executed):
@@ -82,7 +95,52 @@ def check_links(text, executed):
   assert [link for link in links if not (FOLDER / link).exists()] == []
 
 
-CHECKS = (check_agreement, check_size, check_execution, check_pictures, check_outputs, check_links)
+CHECKS = (
+  check_agreement,
+  check_size,
+  check_no_asserts,
+  check_execution,
+  check_pictures,
+  check_outputs,
+  check_links,
+)
+
+
+def check_claims(claims):
+  """Something is claimed."""
+  assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(claims.read_text(encoding="utf-8"))))
+
+
+def execute(notebook, claims):
+  """Runs a copy of the notebook and, in the same kernel, the file of its claims.
+
+  Raises:
+    CellExecutionError: with the traceback of the cell, or of the claim, that failed.
+  """
+  notebook = copy.deepcopy(notebook)
+  file = str(claims)
+  notebook.cells.append(
+    nbformat.v4.new_code_cell(f"exec(compile(open({file!r}, encoding='utf-8').read(), {file!r}, 'exec'))")
+  )
+  client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}})
+  client.execute(env=environment(notebook))
+
+
+def environment(notebook):
+  """That of a user on a CPU with one device, with the programs that earlier runs compiled."""
+  env = os.environ | {"JAX_PLATFORMS": "cpu"}
+  env["XLA_FLAGS"] = env.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "").strip()
+  if not needs_devices(notebook):
+    env["JAX_COMPILATION_CACHE_DIR"] = cache_folder()
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+  return env
+
+
+def needs_devices(notebook):
+  """Whether programs run over several devices: from the cache these wait for one another, see tests/conftest.py."""
+  code = "\n".join(cell.source for cell in code_cells(notebook))
+  return re.search(r"\b(make_mesh|pmap|device_count)\b", code) is not None
 
 
 def test_there_are_notebooks():
@@ -98,6 +156,25 @@ def test_notebook_is_in_the_readme(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook(name, check):
   check(*read(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_has_claims(name):
+  check_claims(CLAIMS / f"{name}.py")
+
+
+def test_claims_have_notebooks():
+  assert {path.stem for path in CLAIMS.iterdir()} <= set(NAMES)
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_notebook_says_holds(name):
+  execute(read(name)[1], CLAIMS / f"{name}.py")
+
+
+def test_only_the_sharded_notebook_compiles_all_of_its_programs():
+  assert [name for name in NAMES if needs_devices(read(name)[1])] == ["05_sharded_training"]
 
 
 # The checks can fail ------------------------------------------------------------------------------------------------
@@ -138,9 +215,10 @@ def test_sound_pair_passes_every_check():
     (check_agreement, lambda text, executed: executed.cells[0].update(source="# Another title")),
     (check_agreement, lambda text, executed: text.cells.pop()),
     (check_agreement, lambda text, executed: executed.cells.reverse()),
-    (check_size, edit(1, "x = 1\n" * MOST_LINES)),
+    (check_size, edit(1, "x = 1\n" * (MOST_LINES + 1))),
     (check_size, edit(1, "# nothing but a comment")),
     (check_size, say("x" * MOST_BYTES)),
+    (check_no_asserts, edit(1, "for x in range(3):\n  assert x < 3")),
     (check_execution, lambda text, executed: executed.cells[1].update(execution_count=None)),
     (check_execution, lambda text, executed: executed.cells[1].update(execution_count=2)),
     (check_execution, lambda text, executed: executed.cells[1].outputs.append(nbformat.v4.new_output("error"))),
@@ -159,3 +237,54 @@ def test_check_fails_on_a_spoiled_pair(check, spoil):
   spoil(text, executed)
   with pytest.raises(AssertionError):
     check(text, executed)
+
+
+@pytest.mark.parametrize("missing", [".py", ".ipynb"])
+def test_pair_without_its_partner_cannot_be_read(missing, tmp_path):
+  text, executed = sound()
+  jupytext.write(text, tmp_path / "a.py", fmt="py:percent")
+  nbformat.write(executed, tmp_path / "a.ipynb")
+  check_agreement(*read("a", tmp_path))
+  (tmp_path / f"a{missing}").unlink()
+  with pytest.raises(FileNotFoundError):
+    read("a", tmp_path)
+
+
+@pytest.fixture
+def claims(tmp_path):
+  """Makes a file of claims."""
+
+  def write(text):
+    (tmp_path / "claims.py").write_text(text, encoding="utf-8")
+    return tmp_path / "claims.py"
+
+  return write
+
+
+def test_claims_without_an_assert_claim_nothing(claims):
+  with pytest.raises(AssertionError):
+    check_claims(claims("x < 3  # The text says so.\n"))
+
+
+@pytest.mark.notebooks
+def test_claims_see_the_variables_of_the_notebook(claims):
+  _, executed = sound()
+  before = copy.deepcopy(executed)
+  execute(executed, claims("def doubled():\n  return 2 * x\n\n\nassert doubled() == 2\n"))
+  assert executed == before
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize(
+  ("cell", "claim", "message"),
+  [
+    ("x = 1", "assert x == 2", "claims.py:1"),
+    ("x = 1", "assert y == 1", "NameError"),
+    ("x = 1 / 0", "assert True", "ZeroDivisionError"),
+  ],
+)
+def test_wrong_claim_or_cell_fails_with_its_traceback(cell, claim, message, claims):
+  _, executed = sound()
+  executed.cells[1].source = cell
+  with pytest.raises(nbclient.exceptions.CellExecutionError, match=message):
+    execute(executed, claims(claim))
