@@ -29,14 +29,20 @@ DTYPES = ("float32", "bfloat16")
 
 
 def compile_cases(
-  target: str, only: Sequence[str], dtypes: Sequence[str], *, quick: bool = False, rounds: int = 1
+  target: str,
+  only: Sequence[str],
+  dtypes: Sequence[str],
+  *,
+  quick: bool = False,
+  rounds: int = 1,
+  kept: str | None = None,
 ) -> Iterator[dict[str, Any]]:
   """Yields each case of a target when it is done, with where and when it was compiled.
 
   Raises:
     RuntimeError: if the process fails; the text is the end of its output.
   """
-  asked = json.dumps({"only": list(only), "dtypes": list(dtypes), "quick": quick, "rounds": rounds})
+  asked = json.dumps({"only": list(only), "dtypes": list(dtypes), "quick": quick, "rounds": rounds, "kept": kept})
   command = [sys.executable, str(HERE / "accelerators_compile.py"), target, asked]
   env = environment(target)
   env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(HERE.parent)]))

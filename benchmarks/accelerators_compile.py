@@ -1,7 +1,7 @@
 """The process that compiles for one target; `accelerators.py` starts it. It is not a command.
 
-Arguments: the target, then a JSON object with "only", "dtypes", "quick" and "rounds". It prints each finished case as a
-line of JSON. It needs the variables of `accelerators_targets.environment`.
+Arguments: the target, then a JSON object with "only", "dtypes", "quick", "rounds" and "kept". It prints each finished
+case as a line of JSON. It needs the variables of `accelerators_targets.environment`.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import optax
 from accelerators_hlo import count, traffic
+from accelerators_kept import kept
 from accelerators_steps import SEQUENCE, Case, cases, step_of, transformations
 from accelerators_targets import TARGETS, mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,8 +28,8 @@ def sharding(mesh_: Mesh, shape: tuple[int, ...]) -> NamedSharding:
   return NamedSharding(mesh_, PartitionSpec(*[None] * (len(shape) - 2), "x", "y") if divides else PartitionSpec())
 
 
-def compiled(tx: optax.GradientTransformation, case: Case, dtype: str, mesh_: Mesh) -> tuple[Any, float]:
-  """The program of one step, and the seconds to trace and compile it."""
+def lowered(tx: optax.GradientTransformation, case: Case, dtype: str, mesh_: Mesh) -> Any:
+  """One step, traced and lowered for the mesh."""
 
   def placed(x: Any, spec: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec or sharding(mesh_, x.shape))
@@ -43,9 +44,7 @@ def compiled(tx: optax.GradientTransformation, case: Case, dtype: str, mesh_: Me
     data = placed(tokens, NamedSharding(mesh_, PartitionSpec(("x", "y"))))
   step = step_of(tx, case.trains, specs[0])
   jax.clear_caches()
-  start = time.perf_counter()
-  program = jax.jit(step, donate_argnums=(1, 2), out_shardings=specs).lower(data, state, params).compile()
-  return program, time.perf_counter() - start
+  return jax.jit(step, donate_argnums=(1, 2), out_shardings=specs).lower(data, state, params)
 
 
 def facts(program: Any, on_tpu: bool) -> dict[str, Any]:
@@ -57,15 +56,22 @@ def facts(program: Any, on_tpu: bool) -> dict[str, Any]:
   return found
 
 
-def measured(case: Case, dtype: str, mesh_: Mesh, rounds: int, on_tpu: bool) -> dict[str, Any]:
+def measured(case: Case, dtype: str, target: str, rounds: int, folder: str | None) -> dict[str, Any]:
   """All clips in one case; compile times are the best of several rounds in which the clips take turns."""
-  variants: dict[str, dict[str, Any]] = {}
+  mesh_, variants = mesh(target), dict[str, dict[str, Any]]()
   for _ in range(rounds):
     for name, tx in transformations(case, optax.adam(1e-3)).items():
-      program, seconds = compiled(tx, case, dtype, mesh_)
-      if name not in variants:
-        variants[name] = {**facts(program, on_tpu), "compile": seconds}
-      variants[name]["compile"] = min(seconds, variants[name]["compile"])
+      start = time.perf_counter()
+      step = lowered(tx, case, dtype, mesh_)
+
+      def made(step: Any = step, start: float = start) -> dict[str, Any]:
+        program = step.compile()
+        seconds = time.perf_counter() - start
+        return {**facts(program, bool(TARGETS[target].topology)), "compile": seconds}
+
+      found = kept(folder, target, step, made)
+      best = min(found["compile"], variants.get(name, found)["compile"])
+      variants[name] = {**variants.get(name, found), "compile": best}
   parts = (math.prod(sharding(mesh_, shape).shard_shape(shape)) for shape in case.shapes.values())
   return {
     "title": case.title,
@@ -86,7 +92,7 @@ def main() -> None:
   for key in asked["only"]:
     for dtype in asked["dtypes"]:
       case = cases(asked["quick"])[key]
-      found = measured(case, dtype, mesh_, asked["rounds"], bool(TARGETS[target].topology))
+      found = measured(case, dtype, target, asked["rounds"], asked["kept"])
       print(json.dumps({"target": target, "key": key, **found}), flush=True)
 
 

@@ -17,8 +17,10 @@ import accelerators
 import accelerators_hlo
 import accelerators_page
 import accelerators_targets
+import jax
 import pytest
 from accelerators_bounds import BOUNDS, COMPILE, SCALARS, SMALL, verdicts
+from accelerators_kept import kept
 from speed_trees import BY_LEAF, CLIPJAX, EFFECT, NO_CLIP, OPTAX, WATCHED_LEAVES, ZCLIP
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -371,9 +373,19 @@ def test_a_gpu_adds_no_long_row_one_after_the_other(dtype):
 
 @functools.cache
 def compiled(target):
-  """The cases of a target that compile in a minute."""
+  """The cases of a target that compile in a minute, each program once on a machine."""
   asked = (["tf"], ["float32", "bfloat16"]), (["many", "stack"], ["float32"])
-  return [case for only, dtypes in asked for case in accelerators.compile_cases(target, only, dtypes, quick=True)]
+  options = {"quick": True, "kept": os.environ["CLIPJAX_TESTS_CACHE"]}
+  return [case for only, dtypes in asked for case in accelerators.compile_cases(target, only, dtypes, **options)]
+
+
+def test_a_kept_program_is_compiled_once_and_another_one_again(tmp_path):
+  steps = [jax.jit(lambda x, n=n: x + n).lower(jax.ShapeDtypeStruct((), "float32")) for n in (1, 1, 2)]
+  asked = iter(range(9))
+  facts = [kept(str(tmp_path), "tpu", step, lambda: {"kernels": next(asked)})["kernels"] for step in steps]
+  assert facts == [0, 0, 1]
+  assert kept(str(tmp_path), "gpu", steps[0], lambda: {"kernels": next(asked)}) == {"kernels": 2}
+  assert kept(None, "tpu", steps[0], lambda: {"kernels": next(asked)}) == {"kernels": 3}
 
 
 @pytest.mark.aot
