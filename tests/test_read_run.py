@@ -122,12 +122,6 @@ def test_weights_of_other_bins_are_left_out(path):
   assert [x.tolist() for x in run.weights] == [[2, 3], [0, 2], [[2], [2]]]
 
 
-def test_a_file_of_0_1_0_that_is_continued(path):
-  old = [row(step, loss=1.0) for step in (1, 2, 3)]
-  run = written(path, header(1), *old, header(2, started=2.0), row(12, 3, loss=2.0), row(16, 4, loss=2.0))
-  assert run.steps.tolist() == [1, 2, 3, 12, 16] and run.superseded == 0
-
-
 def test_rows_under_a_torn_header_count(path):
   names = header(leaves={"grad": ["w"]})
   torn = json.dumps(names)[:30]

@@ -332,11 +332,8 @@ def test_findings_are_reported_once_per_kind_within_a_batch(path):
 
 
 def test_a_finding_comes_within_a_batch_and_can_stop_the_run(path):
-  class Stop(Exception):
-    pass
-
   def stop(finding):
-    raise Stop(finding.name)
+    raise RuntimeError(finding.name)
 
   reached = []
 
@@ -346,6 +343,6 @@ def test_a_finding_comes_within_a_batch_and_can_stop_the_run(path):
         reached.append(step)
         recorder.push(step, state, loss=jnp.float32(jnp.nan if step >= 55 else 1.0))
 
-  with pytest.raises(Stop, match="nonfinite-loss"):
+  with pytest.raises(RuntimeError, match="nonfinite-loss"):
     loop()
   assert 60 <= len(reached) <= 80 and clipjax.runs.read_run(path).steps.tolist() == reached

@@ -526,7 +526,7 @@ def test_wandb_beside_epochs_is_reported_once_and_costs_the_user_nothing():
 def test_wandb_beside_epochs_that_begin_after_our_rows():
   run = Wandb()
   said = trained(run, lambda step: step % 100 == 99 and run.log({"epoch": step}, step=step // 100))
-  assert len(said) == 1 and said[0].startswith("wandb takes one row per step, and one of your `step=` is not above ")
+  assert len(said) == 1 and said[0].startswith("wandb takes one row per step, and your `step=` is not above ")
   assert run.ours() == list(range(300)) and len(run.dropped) == 3
 
 

@@ -76,7 +76,7 @@ class WandbRows:
     had_steps, self._has_steps = self._has_steps, _has_steps(self._run)
     is_ahead = step > self._last  # The user has logged since our last row.
     if self._has_steps and not had_steps and not is_ahead:
-      self._warn(f"one of your `step=` is not above {self._last}, where wandb is")
+      self._warn(f"your `step=` is not above {self._last}, the step of wandb")
     if not is_ahead or not self._has_steps or pushed is None:
       return
     self._keeps_up = step >= pushed[0]

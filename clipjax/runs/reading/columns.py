@@ -145,7 +145,7 @@ class Table:
       edges = self._histograms[-1].names  # Every row has the same edges: keep one copy.
     self._histograms.append(_Piece(np.array([step], np.int64), edges, counts[None], len(self._cuts)))
 
-  # Changing what is there -------------------------------------------------------------------------------------------
+  # Changing rows ----------------------------------------------------------------------------------------------------
 
   def last(self) -> int | None:
     """The last step."""
@@ -220,7 +220,7 @@ class Table:
     """The step from which on the rows of a block were removed later; inf if none were."""
     return min(self._cuts[block.cuts :], default=math.inf)
 
-  # What has been read -----------------------------------------------------------------------------------------------
+  # Results ----------------------------------------------------------------------------------------------------------
 
   def steps(self) -> Ints:
     """The steps, shape (n,)."""

@@ -238,7 +238,7 @@ def _last(run: Run, count: int) -> Run:
   )
 
 
-# What is wrong with a file ------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------------------
 
 _REMEDY = "pass the path that you gave the Recorder."
 _RULE = "`path` must be a file that `clipjax.runs.Recorder` wrote, got"

@@ -29,7 +29,8 @@ _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | ge
 class RunFile:
   """Appends to a file; every `write` hands its rows to the operating system before it returns.
 
-  The file stays locked until `close`. If its path leads to another file meanwhile, or to none, the rows go there.
+  The file stays locked until `close`. If its path meanwhile leads to another file, rows go to that file; if it leads to
+  none, a new file is created.
 
   Raises:
     OSError: if the file cannot be created or written to.
