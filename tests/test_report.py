@@ -42,7 +42,7 @@ EVIL = (
 CASES = {
   "3 layers": full,
   "300 layers": lambda: full(names=tuple(f"params/layers_{i}/kernel" for i in range(300))),
-  "2000 steps": lambda: full(2000, every=50),
+  "700 steps": lambda: full(700, every=50),
   "equal": lambda: make([1.5] * 100, names=("w", "b")),
   "zero": lambda: make([0.0] * 100, names=("w", "b")),
   "all nonfinite": lambda: make([1.0] * 100, bad=range(100), names=("w", "b"), loss=[np.nan] * 100),
@@ -81,7 +81,7 @@ def test_every_page_is_whole_and_needs_nothing_else(case, page_of):
   # Every reference inside has one aim, and no two elements have one name.
   names = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
   assert len(names) == len(set(names))
-  aims = re.findall(r'url\(#(\w+)\)|[" ]href="#(\w+)"', page.source)
+  aims = re.findall(r'url\(#([\w-]+)\)|[" ]href="#([\w-]+)"', page.source)
   assert {a or b for a, b in aims} <= set(names)
   # Figures stand twice, each with its alt text.
   assert {attrs["role"] for attrs in page.all("svg")} <= {"img"}
@@ -250,7 +250,7 @@ def test_what_was_not_recorded_is_one_line_each():
 
 
 def test_a_long_run_is_thinned_and_its_data_fit_into_a_file_that_opens(page_of):
-  assert "Lines are thinned for drawing" in page_of("2000 steps").text
+  assert "Lines are thinned for drawing" in page_of("700 steps").text
   assert "thinned" not in page_of("3 layers").text
   assert report_data.LARGEST < 10_000_000
   text, omitted = report_data.to_json(run := full(2000), 90_000)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -207,3 +208,5 @@ def test_a_figure_has_the_colours_of_the_page_and_not_the_style_of_the_caller():
     assert page.svg(draw, report_axes.WIDE, "words") == plain  # And one run makes one file, to the byte.
     assert clipjax.runs.plot_norms(full()).get_facecolor()[:3] == (0, 0, 0)
   assert page.INK not in plain and "var(--blue)" in plain and "currentColor" in plain
+  # Matplotlib names clip paths by memory addresses.
+  assert {name[:5] for name in re.findall(r"url\(#([^)]*)\)", plain)} == {"clip-"}

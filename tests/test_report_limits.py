@@ -2,6 +2,7 @@
 
 import os
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_a_page_and_an_empty_file_are_overwritten_at_once(content, page, tmp_pat
   path = tmp_path / "report.html"
   path.write_text(content)
   with monkeypatch.context() as patch:
-    patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    patch.setattr(os, "replace", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(PermissionError):
       write(path)
   assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
