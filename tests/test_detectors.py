@@ -15,7 +15,7 @@ from clipjax.runs.roles import Role
 
 Limits = clipjax.runs.HealthLimits
 NORMS = np.exp(np.random.default_rng(0).normal(0, 0.4, 1000))
-NORMS[[17, 40, 300, 301, 302, 700]] = [1e7, 110, 40, 60, 50, 30]
+NORMS[[17, 40, 50, 300, 301, 302, 700]] = [1e7, 110, 15, 40, 60, 50, 30]
 
 
 def spikes_by_hand(values, sigma, window, kind):

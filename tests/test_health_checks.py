@@ -38,9 +38,9 @@ CONDITIONS = {
     {"grad/norm": at(200, 112.0, NORMS), "grad/scale": at(200, 0.01, 1.0), "grad/norm_clipped": at(200, 1.1, NORMS)},
     []),
   "a learning rate a hundred times too high for a step": (
-    {"update/norm": at(250, 0.85, 0.01 * NOISE), "learning_rate": at(250, 0.1, 0.001),
+    {"update/norm": at(250, 0.85, 0.01 * NOISE), "learning_rate": at(250, 0.1, 0.001), "lr/head": np.ones(N),
      "grad/norm": at([251, 252], 20.0, NORMS), "grad/scale": np.ones(N)},
-    [("update-spike", "WARN", (251,), ())]),
+    [("update-spike", "WARN", (251,), (), ". 'learning_rate' was 0.1 there, 100 times its previous value.\n")]),
   "a learning rate of 0 in the end": (
     {"learning_rate": since(300, 0.0)}, [("stopped", "FAIL", (301,), ())]),
   "updates of 0 in the end": ({"update/norm": since(300, 0.0)}, [("stopped", "FAIL", (301,), ())]),
@@ -331,6 +331,7 @@ RUNS = {
       run_of({"loss": LOSS, "skip/norm": at(200, 50.0, NORMS), "skip/consecutive": at(200, times, 0.0)}), [want])
      for times, want in ((1.0, ("spikes-caught", "INFO", (201,), ())), (0.0, ("spikes", "WARN", (201,), ())))},
   "a spike of a second state": (of({"critic/norm": at(300, 80.0, NORMS[::-1])}), [("spikes", "WARN", (301,), ())]),
+  "a small validation loss that triples": (of({"val_loss": at(300, 3e-3, since(20, 1e-3, 2.0))}), []),
   "a small jump of a loss that is not trained": (of({"aux_loss": at(200, 1.6) * NOISE}), []),
   "series that are not fully judged": (
     of({"aux_loss": NOISE, "copy/norm": healthy()["grad/norm"], "eval_loss": at([5, 9], 1.0, np.nan)}),

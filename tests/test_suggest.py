@@ -210,6 +210,7 @@ REFUSED = {
   "number": (3.0, {}, ValueError, f"{SHAPES}shape (): pass"),
   "empty": ([], {}, ValueError, f"{SHAPES}shape (0,): pass"),
   "negative": ([1.0, -2.0], {}, ValueError, "`norms_or_run` must be norms, which are >= 0, got -2 at index 1: p"),
+  "zeros": ([0.0] * 95 + [1.0] * 5, {}, ValueError, "`norms_or_run` must have norms above 0, got 0 in 94.4% of 90"),
   "no norms": (run_of({"loss": np.ones(30)}), {}, ValueError, "must have finite norms after the warm-up of 3 steps"),
   "beyond float64": (np.full(100, 1.7e308), FREE, ValueError,
                      "`norms_or_run` must give a threshold > 0 and finite, got inf: check the norms."),
