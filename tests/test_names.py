@@ -8,7 +8,6 @@ import pickle
 import re
 import subprocess
 import sys
-import textwrap
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,10 +20,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import NO_LIMIT, assert_bits_equal, cases, factories
+from helpers import NO_LIMIT, assert_bits_equal, factories
 
 import clipjax
-from clipjax import rules
 from clipjax.groups import Labels
 from clipjax.leaves import leaf_names
 
@@ -105,11 +103,10 @@ def test_the_value_of_a_box_of_linen_is_no_part_of_a_name():
   assert leaf_names({"a": boxed(boxed(ONE))}) == ("a",)
 
 
-def test_metrics_have_the_value_head():
-  params = {"policy": {"kernel": ONE}, "value": {"kernel": TWO}, "scale": {"value": TWO}}
-  tx = clipjax.clip_by_leaf_norm(1.0)
-  _, state = tx.update(params, tx.init(params))
-  assert clipjax.metrics(state, per_leaf=True)["grad/norm/scale/value"] == 4.0
+def test_names_of_leaves():
+  tree = {"x": [ONE, (ONE, {"y/z": ONE})], "x/1": {"0": ONE}, "v": None}
+  assert leaf_names(tree) == ("x/0", "x/1/0", "x/1/1/y/z", "x/1/0_2")
+  assert leaf_names(ONE) == (".",)
 
 
 # What is a function, and what it takes -------------------------------------------------------------------------------
@@ -137,22 +134,9 @@ def test_every_kind_of_function_labels(groups):
   assert clipjax.clip_by_group_norm(1.0, groups).init(tree).labels.block_names == ("a", "b")
 
 
-@pytest.mark.parametrize("groups", [lambda path: path, lambda: "a", lambda path, leaf, more: path])
-def test_a_function_of_other_arguments_is_told_which_it_gets(groups):
-  with pytest.raises(TypeError, match=r"^`groups` must take \(path, leaf\), got a function of \(.*\): write `lambda "):
-    clipjax.clip_by_group_norm(1.0, groups).init({"a": ONE})
-
-
-@pytest.mark.parametrize(("make", "what"), [
-  (lambda: lambda: 1.0, r"^the schedule `max_norm` must take \(count\), got a function of \(\): write `lambda count: "),
-  (lambda: rules.Rule(lambda shape: (), lambda norms, state, *, global_norm: (1.0, 1.0, state)),
-   r"^the `init` of `max_norm` must take \(shape, dtype\), got a function of \(shape\): "),
-  (lambda: rules.Rule(lambda shape, dtype: (), lambda norms, state: (1.0, 1.0, state)),
-   r"^the `update` of `max_norm` must take \(norms, state, \*, global_norm\), got a function of \(norms, state\): "),
-])  # fmt: skip
-def test_schedules_and_rules_of_other_arguments_are_told_which_they_get(make, what):
-  with pytest.raises(TypeError, match=what):
-    clipjax.clip_by_global_norm(make())
+def test_a_function_of_more_arguments_is_an_error():
+  with pytest.raises(TypeError, match=r"^`groups` must take \(path, leaf\), got a function of \(path, leaf, more\)"):
+    clipjax.clip_by_group_norm(1.0, lambda path, leaf, more: path).init({"a": ONE})
 
 
 def test_an_error_inside_of_a_function_stays_as_it_is():
@@ -173,9 +157,10 @@ def test_labels_of_other_models_are_never_equal():
   assert one != two
   assert none == Labels.of({}, name="grad", unit="leaf")
   assert one != Labels.of({"a": ONE}, name="grad", unit="global")
+  assert repr(one) == "Labels('grad', 'leaf', 1 leaves)" != one
 
 
-@pytest.mark.parametrize("name", sorted(factories()))
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_group_norm", "adagc"])
 def test_jit_returns_the_labels_that_it_was_given(name):
   tx = factories()[name]
   copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
@@ -205,8 +190,10 @@ WRAPPED = {
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("wrapper", sorted(WRAPPED))
-@pytest.mark.parametrize("name", sorted(STATEFUL))
+@pytest.mark.parametrize(
+  ("name", "wrapper"),
+  [(name, "chain") for name in sorted(STATEFUL)] + [("clip_by_leaf_norm", wrapper) for wrapper in sorted(WRAPPED)],
+)
 def test_map_params_keeps_the_state(name, wrapper):
   params = {"a": jnp.ones(3), "b": jnp.ones(2)}
   tx = WRAPPED[wrapper](STATEFUL[name], params)
@@ -240,26 +227,20 @@ import jax.numpy as jnp, optax, clipjax
 params = {"a": jnp.ones(2)}
 tx = optax.chain(clipjax.watch(), clipjax.skip_steps(clipjax.clip_by_leaf_norm(1.0)))
 state = tx.init(params)
-if WAY == "unpickled":
-  data = pickle.dumps(state)
-  del state
+data = pickle.dumps(state)
 assert "flax" not in sys.modules
 import flax.serialization as fs
-if WAY == "unpickled":
-  state = pickle.loads(data)
-target = tx.init(params) if WAY == "new target" else state
-restored = fs.from_bytes(target, fs.to_bytes(state))
-assert restored[0].labels.leaves == ("a",)
-assert restored[1].inner_state.labels.leaves == ("a",)
+saved = fs.to_bytes(state)
 assert fs.to_state_dict(state)["0"]["labels"] == {}
-tx.update(params, restored, params)
+for target in (state, pickle.loads(data), tx.init(params)):
+  restored = fs.from_bytes(target, saved)
+  assert restored[0].labels.leaves == ("a",)
+  assert restored[1].inner_state.labels.leaves == ("a",)
 """
 
 
-@pytest.mark.parametrize("way", ["init first", "unpickled", "new target"])
-def test_flax_serializes_a_state_that_was_there_before_it_was_imported(way):
-  code = f"WAY = {way!r}\n" + textwrap.dedent(LATE)
-  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_flax_serializes_a_state_that_was_there_before_it_was_imported():
+  result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
 
 
@@ -295,9 +276,8 @@ STEPS = {
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
   ("name", "frozen"),
-  cases(
-    itertools.product(sorted(STEPS), sorted(FROZEN)), lambda case: case[1] == "one" and case[0] in ("zclip", "autoclip")
-  ),
+  [(name, "one") for name in sorted(STEPS)]
+  + list(itertools.product(("clip_by_group_norm", "watch", "adaptive_grad_clip"), ("a branch", "all"))),
 )
 def test_a_frozen_leaf_may_be_none_in_the_gradients(name, frozen):
   """Its norm is 0, the rest is what it is without it."""
@@ -310,8 +290,8 @@ def test_a_frozen_leaf_may_be_none_in_the_gradients(name, frozen):
   zeros = jax.tree.map(jnp.zeros_like, FULL)
   filled = jax.tree.map(lambda g, z: z if g is None else g, grads, zeros, is_leaf=is_none)
   state = other = tx.init(FULL)
-  for _ in range(3):
-    got, state = jax.jit(tx.update)(grads, state, FULL)
+  for _ in range(2):
+    got, state = tx.update(grads, state, FULL)
     want, other = tx.update(filled, other, FULL)
     assert jax.tree.structure(got) == jax.tree.structure(grads)
     wanted = jax.tree.leaves(jax.tree.map(lambda g, w: None if g is None else w, grads, want, is_leaf=is_none))
@@ -346,7 +326,7 @@ def test_agc_pairs_parameters_by_name():
     tx.update(grads, tx.init(grads), {"b": jnp.ones(1), "c": ONE})
 
 
-@pytest.mark.parametrize("axis", [None, 0, 1, -1, (0, 1)])
+@pytest.mark.parametrize("axis", [None, -1, (0, 1)])
 def test_agc_has_no_limit_for_a_leaf_that_is_none(axis):
   params = {"a": jnp.ones((3, 4)), "b": jnp.full((2, 3), 100.0)}
   tx = clipjax.adaptive_grad_clip(0.5, axis=axis)
@@ -357,29 +337,14 @@ def test_agc_has_no_limit_for_a_leaf_that_is_none(axis):
   assert got["grad/max_norm"] == got["grad/max_norm/a"] < 10 < got["grad/max_norm/b"] == NO_LIMIT
 
 
-@pytest.mark.usefixtures("standard_promotion")
-def test_training_of_an_equinox_model_with_a_frozen_part():
-  params, static = eqx.partition(eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
-  tx = optax.chain(clipjax.watch(), clipjax.clip_by_leaf_norm(0.1), optax.sgd(1e-2))
-  state = tx.init(params)
-
-  def loss(trained, frozen, x):
-    return jnp.mean(jax.vmap(eqx.combine(trained, frozen, static))(x) ** 2)
-
-  @eqx.filter_jit
-  def step(params, state, x):
-    trained = eqx.tree_at(lambda m: m.layers[0].weight, params, None)
-    grads = eqx.filter_grad(loss)(trained, params, x)
-    updates, state = tx.update(grads, state, params)
-    return eqx.apply_updates(params, updates), state
-
-  first = params.layers[0].weight
-  for _ in range(2):
-    params, state = step(params, state, jnp.ones((3, 2)))
-  np.testing.assert_array_equal(params.layers[0].weight, first)
+def test_a_frozen_weight_of_an_equinox_model():
+  params = eqx.filter(eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+  grads = eqx.tree_at(lambda model: model.layers[0].weight, params, None)
+  tx = optax.chain(clipjax.watch(), clipjax.clip_by_leaf_norm(0.1))
+  updates, state = tx.update(grads, tx.init(params), params)
+  assert updates.layers[0].weight is None and jax.tree.structure(updates) == jax.tree.structure(grads)
   got = clipjax.metrics(state, per_leaf=True)
-  assert got["grad/norm/layers/0/weight"] == 0
-  assert got["grad/norm/layers/1/weight"] > 0
+  assert got["grad/norm/layers/0/weight"] == 0 < got["grad/norm/layers/1/weight"]
 
 
 @pytest.mark.parametrize(
