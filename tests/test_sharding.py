@@ -29,7 +29,7 @@ LEAVES = {
   "two_axes": ((8, 4), "float32", P("a", "b")),
   "one_axis": ((4, 3), "float32", P("a")),
   "both_at_once": ((16,), "float32", P(("a", "b"))),
-  "second_axis": ((3, 2), "bfloat16", P(None, "b")),
+  "three_axes": ((3, 4, 2), "bfloat16", P(None, "a", "b")),
   "scalar": ((), "float32", P()),
   "empty_shards": ((8, 0), "float32", P("a")),
 }
@@ -39,17 +39,17 @@ MAGNITUDES = (1.0, 30.0, 1e28, 1e-28, 2.0)  # The second pass of the norm is tak
 
 
 def some_tree(magnitude=1.0, seed=0):
+  """Normal entries, and zeros on one device, of which others know by its count alone."""
   rng = np.random.default_rng(seed)
-  return {
-    name: jnp.asarray(np.asarray(rng.standard_normal(shape) * magnitude).astype(jnp.dtype(dtype)))
-    for name, (shape, dtype, _) in LEAVES.items()
-  }
+  tree = {name: np.asarray(rng.standard_normal(shape)) * magnitude for name, (shape, *_) in LEAVES.items()}
+  tree["one_axis"][0] = 0
+  return {name: jnp.asarray(x.astype(jnp.dtype(LEAVES[name][1]))) for name, x in tree.items()}
 
 
 def transformations(axis_name=None):
   """Every clip, every rule and every wrapper by name; `axis_name` goes to each that takes it."""
   by = {"axis_name": axis_name}
-  layers = {"stacked": lambda name, leaf: {"one_axis": 1, "second_axis": 0}.get(name), **by}  # Whole on every device.
+  layers = {"stacked": lambda name, leaf: {"one_axis": 1, "three_axes": 0}.get(name), **by}  # Whole on every device.
   protected = optax.chain(clipjax.watch(history=3, **by), clipjax.clip_by_global_norm(0.5, **by), optax.adam(1e-3))
   return {
     "clip_by_global_norm": clipjax.clip_by_global_norm(0.5, **by),
@@ -82,7 +82,7 @@ def transformations(axis_name=None):
 
 def under_jit():
   """What has its layers, or its units, spread over devices, by name: plain jit alone can do it."""
-  spread = {"two_axes": 0, "one_axis": 0, "second_axis": 1, "both_at_once": 0, "scalar": None, "empty_shards": 0}
+  spread = {"two_axes": 0, "one_axis": 0, "three_axes": 2, "both_at_once": 0, "scalar": None, "empty_shards": 0}
   return {
     "spread_layers": clipjax.clip_by_leaf_norm(0.5, stacked=spread),
     "spread_watch": clipjax.watch(history=3, stacked=spread),

@@ -20,9 +20,11 @@ from clipjax import rules
 from clipjax.norms import sums
 from clipjax.stacks import Stack, slice_names, stacks_of
 
-AXES = {"a": 0, "b": None, "c": 1, "d": -1, "e": 0}
-SHAPES = {"a": (3, 2, 5), "b": (4,), "c": (2, 3, 4), "d": (5, 3), "e": (3,)}
-NAMES = ("a[0]", "a[1]", "a[2]", "b", "c[0]", "c[1]", "c[2]", "d[0]", "d[1]", "d[2]", "e[0]", "e[1]", "e[2]")
+AXES = {"a": 0, "b": None, "c": 1, "d": -1, "e": 0, "f": 2}
+SHAPES = {"a": (3, 2, 5), "b": (4,), "c": (2, 3, 4), "d": (5, 3), "e": (3,), "f": (2, 4, 3)}
+NAMES = tuple(
+  name for leaf, axis in AXES.items() for name in ([leaf] if axis is None else [f"{leaf}[{i}]" for i in range(3)])
+)
 ORDERS = (2.0, 1.0, math.inf, 3.0, 0.5)
 
 
