@@ -186,7 +186,9 @@ def test_one_inside_another_names_the_outcome_once():
   assert said == ["", "", "", *[STAYS] * 5]
 
 
-@pytest.mark.parametrize(("options", "limit"), [({}, 10), ({"max_consecutive_skips": 3}, 3)])
+@pytest.mark.parametrize(
+  ("options", "limit"), [({}, 10), ({"max_consecutive_skips": 3}, 3), ({"max_consecutive_skips": 12}, 12)]
+)
 def test_ten_steps_in_a_row_are_enough_where_no_number_is_given(options, limit):
   tx = clipjax.skip_steps(chain(), **options)
   _, said, state = run(tx, [SEEN[BAD]] * 12)

@@ -42,7 +42,7 @@ def test_every_order_at_every_magnitude(p, magnitude):
 
 
 @pytest.mark.parametrize("p", ORDERS)
-@pytest.mark.parametrize("count", [7, 17, 40])
+@pytest.mark.parametrize("count", [7, 40])
 def test_one_extreme_leaf_among_many_has_a_scale_of_its_own(p, count):
   # With more leaves than the second pass has parts, leaves of different magnitudes share one.
   leaves = [jnp.full((3,), 0.5) for _ in range(count)]
@@ -121,7 +121,11 @@ CORNERS = {
   "a zero entry": ((0.5, 1.0, 1.5, 3.0), [[0.0, 3.0]], [[0, 1]]),  # For p < 1 that of |x|^p is infinite.
   "a complex zero": ((0.5, 1.0, 2.0, 3.0, math.inf), [[3 + 4j, 0j]], [[0.6 - 0.8j, 0]]),
   "an entry too small to count": ((1.5, 3.0), [[1e-30, 1e30]], [[0, 1]]),
-  "nothing but zeros": (ORDERS, {"a": [0.0, 0.0], "b": [0.0], "c": []}, {"a": [0, 0], "b": [0], "c": []}),
+  "nothing but zeros": (
+    (0.5, 1.0, 2.0, 3.0, math.inf),
+    {"a": [0.0, 0.0], "b": [0.0], "c": []},
+    {"a": [0, 0], "b": [0], "c": []},
+  ),
 }
 
 
@@ -289,7 +293,7 @@ def test_numpy_python_and_float0_leaves():
   assert clipjax.leaf_norms(tree) == {"np": 3.0, "py": 4.0, "f0": 0.0}
 
 
-@pytest.mark.parametrize("p", [2.0, 3.0])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("count", [1, 20])
 def test_a_batch_of_some_leaves_is_measured_beside_the_others(count, p):
   # Each leaf is a part of the second pass of its own, or, of 40, shares one with a leaf of the other kind.

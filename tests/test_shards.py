@@ -78,5 +78,5 @@ def test_an_accumulator_that_stays_nan_is_told_under_a_mesh_that_is_set_around(k
       _, state = update(bad, state, params)
     in_one_part = jax.device_put({"w": jnp.zeros((8, 2)).at[7].set(jnp.inf)}, NamedSharding(mesh, P("d")))
     for held in (state, *(state._replace(acc_grads=x) for x in (in_one_part, jax.device_get(in_one_part)))):
-      with pytest.raises(FloatingPointError, match=r"^The accumulator of `optax\.MultiSteps` is not finite"):
+      with pytest.raises(FloatingPointError, match=r"^The accumulator of `optax\.MultiSteps` "):
         clipjax.raise_if_nonfinite(held)
