@@ -137,7 +137,7 @@ scanned.draw_norms(stacked)
 
 # %% [markdown]
 # The six slices of layer 4 are on top, and only they are clipped. The next slices belong to other layers: their norms
-# are about as usual, and their factor is 1. The picture combines the slices of each layer.
+# rose little, and their factor is 1. The picture combines the slices of each layer.
 #
 # ## Who pays for the spike
 #
@@ -180,7 +180,7 @@ for name, ratio in ratios.items():
 # that they lost, because most of an update is Adam's momentum.
 #
 # The run without a clip shows why one spike matters under Adam. Its running mean of squares forgets slowly: 40 steps
-# later the updates of layer 4 are still far too small. The loss shows nothing of this; it ends alike in all four runs.
+# later the updates of layer 4 are about a quarter of what they should be. The loss shows nothing of this; it ends alike in all four runs.
 #
 # ## A NaN in one layer
 

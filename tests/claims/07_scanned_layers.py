@@ -13,7 +13,7 @@ assert all(f"'{name}'" in message for name in names)
 sick = {f"{name}[{SICK}]" for name in names}
 assert set(risen[: len(names)]) == sick
 assert {name for name in slices if stacked[f"grad/scale/{name}"][at] < 1} == sick
-assert max(times_usual(stacked, name) for name in risen[len(names) :]) < 3
+assert max(times_usual(stacked, name) for name in risen[len(names) :]) < 4
 
 # "Healthy layers lose nearly all of their gradient", "left with about four times its usual norm".
 assert factors_whole.max() < 0.2
@@ -23,12 +23,12 @@ assert rise * factors_whole[up, SICK] > 8
 # "The seven healthy layers get exactly the update of the run without a fault", "rises least".
 assert np.array_equal(*(np.delete(sizes[name][at], SICK) for name in ("no fault", "AdaGC, stacked=")))
 assert 1 < ratios["AdaGC, stacked="][at, SICK] < ratios["AdaGC"][at, SICK] < ratios["no clip"][at, SICK]
-assert 0.8 < others["AdaGC"].min() < others["AdaGC"].max() < 1
+assert 0.7 < others["AdaGC"].min() < others["AdaGC"].max() < 1
 assert [int(run["grad/clipped_steps"][-1]) for run in (healthy, whole, stacked)] == [0, 1, 1]
 
-# "40 steps later the updates of layer 4 are still far too small", "it ends alike in all four runs".
+# "40 steps later the updates of layer 4 are about a quarter", "it ends alike in all four runs".
 assert STEPS - SPIKE == 40
-assert ratios["no clip"][-1, SICK] < 0.5
+assert 0.15 < ratios["no clip"][-1, SICK] < 0.35
 assert max(final.values()) - min(final.values()) < 0.05
 
 # "This message names the slices of layer 4, and no others."
