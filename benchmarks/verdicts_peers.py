@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from verdicts_truth import Outcome, Truth, judge
 
-from clipjax.quantities import NORM
+from clipjax.metric_names import NORM
 from clipjax.runs import Finding, Run
 from clipjax.runs.schema import GRAD, SKIP, key_of
 

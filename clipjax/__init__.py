@@ -12,8 +12,8 @@ from clipjax.functional import clip_grad_value as clip_grad_value
 from clipjax.norms.tree import global_norm as global_norm
 from clipjax.norms.tree import leaf_norms as leaf_norms
 from clipjax.per_example import clip_grad_per_example as clip_grad_per_example
+from clipjax.state_errors import raise_if_nonfinite as raise_if_nonfinite
 from clipjax.state_metrics import metrics as metrics
-from clipjax.state_problems import raise_if_nonfinite as raise_if_nonfinite
 from clipjax.transforms.agc import adaptive_grad_clip as adaptive_grad_clip
 from clipjax.transforms.by_norm import clip_by_block_rms as clip_by_block_rms
 from clipjax.transforms.by_norm import clip_by_global_norm as clip_by_global_norm

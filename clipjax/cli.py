@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import clipjax
-from clipjax.runs.health.findings import HealthLimits, check_limits
+from clipjax.runs.health.limits import HealthLimits, check_limits
 from clipjax.runs.health.verdict import HealthReport, diagnose
 from clipjax.runs.reading.read import read_run
 from clipjax.runs.report import write
-from clipjax.runs.report.mark import may_be_replaced
+from clipjax.runs.report.own_pages import may_be_replaced
 from clipjax.runs.run import Run
 from clipjax.runs.suggest import suggest_max_norm
 from clipjax.runs.words import plain

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clipjax import quantities
+from clipjax import metric_names
 from clipjax.arithmetic import quotient
 from clipjax.checks import check_flag
 from clipjax.groups import Labels
@@ -113,59 +113,59 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
   """The numbers of a state for all leaves together, by quantity."""
   if isinstance(state, SkipState):
     return {
-      quantities.NORM: state.norm,
-      quantities.LOSS: state.loss,
-      quantities.MAX_NORM: state.max_norm,
-      quantities.MAX_LOSS: state.max_loss,
-      quantities.FRACTION: _share(state.skipped_steps, state.steps),
-      quantities.CONSECUTIVE: state.consecutive,
-      quantities.STEPS: state.steps,
+      metric_names.NORM: state.norm,
+      metric_names.LOSS: state.loss,
+      metric_names.MAX_NORM: state.max_norm,
+      metric_names.MAX_LOSS: state.max_loss,
+      metric_names.FRACTION: _share(state.skipped_steps, state.steps),
+      metric_names.CONSECUTIVE: state.consecutive,
+      metric_names.STEPS: state.steps,
     }
   if isinstance(state, EffectState):
     return {
-      quantities.RATIO: state.ratio,
-      quantities.COSINE: state.cosine,
-      quantities.GRAD_RATIO: state.grad_ratio,
-      quantities.NONFINITE_STEPS: state.nonfinite_steps,
-      quantities.STEPS: state.steps,
+      metric_names.RATIO: state.ratio,
+      metric_names.COSINE: state.cosine,
+      metric_names.GRAD_RATIO: state.grad_ratio,
+      metric_names.NONFINITE_STEPS: state.nonfinite_steps,
+      metric_names.STEPS: state.steps,
     }
   if isinstance(state, WatchState):
     return {
-      quantities.NORM: state.norm,
-      quantities.ZERO_FRACTION: state.zero_fraction,
-      quantities.PARAM_NORM: state.param_norm,
-      quantities.RATIO: _ratio(state.norm, state.param_norm),
-      quantities.WORST_NORM: state.worst_norm,
-      quantities.WORST_STEP: state.worst_step,
-      quantities.NONFINITE_STEPS: state.nonfinite_steps,
-      quantities.STEPS: state.steps,
+      metric_names.NORM: state.norm,
+      metric_names.ZERO_FRACTION: state.zero_fraction,
+      metric_names.PARAM_NORM: state.param_norm,
+      metric_names.RATIO: _ratio(state.norm, state.param_norm),
+      metric_names.WORST_NORM: state.worst_norm,
+      metric_names.WORST_STEP: state.worst_step,
+      metric_names.NONFINITE_STEPS: state.nonfinite_steps,
+      metric_names.STEPS: state.steps,
     }
   is_global = state.labels.unit == "global"
   return {
-    quantities.NORM: state.norm,
-    quantities.NORM_CLIPPED: state.norm_clipped,
-    quantities.MAX_NORM: state.max_norm if is_global else _smallest(state.max_norm, None),
-    quantities.SCALE: state.scale if is_global else _smallest(state.scale, 1.0),
-    quantities.CLIP_FRACTION: _share(state.clipped_steps, state.steps),
-    quantities.CLIPPED_STEPS: state.clipped_steps,
-    quantities.NONFINITE_STEPS: state.nonfinite_steps,
-    quantities.STEPS: state.steps,
+    metric_names.NORM: state.norm,
+    metric_names.NORM_CLIPPED: state.norm_clipped,
+    metric_names.MAX_NORM: state.max_norm if is_global else _smallest(state.max_norm, None),
+    metric_names.SCALE: state.scale if is_global else _smallest(state.scale, 1.0),
+    metric_names.CLIP_FRACTION: _share(state.clipped_steps, state.steps),
+    metric_names.CLIPPED_STEPS: state.clipped_steps,
+    metric_names.NONFINITE_STEPS: state.nonfinite_steps,
+    metric_names.STEPS: state.steps,
   }
 
 
 def vectors_of(state: Any) -> dict[str, Any]:
   """The numbers of a state for each group or leaf, by quantity, each of shape (..., n)."""
   if isinstance(state, ClipState) and state.labels.unit != "global":
-    return {quantities.NORM: state.norms, quantities.MAX_NORM: state.max_norm, quantities.SCALE: state.scale}
+    return {metric_names.NORM: state.norms, metric_names.MAX_NORM: state.max_norm, metric_names.SCALE: state.scale}
   if isinstance(state, WatchState) and not isinstance(state.norms, tuple):
     return {
-      quantities.NORM: state.norms,
-      quantities.RATIO: _ratio(state.norms, state.param_norms),
-      quantities.NONFINITE: state.nonfinite,
-      quantities.WORST_NORM: state.worst_norms,
+      metric_names.NORM: state.norms,
+      metric_names.RATIO: _ratio(state.norms, state.param_norms),
+      metric_names.NONFINITE: state.nonfinite,
+      metric_names.WORST_NORM: state.worst_norms,
     }
   if isinstance(state, EffectState):
-    return {quantities.RATIO: state.ratios, quantities.COSINE: state.cosines, quantities.SHARE: state.shares}
+    return {metric_names.RATIO: state.ratios, metric_names.COSINE: state.cosines, metric_names.SHARE: state.shares}
   return {}
 
 

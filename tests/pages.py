@@ -8,7 +8,7 @@ import numpy as np
 
 import clipjax
 from clipjax.runs.health.verdict import HealthReport, diagnose
-from clipjax.runs.report import build, page
+from clipjax.runs.report import build_page, html
 from clipjax.runs.report.shown import shown_of
 from clipjax.runs.run import Run
 
@@ -102,12 +102,12 @@ def full(n=300, names=("embed", "layers/0/w", "layers/1/w"), **kwargs):
 @contextlib.contextmanager
 def figures(drawn):
   """Pages with their figures, or with empty ones that have the alt text: drawing is most of the time of a page."""
-  with mock.patch.object(page, "svg", _empty) if not drawn else contextlib.nullcontext():
+  with mock.patch.object(html, "svg", _empty) if not drawn else contextlib.nullcontext():
     yield
 
 
 def _empty(draw, width, alt):
-  return f'<svg role="img" aria-label="{page.text(alt)}"></svg>'
+  return f'<svg role="img" aria-label="{html.text(alt)}"></svg>'
 
 
 def written(run, tmp_path, *, drawn=False, **options):
@@ -128,7 +128,7 @@ def shown(run, findings=(), events=(), warmup_steps=None):
 def judged(run, findings=(), events=(), *, drawn=False):
   """The page of a run with this verdict."""
   with figures(drawn):
-    source = build.whole_page(run, shown(run, findings, events).report)
+    source = build_page.whole_page(run, shown(run, findings, events).report)
   return Page(source.encode("ascii", "xmlcharrefreplace").decode("ascii"))
 
 

@@ -16,7 +16,7 @@ import clipjax
 from clipjax import cli
 from clipjax.runs import HealthLimits, Recorder, diagnose, read_run, suggest_max_norm, write_report
 from clipjax.runs.record import run_file as file_of_rows
-from clipjax.runs.report.mark import START
+from clipjax.runs.report.own_pages import START
 
 TX = clipjax.clip_by_global_norm(1.0)
 GRADS = {"w": jnp.array([3.0, 4.0])}

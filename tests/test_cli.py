@@ -15,7 +15,7 @@ import clipjax
 from clipjax import cli
 from clipjax.runs import suggest
 from clipjax.runs.report import write as write_module
-from clipjax.runs.report.mark import START
+from clipjax.runs.report.own_pages import START
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMMANDS = ["diagnose", "report", "suggest"]

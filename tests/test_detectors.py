@@ -8,9 +8,9 @@ from synthetic import run_of
 
 import clipjax
 from clipjax.runs.course import course_of
-from clipjax.runs.health.detectors import Kind, SpikeDetector
 from clipjax.runs.health.leaf_spikes import LeafDetector
 from clipjax.runs.health.series import KINDS
+from clipjax.runs.health.spike_detectors import Kind, SpikeDetector
 from clipjax.runs.roles import Role
 
 Limits = clipjax.runs.HealthLimits

@@ -11,7 +11,7 @@ import pytest
 from helpers import DTYPES, assert_close, cases, conditionals, first_step, oracle_clip, oracle_norm, random_leaves
 
 import clipjax
-from clipjax import arithmetic, conditional
+from clipjax import arithmetic, cpu_branch
 from clipjax.norms import sums
 from clipjax.norms.sums import NormSpec, measure_on
 
@@ -283,8 +283,8 @@ def test_every_platform_is_right_for_many_entries(platform, size, magnitude):
 
 def test_chunks_cover_every_block_once():
   sizes = [5, 7, 100, 1, 1, 1, 9, 1, 300, 2] + [1] * 50
-  assert [b for run in conditional.chunks(sizes) for b in run] == list(range(len(sizes)))
-  assert 12 <= len(conditional.chunks([1] * 1000)) <= 20
+  assert [b for run in cpu_branch.chunks(sizes) for b in run] == list(range(len(sizes)))
+  assert 12 <= len(cpu_branch.chunks([1] * 1000)) <= 20
 
 
 def test_numpy_python_and_float0_leaves():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recording import message_of
 
 import clipjax
-from clipjax.runs.reading import digits, lines
+from clipjax.runs.reading import lines, uniform_rows
 from clipjax.runs.reading import read as reading
 
 HEADER = '{"clipjax_run": 1, "version": "0.1.0", "leaves": {"grad": ["w", "b"]}, "parameters": null, "every": 2}\n'
@@ -282,8 +282,8 @@ def test_numbers_equal_those_of_the_parser_to_the_bit(rows, size):
     for step, row in enumerate(rows)
   ]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(digits, "_PIECE", size)
-    found = digits.block("".join(text).encode())
+    patch.setattr(uniform_rows, "_PIECE", size)
+    found = uniform_rows.block("".join(text).encode())
   assert found.keys == ("step", *keys) and found.steps.tolist() == list(range(len(rows)))
   want = np.array([[*json.loads(line, parse_int=float).values()] for line in text])
   assert found.values.tobytes() == want.tobytes()
@@ -298,11 +298,11 @@ STRANGE = [
 
 @pytest.mark.parametrize("number", STRANGE)
 def test_unusual_lines_are_left_to_the_parser(number):
-  assert digits.block((GOOD * 3).encode()).values.tolist() == [[7, 0.5, 12]] * 3
+  assert uniform_rows.block((GOOD * 3).encode()).values.tolist() == [[7, 0.5, 12]] * 3
   for old in ("7", "0.5", "12"):
     strange = GOOD.replace(old, number)
     for text in (GOOD + strange + GOOD, strange * 3, GOOD + strange):
-      assert digits.block(text.encode()) is None or all(json.loads(line) for line in text.splitlines())
+      assert uniform_rows.block(text.encode()) is None or all(json.loads(line) for line in text.splitlines())
 
 
 @pytest.mark.parametrize("place", range(len(GOOD)))
@@ -310,7 +310,7 @@ def test_any_other_character_is_left_to_the_parser(place):
   for character in '0 x,."{}:\n':
     if character != GOOD[place] and not (character.isdigit() and GOOD[place].isdigit()):
       text = GOOD + GOOD[:place] + character + GOOD[place + 1 :] + GOOD
-      assert digits.block(text.encode()) is None
+      assert uniform_rows.block(text.encode()) is None
 
 
 def test_rows_of_several_kinds_by_turns(path):

@@ -17,7 +17,7 @@ import pytest
 from recording import message_of, recorded, warnings_of
 
 import clipjax
-from clipjax.runs.record import exits, rows, run_file
+from clipjax.runs.record import at_exit, rows, run_file
 from clipjax.runs.record import recorder as recorder_module
 
 ROOT = Path(__file__).parent.parent
@@ -163,8 +163,8 @@ def test_pushes_while_another_thread_closes_are_kept_or_refused(path):
 
 
 PUSHED = """
-from clipjax.runs.record import exits
-exits._PATIENCE = 0.2
+from clipjax.runs.record import at_exit
+at_exit._PATIENCE = 0.2
 def slow(step, values):
   time.sleep(5)
 recorder = clipjax.runs.Recorder(path, every=10, writers=[slow] if {slow} else [])
@@ -404,10 +404,10 @@ def test_sigterm_closes_every_open_recorder_and_ends_the_process(path, monkeypat
   monkeypatch.setattr(os, "kill", lambda pid, number: ended.append((pid, number)))
   before = signal.getsignal(signal.SIGTERM)
   recorder = clipjax.runs.Recorder(path)
-  exits._OPEN.add(broken)
+  at_exit._OPEN.add(broken)
   recorder.push(1, None, loss=2.0)
-  exits._on_sigterm(signal.SIGTERM, None)
-  exits._OPEN.discard(broken)
+  at_exit._on_sigterm(signal.SIGTERM, None)
+  at_exit._OPEN.discard(broken)
   signal.signal(signal.SIGTERM, before)
   recorder.close()
   assert ended == [(os.getpid(), signal.SIGTERM)] and clipjax.runs.read_run(path)["loss"].tolist() == [2]
@@ -419,20 +419,20 @@ def test_sigterm_closes_every_open_recorder_and_ends_the_process(path, monkeypat
 def test_how_we_know_whether_sigterm_is_free(monkeypatch):
   before = signal.getsignal(signal.SIGTERM)
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
-  assert exits._is_sigterm_free()
+  assert at_exit._is_sigterm_free()
   monkeypatch.setattr(Path, "read_text", lambda self: "Name: x\nSigCgt:\t0000000000004000\n")
-  assert not exits._is_sigterm_free()  # Python does not see handlers that JAX sets in C++.
+  assert not at_exit._is_sigterm_free()  # Python does not see handlers that JAX sets in C++.
   monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
-  assert exits._is_sigterm_free()
+  assert at_exit._is_sigterm_free()
   signal.signal(signal.SIGTERM, lambda *_: None)
-  assert not exits._is_sigterm_free()
+  assert not at_exit._is_sigterm_free()
   signal.signal(signal.SIGTERM, before)
 
 
 def test_a_forked_child_forgets_the_recorders_and_the_signal(path):
   recorder = clipjax.runs.Recorder(path)
-  exits._forget()
-  assert exits.open_at(str(path)) is None and not exits._IS_OURS.is_set()
+  at_exit._forget()
+  assert at_exit.open_at(str(path)) is None and not at_exit._IS_OURS.is_set()
   recorder.close()
 
 

@@ -18,9 +18,9 @@ from clipjax.runs import sources, words
 from clipjax.runs.health import verdict
 from clipjax.runs.health.events import Event, Move
 from clipjax.runs.report import data as report_data
-from clipjax.runs.report import page as report_page
+from clipjax.runs.report import html as report_page
 from clipjax.runs.report import write as report_write
-from clipjax.runs.report.mark import START
+from clipjax.runs.report.own_pages import START
 from clipjax.runs.run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -147,7 +147,7 @@ def test_the_words_of_a_run(page_of):
   norm = norm[np.isfinite(norm)]
   p50, p90, p99 = (f"{x:.3g}" for x in np.percentile(norm, [50, 90, 99]))
   assert (
-    f"p50 {p50}, p90 {p90}, p99 {p99}, largest 50, of 269 finite norms" in page.text
+    f"p50 {p50}, p90 {p90}, p99 {p99}, largest 50, over 269 finite norms" in page.text
     and f"median norm{p50}" in page.text
   )
   assert page.source.count(f">p90 {p90}</text>") == 2  # The legend, for a screen and a phone.
@@ -307,7 +307,7 @@ def test_clipped_steps_are_counted_by_the_clip_or_else_by_rows():
 
 @pytest.mark.parametrize("call", [lambda run, path: clipjax.runs.plot_norms(run), clipjax.runs.write_report])
 def test_an_import_error_inside_the_package_is_passed_on(monkeypatch, tmp_path, call):
-  for name in ("figures", "build"):
+  for name in ("figures", "build_page"):
     monkeypatch.setitem(sys.modules, f"clipjax.runs.report.{name}", None)
     monkeypatch.delattr(f"clipjax.runs.report.{name}", raising=False)
   with pytest.raises(ModuleNotFoundError, match=r"clipjax\.runs\.report"):

@@ -16,7 +16,7 @@ import clipjax
 from clipjax.runs.effects import effect_names
 from clipjax.runs.health.events import Event, Move
 from clipjax.runs.health.findings import Finding
-from clipjax.runs.kept import mean_kept
+from clipjax.runs.kept_steps import mean_kept
 from clipjax.runs.report import effect, grid
 from clipjax.runs.roles import judged_states, role_of
 from clipjax.runs.run import Run

@@ -15,7 +15,7 @@ import clipjax
 from clipjax.runs import speed
 from clipjax.runs.health.verdict import diagnose
 from clipjax.runs.report import axes as report_axes
-from clipjax.runs.report import course, figures, heatmap, page, sections, series
+from clipjax.runs.report import course, figures, heatmap, html, sections, series
 
 # Numbers and thinning -----------------------------------------------------------------------------------------------
 
@@ -103,8 +103,8 @@ def test_the_section_and_the_verdict_have_one_speed():
   time = np.cumsum(np.where(np.arange(200) < 20, 9.0, 0.5)) - np.where(np.arange(200) < 100, 0.0, 60.0)
   run = make(np.ones(200), time=time, tokens=np.where(np.arange(200) < 20, 1.0, 50.0))
   words = " ".join(judged(run, diagnose(run)).words)
-  assert "500 ms a step, the median of 19 parts of the run; from push to push median 500 ms, p99 500 ms." in words
-  assert "100 tokens a second at that step time." in words
+  assert "500 ms per step (median of 19 parts of the run); between pushes: median 500 ms, p99 500 ms." in words
+  assert "100 tokens per second at that step time." in words
   assert (
     "500 ms, the median over parts of the run; time between pushes: median 500 ms, 99th percentile 500 ms;" in words
   )
@@ -203,10 +203,10 @@ def test_log_axes_have_a_few_labels_around_the_data(low, span):
 
 def test_a_figure_has_the_colours_of_the_page_and_not_the_style_of_the_caller():
   draw = functools.partial(figures.norms, series.norm_series(full(), "grad"))
-  plain = page.svg(draw, report_axes.WIDE, "words")
+  plain = html.svg(draw, report_axes.WIDE, "words")
   with style.context(["dark_background", {"axes.linewidth": 9, "legend.fontsize": 30}]):
-    assert page.svg(draw, report_axes.WIDE, "words") == plain  # And one run makes one file, to the byte.
+    assert html.svg(draw, report_axes.WIDE, "words") == plain  # And one run makes one file, to the byte.
     assert clipjax.runs.plot_norms(full()).get_facecolor()[:3] == (0, 0, 0)
-  assert page.INK not in plain and "var(--blue)" in plain and "currentColor" in plain
+  assert html.INK not in plain and "var(--blue)" in plain and "currentColor" in plain
   # Matplotlib names clip paths by memory addresses.
   assert {name[:5] for name in re.findall(r"url\(#([^)]*)\)", plain)} == {"clip-"}

@@ -11,7 +11,7 @@ from synthetic import N, healthy, layered, run_of, with_spikes
 
 import clipjax
 from clipjax.runs.health.events import Event, Move
-from clipjax.runs.report import build, figures, mark, series
+from clipjax.runs.report import build_page, figures, own_pages, series
 from clipjax.runs.report import write as report_write
 
 Limits = clipjax.runs.HealthLimits
@@ -36,7 +36,7 @@ def test_the_page_has_the_limits_and_the_warm_up_of_its_verdict(tmp_path):
       "2 of 2 layers have a median in the range 0.001 to 0.1.",
     ),
     ("usual, 0.0001 to 0.01", "usual, 0.001 to 0.1"),
-    ("(the 40 of the warm-up left out)", "(the 300 of the warm-up left out)"),  # Of the suggestion.
+    ("(left out: 40 from the warm-up)", "(left out: 300 from the warm-up)"),  # Of the suggestion.
   )
   for usual, limited in told:
     assert usual in pages[0] and limited not in pages[0]
@@ -114,8 +114,8 @@ def test_wrong_arguments_are_reported_as_by_diagnose(function, run, options, kin
 @pytest.fixture
 def page(monkeypatch):
   """The content of every page, as a stand-in for the real one."""
-  content = f"{mark.START}new"
-  monkeypatch.setattr(build, "whole_page", lambda *_: content)
+  content = f"{own_pages.START}new"
+  monkeypatch.setattr(build_page, "whole_page", lambda *_: content)
   return content
 
 
@@ -123,7 +123,9 @@ def write(path):
   return clipjax.runs.write_report(run_of({"grad/norm": [1.0]}), path)
 
 
-@pytest.mark.parametrize("content", ["<!DOCTYPE html>\n<title>mine</title>", "x", mark.START[:-1], "\n" + mark.START])
+@pytest.mark.parametrize(
+  "content", ["<!DOCTYPE html>\n<title>mine</title>", "x", own_pages.START[:-1], "\n" + own_pages.START]
+)
 @pytest.mark.parametrize("is_link", [False, True])
 def test_no_other_file_is_overwritten(content, is_link, tmp_path):
   path, file = tmp_path / "index.html", tmp_path / ("notes.txt" if is_link else "index.html")
@@ -139,7 +141,7 @@ def test_no_other_file_is_overwritten(content, is_link, tmp_path):
   assert file.read_text() == content and path.is_symlink() == is_link and set(tmp_path.iterdir()) == {path, file}
 
 
-@pytest.mark.parametrize("content", ["", mark.START + "old"])
+@pytest.mark.parametrize("content", ["", own_pages.START + "old"])
 def test_a_page_and_an_empty_file_are_overwritten_at_once(content, page, tmp_path, monkeypatch):
   path = tmp_path / "report.html"
   path.write_text(content)
@@ -180,4 +182,4 @@ def test_tokens_of_an_update_that_takes_several_steps():
   report = clipjax.runs.diagnose(run_of(columns, steps=np.arange(N) * 4))
   (step_time,) = [f.message for f in report if f.name == "step-time"]
   (throughput,) = [f.message for f in report if f.name == "throughput"]
-  assert step_time.startswith("2 s a step") and throughput.startswith("200 tokens a second")
+  assert step_time.startswith("2 s per step") and throughput.startswith("200 tokens per second")

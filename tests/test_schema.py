@@ -1,15 +1,15 @@
-"""Every key of a row is written once, in `clipjax.runs.schema` or `clipjax.quantities`, not elsewhere in the wing."""
+"""Every key of a row is written once, in `clipjax.runs.schema` or `clipjax.metric_names`, not elsewhere in the wing."""
 
 import ast
 import pathlib
 
 import pytest
 
-from clipjax import quantities, runs
+from clipjax import metric_names, runs
 from clipjax.runs import schema
 
 RUNS = pathlib.Path(runs.__file__).parent
-KEYS = {value for module in (quantities, schema) for name, value in vars(module).items() if name.isupper()}
+KEYS = {value for module in (metric_names, schema) for name, value in vars(module).items() if name.isupper()}
 KEYS = {value for value in KEYS if isinstance(value, str)}
 # Words that are no key where they stand: a label, the name of a finding or of an argument, a field of the page's JSON.
 WORDS = {
@@ -72,8 +72,8 @@ def test_the_test_of_literals_can_fail():
 
 
 def test_keys_and_names():
-  assert schema.key_of("grad", quantities.NORM) == "grad/norm"
-  assert schema.key_of("a/b", quantities.SCALE, "w/x") == "a/b/scale/w/x"
+  assert schema.key_of("grad", metric_names.NORM) == "grad/norm"
+  assert schema.key_of("a/b", metric_names.SCALE, "w/x") == "a/b/scale/w/x"
   assert schema.name_of("a/b/norm") == "a/b"
   others = ["step", "norm", "grad/norm/w", "grad/norm/norm", "grad/scale/a/norm", "x/normal"]
-  assert schema.names_with(["grad/norm", "enc/grad/norm", *others], quantities.NORM) == ["grad", "enc/grad"]
+  assert schema.names_with(["grad/norm", "enc/grad/norm", *others], metric_names.NORM) == ["grad", "enc/grad"]

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from synthetic import N, bad, healthy, layered, only, run_of
 
 import clipjax
-from clipjax.runs import text
+from clipjax.runs import number_text
 from clipjax.runs.health.verdict import HealthReport
 from clipjax.runs.report import axes as report_axes
 from clipjax.runs.report import grid, heatmap
@@ -128,9 +128,9 @@ def test_text_of_vectors_is_that_of_single_numbers():
   hard = np.float32([6.205945e-14, 2.8634637e-26, 6.476829e-22, 8.0649666e31, 9.864476e24])
   values = np.concatenate([powers, *near, some, ties, hard, np.float32([0, np.inf, np.nan, 3.4028235e38])])
   single = [float(f"{x:.9g}") for x in values.tolist()]
-  np.testing.assert_array_equal(text.numbers(values), single)
-  np.testing.assert_array_equal(text.numbers(-values.reshape(-1, 1)), [[-x] for x in single])
-  array = text.json_array(values)
+  np.testing.assert_array_equal(number_text.numbers(values), single)
+  np.testing.assert_array_equal(number_text.numbers(-values.reshape(-1, 1)), [[-x] for x in single])
+  array = number_text.json_array(values)
   assert json.loads(array, parse_constant=pytest.fail) == [x if math.isfinite(x) else None for x in single]
   assert len(array) == 16 * len(values)
   np.testing.assert_array_equal(np.array(single).astype(np.float32), values)
@@ -141,8 +141,8 @@ def test_text_of_vectors_of_other_kinds(size):
   negative = np.float32([-0.5, *[1] * (size - 1)])
   for vector in (np.zeros(size, np.int32), np.arange(size), np.full(size, np.inf), negative):
     want = [None if np.isinf(x) else x for x in vector.tolist()]
-    assert json.loads(text.json_array(vector)) == want
-  assert json.loads(text.json_array(np.full(size, 0.1))) == [0.1] * size
+    assert json.loads(number_text.json_array(vector)) == want
+  assert json.loads(number_text.json_array(np.full(size, 0.1))) == [0.1] * size
 
 
 # Names --------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import clipjax
 ROOT = pathlib.Path(clipjax.__file__).parent
 # From the ground up: what stands before may be imported by what stands behind, and by nothing else.
 FLOORS = (
-  "kinds", "schema", "words", "sources", "text", "arrays", "run", "reading", "roles", "norms", "speed", "optimizers",
-  "blocks", "kept", "effects", "course", "phase", "suggest_notes", "suggest", "health", "loggers", "record", "report",
+  "kinds", "schema", "words", "sources", "number_text", "arrays", "run", "reading", "roles", "norms", "speed",
+  "optimizers", "blocks", "kept_steps", "effects", "course", "phase", "suggest_notes", "suggest", "health", "loggers",
+  "record", "report",
 )  # fmt: skip
 
 

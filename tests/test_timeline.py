@@ -16,7 +16,7 @@ from clipjax.runs.health.events import Event, Move
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.verdict import HealthReport
 from clipjax.runs.report import axes as report_axes
-from clipjax.runs.report import build, course, happened, marks, sections
+from clipjax.runs.report import build_page, course, happened, marks, sections
 from clipjax.runs.report.grid import Steps, steps_of
 from clipjax.runs.report.timeline import timeline
 
@@ -335,6 +335,6 @@ def test_a_million_steps_have_a_page_in_seconds():
   events = [event(100 * i, 100 * i + 3, is_caught=True) for i in range(1, 5000)]
   report = HealthReport((DIVERGED,), "", n, 100, tuple(events))
   start = time.perf_counter()
-  page = build.whole_page(run, report)
+  page = build_page.whole_page(run, report)
   assert time.perf_counter() - start < 60
   assert len(page) < 10_000_000

@@ -16,7 +16,7 @@ from verdicts_page import Result
 from verdicts_training import KNOBS, optimizer_of
 from verdicts_truth import Expected, Outcome, Truth, course_of, departure, judge, read_truths, write_truths
 
-from clipjax.quantities import GRAD_RATIO, RATIO, SHARE
+from clipjax.metric_names import GRAD_RATIO, RATIO, SHARE
 from clipjax.runs import Finding, Run
 from clipjax.runs.schema import key_of
 

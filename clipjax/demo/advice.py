@@ -19,7 +19,7 @@ from rich.console import Console
 import clipjax
 from clipjax.demo import compare, model
 from clipjax.runs.reading.lines import is_run
-from clipjax.runs.report.mark import may_be_replaced
+from clipjax.runs.report.own_pages import may_be_replaced
 from clipjax.runs.words import plain
 
 STABLE_RATE = 0.25  # The best rate in docs/choosing.md at which this model is stable without a clip.

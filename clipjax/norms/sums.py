@@ -30,7 +30,7 @@ from jax import lax
 
 from clipjax import mesh
 from clipjax.arithmetic import divide, extreme, parts, power, root, upcast, vector_norm, widest
-from clipjax.conditional import chunks, run_if, run_if_any
+from clipjax.cpu_branch import chunks, run_if, run_if_any
 from clipjax.mesh import Axes
 from clipjax.stacks import Stacks, over
 

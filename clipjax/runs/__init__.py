@@ -7,7 +7,7 @@ every key of a row once.
 from clipjax.runs.health.events import Event as Event
 from clipjax.runs.health.events import Move as Move
 from clipjax.runs.health.findings import Finding as Finding
-from clipjax.runs.health.findings import HealthLimits as HealthLimits
+from clipjax.runs.health.limits import HealthLimits as HealthLimits
 from clipjax.runs.health.verdict import HealthReport as HealthReport
 from clipjax.runs.health.verdict import diagnose as diagnose
 from clipjax.runs.reading.read import read_run as read_run

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.checks import describe
-from clipjax.quantities import LIMITS
+from clipjax.metric_names import LIMITS
 from clipjax.rules.base import is_no_limit
 from clipjax.runs.kinds import Floats, Ints, Names
 from clipjax.runs.schema import BY_BLOCK, HEADER, OBJECTS, STEP, key_of

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import NORM, SCALE, SO_FAR
+from clipjax.metric_names import NORM, SCALE, SO_FAR
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import flag, unseen
 from clipjax.runs.run import Run

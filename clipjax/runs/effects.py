@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import COSINE, GRAD_RATIO, RATIO, SHARE
+from clipjax.metric_names import COSINE, GRAD_RATIO, RATIO, SHARE
 from clipjax.runs.blocks import numbers_by_block
-from clipjax.runs.kept import mean_kept
+from clipjax.runs.kept_steps import mean_kept
 from clipjax.runs.norms import column
 from clipjax.runs.roles import effect_names
 from clipjax.runs.run import Run

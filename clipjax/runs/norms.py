@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import CONSECUTIVE, MAX_NORM, NORM, SCALE, STEPS
+from clipjax.metric_names import CONSECUTIVE, MAX_NORM, NORM, SCALE, STEPS
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.run import Run
 from clipjax.runs.schema import GRAD, SKIP, key_of, names_with

@@ -1,7 +1,7 @@
 """The role of a column in a run: a loss, a learning rate, the norm of a gradient or of an update.
 
-Keys of states follow `clipjax.quantities`. The words of its name tell the role of a scalar that the caller pushed, such
-as "train/loss", "val_loss" or "lr".
+Keys of states follow `clipjax.metric_names`. The words of its name tell the role of a scalar that the caller pushed,
+such as "train/loss", "val_loss" or "lr".
 """
 
 import enum
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from clipjax.quantities import COSINE, NORM, PARAM_NORM, RATIO
+from clipjax.metric_names import COSINE, NORM, PARAM_NORM, RATIO
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.run import Run
 from clipjax.runs.schema import BY_BLOCK, GRAD, LOSS, SKIP, UPDATES, key_of, names_with

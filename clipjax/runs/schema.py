@@ -1,13 +1,13 @@
 """Every key of a recorded run, written once: keys of a row, of the header, and of what the caller pushes.
 
 A run file is JSON Lines: a header, then one row per step. The numbers of the states use the keys of `clipjax.metrics`,
-`<name>/<quantity>` or `<name>/<quantity>/<label>`. `clipjax.quantities` lists the quantities.
+`<name>/<quantity>` or `<name>/<quantity>/<label>`. `clipjax.metric_names` lists the quantities.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from clipjax.quantities import COSINE, LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, SHARE, WORST_NORM
+from clipjax.metric_names import COSINE, LIMITS, MAX_NORM, NONFINITE, NORM, RATIO, SCALE, SHARE, WORST_NORM
 
 FORMAT = 2  # In the header. In format 1 the step of a row was the update count; a reader takes both.
 

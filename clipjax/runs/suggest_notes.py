@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from clipjax.quantities import MAX_NORM, NORM, NORM_CLIPPED
+from clipjax.metric_names import MAX_NORM, NORM, NORM_CLIPPED
 from clipjax.runs.blocks import GROUP, Blocks
 from clipjax.runs.course import began_late, course_of, has_diverged
 from clipjax.runs.effects import SAME, STARVED, Effect, effect_of, starved_of

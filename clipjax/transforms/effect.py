@@ -22,8 +22,8 @@ from clipjax.mesh import all_reduce, check_axis_name
 from clipjax.norms.derivatives import measure
 from clipjax.norms.sums import Measured, NormSpec, end_to_end, norm_dtype, spec_of_slices, stack
 from clipjax.rules.base import no_limit
+from clipjax.transforms.inner import check_inner_state, check_transformation, kept_where
 from clipjax.transforms.state import ClipState
-from clipjax.transforms.wrapped import check_inner_state, check_transformation, kept_where
 from clipjax.trees import Prepared, prepare
 
 

@@ -21,7 +21,7 @@ from clipjax.mesh import check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import NormSpec, norm_dtype
 from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where, no_limit
-from clipjax.transforms.wrapped import check_inner_state, check_transformation, kept_where
+from clipjax.transforms.inner import check_inner_state, check_transformation, kept_where
 from clipjax.trees import prepare
 
 _MOST_SKIPS = 2**31 - 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import CLIP_FRACTION, NORM, NORM_CLIPPED, SCALE
+from clipjax.metric_names import CLIP_FRACTION, NORM, NORM_CLIPPED, SCALE
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
 from clipjax.runs.norms import column

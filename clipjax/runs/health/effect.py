@@ -5,7 +5,7 @@ Each effect gets at most one finding about the whole step, and at most one about
 
 from collections.abc import Iterator
 
-from clipjax.quantities import RATIO
+from clipjax.metric_names import RATIO
 from clipjax.runs.effects import SAME, Effect, effect_of, starved_of
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import medians_of

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import NORM, NORM_CLIPPED
+from clipjax.metric_names import NORM, NORM_CLIPPED
 from clipjax.runs.course import NORMAL
 from clipjax.runs.health.series import Spike
 from clipjax.runs.kinds import Bools, Floats, Ints

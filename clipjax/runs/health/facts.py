@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from clipjax.runs.health.detectors import FEWEST
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.series import series_of
+from clipjax.runs.health.spike_detectors import FEWEST
 from clipjax.runs.health.view import View
 from clipjax.runs.roles import Role, judged_states, keys_with, main_loss
 from clipjax.runs.speed import speed

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import NORM, ZERO_FRACTION
+from clipjax.metric_names import NORM, ZERO_FRACTION
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import medians_of
 from clipjax.runs.health.view import View

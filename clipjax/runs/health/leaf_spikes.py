@@ -1,6 +1,6 @@
 """Spikes of single leaves: one detector runs along the norms by leaf, for all leaves at once.
 
-The rule is that of `detectors`, simplified to stay cheap for thousands of leaves: only logarithms, no jump required,
+The rule of `spike_detectors`, simplified to stay cheap for thousands of leaves: only logarithms, no jump required,
 and 32 rows share a median.
 """
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax.quantities import NORM
+from clipjax.metric_names import NORM
 from clipjax.runs.course import NORMAL
-from clipjax.runs.health.detectors import FEWEST
-from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.health.limits import HealthLimits
 from clipjax.runs.health.series import Spike
+from clipjax.runs.health.spike_detectors import FEWEST
 from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import NONFINITE, NORM
+from clipjax.metric_names import NONFINITE, NORM
 from clipjax.runs.blocks import numbers_by_block
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.run import Run

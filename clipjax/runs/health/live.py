@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.quantities import CONSECUTIVE, NORM
+from clipjax.metric_names import CONSECUTIVE, NORM
 from clipjax.runs.course import FEWEST, WINDOW
-from clipjax.runs.health.detectors import BLOCK
 from clipjax.runs.health.events import GAP
-from clipjax.runs.health.findings import Finding, HealthLimits
+from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.layers import zero_gradient
 from clipjax.runs.health.leaf_spikes import LeafDetector
+from clipjax.runs.health.limits import HealthLimits
 from clipjax.runs.health.losses import DIVERGED, lost_with, rising_loss
 from clipjax.runs.health.series import KINDS, Spike, detector
+from clipjax.runs.health.spike_detectors import BLOCK
 from clipjax.runs.health.spikes import spikes, update_spikes
 from clipjax.runs.health.verdict import judged
 from clipjax.runs.health.view import Extent, Loss, View, loss_of, view_with

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax.quantities import NONFINITE_STEPS, NORM_CLIPPED
+from clipjax.metric_names import NONFINITE_STEPS, NORM_CLIPPED
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import bad_words, first_bad
 from clipjax.runs.health.view import View

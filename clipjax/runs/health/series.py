@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import NORM
-from clipjax.runs.health.detectors import Kind, SpikeDetector
-from clipjax.runs.health.findings import HealthLimits
+from clipjax.metric_names import NORM
+from clipjax.runs.health.limits import HealthLimits
+from clipjax.runs.health.spike_detectors import Kind, SpikeDetector
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import norms_of_run, unseen
 from clipjax.runs.roles import Role, judged_states, keys_with, role_of

@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from clipjax.quantities import CLIP_FRACTION, MAX_NORM, NORM
+from clipjax.metric_names import CLIP_FRACTION, MAX_NORM, NORM
 from clipjax.runs.course import NORMAL
 from clipjax.runs.health.events import Event, leaf_of
 from clipjax.runs.health.findings import Finding

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import FRACTION, NORM
+from clipjax.metric_names import FRACTION, NORM
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.view import View
 from clipjax.runs.health.words import restore

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax.quantities import RATIO
+from clipjax.metric_names import RATIO
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.leaves import medians_of
 from clipjax.runs.health.view import View

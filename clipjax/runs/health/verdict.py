@@ -18,8 +18,9 @@ from clipjax.runs.health.clips import clipped, clipped_often
 from clipjax.runs.health.effect import clip_effect, clip_lengthens, clip_starves
 from clipjax.runs.health.events import Event
 from clipjax.runs.health.facts import left_out, not_judged, parameters, step_time, too_few
-from clipjax.runs.health.findings import Finding, HealthLimits, check_limits
+from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.layers import layer_spread, zero_gradient, zeros
+from clipjax.runs.health.limits import HealthLimits, check_limits
 from clipjax.runs.health.losses import diverged, loss_course, not_learning, overfit, rising_loss
 from clipjax.runs.health.nonfinite import nonfinite_loss, nonfinite_norm
 from clipjax.runs.health.norm import norm_percentiles, norm_scale, rising_norm

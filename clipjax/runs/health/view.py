@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import NORM, STEPS
+from clipjax.metric_names import NORM, STEPS
 from clipjax.runs.blocks import numbers_by_block
 from clipjax.runs.course import Course, course_of
 from clipjax.runs.health.events import Event, events_of, leaf_of
-from clipjax.runs.health.findings import HealthLimits
 from clipjax.runs.health.leaf_spikes import leaf_spikes
 from clipjax.runs.health.leaves import Grown, grown
+from clipjax.runs.health.limits import HealthLimits
 from clipjax.runs.health.series import Spike, spikes_of
 from clipjax.runs.kinds import Floats, Ints
 from clipjax.runs.norms import Norms, column, norms_of_run

@@ -1,7 +1,7 @@
 """How each kind of logger is called. A kind is recognized by its methods; no logger is imported.
 
 `logger_of` turns what a user passes into a `Logger`; from then on, every logger gets its rows in the same way. wandb
-accepts only increasing steps and has its own file, `wandb_rows`.
+accepts only increasing steps and has its own file, `wandb`.
 """
 
 import contextvars
@@ -18,9 +18,9 @@ import numpy as np
 
 from clipjax.checks import check_takes
 from clipjax.runs.loggers.keys import MlflowKeys, Namespaces
-from clipjax.runs.loggers.wandb_rows import WandbRows
+from clipjax.runs.loggers.wandb import WandbRows
+from clipjax.runs.number_text import numbers
 from clipjax.runs.schema import BATCH, FLAGS, HEADER, LEAF, STEP, TIME, USER_STEP, WEIGHTS, name_of
-from clipjax.runs.text import numbers
 
 _NO_NUMBERS = frozenset({HEADER, STEP, TIME, BATCH, LEAF, FLAGS, WEIGHTS, USER_STEP})
 

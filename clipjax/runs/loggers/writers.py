@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from clipjax.runs.loggers.kinds import Entry, Logger, entry_of, logger_of
-from clipjax.runs.loggers.wandb_rows import WandbRows
+from clipjax.runs.loggers.wandb import WandbRows
 from clipjax.runs.schema import LEAF
 
 WITH_LEAVES = "leaves"  # Second of a pair: its logger gets the numbers by leaf too.

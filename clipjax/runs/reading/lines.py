@@ -15,7 +15,7 @@ import numpy as np
 
 from clipjax.runs.kinds import Ints
 from clipjax.runs.reading.columns import Block, Row
-from clipjax.runs.reading.digits import block
+from clipjax.runs.reading.uniform_rows import block
 from clipjax.runs.schema import FORMAT, HEADER, STEP
 from clipjax.runs.words import described
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import CONSECUTIVE, LIMITS, SO_FAR
+from clipjax.metric_names import CONSECUTIVE, LIMITS, SO_FAR
 from clipjax.rules.base import is_no_limit
-from clipjax.runs.record.once import Once
 from clipjax.runs.record.packing import Packer, Ring, Seen
+from clipjax.runs.record.warn_once import Once
 from clipjax.runs.schema import UNITS, key_of
 
 

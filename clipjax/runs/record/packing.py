@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 
 from clipjax.checks import describe
-from clipjax.quantities import NORM
+from clipjax.metric_names import NORM
+from clipjax.runs.number_text import numbers
 from clipjax.runs.schema import USER_STEP, key_of
-from clipjax.runs.text import numbers
 from clipjax.state_metrics import blocks_name, global_numbers, vectors_of
 from clipjax.state_search import (
   found_in,

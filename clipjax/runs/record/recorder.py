@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from clipjax.checks import check_whole, describe
-from clipjax.runs.health.findings import Finding, HealthLimits, check_limits
+from clipjax.runs.health.findings import Finding
+from clipjax.runs.health.limits import HealthLimits, check_limits
 from clipjax.runs.health.live import Live
 from clipjax.runs.loggers.writers import Writers
 from clipjax.runs.reading.lines import checked_path
-from clipjax.runs.record import exits, packing
+from clipjax.runs.record import at_exit, packing
 from clipjax.runs.record.pipeline import Notes, Pipeline
 from clipjax.runs.record.pushes import Pushed, batch_of, check_outside_jit, split, step_of
 from clipjax.runs.record.run_file import RunFile
@@ -178,7 +179,7 @@ class Recorder:
     self._is_closed = True
     if self._pipeline is not None:
       self._pipeline.close()
-      exits.remove(self._pipeline)
+      at_exit.remove(self._pipeline)
       self._finalizer.detach()
     self._notes.deliver()
 
@@ -197,16 +198,16 @@ class Recorder:
 
   def _open(self, path: Any, writers: Writers, is_told: bool, limits: HealthLimits) -> None:
     name, warn = checked_path(path), self._notes.warn
-    if (older := exits.open_at(name)) is not None:
+    if (older := at_exit.open_at(name)) is not None:
       older.close()
-      exits.remove(older)
+      at_exit.remove(older)
       warn(
         f"{name!r} was open in another Recorder of this process, which is now closed: close a Recorder, preferably "
         "with `with`, before you make another for its path."
       )
     file = RunFile(path, warn)
     self._pipeline = Pipeline(self._every, file, writers, Live(limits), self._notes, is_told)
-    exits.add(self._pipeline)
+    at_exit.add(self._pipeline)
     self._finalizer = weakref.finalize(self, _end, self._pipeline, self._notes)
 
   def _pushed(self, step: Any, opt_state: Any, params: Any, batch: Any, scalars: dict[str, Any]) -> Pushed:
@@ -280,7 +281,7 @@ def _end(pipeline: Pipeline, notes: Notes) -> None:
 
 def _close(pipeline: Pipeline, notes: Notes) -> None:
   pipeline.close()
-  exits.remove(pipeline)
+  at_exit.remove(pipeline)
   notes.deliver()
 
 

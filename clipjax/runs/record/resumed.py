@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clipjax.quantities import NORM
+from clipjax.metric_names import NORM
 from clipjax.runs.reading.read import first_step, read_run, tail
 from clipjax.runs.record.rings import Norms
 from clipjax.runs.record.rows import Before

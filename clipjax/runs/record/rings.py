@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from clipjax.quantities import NORM
-from clipjax.runs.record.once import Once
+from clipjax.metric_names import NORM
+from clipjax.runs.number_text import numbers
 from clipjax.runs.record.packing import Ring
+from clipjax.runs.record.warn_once import Once
 from clipjax.runs.schema import key_of
-from clipjax.runs.text import numbers
 
 Norms = dict[str, float]  # The norms of one step, by key.
 

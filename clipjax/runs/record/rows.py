@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from clipjax.quantities import WORST_NORM, WORST_STEP
+from clipjax.metric_names import WORST_NORM, WORST_STEP
 from clipjax.runs.record.measured import NOTHING, Measured, States
 from clipjax.runs.record.packing import Packer, Seen
 from clipjax.runs.record.pushes import Batch, Pushed

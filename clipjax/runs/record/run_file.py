@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clipjax.runs.number_text import json_array
 from clipjax.runs.reading.lines import checked_path, is_run
 from clipjax.runs.schema import HEADER, LEAF
-from clipjax.runs.text import json_array
 
 try:
   import fcntl

@@ -5,13 +5,13 @@ from functools import partial
 
 import numpy as np
 
-from clipjax.quantities import NORM
+from clipjax.metric_names import NORM
 from clipjax.runs.health.events import Event
 from clipjax.runs.kinds import Ints
 from clipjax.runs.report.grid import Steps, jumps, steps_of
 from clipjax.runs.report.happened import how_far
+from clipjax.runs.report.html import code, text
 from clipjax.runs.report.marks import Mark, begins, focus, inside, marks_of, numbered
-from clipjax.runs.report.page import code, text
 from clipjax.runs.report.series import Curve, NormSeries, Vectors, curves, medians, short, vectors
 from clipjax.runs.report.shown import Missing, Section, Shown, distribution, section, share, span_words
 from clipjax.runs.report.timeline import Timeline, timeline

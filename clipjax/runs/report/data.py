@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import clipjax
-from clipjax.quantities import MAX_NORM, NORM, NORM_CLIPPED, SCALE
+from clipjax.metric_names import MAX_NORM, NORM, NORM_CLIPPED, SCALE
 from clipjax.runs.kinds import Floats
 from clipjax.runs.norms import main_name
 from clipjax.runs.run import Run

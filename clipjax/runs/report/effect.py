@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clipjax.quantities import COSINE, GRAD_RATIO, RATIO
+from clipjax.metric_names import COSINE, GRAD_RATIO, RATIO
 from clipjax.rules.base import is_no_limit
 from clipjax.runs.effects import SAME, Effect, effect_of
-from clipjax.runs.kept import mean_kept
+from clipjax.runs.kept_steps import mean_kept
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import column, flag, unseen
 from clipjax.runs.report import heatmap
@@ -38,8 +38,8 @@ from clipjax.runs.report.axes import (
   positive,
 )
 from clipjax.runs.report.grid import Steps, by_depth, steps_of
+from clipjax.runs.report.html import code
 from clipjax.runs.report.marks import Mark, inside, marks_of
-from clipjax.runs.report.page import code
 from clipjax.runs.report.series import Vectors, medians, short, vectors
 from clipjax.runs.report.shown import Section, Shown, section, share, span_words
 from clipjax.runs.report.timeline import Panel, on_one_axis

@@ -8,9 +8,9 @@ import numpy as np
 from clipjax.runs.health.events import Event, Move
 from clipjax.runs.health.findings import Finding
 from clipjax.runs.health.verdict import HealthReport
-from clipjax.runs.report import page
+from clipjax.runs.report import html
+from clipjax.runs.report.html import code, text
 from clipjax.runs.report.marks import MOST, begins, numbered, times, told_by
-from clipjax.runs.report.page import code, text
 from clipjax.runs.report.series import NormSeries
 from clipjax.runs.report.worst import Layer, worst_step
 from clipjax.runs.run import Run
@@ -62,7 +62,7 @@ def events_table(events: Sequence[Event]) -> str:
   ]
   head = ("no.", "steps", "what moved, first to last", "layers that grew most", "batch", "outcome")
   kept = [i for i in range(len(head)) if i < 3 or any(row[i] for row in rows)]
-  table = page.table([head[i] for i in kept], [[row[i] for i in kept] for row in rows], "events")
+  table = html.table([head[i] for i in kept], [[row[i] for i in kept] for row in rows], "events")
   count = "1 event" if len(events) == 1 else f"{len(events):,} events"
   count += f"; the table lists the {MOST} strongest" if len(events) > MOST else ""
   said = f'<p class="soft">{count}, in step order. The usual value is the median before the event.</p>'
@@ -134,4 +134,4 @@ def _layer_table(layers: Sequence[Layer]) -> str:
     cells = [code(layer.name), number(layer.norm) if math.isfinite(layer.norm) else "nonfinite"]
     times_usual = number(layer.times) if math.isfinite(layer.times) else ""
     rows.append([*cells, times_usual] if known else cells)
-  return page.table(("layer", "norm", *(["times the usual"] if known else [])), rows, "layers")
+  return html.table(("layer", "norm", *(["times the usual"] if known else [])), rows, "layers")

@@ -1,20 +1,20 @@
 """The sections after the timeline: each has a figure, an alt text with its numbers, and a caption on how to read it.
 
-A section is HTML, or a `Missing` that says what to record. `page` escapes everything that comes from the run.
+A section is HTML, or a `Missing` that says what to record. `html` escapes everything that comes from the run.
 """
 
 from functools import partial
 
 import numpy as np
 
-from clipjax.quantities import CLIPPED_STEPS, NORM
+from clipjax.metric_names import CLIPPED_STEPS, NORM
 from clipjax.runs.norms import column
-from clipjax.runs.report import figures, heatmap, page
+from clipjax.runs.report import figures, heatmap, html
 from clipjax.runs.report.course import course_words, losses_drawn
 from clipjax.runs.report.effect import effects
 from clipjax.runs.report.grid import by_depth, steps_of
+from clipjax.runs.report.html import code
 from clipjax.runs.report.marks import inside
-from clipjax.runs.report.page import code
 from clipjax.runs.report.series import NormSeries, Vectors, curve, curves, medians, short, vectors
 from clipjax.runs.report.shown import (
   Missing,
@@ -61,7 +61,7 @@ def summary(shown: Shown) -> str:
     pairs.append(("events", f"{len(shown.report.events):,}"))
   if shown.speed is not None:
     pairs.append(("step time", duration(shown.speed.step_time)))
-  return page.numbers(pairs)
+  return html.numbers(pairs)
 
 
 def _clipped_steps(run: Run, series: NormSeries) -> int:
@@ -193,12 +193,12 @@ def _table(run: Run, name: str) -> Section:
   stacks = in_stacks(found.names)
   rows = [_row(found, stack, shares) for stack in stacks]
   label = f"{len(found.names):,} layer{'s' if len(found.names) > 1 else ''} at {found.steps.size:,} recorded steps"
-  inner = f"<details><summary>{label}</summary>{page.table(head, rows, 'cards')}</details>"
+  inner = f"<details><summary>{label}</summary>{html.table(head, rows, 'cards')}</details>"
   if len(stacks) < len(found.names):
     inner += '<p class="soft">For a stack, the medians are taken over its layers; each layer is listed below.</p>'
   for stack in [stack for stack in stacks if stack.size > 1]:
     layers = [Stack(found.names[i], i, 1) for i in range(stack.start, stack.start + stack.size)]
-    table = page.table(head, [_row(found, layer, shares) for layer in layers], "cards")
+    table = html.table(head, [_row(found, layer, shares) for layer in layers], "cards")
     inner += f"<details><summary>{stack.size:,} layers of {code(stack.name)}</summary>{table}</details>"
   return f"<section><h2>All layers</h2>{inner}</section>"
 

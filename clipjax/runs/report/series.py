@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import MAX_NORM, NORM, SCALE, SO_FAR
+from clipjax.metric_names import MAX_NORM, NORM, SCALE, SO_FAR
 from clipjax.runs.health.events import Event
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import acted, column, flag, norms_of_run, rejected, unseen

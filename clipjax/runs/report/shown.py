@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.health.limits import HealthLimits
 from clipjax.runs.health.verdict import HealthReport
 from clipjax.runs.kinds import Bools, Floats, Ints
-from clipjax.runs.report import page
+from clipjax.runs.report import html
 from clipjax.runs.report.axes import Draw
 from clipjax.runs.report.figures import PERCENTILES
+from clipjax.runs.report.html import text
 from clipjax.runs.report.marks import numbered
-from clipjax.runs.report.page import text
 from clipjax.runs.report.series import NormSeries, norm_series
 from clipjax.runs.roles import judged_states
 from clipjax.runs.run import Run
@@ -65,7 +65,7 @@ Section = str | Missing
 def section(title: str, draw: Draw, alt: str, caption: str) -> str:
   """A heading and a figure with a caption of HTML; the alt text is plain and shown too, for every reader."""
   words = f"<details><summary>The figure in words</summary><p>{text(alt)}</p></details>"
-  return f"<section><h2>{text(title)}</h2>{page.figure(draw, alt, caption)}{words}</section>"
+  return f"<section><h2>{text(title)}</h2>{html.figure(draw, alt, caption)}{words}</section>"
 
 
 def percentiles(values: Floats) -> list[float]:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clipjax.quantities import NORM
+from clipjax.metric_names import NORM
 from clipjax.runs.kinds import Bools, Floats
 from clipjax.runs.report import heatmap
 from clipjax.runs.report.axes import (

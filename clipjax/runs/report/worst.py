@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.quantities import NORM, STEPS, WORST_NORM, WORST_STEP
+from clipjax.metric_names import NORM, STEPS, WORST_NORM, WORST_STEP
 from clipjax.runs.health.events import Event
 from clipjax.runs.kinds import Bools, Floats, Ints
 from clipjax.runs.norms import column, unseen

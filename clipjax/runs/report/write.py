@@ -2,7 +2,7 @@
 
 The file contains the verdict, the suggestion, the figures as SVG and the series as JSON; it needs no network and runs
 no script. `series` takes the numbers from the run; `timeline`, `heatmap` and `figures` draw; `happened`, `course`,
-`effect` and `sections` write the words; `page` escapes them; `build` assembles the page.
+`effect` and `sections` write the words; `html` escapes them; `build_page` assembles the page.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from clipjax.runs.health.findings import HealthLimits
+from clipjax.runs.health.limits import HealthLimits
 from clipjax.runs.health.verdict import check_arguments, diagnose
 from clipjax.runs.norms import main_name
 from clipjax.runs.reading.lines import checked_path
-from clipjax.runs.report.mark import may_be_replaced
+from clipjax.runs.report.own_pages import may_be_replaced
 from clipjax.runs.report.series import norm_series
 from clipjax.runs.run import Run
 from clipjax.runs.suggest import Suggestion
@@ -126,9 +126,9 @@ def write_report(
   if not target.parent.is_dir():
     raise FileNotFoundError(errno.ENOENT, "the directory of the report does not exist, create it first", str(path))
   with _needs_matplotlib():
-    from clipjax.runs.report import build  # noqa: PLC0415  (needs the extra)
+    from clipjax.runs.report import build_page  # noqa: PLC0415  (needs the extra)
   report = diagnose(run, limits=limits, warmup_steps=warmup_steps)
-  page = build.whole_page(run, report, suggestion, limits, warmup_steps)
+  page = build_page.whole_page(run, report, suggestion, limits, warmup_steps)
   _write(target, page.encode("ascii", "xmlcharrefreplace"))
   return target
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import clipjax
 from clipjax.runs.report import axes
-from clipjax.runs.report.mark import START
+from clipjax.runs.report.own_pages import START
 from clipjax.runs.report.style import CSS
 from clipjax.runs.sources import BY_TEXT
 from clipjax.runs.words import plain

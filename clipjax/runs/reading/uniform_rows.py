@@ -1,4 +1,4 @@
-"""Parses uniform rows with numpy, hundreds of rows at a time: the inverse of `text`.
+"""Parses uniform rows with numpy, hundreds of rows at a time: the inverse of `number_text`.
 
 Nearly all lines of a file have the same keys in the same order and only numbers. The text between two numbers is then
 the same in every line. `block` finds where the numbers end, compares the text between them byte for byte, and turns the

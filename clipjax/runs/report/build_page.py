@@ -9,13 +9,14 @@ import os
 import numpy as np
 
 import clipjax
-from clipjax.runs.health.findings import Finding, HealthLimits
+from clipjax.runs.health.findings import Finding
+from clipjax.runs.health.limits import HealthLimits
 from clipjax.runs.health.verdict import HealthReport
 from clipjax.runs.norms import column
-from clipjax.runs.report import axes, data, page
+from clipjax.runs.report import axes, data, html
 from clipjax.runs.report.course import course
 from clipjax.runs.report.happened import events_table, first_screen, worst_of
-from clipjax.runs.report.page import code, text
+from clipjax.runs.report.html import code, text
 from clipjax.runs.report.sections import all_sections, long_time, summary
 from clipjax.runs.report.shown import Section, Shown, shown_of
 from clipjax.runs.run import Run
@@ -46,7 +47,7 @@ def whole_page(
   missing = "".join(f"<li>{part.title}: {part.remedy}</li>" for part in parts if not isinstance(part, str))
   if missing:
     body.append(f"<section><h2>Not in this report</h2><ul>{missing}</ul></section>")
-  return page.page(title, "\n".join([*body, _footer(run, omitted)]), series)
+  return html.page(title, "\n".join([*body, _footer(run, omitted)]), series)
 
 
 def _subtitle(run: Run) -> str:
@@ -82,7 +83,7 @@ def _worst(shown: Shown) -> str:
 
 def _verdict(report: HealthReport) -> str:
   rows = [_cells(finding) for finding in report]
-  table = page.table(("level", "what", "found, rule and source", "what to do"), rows, "findings") if rows else ""
+  table = html.table(("level", "what", "found, rule and source", "what to do"), rows, "findings") if rows else ""
   counts = f'<h2 id="verdict">Verdict: {report.counts()}</h2>'
   return f"<section>{counts}{table or '<p>Nothing to report.</p>'}</section>"
 
@@ -91,7 +92,7 @@ def _cells(finding: Finding) -> tuple[str, ...]:
   """A finding as the cells of a table row."""
   level = text(finding.level)
   rule = f"Rule: {text(finding.rule)}." if finding.rule else ""
-  rule += f" Source: {page.source(finding.source)}." if finding.source else ""
+  rule += f" Source: {html.source(finding.source)}." if finding.source else ""
   found = text(finding.message) + (f'<p class="soft">{rule}</p>' if rule else "")
   return f'<span class="level {level}">{level}</span>', text(finding.name), found, text(finding.advice)
 
@@ -103,11 +104,11 @@ def _suggestion(run: Run, found: Suggestion | None, warmup_steps: int | None) ->
     body = f"<p>None: {text(str(error))}</p>"
   else:
     body = f'<p class="answer">max_norm = {number(found.max_norm)}</p><p>{text(found.reason)}</p>'
-    said = [*map(text, found.notes), *(f"Source: {page.source(source)}" for source in found.sources)]
+    said = [*map(text, found.notes), *(f"Source: {html.source(source)}" for source in found.sources)]
     body += f"<ul>{''.join(f'<li>{line}</li>' for line in said)}</ul>"
     pairs = sorted({(found.max_norm, found.clip_fraction), *found.alternatives})
     rows = [(number(value) + " (suggested)" * (value == found.max_norm), percent(share)) for value, share in pairs]
-    body += page.table(("max_norm", "would have clipped"), rows, "layers")
+    body += html.table(("max_norm", "would have clipped"), rows, "layers")
   return f"<section><h2>Suggested threshold</h2>{body}</section>"
 
 
