@@ -39,10 +39,10 @@ MAGNITUDES = (1.0, 30.0, 1e28, 1e-28, 2.0)  # The second pass of the norm is tak
 
 
 def some_tree(magnitude=1.0, seed=0):
-  """Normal entries, and zeros on one device, of which others know by its count alone."""
+  """Normal entries, and zeros that the first device has not, and knows by the count of another alone."""
   rng = np.random.default_rng(seed)
   tree = {name: np.asarray(rng.standard_normal(shape)) * magnitude for name, (shape, *_) in LEAVES.items()}
-  tree["one_axis"][0] = 0
+  tree["one_axis"][1] = 0
   return {name: jnp.asarray(x.astype(jnp.dtype(LEAVES[name][1]))) for name, x in tree.items()}
 
 
