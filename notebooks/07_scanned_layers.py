@@ -180,7 +180,7 @@ for name, ratio in ratios.items():
 # that they lost, because most of an update is Adam's momentum.
 #
 # The run without a clip shows why one spike matters under Adam. Its running mean of squares forgets slowly: 40 steps
-# later the updates of layer 4 are about a quarter of what they should be. The loss shows nothing of this; it ends alike
+# later the updates of layer 4 are about a quarter of what they should be. The loss shows nothing of this: it ends alike
 # in all four runs.
 #
 # ## A NaN in one layer

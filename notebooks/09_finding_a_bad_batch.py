@@ -127,8 +127,8 @@ for file in ("part-00", *report.events[0].batches):
 #
 # ## A second fault behind the first
 #
-# A large fault can hide a smaller one: after the first spike, norms vary so much that little else stands out. So leave
-# the file out, run again, and ask again.
+# A large fault can hide a smaller one: after the first spike, norms vary so much that little else stands out. That is
+# why some high peaks in the picture have no ring. So leave the file out, run again, and ask again.
 
 # %%
 second, _ = train("second", watched(sgd), without=["part-35"])
