@@ -3,7 +3,6 @@
 Every Python check runs in the public function, before an inner `jit`, so an eager call costs one dispatch. Scaling
 multiplies each leaf by a scalar, which XLA fuses into whatever reads the clipped gradient next.
 """
-# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 from collections.abc import Sequence
 from functools import partial

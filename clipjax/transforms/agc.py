@@ -3,7 +3,6 @@
 A unit is the part of a leaf that feeds one output: a column of a matrix, a filter of a convolution, a whole vector. AGC
 runs the stages of the engine with a norm for each unit instead of each leaf, and with limits from the parameters.
 """
-# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 import math
 from collections.abc import Iterable, Sequence

@@ -2,7 +2,6 @@
 
 Each clip is the engine with other labels. Options that the clips share are documented in `clip_by_global_norm`.
 """
-# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 import math
 from collections.abc import Callable, Hashable, Mapping

@@ -2,7 +2,6 @@
 
 It runs the engine with the norm of order inf as the measure, and a clamp as the scale stage.
 """
-# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 import math
 from functools import partial

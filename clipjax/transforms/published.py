@@ -2,7 +2,6 @@
 
 Defaults come from the papers. If a paper and its reference code differ, the docstring says which one we follow.
 """
-# ruff: noqa: D417 (shared options are documented once, where these docstrings point; tests/test_package.py asks for all)
 
 from typing import Any
 
