@@ -127,7 +127,7 @@ def execute(notebook, claims):
 
 
 def environment(notebook):
-  """That of a user on a CPU with one device, with the programs that earlier runs compiled."""
+  """What a user with one CPU device has, and the programs that earlier runs compiled."""
   env = os.environ | {"JAX_PLATFORMS": "cpu"}
   env["XLA_FLAGS"] = env.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "").strip()
   env.pop("JAX_COMPILATION_CACHE_DIR", None)

@@ -26,7 +26,7 @@ assert ends == sorted(ends, reverse=True)
 # "One step before the explosion, the product of the unclipped network is still of ordinary size."
 assert ends[0] > 1e6 > 1e4 * ends[1]
 
-# "At the end the product is gone within ten steps"; "that of the clipped run shrinks far more slowly".
+# "At the end the product is gone within ten steps"; "the product of the clipped run shrinks, but far more slowly".
 assert in_training[f"no clip, step {STEPS}"][9] < 1e-6 < in_training[f"{CLIPPED}, step {STEPS}"][9] < 1
 
 # "It vanishes", "it fades slowly", "it explodes".
