@@ -17,7 +17,7 @@
 # records a run without a clip, reads the verdict on it, and takes a threshold from its norms. Then it trains 12
 # thresholds at once, and compares the suggestion, and a popular rule of thumb, with the measured curves of four models.
 #
-# The models are in [small_models.py](small_models.py). A recurrent network and a Transformer learn the prose of
+# The models are in [four_models.py](four_models.py). A recurrent network and a Transformer learn the prose of
 # Python's own documentation, character by character. A feed-forward net and a convolutional network (CNN) classify
 # scikit-learn's digits.
 
@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from four_models import MODELS, draw_curves, table
 from IPython.display import Image, Markdown
-from small_models import MODELS, draw_curves, table
 
 import clipjax
 

@@ -14,7 +14,7 @@ assert (THRESHOLDS[1:] == 2 * THRESHOLDS[:-1]).all()
 for (name, k), (base, losses, *_) in cells.items():
   # The base rate is not at the end of those tried.
   assert RATES[0] < base < RATES[-1]
-  # The rule of thumb of small_models.py, as the suggestion quotes it.
+  # The rule of thumb of four_models.py, as the suggestion quotes it.
   low, high = MODELS[name].thumb
   assert f"{low:g} to {high:g}" in str(clipjax.runs.suggest_max_norm(run, model=name))
   # "At the base rate no clip is needed", and at ten times that rate it is; nor does the rule of thumb hold there.
