@@ -322,7 +322,10 @@ def test_numbers_may_be_injected(standard_promotion):
   )
 
 
-BAD_ARGUMENTS = [  # What a range depends on; the others are in `test_bad_calls.py`.
+BAD_ARGUMENTS = [  # Where ranges end; that each argument is checked is in `test_bad_calls.py`.
+  (lambda: rules.quantile_tracking(-0.1), "`quantile` must be a number >= 0 and <= 1, got -0.1"),
+  (lambda: rules.zscore(restart_after=0), "`restart_after` must be an integer >= 1, got 0"),
+  (lambda: clipjax.zclip(warmup_steps=0), "`warmup_steps` must be an integer >= 1, got 0"),
   (lambda: rules.percentile(10.0, window=5, min_count=6), "`min_count` must be an integer >= 1 and <= 5, got 6"),
   (lambda: rules.rolling_sigma(window=5, min_count=7), "`min_count` must be an integer >= 1 and <= 6, got 7"),
 ]

@@ -156,3 +156,9 @@ def test_an_error_of_what_is_wrapped_is_not_changed():
   tx = clipjax.skip_steps(optax.GradientTransformation(optax.sgd(1.0, momentum=0.9).init, fail))
   with pytest.raises(KeyError, match="the user's own"):
     tx.update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+def test_skips_in_a_row_are_counted_in_int32():
+  assert message_of(lambda: adam(max_consecutive_skips=2**31)) == (
+    "`max_consecutive_skips` must be an integer >= 1 and <= 2147483647, got 2147483648: choose one in that range."
+  )
