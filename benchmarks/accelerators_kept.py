@@ -1,4 +1,4 @@
-"""What a compiler made of a program before, kept in a folder. Not a command of its own.
+"""What a compiler made of a program before, kept in a folder. It is not a command.
 
 A compiler makes the same of the same program, so a test need not ask it twice. The key of an entry is everything that
 the facts depend on: the lowered program, the target, the versions of the compiler, its flags, and the code that counts.

@@ -187,13 +187,19 @@ def test_a_report_that_cannot_be_written_is_one_line(run, pages, capsys):
 
 FILES = {
   "no file": (None, "cannot read {}: there is no such file"),
-  "text": (b"hello\nworld\n", "`path` must be a file that `clipjax.runs.Recorder` wrote, got {!r}, which has no heade"),
+  "text": (
+    b"hello\nworld\n",
+    "`path` must be a file that `clipjax.runs.Recorder` wrote, got {!r}, which has no Recorder heade",
+  ),
   "empty": (b"", "`path` must be a file that `clipjax.runs.Recorder` wrote, got {!r}, which is empty: "),
-  "deep": (b"[" * 100_000, "`path` must be a file that `clipjax.runs.Recorder` wrote, got {!r}, which has no header"),
+  "deep": (
+    b"[" * 100_000,
+    "`path` must be a file that `clipjax.runs.Recorder` wrote, got {!r}, which has no Recorder header",
+  ),
   "a later format": (b'{"clipjax_run": 99}\n{"step": 1}\n', "`path` must be "),
   "number beyond float64": (
     b'{"clipjax_run": 1, "leaves": {}}\n{"step": 1, "loss": 1' + b"0" * 400 + b"}\n",
-    "`path` must be a file that `clipjax.runs.Recorder` wrote, got {!r}, which has rows of another kind (OverflowError",
+    "`path` must be a file that `clipjax.runs.Recorder` wrote, got {!r}, which has malformed rows (OverflowError",
   ),
 }
 

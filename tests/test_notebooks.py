@@ -242,17 +242,6 @@ def test_check_fails_on_a_spoiled_pair(check, spoil):
     check(text, executed)
 
 
-@pytest.mark.parametrize("missing", [".py", ".ipynb"])
-def test_pair_without_its_partner_cannot_be_read(missing, tmp_path):
-  text, executed = sound()
-  jupytext.write(text, tmp_path / "a.py", fmt="py:percent")
-  nbformat.write(executed, tmp_path / "a.ipynb")
-  check_agreement(*read("a", tmp_path))
-  (tmp_path / f"a{missing}").unlink()
-  with pytest.raises(FileNotFoundError):
-    read("a", tmp_path)
-
-
 @pytest.fixture
 def claims(tmp_path):
   """Makes a file of claims."""

@@ -134,7 +134,9 @@ def test_under_vmap_and_map_params():
   batch = jax.tree.map(lambda x: jnp.stack([x, x * jnp.array(2, x.dtype)]), GRADS)
   _, states = jax.vmap(tx.update)(batch, jax.vmap(tx.init)(batch), batch)
   np.testing.assert_allclose(clipjax.metrics(states, per_leaf=True)["grad/norm/w"], [5.0, 10.0])
-  with pytest.raises(ValueError, match=r"`last_norms` must be of one model, got a state with leading axes \(2,\)"):
+  with pytest.raises(
+    ValueError, match=r"`last_norms` needs the state of one model, got a state with leading axes \(2,\)"
+  ):
     states.last_norms()
   state = tx.init(GRADS)
   assert optax.tree.map_params(tx, lambda x: x + 1, state).labels == state.labels
