@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import NO_LIMIT, cases, factories
+from helpers import NO_LIMIT, factories
 
 import clipjax
 from clipjax import rules
@@ -33,25 +33,21 @@ RULES = {
 PARAMS = {"a": jnp.full(3, 2.0), "b": jnp.full(2, 2.0)}
 
 
-def transformations():
-  by_rule = {f"global, {name}": clipjax.clip_by_global_norm(make()) for name, make in RULES.items()}
-  by_rule |= {f"by leaf, {name}": clipjax.clip_by_leaf_norm(make()) for name, make in RULES.items()}
-  return {
-    **factories(),
-    **by_rule,
-    "exempt group": clipjax.clip_by_group_norm({"a": 1.0, "b": None}, lambda path, leaf: path),
-    "adaptive_grad_clip": clipjax.adaptive_grad_clip(math.inf),
-    "watch": clipjax.watch(history=3),
-    "skip_steps": clipjax.skip_steps(optax.chain(clipjax.clip_by_leaf_norm(1.0), optax.sgd(0.1, momentum=0.9))),
-    "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(1.0), optax.sgd(0.1, momentum=0.9)),
-    "skip_steps by rules": clipjax.skip_steps(
-      optax.sgd(0.1), norm_rule=rules.rolling_sigma(2.0, window=4), loss_rule=rules.percentile(99.0, window=4)
-    ),
-  }
-
-
-ALL = transformations()
-every_transformation = pytest.mark.parametrize("name", sorted(ALL))
+BY_RULE = {f"global, {name}": clipjax.clip_by_global_norm(make()) for name, make in RULES.items()}
+ALL = {
+  **factories(),
+  **BY_RULE,
+  "by leaf, zscore": clipjax.clip_by_leaf_norm(RULES["zscore mean"]()),
+  "by leaf, percentile": clipjax.clip_by_leaf_norm(RULES["percentile"]()),
+  "exempt group": clipjax.clip_by_group_norm({"a": 1.0, "b": None}, lambda path, leaf: path),
+  "adaptive_grad_clip": clipjax.adaptive_grad_clip(math.inf),
+  "watch": clipjax.watch(history=3),
+  "skip_steps": clipjax.skip_steps(optax.chain(clipjax.clip_by_leaf_norm(1.0), optax.sgd(0.1, momentum=0.9))),
+  "clip_effect": clipjax.clip_effect(clipjax.clip_by_leaf_norm(1.0), optax.sgd(0.1, momentum=0.9)),
+  "skip_steps by rules": clipjax.skip_steps(
+    optax.sgd(0.1), norm_rule=rules.rolling_sigma(2.0, window=4), loss_rule=rules.percentile(99.0, window=4)
+  ),
+}
 
 
 def wraps_optax(name):
@@ -86,21 +82,13 @@ STORED = {
 }
 
 
-def is_like_another(case):
-  """A rule of leaves keeps what a rule of the global norm does."""
-  name, _ = case
-  return name.startswith("by leaf") and name not in ("by leaf, zscore mean", "by leaf, percentile")
-
-
 # One of each kind of state goes through every way.
 KINDS = ("clip_by_global_norm", "autoclip", "zclip", "watch", "skip_steps", "clip_effect", "exempt group")
 
 
 @pytest.mark.parametrize(
   ("name", "way"),
-  cases(
-    [(name, "as it is") for name in sorted(ALL)] + list(itertools.product(KINDS, sorted(STORED)[1:])), is_like_another
-  ),
+  [(name, "as it is") for name in sorted(ALL)] + list(itertools.product(KINDS, ("flax", "numpy", "pickle"))),
 )
 def test_a_state_from_before_x64_was_set_goes_on(name, way):
   tx = ALL[name]
@@ -115,9 +103,7 @@ def test_a_state_from_before_x64_was_set_goes_on(name, way):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, fresh)
 
 
-@pytest.mark.parametrize(
-  ("name", "jit"), cases([(name, True) for name in sorted(ALL)] + [(name, False) for name in KINDS], is_like_another)
-)
+@pytest.mark.parametrize(("name", "jit"), [(name, True) for name in sorted(ALL)] + [(name, False) for name in KINDS])
 def test_a_state_that_was_cast_with_the_rest_of_a_train_state_goes_on(name, jit):
   tx = ALL[name]
   _, state = steps(tx, tx.init(PARAMS), [1.0, 1.5, 1.0])
@@ -134,8 +120,7 @@ def test_a_state_that_was_cast_with_the_rest_of_a_train_state_goes_on(name, jit)
 # Without an inf ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@every_transformation
+@pytest.mark.parametrize(("name", "jit"), [(name, False) for name in sorted(ALL)] + [(name, True) for name in KINDS])
 def test_no_state_and_no_update_holds_an_inf(name, jit):
   tx = ALL[name]
   with jax.debug_infs(True), jax.debug_nans(True):
@@ -146,7 +131,7 @@ def test_no_state_and_no_update_holds_an_inf(name, jit):
       chex.assert_tree_all_finite((state, updates, clipjax.metrics(state, per_leaf=True)))
 
 
-@pytest.mark.parametrize("limit", [math.inf, 1e39, 10**300, np.float64(1e39), np.array(1e200)])
+@pytest.mark.parametrize("limit", [math.inf, 10**300, np.float64(1e39), np.array(1e200)])
 def test_a_number_above_the_range_of_norms_is_no_limit_and_gives_no_warning(limit):
   grads = gradient(1e30)
   with jax.debug_infs(True):
@@ -185,32 +170,6 @@ def test_under_no_limit_an_infinite_entry_stays_what_it_is():
 @pytest.mark.parametrize(
   "make",
   [
-    clipjax.clip_by_global_norm,
-    lambda n: clipjax.clip_by_global_norm(1.0, eps=n),
-    clipjax.clip_by_value,
-    lambda n: clipjax.clip_grad_norm(PARAMS, n),
-    lambda n: clipjax.clip_grad_norm(PARAMS, 1.0, norm=n),
-    lambda n: clipjax.clip_grad_value(PARAMS, n),
-    lambda n: clipjax.clip_grad_per_example(PARAMS, n),
-    clipjax.adaptive_grad_clip,
-    clipjax.zclip,
-    clipjax.adagc,
-    lambda n: rules.rolling_sigma(std_floor=n),
-    lambda n: rules.quantile_tracking(0.5, initial=n),
-    lambda n: clipjax.clip_by_global_norm(lambda count: n).update(
-      PARAMS, clipjax.clip_by_global_norm(1.0).init(PARAMS)
-    ),
-  ],
-)
-@pytest.mark.parametrize("number", [10**400, 10**5000], ids=["401 digits", "5001 digits"])
-def test_an_integer_beyond_every_float_is_told(make, number):
-  with pytest.raises(ValueError, match=r"must be within the range of a float, got an integer of \d+ bits: pass "):
-    make(number)
-
-
-@pytest.mark.parametrize(
-  "make",
-  [
     lambda: rules.zscore(1e39),
     lambda: rules.rolling_sigma(1e39, std_floor=1e39),
     lambda: rules.quantile_tracking(0.5, initial=1e39, learning_rate=1e39),
@@ -230,7 +189,6 @@ def test_options_of_rules_above_the_range_of_norms(make):
 LATE = {name: make for name, make in RULES.items() if name not in ("number", "schedule", "minimum", "delayed")} | {
   "minimum": lambda: rules.minimum(rules.zscore(warmup_steps=2), 100.0)
 }
-LEAST_LATE = (("leaf", 1), ("leaf", 40), ("group", 40))
 CLIPS = {
   "leaf": clipjax.clip_by_leaf_norm,
   "group": lambda rule: clipjax.clip_by_group_norm({"a": rule, "b": rule}, lambda path, leaf: path),
@@ -238,60 +196,42 @@ CLIPS = {
 }
 
 
+def clipped(tx, norms):
+  """The norms of a leaf after the clip, step by step, beside a leaf of norm 1."""
+  update, state, out = jax.jit(tx.update), tx.init({"a": jnp.zeros(1), "b": jnp.zeros(1)}), []
+  for norm in norms:
+    updates, state = update({"a": jnp.array([1.0]), "b": jnp.array([norm])}, state)
+    out.append(float(updates["b"][0]))
+  return np.array(out)
+
+
 @pytest.mark.parametrize(
-  ("name", "by", "idle"),
-  cases(
-    itertools.product(sorted(LATE), sorted(CLIPS), [1, 2, 40]), lambda case: case[2] == 2 or case[1:] not in LEAST_LATE
-  ),
+  ("name", "by"), [(name, "leaf") for name in sorted(LATE)] + [("zscore mean", "group"), ("zscore mean", "rms")]
 )
-def test_a_leaf_whose_gradient_comes_late_is_trained_as_if_the_run_began_there(name, by, idle):
+def test_a_leaf_whose_gradient_comes_late_is_trained_as_if_the_run_began_there(name, by):
   """Norms of 0 enter no statistic: after them each limit is what it is without them."""
-  tx = CLIPS[by](LATE[name]())
-  norms = [1.0, 1.1, 0.9, 1.0, 1.2, 0.8, 1.0]
-
-  def run(before):
-    state = tx.init({"a": jnp.zeros(1), "b": jnp.zeros(1)})
-    update, out = jax.jit(tx.update), []
-    for late in [0.0] * before + norms:
-      updates, state = update({"a": jnp.array([1.0]), "b": jnp.array([late])}, state)
-      out.append(float(updates["b"][0]))
-    return out[before:]
-
-  want, got = run(0), run(idle)
-  np.testing.assert_allclose(got, want, rtol=1e-5)
-  assert min(got) > 0.5
+  tx, norms = CLIPS[by](LATE[name]()), [1.0, 1.1, 0.9, 1.0, 1.2, 0.8, 1.0]
+  want = clipped(tx, norms)
+  for idle in (1, 40):
+    np.testing.assert_allclose(clipped(tx, [0.0] * idle + norms)[idle:], want, rtol=1e-5)
+  assert min(want) > 0.5
 
 
 @pytest.mark.parametrize("name", sorted(LATE))
-def test_a_leaf_that_pauses_goes_on_with_about_its_old_limit(name):
+def test_a_leaf_whose_gradient_pauses_or_comes_in_turns_keeps_its_length(name):
+  """In turns like the gradient of an expert, which is 0 at every step that goes to others."""
   tx = clipjax.clip_by_leaf_norm(LATE[name]())
-  state = tx.init([jnp.zeros(1)])
-  update = jax.jit(tx.update)
-  updates = None
-  for norm in [1.0, 1.1, 0.9, 1.0, 1.1] + [0.0] * 200 + [0.9]:
-    updates, state = update([jnp.array([norm])], state)
-  assert updates[0] > 0.6
-
-
-@pytest.mark.parametrize("every", [2, 4])
-@pytest.mark.parametrize("name", sorted(LATE))
-def test_a_leaf_whose_gradient_comes_in_turns_keeps_its_length(name, every):
-  """As that of an expert, which is 0 at every step that goes to others."""
-  tx = clipjax.clip_by_leaf_norm(LATE[name]())
-  update, state = jax.jit(tx.update), tx.init([jnp.zeros(1)])
-  kept = [1.0]
-  for i in range(400):
-    updates, state = update([jnp.array([1.0 if i % every == 0 else 0.0])], state)
-    kept += [float(updates[0][0])] if i % every == 0 else []
-  assert min(kept) > 0.6
+  assert clipped(tx, [1.0, 1.1, 0.9, 1.0, 1.1] + [0.0] * 200 + [0.9])[-1] > 0.6
+  for every in (2, 4):
+    assert min(clipped(tx, ([1.0] + [0.0] * (every - 1)) * (400 // every))[::every]) > 0.6
 
 
 @pytest.mark.parametrize("name", sorted(LATE))
 def test_a_whole_gradient_of_zeros_enters_no_statistic(name):
   tx = clipjax.clip_by_global_norm(LATE[name]())
-  state = tx.init(jnp.zeros(1))
+  state, update = tx.init(jnp.zeros(1)), jax.jit(tx.update)
   for norm in [0.0] * 30 + [1.0, 1.0, 1.0]:
-    updates, state = tx.update(jnp.array([norm]), state)
+    updates, state = update(jnp.array([norm]), state)
   assert updates[0] > 0.5
 
 
@@ -326,7 +266,7 @@ def test_without_a_state_there_is_no_rule_by_value():
     clipjax.clip_by_value(rules.zscore(), track=False)
 
 
-@every_transformation
+@pytest.mark.parametrize("name", sorted(ALL))
 def test_names_in_the_state_of_a_clip_are_unique(name):
   if wraps_optax(name):
     pytest.skip("It holds the state of another transformation.")
