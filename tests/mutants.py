@@ -161,7 +161,7 @@ def outcome(folder: Path, tests: list[str], limit: float) -> tuple[int | None, s
     try:
       import pytest  # noqa: PLC0415
 
-      without = [x for plugin in ("cacheprovider", "xdist", "cov") for x in ("-p", f"no:{plugin}")]
+      without = [x for plugin in ("cacheprovider", "xdist") for x in ("-p", f"no:{plugin}")]
       # What starts processes of its own takes a minute.
       code = int(pytest.main(["-x", "-q", *without, "-k", "not two_processes", *tests]))
     except BaseException:  # It would be lost, and with it the reason.
