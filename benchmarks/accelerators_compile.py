@@ -56,9 +56,9 @@ def facts(program: Any, on_tpu: bool) -> dict[str, Any]:
   return found
 
 
-def measured(case: Case, dtype: str, target: str, rounds: int, folder: str | None) -> dict[str, Any]:
+def measured(case: Case, dtype: str, target: str, mesh_: Mesh, rounds: int, folder: str | None) -> dict[str, Any]:
   """All clips in one case; compile times are the best of several rounds in which the clips take turns."""
-  mesh_, variants = mesh(target), dict[str, dict[str, Any]]()
+  variants: dict[str, dict[str, Any]] = {}
   for _ in range(rounds):
     for name, tx in transformations(case, optax.adam(1e-3)).items():
       start = time.perf_counter()
@@ -92,7 +92,7 @@ def main() -> None:
   for key in asked["only"]:
     for dtype in asked["dtypes"]:
       case = cases(asked["quick"])[key]
-      found = measured(case, dtype, target, asked["rounds"], asked["kept"])
+      found = measured(case, dtype, target, mesh_, asked["rounds"], asked["kept"])
       print(json.dumps({"target": target, "key": key, **found}), flush=True)
 
 

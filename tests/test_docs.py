@@ -4,14 +4,13 @@ The programs of docs/sharding.md and docs/loggers.md have files of their own, te
 """
 
 import contextlib
-import importlib.util
 import io
 import pathlib
 import re
-import subprocess
 import sys
 import textwrap
 
+import api
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -22,9 +21,10 @@ BLOCK = re.compile(r"^ *```python\n(.*?)^ *```\n(?:\s*```text\n(.*?)^ *```)?", r
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
+RUN_HERE = sorted(PAGES.keys() - ELSEWHERE - {"CONTRIBUTING.md"})  # Whose blocks make one program, at the end.
 PROGRAMS = [
   pytest.param(textwrap.dedent(code), printed, id=f"{name}-{i}")
-  for name in sorted(PAGES.keys() - ELSEWHERE - {"CONTRIBUTING.md"})
+  for name in RUN_HERE
   for i, (code, printed) in enumerate(BLOCK.findall(PAGES[name]))
 ]
 
@@ -40,9 +40,8 @@ def test_program_prints_what_stands_below_it(code, printed):
 
 
 def test_no_program_is_overlooked():
-  pages = PAGES.keys() - ELSEWHERE - {"CONTRIBUTING.md"}
-  assert len(PROGRAMS) == sum(PAGES[name].count("```python") for name in pages)
-  assert sum(bool(p.values[1]) for p in PROGRAMS) == sum(PAGES[name].count("```text") for name in pages)
+  assert len(PROGRAMS) == sum(PAGES[name].count("```python") for name in RUN_HERE)
+  assert sum(bool(p.values[1]) for p in PROGRAMS) == sum(PAGES[name].count("```text") for name in RUN_HERE)
 
 
 # README -------------------------------------------------------------------------------------------------------------
@@ -61,7 +60,7 @@ def unknown_names(readme):
   """What the tables of the README call and clipjax does not have."""
   table = readme[readme.index("| you want to | call |") :].split("\n\n")[0]
   calls = re.findall(r"`((?:runs\.|rules\.)?[a-z_A-Z]+)(?:\([^`]*\))?`", "".join(table.splitlines()[2:]))
-  known = load_api().public_names() | {"max_norm"}
+  known = api.public_names() | {"max_norm"}
   return [name for name in calls if name not in known]
 
 
@@ -73,20 +72,13 @@ def test_readme_calls_what_there_is():
 # Made by programs ---------------------------------------------------------------------------------------------------
 
 
-def load_api():
-  spec = importlib.util.spec_from_file_location("api", DOCS / "api.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def test_api_is_what_the_docstrings_say():
-  done = subprocess.run([sys.executable, DOCS / "api.py", "--check"], capture_output=True, text=True, check=False)
-  assert (done.returncode, done.stderr) == (0, "")
+def test_api_is_what_the_docstrings_say(monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["api.py", "--check"])
+  api.main()
+  assert api.PAGE.read_text(encoding="utf-8") == api.page()
 
 
 def test_an_old_api_page_and_a_name_without_a_section_are_seen(tmp_path, monkeypatch):
-  api = load_api()
   (tmp_path / "api.md").write_text(api.page().replace("clip_by_leaf_norm", "clip_by_norm", 1))
   monkeypatch.setattr(api, "PAGE", tmp_path / "api.md")
   monkeypatch.setattr(sys, "argv", ["api.py", "--check"])

@@ -3,12 +3,14 @@
 import ast
 import doctest
 import inspect
+import operator
 import pathlib
 import re
 import subprocess
 import sys
 import tomllib
 
+import api
 import pytest
 import typed_usage
 
@@ -19,15 +21,7 @@ from clipjax import cli, rules, runs
 ROOT = pathlib.Path(__file__).parent.parent
 EXTRAS = ("matplotlib", "rich", "tensorboardX", "torch", "tensorflow", "flax", "IPython", "pandas", "clipjax.runs")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-PUBLIC = (
-  {f"clipjax.{name}": getattr(clipjax, name) for name in clipjax.__all__ if name not in ("rules", "runs")}
-  | {
-    f"clipjax.rules.{name}": value
-    for name, value in vars(rules).items()
-    if not (name.startswith("_") or inspect.ismodule(value))
-  }
-  | {f"clipjax.runs.{name}": getattr(runs, name) for name in runs.__all__}
-)
+PUBLIC = {f"clipjax.{name}": operator.attrgetter(name)(clipjax) for name in api.public_names()}
 STATES = {"clipjax.ClipState", "clipjax.EffectState", "clipjax.SkipState", "clipjax.WatchState"}
 
 
