@@ -21,7 +21,7 @@ BLOCK = re.compile(r"^ *```python\n(.*?)^ *```\n(?:\s*```text\n(.*?)^ *```)?", r
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-RUN_HERE = sorted(PAGES.keys() - ELSEWHERE - {"CONTRIBUTING.md"})  # The blocks of CONTRIBUTING make one program, see below.
+RUN_HERE = sorted(PAGES.keys() - ELSEWHERE - {"CONTRIBUTING.md"})  # CONTRIBUTING is one program, see below.
 PROGRAMS = [
   pytest.param(textwrap.dedent(code), printed, id=f"{name}-{i}")
   for name in RUN_HERE
