@@ -77,6 +77,7 @@ def test_summary_compares_within_a_round():
   assert timing.summary({"a": [3.0, 1.0, 2.0]}) == {"a": {"median": 2.0, "min": 1.0}}
 
 
+@pytest.mark.speed
 def test_the_page_of_a_quick_run(quick):
   out, data = quick
   text = out.read_text(encoding="utf-8")
@@ -92,6 +93,7 @@ def test_the_page_of_a_quick_run(quick):
     assert len({line.count("|") for line in block.splitlines()}) == 1, block
 
 
+@pytest.mark.speed
 def test_verdicts_follow_the_numbers(quick):
   data = copy.deepcopy(quick[1])
   variants = speed_targets.find(data, "norm", "leaf")["variants"]
