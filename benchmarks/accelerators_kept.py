@@ -24,7 +24,9 @@ def kept(folder: str | None, target: str, lowered: Any, make: Callable[[], Facts
     return make()
   packages = ("jax", "jaxlib", *TARGETS[target].packages)
   versions = [f"{package} {version(package)}" for package in packages]
-  parts = [target, *versions, os.environ.get("XLA_FLAGS", ""), _COUNTS.read_text("utf-8"), lowered.as_text()]
+  # Where the compiler lies is another folder in each environment; its version is in the key already.
+  flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "_dir=" not in flag]
+  parts = [target, *versions, *flags, _COUNTS.read_text("utf-8"), lowered.as_text()]
   key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
   path = Path(folder) / f"program-{key}.json"
   if path.exists():

@@ -1,11 +1,11 @@
 """The cost of `clipjax.watch` and `Recorder.push` on the demo's training step, and of a push by itself.
 
-Run `python benchmarks/recorder.py [--rounds 1000]`. Three variants of the demo's step take turns in random order, each
+Run `python benchmarks/recorder.py [--rounds 1000] [--quick]`. Three variants of the demo's step take turns in random order, each
 in its own run: without a watch, with a watch before the clip, and with that watch and a push. It reports wall time and
 processor time; rely on processor time if other processes disturb the wall time. The median difference is the cost of an
 ordinary step; the sum includes the reads of every 50th step. Next come the host time of a push in a loop of 4.7 ms, and
 of pushes in direct succession, for states of 3 to 1000 leaves. The last part is the time of a row, with all reads and
-writes, for 200 layers in 12 stacked arrays and for 24 plain leaves.
+writes, for 200 layers in 12 stacked arrays and for 24 plain leaves. `--quick` is only to see that everything runs.
 """
 
 import argparse
@@ -158,11 +158,13 @@ def thread_time_of(recorder: clipjax.runs.Recorder) -> float:
 def main() -> None:
   """Prints what a watch and a push add to a step, and the time of a push."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--rounds", type=int, default=1000)
+  parser.add_argument("--rounds", type=int, help="steps of each variant (default: 1000, or 20 with --quick)")
+  parser.add_argument("--quick", action="store_true", help="few steps, and no state of 1000 leaves")
   args = parser.parse_args()
+  rounds = args.rounds or (20 if args.quick else 1000)
   print(f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, optax {optax.__version__}")
   with tempfile.TemporaryDirectory() as name:
-    times = demo_steps(Path(name), args.rounds)
+    times = demo_steps(Path(name), rounds)
     for i, clock in enumerate(("wall", "processor")):
       alone, watched, recorded = ([1e3 * clocks[i] for clocks in values] for values in times.values())
       base = statistics.median(alone)
@@ -171,14 +173,14 @@ def main() -> None:
         median = statistics.median(y - x for x, y in zip(before, after, strict=True)) / base
         print(f"; {what} adds {median:+.2%}, in sum {sum(after) / sum(before) - 1:+.2%}", end="")
       print()
-    times = paced_pushes(Path(name), max(args.rounds, 300))
+    times = paced_pushes(Path(name), max(rounds, 150 if args.quick else 300))
     median, p99 = np.percentile(times, [50, 99])
     print(f"push in a loop of 4.7 ms: median {median:.0f} us, mean {np.mean(times):.0f} us, p99 {p99:.0f} us")
-    for leaves in (3, 100, 1000):
-      median, mean = push_time(Path(name), leaves, 500)
+    for leaves in (3, 100) if args.quick else (3, 100, 1000):
+      median, mean = push_time(Path(name), leaves, 60 if args.quick else 500)
       print(f"push, {leaves} leaves: median {median:.0f} us, mean with the reads {mean:.0f} us")
-    for clip in ("clip_by_global_norm", "adagc"):
-      for model, (wall, loop, thread, size) in row_times(Path(name), clip, 5 * args.rounds).items():
+    for clip in ("adagc",) if args.quick else ("clip_by_global_norm", "adagc"):
+      for model, (wall, loop, thread, size) in row_times(Path(name), clip, 5 * rounds).items():
         print(
           f"row, watch and {clip}, {model}: {wall:.0f} us, processor {loop:.0f} us in the loop and {thread:.0f} us in "
           f"the thread, {size:.0f} bytes"

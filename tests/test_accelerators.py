@@ -388,6 +388,14 @@ def test_a_kept_program_is_compiled_once_and_another_one_again(tmp_path):
   assert kept(None, "tpu", steps[0], lambda: {"kernels": next(asked)}) == {"kernels": 3}
 
 
+def test_flags_are_part_of_a_kept_program_but_not_where_its_compiler_lies(tmp_path, monkeypatch):
+  step, asked, facts = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), "float32")), iter(range(9)), []
+  for flags in ("--xla_a=0 --xla_gpu_cuda_data_dir=/one", "--xla_a=0 --xla_gpu_cuda_data_dir=/two", "--xla_a=1"):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    facts.append(kept(str(tmp_path), "tpu", step, lambda: {"kernels": next(asked)})["kernels"])
+  assert facts == [0, 0, 1]
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("what", sorted({bound.what for bound in BOUNDS} - {COMPILE}))  # Time depends on the machine.
 @pytest.mark.parametrize("target", accelerators_targets.TARGETS)
