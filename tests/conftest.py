@@ -1,7 +1,7 @@
 """Strict promotion, eight CPU devices and no warnings, for every test."""
 
-import inspect
 import os
+from unittest import mock
 
 from compiled import cache_folder
 
@@ -10,7 +10,7 @@ os.environ.setdefault("CLIPJAX_TESTS_CACHE", cache_folder())  # The workers of x
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from jax._src import compilation_cache, compiler
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -21,22 +21,24 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_kept_programs_over_several_devices(request):
-  """Keeps tests that name a mesh from programs of earlier runs.
+def keep_no_program_over_several_devices():
+  """Takes every program that has several devices past the kept ones.
 
   Those that XLA reads from a file no longer have their collectives in one order (jaxlib 0.10.2, on CPUs): devices wait
-  for one another in different ones until the process is ended.
+  for one another in different ones until the process is ended. JAX has no public way to say it of a program.
   """
-  source = inspect.getsource(request.module)
-  keep_programs(not any(word in source for word in ("mesh", "pmap")))
-  yield
-  keep_programs(True)
+  compile_or_get = compiler.compile_or_get_cached
+
+  def compile_or_get_if_alone(backend, computation, devices, *args, **options):
+    if devices.size == 1:
+      return compile_or_get(backend, computation, devices, *args, **options)
+    with mock.patch.object(compilation_cache, "is_cache_used", return_value=False):
+      return compile_or_get(backend, computation, devices, *args, **options)
+
+  compiler.compile_or_get_cached = compile_or_get_if_alone
 
 
-def keep_programs(kept: bool):
-  jax.config.update("jax_enable_compilation_cache", kept)
-  compilation_cache.reset_cache()  # Else what was asked once is remembered.
+keep_no_program_over_several_devices()
 
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import keep_programs
 from helpers import oracle_norm, train_on_one_device
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -81,12 +80,7 @@ def assert_trained_alike(params, opt_state, expected, norms, limit):
 
 
 def train_by_hand(loss_fn, params, batches, limit, optimizer):
-  """`train_on_one_device`; its programs, which have no mesh, are kept."""
-  keep_programs(True)
-  try:
-    return train_on_one_device(loss_fn, *jax.device_get((params, batches)), limit, optimizer)
-  finally:
-    keep_programs(False)
+  return train_on_one_device(loss_fn, *jax.device_get((params, batches)), limit, optimizer)
 
 
 def two_layers(params, x, y):

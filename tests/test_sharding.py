@@ -130,19 +130,13 @@ def on_mesh(mesh, tree, specs=SPECS):
 @pytest.fixture(scope="module")
 def on_one_device():
   """What every transformation gives on one device: a list of `(updates, states)` by step."""
-  from conftest import keep_programs  # noqa: PLC0415 (other processes, which import this module, do without)
-
-  keep_programs(True)  # These have no mesh.
-  try:
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-      step, init = map(jax.jit, all_steps(transformations()))
-      states, out = init(some_tree()), []
-      for i, magnitude in enumerate(MAGNITUDES):
-        updates, states = step(states, some_tree(magnitude, seed=i), some_tree(10.0))
-        out.append((updates, states))
-      return out
-  finally:
-    keep_programs(False)
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    step, init = map(jax.jit, all_steps(transformations()))
+    states, out = init(some_tree()), []
+    for i, magnitude in enumerate(MAGNITUDES):
+      updates, states = step(states, some_tree(magnitude, seed=i), some_tree(10.0))
+      out.append((updates, states))
+    return out
 
 
 def assert_close(got, want, rtol=1e-5):
