@@ -1,11 +1,11 @@
 """The cost of `clipjax.watch` and `Recorder.push` on the demo's training step, and of a push by itself.
 
-Run `python benchmarks/recorder.py [--rounds 1000] [--quick]`. Three variants of the demo's step take turns in random order, each
-in its own run: without a watch, with a watch before the clip, and with that watch and a push. It reports wall time and
-processor time; rely on processor time if other processes disturb the wall time. The median difference is the cost of an
-ordinary step; the sum includes the reads of every 50th step. Next come the host time of a push in a loop of 4.7 ms, and
-of pushes in direct succession, for states of 3 to 1000 leaves. The last part is the time of a row, with all reads and
-writes, for 200 layers in 12 stacked arrays and for 24 plain leaves. `--quick` is only to see that everything runs.
+Run `python benchmarks/recorder.py [--rounds 1000] [--quick]`. Three variants of the demo's step take turns in random
+order, each in its own run: without a watch, with a watch before the clip, and with that watch and a push. It reports
+wall time and processor time; rely on processor time if other processes disturb the wall time. The median difference is
+the cost of an ordinary step; the sum includes the reads of every 50th step. Next come the host time of a push in a loop
+of 4.7 ms, and of pushes in direct succession, for states of 3 to 1000 leaves. The last part is the time of a row, with
+all reads and writes, for 200 layers in 12 stacked arrays and for 24 plain leaves. `--quick` only shows that it runs.
 """
 
 import argparse

@@ -188,6 +188,7 @@ def main() -> None:
   parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
   parser.add_argument("--sample", type=float, default=1.0, help="share of the mutants, drawn at random")
   parser.add_argument("--share", default="0/1", metavar="K/N", help="every Nth of them, from the Kth: for N processes")
+  parser.add_argument("--most", type=float, default=1.0, help="share of survivors above which it exits with 1")
   parser.add_argument("--limit", type=float, default=300, help="seconds for each mutant")
   args = parser.parse_args()
   first, step = map(int, args.share.split("/"))
@@ -232,6 +233,7 @@ def main() -> None:
           print(f"{module}:{line} {operator}{'' if status == 0 else ' ran into the limit'}\n{diff}\n", flush=True)
   survived, late = (sum(x["status"] == status for x in known.values()) for status in (0, None))
   print(f"{len(known)} mutants: {survived} survived, {late} ran into the limit")
+  sys.exit(survived > args.most * len(known))
 
 
 def quickest_first(log: str) -> list[str]:

@@ -165,6 +165,20 @@ def test_an_event_is_caught_where_neither_the_clipped_norm_nor_the_update_moved(
   assert event_of(columns, **clip, **other).is_caught == is_caught
 
 
+@pytest.mark.parametrize(
+  ("moved", "is_rejected", "is_caught"),
+  [
+    ({"loss": {200: 9.0}}, True, True),
+    ({"loss": {200: 9.0}}, False, False),
+    ({"loss": {200: 9.0}, "grad/norm": {200: 40.0}}, True, True),
+    ({"loss": {200: 9.0, 201: 9.0}}, True, False),  # The second step was not rejected.
+  ],
+)
+def test_an_event_of_rejected_steps_is_caught_whatever_moved(moved, is_rejected, is_caught):
+  consecutive = {**dict.fromkeys(range(400), 0.0), 200: float(is_rejected)}
+  assert event_of(**moved, **{"skip/consecutive": consecutive}).is_caught == is_caught
+
+
 # The course of a loss -----------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from clipjax.metric_names import NORM, NORM_CLIPPED
 from clipjax.runs.course import NORMAL
 from clipjax.runs.health.series import Spike
 from clipjax.runs.kinds import Bools, Floats, Ints
-from clipjax.runs.norms import acted, column, norms_of_run
+from clipjax.runs.norms import acted, column, norms_of_run, rejected
 from clipjax.runs.roles import Role, losses_of, role_of, update_states
 from clipjax.runs.run import Run
 from clipjax.runs.schema import key_of, name_of
@@ -192,8 +192,11 @@ def _is_caught(
 ) -> bool:
   """Whether a clip or `skip_steps` acted on every norm that moved, and update and later losses were as usual.
 
-  Without recorded updates, the norm after the clip must be as usual instead.
+  Without recorded updates, the norm after the clip must be as usual instead. A step that was rejected is caught, also
+  where the loss alone moved.
   """
+  if rejected(run)[np.searchsorted(run.steps, [spike.step for spike in spikes])].all():
+    return True
   # Nothing to catch, or an update that moved all the same.
   norms = [spike for spike in spikes if _role(spike.key) is Role.NORM and leaf_of(spike.key) is None]
   if not norms or any(role_of(move.key) in (Role.UPDATE, Role.PARAMETERS) for move in moves):
