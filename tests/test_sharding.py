@@ -158,6 +158,21 @@ def leaves_of(steps, names):
   return jax.device_get([[jax.tree.leaves({name: part[name] for name in names}) for part in step] for step in steps])
 
 
+@pytest.mark.parametrize(
+  ("shape", "spec", "stack"), [((4, 6, 8), P("a", None, "b"), None), ((4, 2, 6, 8), P("a", None, None, "b"), 1)]
+)
+def test_units_of_an_array_whose_types_name_two_axes_are_clipped_as_on_one_device(shape, spec, stack):
+  tx = clipjax.adaptive_grad_clip(0.01, stacked=None if stack is None else (lambda path, leaf: stack))
+  tree = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)}
+  want, want_state = tx.update(tree, tx.init(tree), tree)
+  mesh = mesh_of("explicit")
+  with jax.set_mesh(mesh):
+    spread = on_mesh(mesh, tree, {"w": spec})
+    got, state = jax.jit(tx.update)(spread, tx.init(spread), spread)
+  assert_close(jax.device_get((got, state)), (want, want_state))
+  assert int(state.clipped_steps) == 1
+
+
 PROGRAM = f"""{TWO_OF_FOUR_DEVICES}
 import pathlib
 import pickle
