@@ -55,24 +55,27 @@ def test_structure_shapes_and_dtypes_are_kept(name):
 @every_factory
 def test_eager_jit_scan_and_vmap_agree(name):
   tx = FACTORIES[name]
+  grads = [grads_at(step) for step in range(3)]
+  small = jax.tree.map(lambda x: (x / 1000).astype(x.dtype), TREE)  # Under every limit, if the step were finite.
+  grads.insert(2, small | {"head": jnp.full_like(TREE["head"], jnp.nan)})
 
   def loop(update):
     state, steps = tx.init(TREE), []
-    for step in range(3):
-      updates, state = update(grads_at(step), state)
+    for each in grads:
+      updates, state = update(each, state)
       steps.append(jax.device_get((updates, state)))
     return jax.tree.map(lambda *xs: np.stack(xs), *steps)
 
   update = jax.jit(tx.update, donate_argnums=1)
   eager, jitted = loop(tx.update), loop(update)
   assert update._cache_size() == 1  # No compilation for a state that the update itself returned.
-  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(grads_at, range(3)))
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *grads)
   scanned = jax.lax.scan(lambda s, g: ((out := tx.update(g, s))[1], out), tx.init(TREE), stacked)[1]
   chex.assert_trees_all_close(jitted, eager, rtol=1e-6)
   chex.assert_trees_all_close(scanned, eager, rtol=1e-6)
   mapped, mapped_state = jax.jit(jax.vmap(tx.update))(stacked, jax.jit(jax.vmap(tx.init))(stacked))
-  for step in range(3):
-    alone, alone_state = first_step(tx, grads_at(step))
+  for step, each in enumerate(grads):
+    alone, alone_state = first_step(tx, each)
     chex.assert_trees_all_close(jax.tree.map(lambda x, i=step: x[i], mapped), alone, rtol=1e-6)
     np.testing.assert_allclose(mapped_state.norm[step], alone_state.norm, rtol=1e-6)
 

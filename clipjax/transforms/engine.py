@@ -120,13 +120,13 @@ def clip_by_rule(
   argument: str,
   label: Callable[[Any], Labels],
   *,
+  track: bool,
+  eps: ArrayLike,
+  on_nonfinite: str,
+  axis_name: Any,
+  stacked: Any = None,
   ord: float | None = None,
   rms: bool = False,
-  track: bool = True,
-  eps: ArrayLike = 0.0,
-  on_nonfinite: str = "propagate",
-  axis_name: Any = None,
-  stacked: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The clip of norms to the limits of a rule; `rms` divides each norm by the root of its number of entries."""
   rule = as_rule(threshold, argument)
