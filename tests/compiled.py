@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 
 _LARGEST = 4 * 2**30  # Bytes; a folder that has grown above that is emptied.
@@ -20,6 +21,20 @@ def cache_folder() -> str:
   return str(folder)
 
 
+def options() -> dict[str, str | int]:
+  """The options of JAX with which every program is taken from the folder, and kept there; see `variables`."""
+  return {
+    "jax_compilation_cache_dir": os.environ.get("CLIPJAX_TESTS_CACHE") or cache_folder(),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+
+
+def variables() -> dict[str, str]:
+  """`options` for a process that is to be started."""
+  return {name.upper(): str(value) for name, value in options().items()}
+
+
 def _cpu() -> str:
   """What tells this kind of CPU from others: programs are compiled for its instructions."""
   try:
@@ -28,3 +43,8 @@ def _cpu() -> str:
     lines = []
   flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
   return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
+
+
+if __name__ == "__main__":  # For a shell, which evaluates it.
+  for name, value in variables().items():
+    print(f"export {name}={shlex.quote(value)}")

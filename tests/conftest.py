@@ -3,7 +3,7 @@
 import os
 from unittest import mock
 
-from compiled import cache_folder
+from compiled import cache_folder, options
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("CLIPJAX_TESTS_CACHE", cache_folder())  # The workers of xdist inherit it.
@@ -16,9 +16,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Each program is compiled once on a machine, not once in each run, worker and test.
-jax.config.update("jax_compilation_cache_dir", os.environ["CLIPJAX_TESTS_CACHE"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+for name, value in options().items():
+  jax.config.update(name, value)
 
 
 def keep_no_program_over_several_devices():

@@ -16,7 +16,7 @@ import jupytext
 import nbclient
 import nbformat
 import pytest
-from compiled import cache_folder
+from compiled import variables
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER, CLAIMS = ROOT / "notebooks", ROOT / "tests" / "claims"
@@ -132,9 +132,7 @@ def environment(notebook):
   env["XLA_FLAGS"] = env.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "").strip()
   env.pop("JAX_COMPILATION_CACHE_DIR", None)
   if not needs_devices(notebook):
-    env["JAX_COMPILATION_CACHE_DIR"] = cache_folder()
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    env |= variables()
   return env
 
 

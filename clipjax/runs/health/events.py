@@ -111,12 +111,16 @@ def events_of(run: Run, spikes: Sequence[Spike], states: Sequence[str]) -> tuple
     states: the names of the judged states.
   """
   reached, losses = {name: _reached(run, name) for name in states}, losses_of(run)
+  is_rejected = rejected(run)
   out = []
   for group in _together(run.steps, spikes):
     # The leaves that grew are added by `view`, which knows the norms by leaf.
     moves = _moves(group)
     start, end = min(s.step for s in group), max(s.step for s in group)
-    is_caught, high_end = _is_caught(run, group, moves, reached), _high_end(group, moves)
+    rows = np.searchsorted(run.steps, [spike.step for spike in group])
+    # Nothing of a rejected step reaches the parameters, whatever moved.
+    is_caught = bool(is_rejected[rows].all()) or _is_caught(run, group, moves, reached)
+    high_end = _high_end(group, moves)
     batches, is_recovered = _batches(run, start, high_end), _is_recovered(losses, start, end)
     out.append(Event(start, end, moves, (), batches, is_caught, is_recovered, high_end))
   return tuple(out)
@@ -192,11 +196,8 @@ def _is_caught(
 ) -> bool:
   """Whether a clip or `skip_steps` acted on every norm that moved, and update and later losses were as usual.
 
-  Without recorded updates, the norm after the clip must be as usual instead. A step that was rejected is caught, also
-  where the loss alone moved.
+  Without recorded updates, the norm after the clip must be as usual instead.
   """
-  if rejected(run)[np.searchsorted(run.steps, [spike.step for spike in spikes])].all():
-    return True
   # Nothing to catch, or an update that moved all the same.
   norms = [spike for spike in spikes if _role(spike.key) is Role.NORM and leaf_of(spike.key) is None]
   if not norms or any(role_of(move.key) in (Role.UPDATE, Role.PARAMETERS) for move in moves):
