@@ -23,8 +23,8 @@ def render(data: Json) -> str:
     "",
     "One step with a clip, compiled ahead of time for devices that were not present. **Every figure comes from the "
     "compiler: no device ran any of this, and no figure is a time on a device.** On a GPU, `python benchmarks/gpu.py` "
-    "times the same steps; no GPU has run it yet. All numbers and verdicts are derived from `accelerators.json`, which "
-    "`python benchmarks/accelerators.py` writes.",
+    "times the same steps, but for the training step; no GPU has run it yet. All numbers and verdicts are derived from "
+    "`accelerators.json`, which `python benchmarks/accelerators.py` writes.",
     "",
   ]
   if any(case["quick"] for case in cases):
@@ -182,8 +182,9 @@ def how_measured() -> list[str]:
     "- **HBM traffic** adds up the operands and results of these instructions that are in HBM, not in the chip's own "
     "memory; an asynchronous copy or slice counts what it moves. Branches are added up separately. It is an estimate "
     "from the program. The training step's gathers count the whole table that they read from.",
-    "- **Compile** is the time from tracing the step to the compiled program: the best of several rounds in which the "
-    "clips took turns, each with empty caches. It depends on the machine; the other figures do not.",
+    "- **Compile** is the time from tracing the step to the compiled program: the best of the rounds, given below "
+    "with the versions, in which the clips took turns, each with empty caches. It depends on the machine; the other "
+    "figures do not.",
     "- **On the H100**, autotuning and Triton's matrix products are off, as both need the card.",
     "",
   ]

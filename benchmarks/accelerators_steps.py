@@ -61,10 +61,11 @@ def transformer(width: int, blocks: int, vocabulary: int, positions: int, *, sta
 
 def cases(quick: bool = False) -> dict[str, Case]:
   """The cases by key; a quick run has fewer leaves, as compile time grows with them."""
-  count, blocks, layers = (60, 1, 6) if quick else (300, 4, 24)
+  count, blocks, layers, depth = (60, 1, 6, 2) if quick else (300, 4, 24, 8)
+  whole = transformer(512, depth, 8192, 512)
   return {
     "one": Case("one leaf of 16M", {"w": (4096, 4096)}),
-    "tf": Case("Transformer of 61 leaves", transformer(512, 8, 8192, 512), effect=True),
+    "tf": Case(f"Transformer of {len(whole)} leaves", whole, effect=True),
     "many": Case(f"{count} leaves of 64x64", {f"w{i}": (64, 64) for i in range(count)}),
     "stack": Case(
       f"{layers} stacked layers, 12 leaves", transformer(512, layers, 8192, 512, stacked=True), stacked=True

@@ -26,10 +26,10 @@ def free_section(groups: Sequence[Sequence[Study]], image: str) -> list[str]:
   below = sum(at.is_worse(at.cell.rules[NO_CLIP], at.cell.rules[ADVICE]) for at in fast)
   return [
     *lines,
-    f"At the recorded rate, the advice holds in {held(here, ADVICE)} of {len(here)} cells, no clip in "
+    f"At the recorded rate, the advice holds in {held(here, ADVICE)} of {len(here)} cells, training without a clip in "
     f"{held(here, NO_CLIP)}. At {anded([str(k) for k in FAST])} times the rate, {len(fast)} cells train with some "
     f"threshold, and {len(hopeless(everything, FAST))} with none. Of these {len(fast)} cells hold: {said}. The advice "
-    f"ends above no clip by more than the tolerance in {above}, and below it in {below}.",
+    f"ends above the run without a clip by more than the tolerance in {above}, and below it in {below}.",
     "",
     "Even the best threshold ends above the unclipped run at the stable rate by more than the tolerance in "
     f"{sum(map(is_slower, fast))} of the {len(fast)}: a clip does not compensate for a rate that is too high. "
@@ -44,9 +44,10 @@ def claim(fast: Sequence[At]) -> str:
   best = max((ADVICE, "1.0", ROLLING, AT_NEW), key=lambda rule: held(fast, rule))
   lead = held(fast, best) - held(fast, NO_CLIP)
   if lead > len(fast) / 4:
-    return f"`{best}` holds most often there, in {lead} cells more than no clip."
+    return f"`{best}` holds most often there, in {lead} cells more than training without a clip."
   return (
-    f"No rule beats no clip by more than {max(lead, 0)} cells, too few to recommend one for a higher rate than the "
+    f"No rule beats training without a clip by more than {max(lead, 0)} cells, too few to recommend one for a "
+    "higher rate than the "
     "recorded one."
   )
 

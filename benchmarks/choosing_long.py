@@ -126,7 +126,7 @@ def long_summary(everything: Sequence[Long]) -> list[str]:
     return []
   kept = {way: sum(holds(long, way, n) for long, n in keys) for way in (WHOLE, LOSS)}
   return [
-    f"- For {len(keys)} records of {min(n for _, n in keys)} to {max(n for _, n in keys)} steps, the budget for "
+    f"- For {len(keys)} records of {min(n for _, n in keys)} to {max(n for _, n in keys)} steps, the step budget for "
     f"{FACTOR} times the rate holds in {kept[LOSS]}; if computed from the whole record, in {kept[WHOLE]}.",
   ]
 

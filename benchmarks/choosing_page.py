@@ -94,7 +94,8 @@ def introduction(models: Sequence[str], are_new: bool, steps: int, seeds: int) -
     "A run without a clip has recorded its gradient norms. Which `max_norm` follows from them, at the same learning "
     "rate or at a higher one? `clipjax.runs.suggest_max_norm` gives this *advice*: for SGD, `p90` of the norms at the "
     "recorded rate and `p75 / k` at k times that rate; for optimizers that divide out the scale of the gradient, "
-    f"`2 * p90`. This page compares the advice and other rules with the best of {SWEEP.size} thresholds and no clip.",
+    f"`2 * p90`. This page compares the advice and other rules with the best of {SWEEP.size} thresholds and with no "
+    "clip at all.",
     "",
     f"The models: {anded([named(title) for title in models])}.{chosen} They train for {steps} steps with {seeds} "
     f"seed{'s'[: seeds - 1]} at a constant learning rate; SGD has momentum {MOMENTUM:g}. The *stable rate* of a model "
@@ -127,12 +128,9 @@ def needed_section(studies: Sequence[Study]) -> list[str]:
     "## Is a clip needed?",
     "",
     f"At the stable rate, {len(cells) - len(worse)} of {len(cells)} cells hold without a clip"
-    + (
-      f"; the others: {anded([f'{kind(at.study)} ({OPTIMIZERS[at.study.optimizer].title})' for at in worse])}"
-      * bool(worse)
-    )
-    + f". The advice ends above no clip by more than the tolerance in {len(better)}. A clip at this rate is therefore "
-    "insurance; the next section shows against what.",
+    + (f"; not {anded([f'{kind(at.study)} ({OPTIMIZERS[at.study.optimizer].title})' for at in worse])}" * bool(worse))
+    + f". The advice ends above the run without a clip by more than the tolerance in {len(better)}. A clip at this "
+    "rate is therefore insurance; the next section shows against what.",
     "",
   ]
 
@@ -220,7 +218,7 @@ def sgd_section(studies: Sequence[Study], image: str) -> list[str]:
     *table(head, rows, left=2),
     "The advice keeps the *step budget*: the product of rate and threshold bounds how far one step moves the "
     f"parameters (with momentum m, times 1 / (1 - m)). It holds in {held(cells, ADVICE)} of these {len(cells)} cells, "
-    f"plain p90 in {held(cells, P90)}, 1.0 in {held(cells, '1.0')}, no clip in {held(cells, NO_CLIP)}.",
+    f"plain p90 in {held(cells, P90)}, 1.0 in {held(cells, '1.0')}, training without a clip in {held(cells, NO_CLIP)}.",
     "",
     "A higher rate under the same budget is safe, but not faster by itself. Compared with the unclipped run at the "
     f"stable rate, even the best threshold ends higher by more than the tolerance in {slower} of {len(cells)} cells, "
@@ -305,8 +303,9 @@ def summary(groups: Sequence[Sequence[Study]], old: Sequence[Study], longs: Sequ
     "On how many models the advice and other rules hold, at 1, 3 and 10 times the recorded rate:",
     "",
     *table(["", "the advice is", ADVICE, *(f"`{rule}`" for rule in rules[1:])], rows, left=2),
-    f"- At the recorded rate, no clip holds in {held(here, NO_CLIP)} of {len(here)} cells: there, a clip is insurance. "
-    f"With poisoned batches, no clip holds in {sum(survives(s, NO_CLIP) for s in everything)} of {len(everything)}, "
+    f"- At the recorded rate, training without a clip holds in {held(here, NO_CLIP)} of {len(here)} cells: there, a "
+    "clip is insurance. With poisoned batches, training without a clip holds in "
+    f"{sum(survives(s, NO_CLIP) for s in everything)} of {len(everything)}, "
     f"`{GUARD}` in {sum(survives(s, GUARD) for s in everything)}.",
     *longs,
   ]
@@ -314,8 +313,8 @@ def summary(groups: Sequence[Sequence[Study]], old: Sequence[Study], longs: Sequ
     fast = cells_of(old, FAST)
     lines.append(
       f"- Under SGD on {anded([kind(s) for s in old])}, models that the rule was chosen on: the advice holds in "
-      f"{held(fast, ADVICE)} of {len(fast)} cells at {anded([str(k) for k in FAST])} times the rate, no clip in "
-      f"{held(fast, NO_CLIP)}, p90 in {held(fast, P90)}."
+      f"{held(fast, ADVICE)} of {len(fast)} cells at {anded([str(k) for k in FAST])} times the rate, training without "
+      f"a clip in {held(fast, NO_CLIP)}, p90 in {held(fast, P90)}."
     )
   return [*lines, ""]
 

@@ -188,8 +188,8 @@ def _missed(kept: Sequence[Result], halves: Sequence[str]) -> str:
   missed = [r for r in kept if r.truth.half in halves and not r.truth.is_healthy and not r.outcome.is_right]
   lines = ["## What is still missed", ""]
   if not missed:
-    return "\n".join([*lines, "Nothing: every bad run in the half above is named, with step and leaf."])
-  lines += ["The bad runs in the half above with a wrong answer, and what the verdict says about them.", ""]
+    return "\n".join([*lines, "Nothing: every bad run of the reported half is named, with step and leaf."])
+  lines += ["The bad runs of the reported half with a wrong answer, and what the verdict says about them.", ""]
   return "\n".join([*lines, *(f"- {_run(r.truth)}: {_wrong(r)}" for r in missed)])
 
 
@@ -228,7 +228,7 @@ def _alarms(kept: Sequence[Result], halves: Sequence[str]) -> str:
   wrong = [r for r in kept if r.truth.half in halves and r.truth.is_healthy and r.outcome.alarms]
   lines = ["## False alarms on healthy runs", ""]
   if not wrong:
-    return "\n".join([*lines, "None in the half above."])
+    return "\n".join([*lines, "None of the reported half."])
   for result in wrong:
     for finding in result.findings:
       if finding.level in LEVELS and finding.name in result.outcome.alarms:
@@ -247,7 +247,7 @@ def _peers(kept: Sequence[Result], halves: Sequence[str], versions: dict[str, st
     f"Commands from PyPI (`pip install {' '.join(versions)}`) got the same runs as a table of losses, validation "
     f"losses, gradient norm and learning rate. They did not get {NOT_GIVEN}. Their checks are mapped to the names "
     "above in their favour, and their hints on the schedule do not count. Named: a right name is among the warnings "
-    "and errors. With the step: by the same rule, if there is a step. No one is asked for a leaf here.",
+    "and errors. With the step: by the same rule, if there is a step. No tool is asked for a leaf here.",
     "",
   ]
   for half in halves:

@@ -1,7 +1,6 @@
 """Gradient clipping and gradient health for JAX and Optax.
 
-This module exports the clip wing. The run wing, `clipjax.runs`, records, judges and draws a training run; it loads on
-first use.
+This module exports the clips. `clipjax.runs` records, judges and draws a training run; it loads on first use.
 """
 
 from typing import TYPE_CHECKING, Any

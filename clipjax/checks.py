@@ -1,7 +1,7 @@
 """Checks of arguments, the texts that describe a bad one, and the line that a warning points at.
 
-Python numbers are checked where they are given, before any tracing. Arrays are checked only for shape and dtype: their
-values may be traced, so a bad value shows in the state instead. Every error gives name, rule, value and remedy.
+Python numbers are checked where they are given, before any tracing. Arrays may be traced, so their values are not read:
+a bad one shows in the state instead. Every error gives name, rule, value and remedy.
 """
 
 import inspect
@@ -17,7 +17,7 @@ POLICIES = ("propagate", "zero", "error")
 
 # The remedy for a number that became a tracer inside optax.inject_hyperparams.
 STATIC_ARGS_REMEDY = "under `optax.inject_hyperparams`, name it in `static_args`"
-ZERO_OR_INF = "pass 0 to zero the gradient or `float('inf')` only to measure"
+ZERO_OR_INF = "pass 0 to zero the gradient or `float('inf')` for no limit"
 
 _NOT_THE_CALLER = ("clipjax", "jax", "optax")
 _HOST_NUMBERS = int | float | np.generic | np.ndarray
@@ -36,6 +36,11 @@ def describe(x: Any) -> str:
   if isinstance(x, int | float | complex | str):
     return f"{x!r} ({kind})"
   return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def describe_size(x: Any) -> str:
+  """A text for a number that is too large to print."""
+  return f"an integer of {int(x).bit_length()} bits"
 
 
 def describe_choice(x: Any) -> str:
@@ -78,13 +83,18 @@ def check_takes(fn: Any, what: str, arguments: str, body: str, *, keywords: tupl
 # Thresholds and what goes with them ----------------------------------------------------------------------------------
 
 
-def check_threshold(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, allow_nan: bool = False) -> Any:
-  """The threshold, with host numbers as floats; raises unless it is >= 0 or a scalar array, whose value is not read."""
+def check_threshold(
+  value: Any, argument: str, *, remedy: str = ZERO_OR_INF, or_else: str = "", allow_nan: bool = False
+) -> Any:
+  """The threshold, with host numbers as floats; raises unless it is >= 0 or a scalar array, whose value is not read.
+
+  `remedy` is for a number out of range; `or_else` extends the remedy for an array of numbers.
+  """
   rule = f"`{argument}` must be a number >= 0 or a scalar array"
   if isinstance(value, bool | np.bool_ | str) or not isinstance(value, _HOST_NUMBERS | jax.Array):
     raise TypeError(f"{rule}, got {describe(value)}: pass a float such as 1.0.")
   if isinstance(value, np.ndarray | jax.Array) and value.shape != ():
-    raise ValueError(f"{rule}, got {describe(value)}: pass one number, or use clip_by_group_norm.")
+    raise ValueError(f"{rule}, got {describe(value)}: pass one number{or_else}.")
   dtype = value.dtype if isinstance(value, np.generic | np.ndarray | jax.Array) else np.dtype(type(value))
   if not (jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)):
     raise TypeError(f"{rule}, got {describe(value)}: pass a real number such as 1.0.")
@@ -113,14 +123,12 @@ def _as_float(value: Any, argument: str) -> float:
     return float(value)
   except OverflowError:
     raise ValueError(
-      f"`{argument}` must be within the range of a float, got an integer of {int(value).bit_length()} bits: pass "
-      "`float('inf')` for no limit."
+      f"`{argument}` must be within the range of a float, got {describe_size(value)}: pass a smaller number."
     ) from None
 
 
-def check_eps(eps: Any) -> Any:
+def check_eps(eps: Any, *, remedy: str = "pass 0.0, or 1e-6 for the factor of torch") -> Any:
   """`eps`, with host numbers as floats; raises unless it is finite and >= 0, or a scalar array."""
-  remedy = "pass 0.0, or 1e-6 for the factor of torch"
   eps = check_threshold(eps, "eps", remedy=remedy)
   if isinstance(eps, float) and math.isinf(eps):
     raise ValueError(f"`eps` must be finite, got {eps}: {remedy}.")
@@ -205,7 +213,9 @@ def check_whole(value: Any, argument: str, low: int, high: int | None = None) ->
     raise TypeError(f"{rule}, got {describe(value)}: pass a Python integer; {STATIC_ARGS_REMEDY}.")
   if isinstance(value, bool) or not isinstance(value, int | np.integer):
     raise TypeError(f"{rule}, got {describe(value)}: pass a Python integer.")
-  if value < low or value > (2**31 - 1 if high is None else high):
+  most = 2**31 - 1 if high is None else high
+  if not low <= value <= most:
+    rule += f" and <= {most}" if high is None and value > most else ""
     raise ValueError(f"{rule}, got {value}: choose one in that range.")
 
 

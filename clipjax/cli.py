@@ -1,7 +1,8 @@
 """The command line: `clipjax COMMAND`, or `python -m clipjax COMMAND`.
 
 Exit status: 0 for success; 1 if the verdict on a run has a FAIL; 2 for wrong arguments, a missing extra, or a file that
-cannot be read or written, each with one line on stderr. Control characters are escaped in all output, as the name of a
+cannot be read or written, each with one line on stderr; 130 after an interrupt; 141 if the reader of its output has
+closed the pipe. Control characters are escaped in all output, as the name of a
 file or a leaf may contain them.
 """
 
@@ -157,7 +158,7 @@ def _add_suggest(commands: _Commands) -> None:
     help="whether the threshold is for Adam or another optimizer that divides out the scale of the gradient (default: "
     "as recorded in the run, else no)",
   )
-  _add_warmup(parser)
+  _add_warmup(parser, "a tenth of the rows in which the run learned, at most 100 rows")
   parser.set_defaults(command=_suggest)
 
 
@@ -233,15 +234,15 @@ def _add_limits(parser: _Parser) -> None:
     metavar="NAME=VALUE",
     help="limit of a finding, a field of clipjax.runs.HealthLimits such as clip_fraction=0.9; may be repeated",
   )
-  _add_warmup(parser)
+  _add_warmup(parser, "those of the first tenth of the rows, at most 100 rows")
 
 
-def _add_warmup(parser: _Parser) -> None:
+def _add_warmup(parser: _Parser, default: str) -> None:
   parser.add_argument(
     "--warmup-steps",
     type=_integer(0, None),
     metavar="N",
-    help="number of steps at the start to leave out (default: those of the first tenth of the rows, at most 100 rows)",
+    help=f"number of steps at the start to leave out (default: {default})",
   )
 
 
@@ -256,7 +257,7 @@ def _limits(given: Sequence[str]) -> HealthLimits:
     name, _, value = text.partition("=")
     if name not in HealthLimits._fields:
       near = difflib.get_close_matches(name, HealthLimits._fields, 3, 0.5) or HealthLimits._fields
-      raise _WrongError(f"--limit must be NAME=VALUE, got {text!r}: a valid name is {', '.join(near)}")
+      raise _WrongError(f"--limit must be NAME=VALUE, got {text!r}: NAME can be {', '.join(near)}")
     try:
       fields[name] = int(value) if isinstance(HealthLimits._field_defaults[name], int) else float(value)
     except ValueError:

@@ -34,7 +34,8 @@ def clip_grad_norm(
 
   With `eps=0`, leaves keep their bits if `norm <= max_norm`, and 0 stays 0 for every `max_norm`, 0 included, with
   finite derivatives. `max_norm=inf` only measures. 16-bit leaves are multiplied in float32 and rounded once. If the
-  norm is inf, NaN or above the largest float32, or `max_norm` is NaN, `on_nonfinite` decides. An empty tree has norm 0.
+  norm is inf, NaN or above the largest number of its dtype, or `max_norm` is NaN, `on_nonfinite` decides. An empty tree
+  has norm 0.
 
   Args:
     grads: pytree of floating or complex arrays of any shape; None and float0 leaves pass through.
@@ -92,8 +93,8 @@ def clip_grad_value(grads: Any, max_value: ArrayLike) -> Any:
     The same structure, shapes and dtypes.
 
   Raises:
-    ValueError: if `max_value` is a negative or NaN Python number.
-    TypeError: for a complex, integer, bool or other leaf, with its path.
+    ValueError: if `max_value` is a negative or NaN Python number, or an array that is not a scalar.
+    TypeError: for a `max_value` of the wrong type; for a complex, integer, bool or other leaf, with its path.
 
   Example:
     >>> import jax.numpy as jnp, clipjax

@@ -31,9 +31,9 @@ class Labels:
 
   Attributes:
     name: first part of the keys of metrics.
-    unit: "global", "group" or "leaf": what a block is.
+    unit: "global", "group" or "leaf": what a block is; "entry" if all leaves are one block, clipped entry by entry.
     leaves: the leaf names.
-    block_names: the names of the groups or slices, in the order of the norms; () for global.
+    block_names: the names of the groups or slices, in the order of the norms; () for one block.
     block_of: for each slice, the index of its block.
     stacks: which leaves are stacked layers, with a slice for each layer; () if every slice is a whole leaf.
   """
@@ -63,7 +63,7 @@ class Labels:
     """Labels with one block of all leaves ("global"), or a block for each slice ("leaf")."""
     leaves, stacks = leaf_names(tree), stacks_of(tree, stacked, axis_name=axis_name)
     slices = slice_names(leaves, stacks)
-    blocks = ((), (0,) * len(slices)) if unit == "global" else (slices, tuple(range(len(slices))))
+    blocks = ((), (0,) * len(slices)) if unit in _WHOLE else (slices, tuple(range(len(slices))))
     return cls(name, unit, leaves, *blocks, stacks)._for(tree)
 
   @classmethod
@@ -74,8 +74,8 @@ class Labels:
     name: str,
     groups: Callable[[str, Any], Hashable] | Any,
     known: tuple[str, ...] | None,
-    stacked: Any = None,
-    axis_name: Any = None,
+    stacked: Any,
+    axis_name: Any,
   ) -> "Labels":
     """Labels from a function or a tree of labels; `known` lists the labels with a threshold, None allows any."""
     leaves, stacks = leaf_names(tree), stacks_of(tree, stacked, axis_name=axis_name)
@@ -112,17 +112,22 @@ class Labels:
     return self.block_names if self.unit == "leaf" else slice_names(self.leaves, self.stacks)
 
   @property
+  def is_whole(self) -> bool:
+    """Whether all leaves are one block."""
+    return self.unit in _WHOLE
+
+  @property
   def blocks(self) -> tuple[tuple[int, ...], ...]:
     """The slices of each block."""
-    out: list[list[int]] = [[] for _ in range(1 if self.unit == "global" else len(self.block_names))]
+    out: list[list[int]] = [[] for _ in range(1 if self.is_whole else len(self.block_names))]
     for i, block in enumerate(self.block_of):
       out[block].append(i)
     return tuple(map(tuple, out))
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of the norms: () for a global norm."""
-    return () if self.unit == "global" else (len(self.block_names),)
+    """The shape of the norms: () for one block."""
+    return () if self.is_whole else (len(self.block_names),)
 
   def check_state(self, unlabelled: "Labels", norms: Any, *, stacked: Any, updates: Any, field: str = "norms") -> None:
     """Raises if these labels come from another kind of clip, from other thresholds or from another model.
@@ -211,7 +216,8 @@ class _Unknown:
   __hash__ = object.__hash__
 
 
-_UNITS = {"global": "of the whole tree", "group": "by group", "leaf": "by leaf"}
+_WHOLE = ("global", "entry")
+_UNITS = {"global": "of the whole tree", "entry": "of the largest entry", "group": "by group", "leaf": "by leaf"}
 
 
 def _group_labels(tree: Any, names: tuple[str, ...], stacks: Stacks, groups: Any) -> list[str]:
@@ -229,13 +235,17 @@ def _group_labels(tree: Any, names: tuple[str, ...], stacks: Stacks, groups: Any
       per_leaf = jax.tree.leaves(jax.tree.broadcast(groups, tree))
     except ValueError as error:
       raise ValueError(
-        f"`groups` must be a function (path, leaf) -> label or a tree of labels like the parameters: {error}"
+        "`groups` must be a function (path, leaf) -> label or a tree of labels like the parameters, got one of another "
+        f"structure: pass a label for each leaf or branch. JAX says: {error}"
       ) from None
     labels = [label for label, leaf in zip(per_leaf, leaves, strict=True) if is_measured(leaf)]
     labels = spread_out(labels, by_leaf(stacks, len(labels)))
   for name, label in zip(names, labels, strict=True):
     if label is None or isinstance(label, jax.Array) or not isinstance(label, Hashable):
-      raise TypeError(f"`groups` must give strings, got {describe(label)} for leaf '{name}': pass a label.")
+      raise TypeError(
+        f"`groups` must give labels that are hashable and not None, got {describe(label)} for leaf '{name}': pass a "
+        "string."
+      )
   return [str(label) for label in labels]
 
 

@@ -67,7 +67,10 @@ def resolve_axes(
   try:
     places = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(treedef, range(len(entries))), tree))
   except ValueError as error:
-    raise ValueError(f"{_AXIS_RULE}, got {axis_name!r}: {error}") from None
+    raise ValueError(
+      f"{_AXIS_RULE}, got {axis_name!r}, which does not match the leaves: pass one entry for each leaf or branch. JAX "
+      f"says: {error}"
+    ) from None
   # With names, take each leaf's entry, and check that its axes exist, are of the mesh and are not hidden.
   given = tuple(_as_axes(entries[place]) for place, keep in zip(places, measured, strict=True) if keep)
   _check_in_scope(given)

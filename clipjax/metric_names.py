@@ -31,4 +31,5 @@ WORST_STEP = "worst_step"
 SO_FAR = frozenset(
   {STEPS, CLIP_FRACTION, CLIPPED_STEPS, NONFINITE_STEPS, FRACTION, CONSECUTIVE, WORST_NORM, WORST_STEP}
 )
-LIMITS = frozenset({MAX_NORM, MAX_LOSS})  # inf means no limit.
+# In a run file, inf means no limit; in a state, the largest number of the dtype does.
+LIMITS = frozenset({MAX_NORM, MAX_LOSS})

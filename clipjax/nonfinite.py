@@ -43,10 +43,15 @@ def _zeroed(leaves: Sequence[jax.Array], bad: jax.Array) -> list[jax.Array]:
 
 
 def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
+  # The gradient itself or, if its norm is finite, a limit that is NaN.
   text = "the gradient is not finite (norm {norm})"
+  limit = "a limit is NaN, of a gradient with the norm {norm}: check the schedule, rule or parameters that give it."
   if isinstance(bad, jax.core.Tracer):
     where_to_look = ': see `on_nonfinite="error"` in the docstring of clipjax.clip_by_global_norm'
-    checkify.check(~bad, text + where_to_look, norm=norm)
+    checkify.check(~bad | jnp.isfinite(norm), text + where_to_look, norm=norm)
+    checkify.check(~bad | ~jnp.isfinite(norm), limit, norm=norm)
+  elif bool(bad) and bool(jnp.isfinite(norm)):
+    raise FloatingPointError(limit.format(norm=float(norm)))
   elif bool(bad):
     # Look for the leaves only now: a finite step never pays for it.
     finite = list(map(_finite_slices, prepared.measured, by_leaf(prepared.stacks, len(prepared.measured))))

@@ -29,14 +29,14 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike, *, axis_name: Any = N
   library such as jax-privacy, and hand it the sum and the norms. The sensitivity of the sum to one example is
   `max_norm` within rounding, about 1e-6 of it.
 
-  Inside `shard_map` each device sums its own examples; `jax.lax.psum` adds up the sums. JAX below 0.9 can batch the sum
-  over `axis_name` there only with `check_vma=False`, and JAX below 0.10.2 refuses examples that an explicit mesh axis
-  splits.
+  Inside `shard_map` each device sums its own examples; `jax.lax.psum` adds up the sums. There, JAX below 0.9 needs
+  `check_vma=False` with `axis_name`, and JAX below 0.10.2 refuses examples that an explicit mesh axis splits.
 
   Args:
     grads: pytree of floating or complex arrays of shape (batch, ...), such as `jax.vmap(jax.grad(loss), (None, 0))`
       gives; None leaves pass through.
-    max_norm: number or scalar array >= 0; a traced negative one counts as 0. Under NaN every example contributes 0.
+    max_norm: number or scalar array >= 0; a traced negative one counts as 0. If an array holds NaN, every example
+      contributes 0.
     axis_name: mesh axes that shard the gradient of one example: a name, a tuple of names, or a prefix tree of them.
       Leave out the axes that shard the batch.
 
@@ -46,9 +46,10 @@ def clip_grad_per_example(grads: Any, max_norm: ArrayLike, *, axis_name: Any = N
     x64 is enabled).
 
   Raises:
-    ValueError: if `max_norm` is a negative or NaN Python number; for a leaf without a batch axis or leaves of
-      different batch sizes, with their paths; without `axis_name`, for leaves that vary over different mesh axes.
-    TypeError: for an integer, bool or other leaf, with its path.
+    ValueError: if `max_norm` is a negative or NaN Python number, or an array that is not a scalar; for a leaf without a
+      batch axis or leaves of different batch sizes, with their paths; without `axis_name`, for leaves that vary over
+      different mesh axes.
+    TypeError: for a `max_norm` of the wrong type; for an integer, bool or other leaf, with its path.
 
   Example:
     >>> import jax.numpy as jnp, clipjax

@@ -29,9 +29,9 @@ _STAYS = (
 def raise_if_nonfinite(opt_state: Any) -> None:
   """Raises if the last step was nonfinite, and names the leaves: call it on the host, between steps.
 
-  A clip by leaf or by group, or a `clipjax.watch`, names every leaf or group whose norm was inf or NaN. A global clip
-  names the first leaf with a NaN or, if there is none, the first with an inf or an overflow. If several transformations
-  share a name, the message of the most specific one is raised. Waits for the step.
+  A clip by leaf or by group, or a `clipjax.watch`, names up to ten leaves or groups whose norm was inf or NaN. A global
+  clip names the first leaf with a NaN or, if there is none, the first with an inf or an overflow. If several
+  transformations share a name, the message of the most specific one is raised. Waits for the step.
 
   Also raises if `skip_steps` has rejected `max_consecutive_skips` steps in a row (10 by default), and if one NaN has
   stopped training for good: `optax.MultiSteps` keeps a NaN from any micro-batch in its accumulator, after which
@@ -54,7 +54,7 @@ def raise_if_nonfinite(opt_state: Any) -> None:
     Traceback (most recent call last):
     ...
     FloatingPointError: step 1 of 'grad' was not finite: norm nan, first in leaf 'b'. 1 of 1 steps were not finite: \
-lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop such steps.
+lower the learning rate, look at the batch, or wrap the optimizer in clipjax.skip_steps to drop such steps.
   """
   # Find our states, and the accumulators of MultiSteps around them.
   everything = found_in(held_tree(opt_state))
@@ -84,7 +84,7 @@ lower the learning rate, look at the batch, or pass on_nonfinite="zero" to drop 
       text = _skip_problem(name, state)
     else:
       text = _problem(name, state, found.accumulators)
-    if text and (name not in problems or state.labels.unit != "global"):
+    if text and (name not in problems or not state.labels.is_whole):
       problems[name] = text
     if _is_nonfinite(state):
       in_trouble |= {id(a) for a in found.accumulators}
@@ -113,9 +113,9 @@ def _problem(name: str, state: Any, accumulators: Sequence[Any]) -> str:
     return ""
   # Where: by block if the state has norms by block, else the first bad leaf, if a clip knows it.
   labels = state.labels
-  if isinstance(state, WatchState) and labels.unit == "global":
+  if isinstance(state, WatchState) and labels.is_whole:
     where = "somewhere"
-  elif labels.unit == "global":
+  elif labels.is_whole:
     first = [i for i in np.unique(state.nonfinite_leaf) if i >= 0]
     where = f"first in leaf {', '.join(repr(labels.slices[i]) for i in first)}" if first else ""
   else:
@@ -124,20 +124,17 @@ def _problem(name: str, state: Any, accumulators: Sequence[Any]) -> str:
     listed = f"in {labels.unit} {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
     where = f"in every {labels.unit}" if bad.all() and bad.size > 3 else listed
   norms = state.norm if np.ndim(state.norm) == 0 else state.norm[~state.finite].flat[0]
-  remedy = 'look at the batch, or pass on_nonfinite="zero" to drop such steps.'
+  remedy = "lower the learning rate, look at the batch, or wrap the optimizer in clipjax.skip_steps to drop such steps."
+  if accumulators:
+    remedy = "lower the learning rate or look at the batch."
+  # What was nonfinite when every leaf or group had a finite norm.
+  reason = "above the largest number of its dtype"
+  if not where and isinstance(state, ClipState) and np.isnan(state.max_norm).any():
+    reason, remedy = "threshold nan", "check the schedule or rule that gives it."
   return (
-    f"step {np.max(state.steps)} of '{name}' was not finite: norm {float(norms):g}, "
-    f"{where or _other_reason(state)}. "
-    f"{np.max(state.nonfinite_steps)} of {np.max(state.steps)} steps were not finite: lower the learning rate"
-    f"{' or look at the batch.' if accumulators else ', ' + remedy}"
+    f"step {np.max(state.steps)} of '{name}' was not finite: norm {float(norms):g}, {where or reason}. "
+    f"{np.max(state.nonfinite_steps)} of {np.max(state.steps)} steps were not finite: {remedy}"
   )
-
-
-def _other_reason(state: Any) -> str:
-  """What was nonfinite when every leaf or group had a finite norm."""
-  if isinstance(state, ClipState) and np.isnan(state.max_norm).any():
-    return f"threshold {float(np.min(state.max_norm)):g}"
-  return "above the largest number of its dtype"
 
 
 def _skip_problem(name: str, state: SkipState) -> str:

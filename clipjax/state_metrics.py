@@ -30,14 +30,16 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, jax.Array]:
 
   Keys are `<name>/<quantity>`. The quantities are:
 
-  - A clip: `norm` (before the clip), `norm_clipped`, `max_norm` (the limit in force), `scale` (the factor applied; 1 if
-    nothing was clipped), `clip_fraction` (clipped steps over all steps), `clipped_steps`, `nonfinite_steps` and
-    `steps`. A clip by group, and a clip by leaf with `per_leaf=True`, adds `norm/<label>`, `max_norm/<label>` and
-    `scale/<label>`; its plain `max_norm` and `scale` are the smallest ones.
+  - A clip: `norm` (before the clip), `norm_clipped`, `max_norm` (the limit in force; the largest number of the dtype if
+    there is no limit), `scale` (the factor applied, by `clip_by_value` to the largest entry; 1 if nothing was clipped),
+    `clip_fraction` (clipped steps over all steps), `clipped_steps`, `nonfinite_steps` and `steps`. A clip by group, and
+    a clip by leaf with `per_leaf=True`, adds `norm/<label>`, `max_norm/<label>` and `scale/<label>`; its plain
+    `max_norm` and `scale` are the smallest ones.
   - `clipjax.watch`: `norm`, `zero_fraction`, `param_norm`, `ratio` (norm over parameter norm; 0 if `update` got no
     parameters), `worst_norm`, `worst_step`, `nonfinite_steps` and `steps`; by leaf `norm`, `ratio`, `nonfinite` and
     `worst_norm`. A watch and a clip of the same name share their keys: the first in the chain gives what both have.
-  - `clipjax.skip_steps`: `norm`, `loss`, `max_norm`, `max_loss`, `fraction`, `consecutive` and `steps`.
+  - `clipjax.skip_steps`: `norm`, `loss`, `max_norm` and `max_loss` (each the largest number of the dtype if there is no
+    limit), `fraction`, `consecutive` and `steps`.
   - `clipjax.clip_effect`: `ratio`, `cosine`, `grad_ratio` and counts; by leaf `ratio`, `cosine` and `share`.
 
   If a group's label is also the name of a leaf with other entries, in a watch or clip of the same name, the numbers by
@@ -140,7 +142,7 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
       metric_names.NONFINITE_STEPS: state.nonfinite_steps,
       metric_names.STEPS: state.steps,
     }
-  is_global = state.labels.unit == "global"
+  is_global = state.labels.is_whole
   return {
     metric_names.NORM: state.norm,
     metric_names.NORM_CLIPPED: state.norm_clipped,
@@ -155,7 +157,7 @@ def global_numbers(state: Any) -> dict[str, jax.Array]:
 
 def vectors_of(state: Any) -> dict[str, Any]:
   """The numbers of a state for each group or leaf, by quantity, each of shape (..., n)."""
-  if isinstance(state, ClipState) and state.labels.unit != "global":
+  if isinstance(state, ClipState) and not state.labels.is_whole:
     return {metric_names.NORM: state.norms, metric_names.MAX_NORM: state.max_norm, metric_names.SCALE: state.scale}
   if isinstance(state, WatchState) and not isinstance(state.norms, tuple):
     return {

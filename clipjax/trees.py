@@ -106,7 +106,7 @@ def prepare(
   if known is not None and is_partial:
     got = names()
     if not _is_frozen_part(known, got, tree):
-      raise ValueError(_other_leaves(known, got))
+      raise ValueError(_other_leaves(argument, known, got))
     # Give every missing leaf a stand-in of norm 0, which keeps the order and number of norms in the state.
     place_of = {name: i for i, name in enumerate(known)}
     places = [place_of[name] for name in got]
@@ -159,7 +159,7 @@ def check_real(prepared: Prepared, argument: str) -> None:
       )
 
 
-def _other_leaves(known: Sequence[str], got: Sequence[str]) -> str:
+def _other_leaves(argument: str, known: Sequence[str], got: Sequence[str]) -> str:
   """The message for an `update` whose leaves differ from those that `init` saw."""
   extra = [name for name in got if name not in known]
   missing = [name for name in known if name not in got]
@@ -169,6 +169,6 @@ def _other_leaves(known: Sequence[str], got: Sequence[str]) -> str:
     if names
   ]
   return (
-    f"`updates` must have as many floating leaves as `init` saw, {len(known)}, got {len(got)}"
+    f"`{argument}` must have as many floating leaves as `init` saw, {len(known)}, got {len(got)}"
     f"{' (' + '; '.join(lists) + ')' if lists else ''}: call `init` with the parameters that you train."
   )

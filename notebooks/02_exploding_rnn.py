@@ -84,7 +84,7 @@ print(f"The largest norm without a clip is at step {worst}. A blind guess costs 
 # The step that follows is just as long. It throws the weights so far away that the loss ends above the cost of a blind
 # guess, and nothing repairs it.
 #
-# The clipped run meets norms above its limit too, at most of its early steps. But its steps there are short, and it
+# The clipped run meets norms above its limit too, in most of its early steps. But its steps there are short, and it
 # never reaches weights where the norm explodes. Later most gradients are below the limit, and the clip leaves them
 # alone.
 #
@@ -123,7 +123,7 @@ for label, line in (at_start | in_training).items():
 #
 # The product of the clipped run shrinks as well, but far more slowly. A clip does not keep long memories alive.
 #
-# ## Seen per layer and per time
+# ## Seen per layer and per time step
 #
 # How far back does the loss of the *last* character reach? The gradient by the state of each layer at each time tells.
 
@@ -166,7 +166,8 @@ print(f"after that, the norm of recurrent_1 is below 0.001 in {silent:.0%} of th
 #
 # - Backpropagation through time multiplies by one Jacobian per step. Products of many Jacobians explode or vanish.
 # - An explosion shows in the norm of the gradient, and a clip turns it into an ordinary step.
-# - A vanishing gradient does not show in the global norm, and no clip repairs it. Look at norms per layer and per time.
+# - A vanishing gradient does not show in the global norm, and no clip repairs it. Look at norms per layer and per time
+#   step.
 # - Watch the norms of your own run with `clipjax.watch()` and `clipjax.metrics(opt_state, per_leaf=True)`.
 #
 # We simply picked the threshold 0.5 here. To choose one, see [03_choosing_max_norm](03_choosing_max_norm.ipynb). For a

@@ -44,7 +44,7 @@ STEPS, FINAL = 120, 10
 #
 # One training step serves the whole notebook. Here it runs in an ordinary loop, at a learning rate at which the
 # recurrent network trains well without a clip. `max_norm` is infinity, so the clip only measures. The `Recorder` writes
-# a row per step and never makes the loop wait.
+# a row per step. `push` waits only if the device is more than `2 * every` steps behind, which is 100 by default.
 
 
 # %%
@@ -71,7 +71,7 @@ report = clipjax.runs.diagnose(run)
 print(report)
 
 # %% [markdown]
-# No FAIL and no WARN: this run is a sound base for a threshold. `plot_norms` draws what the file holds, and
+# No FAIL and no WARN: this run is a sound basis for a threshold. `plot_norms` draws what the file holds, and
 # `write_report` makes one HTML page with what happened, what to do, the threshold and all series.
 
 # %%
@@ -162,9 +162,9 @@ Markdown(table(THRESHOLDS, cells, holds, good) + "\n\n" + summary)
 # ## What to do
 #
 # 1. Train for a while at a rate that works, with `clip_by_global_norm(float("inf"))` and a `Recorder`.
-# 2. Read `diagnose`. A run that diverged is no base for a threshold.
-# 3. Call `suggest_max_norm`, with both learning rates if you change the rate. For Adam and its like, record at the rate
-#    that you will train at: no known number carries over to another rate.
+# 2. Read `diagnose`. A run that diverged is no basis for a threshold.
+# 3. Call `suggest_max_norm`, with both learning rates if you change the rate. For Adam and similar optimizers, record
+#    at the rate that you will train at: no known number carries over to another rate.
 # 4. If it matters, try a few thresholds around it, under `vmap` if the model is small.
 #
 # From a shell: `clipjax report run.jsonl` and `clipjax suggest run.jsonl`. For thresholds that adapt by themselves, see

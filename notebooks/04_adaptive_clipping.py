@@ -43,8 +43,8 @@
 # these. Model, data and drawing are in [broken_digits.py](broken_digits.py).
 #
 # `train` takes an optimizer and runs all steps in one `lax.scan`. The optimizer's state says what the clip did, and
-# `clipjax.metrics` reads it inside the compiled loop: `norm` is the gradient as it came, `used` is what was left of it,
-# and `limit` is the threshold of the step, for methods that have one threshold.
+# `clipjax.metrics` reads it inside the compiled loop: `norm` is the norm before the clip, `used` the norm after it, and
+# `limit` is the threshold of the step, for methods that have one threshold.
 
 # %%
 import broken_digits
@@ -123,8 +123,9 @@ def above_the_median(factor=3.0, window=31):
 #
 # ## All of them
 #
-# Every method has its defaults, which are those of its paper where there is one. The two rules without a default get a
-# usual value. A fixed threshold runs beside them.
+# Every method keeps its defaults, which are those of its paper where there is one. Quantile tracking has no default
+# quantile and gets 0.9; `skip_steps` has no default rule and gets that of OLMo-core. A fixed threshold runs beside
+# them.
 
 # %%
 clips = {
@@ -145,7 +146,7 @@ margins = runs["skip_steps"]["norm"][BROKEN] / runs["skip_steps"]["limit"][BROKE
 print("the six spikes over the limit of skip_steps:", ", ".join(f"{margin:.1f}" for margin in margins))
 
 # %% [markdown]
-# Grey is the gradient that came, blue what the optimizer got, green the limit. Where blue covers grey, nothing was
+# Grey is the norm before the clip, blue the norm after it, green the limit. Where blue covers grey, nothing was
 # changed. Look at how the limits move:
 #
 # - **AutoClip** lies *under* most norms. Its limit is the tenth percentile of the norms so far, so it would clip nine

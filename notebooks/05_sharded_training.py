@@ -133,8 +133,8 @@ tensor_parallel.draw_norms(norms, MAX_NORM)
 #
 # A clip that ignores the mesh takes the norm of what it sees. Optax's clip does this inside `shard_map`. Below, both
 # clips get the gradient of the first step, with its split leaves spread over 1, 2, 4 and 8 devices. The checks of
-# `shard_map` are off, because the wrong clip does not pass them. Then arrays have no types, and clipjax needs the name
-# of the axis for each leaf.
+# `shard_map` are off, because the wrong clip does not pass them. Then the types do not name mesh axes, and clipjax
+# needs the name of the axis for each leaf.
 
 # %%
 AXES = {name: "model" if "model" in spec else None for name, spec in SPECS.items()}
@@ -214,7 +214,8 @@ print(refused)
 # ## What to remember
 #
 # - With `jax.jit` on sharded arrays, and in `shard_map` with its checks on, write the clip as for one device.
-# - `shard_map(check_vma=False)` and `pmap` have no types. Name the axes with `axis_name=`, as `both_clips` does.
+# - In `shard_map(check_vma=False)` and `pmap` the types do not name mesh axes. Name the axes with `axis_name=`, as
+#   `both_clips` does.
 # - Average the loss over `data` inside the function that you differentiate. `pmean` of the gradients is too late.
 # - If the norm after the clip grows with the number of devices, or copies differ, somebody took a local norm.
 #

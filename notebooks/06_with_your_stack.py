@@ -94,8 +94,8 @@ for i in range(STEPS):
 # ## Plain JAX, with TensorBoard
 #
 # The parameters are a dict and the step is a function. A `clipjax.runs.Recorder` writes what the clip measured to a
-# file and to any number of `writers`. A `SummaryWriter` of tensorboardX or torch is one. The loop never waits for the
-# device.
+# file and to any number of `writers`. A `SummaryWriter` of tensorboardX or torch is one. `push` waits only if the
+# device is more than `2 * every` steps behind, which is 100 by default.
 
 
 # %%

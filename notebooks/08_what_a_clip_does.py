@@ -134,8 +134,8 @@ paragraphs.draw_ratios(NAMED, ratios, cosines)
 # ## Is it more than a learning rate?
 #
 # The ratio says how much of the step is left. So we can compare a clip with a lower rate. Grey is training without a
-# clip at other rates. Orange are the six limits at the base rate, placed at the ratio they lead to. If a clip were only
-# a lower rate, its points would lie on the grey line.
+# clip at other rates. The orange points are the six limits at the base rate, placed at the ratio they lead to. If a
+# clip were only a lower rate, its points would lie on the grey line.
 
 # %%
 plain, with_clip = ({n: seen["loss"].mean(1) for n, seen in runs.items()} for runs in (unclipped, clipped))
@@ -151,8 +151,8 @@ for name, losses in with_clip.items():
 # highest one, 8 p90. It stops a few very long paragraphs, and its loss is lower than at the best rate without a clip.
 #
 # **Adam, Lion and Muon:** all points have nearly the same length, and most lie below the grey line. No rate without a
-# clip gets there. The direction helps, in which no single paragraph dominates any more. The exact number matters
-# little: at a tenth of p10 the loss is nearly that of the best limit.
+# clip gets there. The new direction helps: no single paragraph dominates it. The exact number matters little: at a
+# tenth of p10 the loss is nearly that of the best limit.
 #
 # ## Adam, step by step
 

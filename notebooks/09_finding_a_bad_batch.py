@@ -45,7 +45,7 @@ folder = Path(tempfile.mkdtemp())
 
 
 def watched(optimizer):
-  """Measures the gradient before the optimizer, and the update behind it."""
+  """Measures the gradient before the optimizer, and the update after it."""
   return optax.chain(clipjax.watch(), optimizer, clipjax.watch(name="update"))
 
 
@@ -97,11 +97,11 @@ tell(report.events)
 
 # %% [markdown]
 # There are three events, and **all of them are at the same file**, `part-35`. The files come in a new order in each
-# pass, so the file and not the time must be the cause. It is one of the second delivery.
+# pass, so the file and not the time must be the cause. It is from the second delivery.
 #
 # ## The layers
 #
-# The recorder keeps the norms of all leaves at the steps that a finding names, and at every tenth step beside them. We
+# The recorder keeps the norms of all leaves at the steps that a finding names, and at every tenth step as well. We
 # divide the norms at a spike by the median of the five before.
 
 

@@ -66,11 +66,11 @@ def draw_unclipped(run):
 
 
 def draw_limits(runs):
-  """For each method the norm as it came, the norm that was used, and the limit where there is one."""
+  """For each method the norm before the clip, the norm after it, and the limit where there is one."""
   fig, axes = plt.subplots(4, 2, figsize=(8.5, 8.2), sharex=True, sharey=True, layout="constrained")
   for ax, (name, run) in zip(axes.flat, runs.items(), strict=True):
-    ax.semilogy(run["norm"], color=GREY, linewidth=0.8, label="norm as it came")
-    ax.semilogy(np.where(run["used"] > 0, run["used"], np.nan), color=BLUE, linewidth=0.8, label="norm that was used")
+    ax.semilogy(run["norm"], color=GREY, linewidth=0.8, label="norm before the clip")
+    ax.semilogy(np.where(run["used"] > 0, run["used"], np.nan), color=BLUE, linewidth=0.8, label="norm after it")
     if name not in ("AdaGC", "AGC"):  # Those have a limit for each leaf or unit.
       there = run["limit"] < np.finfo(np.float32).max  # A step without a limit has the largest number.
       ax.semilogy(np.where(there, run["limit"], np.nan), color=GREEN, linewidth=1.4, label="limit")

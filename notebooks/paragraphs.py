@@ -22,7 +22,7 @@ _CONTEXT, _WINDOW, _WIDTH, _HIDDEN = 4, 64, 8, 32
 _prose = [p for name in sorted(topics.topics) for p in re.split(r"\n\s*\n", topics.topics[name]) if p.strip()]
 _prose = [_prose[i] for i in np.random.default_rng(0).permutation(len(_prose))]
 COUNT, CHARACTERS = len(_prose), np.array([len(p) for p in _prose], np.float32)  # How many paragraphs, of what length.
-_codes = np.zeros((COUNT, _CONTEXT + _WINDOW), np.int32)  # 0 stands before a paragraph, and fills up behind it.
+_codes = np.zeros((COUNT, _CONTEXT + _WINDOW), np.int32)  # 0 stands before a paragraph, and fills up after it.
 for _row, _paragraph in zip(_codes, _prose, strict=True):
   _row[_CONTEXT:][: len(_paragraph)] = np.frombuffer(_paragraph.encode("ascii", "replace")[:_WINDOW], np.uint8)
 _codes, _weights = jnp.asarray(_codes), jnp.asarray(CHARACTERS / CHARACTERS.mean())
@@ -47,7 +47,7 @@ def loss_fn(params: dict[str, jax.Array], i: jax.Array) -> jax.Array:
 
 
 def held_out_loss(params: dict[str, jax.Array]) -> jax.Array:
-  """The loss by character of the paragraphs that are held out, weighed as in training."""
+  """The loss by character of the paragraphs that are held out, weighted as in training."""
   losses = jax.vmap(loss_fn, (None, 0))(params, jnp.arange(HELD_OUT))
   return losses.sum() / _weights[:HELD_OUT].sum()
 

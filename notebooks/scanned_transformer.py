@@ -21,13 +21,13 @@ from clipjax.runs import Run
 LAYERS, SICK = 8, 4  # How many there are, and the one with the fault; they count from 0.
 _WIDTH, _HEADS, _LENGTH, _BATCH, _CHARACTERS = 32, 4, 32, 8, 128
 
-# Rows of dashes and of blanks make spikes of their own: one is left of each.
+# Rows of dashes and of blanks make spikes of their own: each is cut to one character.
 _prose = re.sub(r"(\W)\1+", r"\1", "\n".join(topics.topics[name] for name in sorted(topics.topics)))
 _codes = np.frombuffer(_prose.encode("ascii", "replace"), np.uint8).astype(np.int32)
 
 
 class _Block(nnx.Module):
-  """Attention and an MLP, each behind a norm."""
+  """Attention and an MLP, each after a norm."""
 
   def __init__(self, rngs: nnx.Rngs):
     self.norm_1, self.norm_2 = nnx.RMSNorm(_WIDTH, rngs=rngs), nnx.RMSNorm(_WIDTH, rngs=rngs)

@@ -62,7 +62,9 @@ RECORDERS = {
   "every 0": ({"every": 0}, ValueError, f"{EVERY} 0: choose one in that range."),
   "every as a string": ({"every": "5"}, TypeError, f"{EVERY} '5' (str): {INTEGER}"),
   "every True": ({"every": True}, TypeError, f"{EVERY} True (bool): {INTEGER}"),
-  "one writer": ({"writers": object()}, TypeError, "`writers` must be a sequence, got object: pass [writer]."),
+  "one writer": (
+    {"writers": object()}, TypeError, "`writers` must be an iterable of writers, got object: pass [writer].",
+  ),
   "a writer that is a string": (
     {"writers": ["tensorboard"]}, TypeError, f"{WRITERS} 'tensorboard': pass a function that forwards the values.",
   ),
@@ -127,7 +129,7 @@ TRACED = (
 IN_JIT = "`push` must be called outside jit, got a call in a traced function: push what the jitted step returns."
 BATCH, LOOK = "`batch` must be an integer or a short string, got", "pass the name you look the batch up by."
 ANOTHER = "must be another key, got one that the Recorder writes itself: rename it."
-FAR = "`batch` must be in the range of an int64, got a larger integer: pass it as a string."
+FAR = "`batch` must be in the range of an int64, got an integer of 64 bits: pass it as a string."
 LONG = "`batch` must have at most 100 characters, got 101: pass the name of the batch, not what is in it."
 TRACER = []  # The type of an array inside jit; its name differs between releases of JAX.
 jax.eval_shape(lambda x: TRACER.append(type(x).__name__), 1.0)
@@ -141,7 +143,7 @@ PUSHES = {
   "a step that is True": ({"step": True}, TypeError, f"{STEP} True (bool): {NUMBER}"),
   "a step that is a vector": ({"step": jnp.arange(2)}, TypeError, f"{STEP} int32[2]: {NUMBER}"),
   "a step beyond int64": (
-    {"step": 2**63}, ValueError, f"`step` must be in the range of an int64, got a larger integer: {NUMBER}",
+    {"step": 2**63}, ValueError, f"`step` must be in the range of an int64, got an integer of 64 bits: {NUMBER}",
   ),
   "a step inside jit": ({"step": ...}, TypeError, f"`step` {TRACED}"),
   "a loss inside jit": ({"loss": ...}, TypeError, f"`loss` {TRACED}"),
@@ -152,7 +154,7 @@ PUSHES = {
   "a key of random numbers": ({"loss": jax.random.key(0)}, TypeError, f"{LOSS} key<fry>[]: {ALONE}"),
   "a loss of each example": ({"loss": jnp.ones(3)}, ValueError, f"{SCALAR} (3,): {REDUCED}"),
   "a number too large": (
-    {"tokens": 10**400}, ValueError, "`tokens` must be in the range of a float, got a larger integer: scale it.",
+    {"tokens": 10**400}, ValueError, "`tokens` must be in the range of a float, got an integer of 1329 bits: scale it.",
   ),
   "a key of metrics": ({"grad/norm": 1.0}, ValueError, f"`grad/norm` {ANOTHER}"),
   "a key of a leaf": ({"grad/norm/w": 1.0, "opt_state": WATCHED}, ValueError, f"`grad/norm/w` {ANOTHER}"),

@@ -90,7 +90,7 @@ RUNS = {
   "rejected steps are named": (
     run_of(healthy(**{"skip/fraction": np.full(N, 0.125), "skip/consecutive": at(5, 1, 0) + at(6, 2, 0)}), steps=STEPS),
     [("skipped", "WARN", (1050, 1060), (), "skip_steps rejected 12.5% of 400 steps, at steps 1050, 1060.\nLook at the "
-      "batches of these steps; if they are ordinary, raise the rule's sigma.\n")]),
+      "batches of these steps; if they are ordinary, raise the limit of the rule.\n")]),
   "the best step of a validation loss is named": (
     run_of(healthy(val_loss=np.where(ROWS % 4 == 3, 2 + np.abs(ROWS - 199) / 100, np.nan)), steps=STEPS),
     [("overfit", "WARN", (STEPS[199],), (), f"near step {STEPS[199]})")]),

@@ -152,8 +152,8 @@ def test_a_policy_does_nothing_to_a_finite_gradient(policy):
 
 
 def test_error_policy_eagerly_and_through_checkify():
-  def step(grads, norm=None):
-    return clipjax.clip_grad_norm(grads, 1.0, norm=norm, on_nonfinite="error")
+  def step(grads, norm=None, max_norm=1.0):
+    return clipjax.clip_grad_norm(grads, max_norm, norm=norm, on_nonfinite="error")
 
   bad = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(3)}
   for grads, norm in ((bad, None), (EXAMPLE, jnp.float32(-1.0))):  # A norm below 0 is none.
@@ -161,6 +161,8 @@ def test_error_policy_eagerly_and_through_checkify():
       step(grads, norm)
   err, _ = jax.jit(checkify.checkify(step))(bad)
   assert "the gradient is not finite (norm nan)" in err.get()
+  err, _ = jax.jit(checkify.checkify(step))(EXAMPLE, max_norm=jnp.float32(jnp.nan))
+  assert "a limit is NaN, of a gradient with the norm 13.0" in err.get()
   err, (clipped, _) = jax.jit(checkify.checkify(step))(EXAMPLE)
   assert err.get() is None
   np.testing.assert_allclose(clipped["w"], [3 / 13, 4 / 13], rtol=1e-6)

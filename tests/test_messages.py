@@ -18,7 +18,7 @@ STATIC = "under `optax.inject_hyperparams`, name it in `static_args`"
 THRESHOLD = "`max_norm` must be a number >= 0 or a scalar array"
 DOOR = "must be a number, a scalar array, a schedule or a clipjax.rules.Rule"
 DICT = "pass a float such as 1.0; a dict by label is for clip_by_group_norm."
-ZERO = "pass 0 to zero the gradient or `float('inf')` only to measure."
+ZERO = "pass 0 to zero the gradient or `float('inf')` for no limit."
 RANGE = "choose one in that range."
 ORD = "`ord` must be a Python number"
 LABELS = "`groups` must be a function (path, leaf) -> label or a tree of labels"
@@ -28,6 +28,7 @@ LEAVES = "must have floating or complex leaves"
 MASK = "leave it out of the tree, or mask it with `optax.masked`."
 AXES = "`axis_name` must be a name, a tuple of names or a prefix tree of them"
 STATE = "`opt_state` must be the state of an optimizer"
+JAX = "JAX says: ..."
 NONFINITE = 'lower the learning rate, or pass on_nonfinite="zero" to drop such steps.'
 
 
@@ -64,6 +65,18 @@ VALUES = [
     lambda: clipjax.adaptive_grad_clip(-0.5),
     "`clipping` must be >= 0, got -0.5: pass a ratio such as 0.01.",
   ),
+  (
+    lambda: clipjax.adaptive_grad_clip(0.01, eps=-1.0),
+    "`eps` must be >= 0, got -1.0: pass a norm of parameters such as 1e-3.",
+  ),
+  (
+    lambda: clipjax.skip_steps(ADAM, norm_rule=-1.0),
+    "`norm_rule` must be >= 0, got -1.0: pass a limit above the usual numbers, or None for none.",
+  ),
+  (
+    lambda: clipjax.clip_grad_value(TREE, jnp.ones(2)),
+    "`max_value` must be a number >= 0 or a scalar array, got float32[2]: pass one number.",
+  ),
   (lambda: by_norm(jnp.ones(2)), f"{THRESHOLD}, got float32[2]: pass one number, or use clip_by_group_norm."),
   (lambda: by_norm(np.ones(2)), f"{THRESHOLD}, got float64[2]: pass one number, or use clip_by_group_norm."),
   (lambda: by_norm(1.0, 0), "`ord` must be > 0, got 0: pass 2 for the Euclidean norm."),
@@ -91,10 +104,13 @@ VALUES = [
     lambda: by_norm(axis_name=("x", "x")),
     "`axis_name` must name each axis once, got ('x', 'x'): remove the repeated name.",
   ),
-  (lambda: clipjax.global_norm(TREE, axis_name={"layers": "x"}), f"{AXES}, got {{'layers': 'x'}}: ..."),
+  (
+    lambda: clipjax.global_norm(TREE, axis_name={"layers": "x"}),
+    f"{AXES}, got {{'layers': 'x'}}, which does not match the leaves: pass one entry for each leaf or branch. {JAX}",
+  ),
   (lambda: rules.rolling_sigma(window=1), f"`window` must be an integer >= 2, got 1: {RANGE}"),
   (lambda: rules.rolling_sigma(ddof=2), f"`ddof` must be an integer >= 0 and <= 1, got 2: {RANGE}"),
-  (lambda: rules.delayed(2**31, 1.0), f"`n` must be an integer >= 0, got 2147483648: {RANGE}"),
+  (lambda: rules.delayed(2**31, 1.0), f"`n` must be an integer >= 0 and <= 2147483647, got 2147483648: {RANGE}"),
   (lambda: rules.percentile(math.nan), f"`percentile` must be a number >= 0 and <= 100, got nan: {RANGE}"),
   (lambda: clipjax.adagc(0), f"`ratio` must be a number > 0, got 0: {RANGE}"),
   (lambda: rules.rolling_sigma(math.inf), f"`sigma` must be a finite number >= 0, got inf: {RANGE}"),
@@ -108,7 +124,7 @@ VALUES = [
   ),
   (
     lambda: update(by_norm(lambda count: jnp.ones(2)), TREE),
-    "a schedule must return a scalar, got float32[2]: for a threshold by group pass a dict.",
+    "a schedule must return a scalar, got float32[2]: for thresholds by group pass a dict to clip_by_group_norm.",
   ),
   (
     lambda: clipjax.clip_by_group_norm({1: 1.0, "1": 2.0}, BY_PATH),
@@ -129,7 +145,10 @@ VALUES = [
     "`max_norm` must have thresholds for labels in use, got one for 'head', which no leaf has (the leaves have 'b', "
     "'w'): remove it, or fix `groups`.",
   ),
-  (lambda: by_group(groups={"layer": {"w": "x"}}), f"{LABELS} like the parameters: ..."),
+  (
+    lambda: by_group(groups={"layer": {"w": "x"}}),
+    f"{LABELS} like the parameters, got one of another structure: pass a label for each leaf or branch. {JAX}",
+  ),
   (
     lambda: update(by_norm(), {"layer": {"w": jnp.ones(2)}}),
     "`updates` must have as many floating leaves as `init` saw, 2, got 1 (missing: 'layer/b'): call `init` with the "
@@ -231,14 +250,14 @@ TYPES = [
   (lambda: by_group(groups=1.0), f"{LABELS}, got 1.0 (float): pass it as the second argument; {STATIC}."),
   (lambda: by_group(groups=jnp.ones(2)), f"{LABELS}, got float32[2]: pass it as the second argument; {STATIC}."),
   (lambda: by_group(groups=None), f"{LABELS}, got a NoneType: pass it as the second argument; {STATIC}."),
-  (lambda: by_group({None: 1.0}), "labels of groups must be strings, got a NoneType in `max_norm`: pass strings."),
+  (lambda: by_group({None: 1.0}), "`max_norm` must have labels that are not None, got None as a key: pass a string."),
   (
     lambda: by_group(groups=lambda path, leaf: None),
-    "`groups` must give strings, got a NoneType for leaf 'layer/b': pass a label.",
+    "`groups` must give labels that are hashable and not None, got a NoneType for leaf 'layer/b': pass a string.",
   ),
   (
     lambda: by_group(groups=lambda path, leaf: [path]),
-    "`groups` must give strings, got a list for leaf 'layer/b': pass a label.",
+    "`groups` must give labels that are hashable and not None, got a list for leaf 'layer/b': pass a string.",
   ),
   (lambda: now({"a": jnp.ones(2), "n": [jnp.ones(2, jnp.int32)]}), f"`grads` {LEAVES}, got int32[2] at 'n/0': {MASK}"),
   (
@@ -290,6 +309,10 @@ RAISED = [
   (
     lambda: now(jnp.ones(2), norm=jnp.inf, on_nonfinite="error"),
     f"the gradient is not finite (norm inf): {NONFINITE}",
+  ),
+  (
+    lambda: now(jnp.array([3.0, 4.0]), jnp.float32(jnp.nan), on_nonfinite="error"),
+    "a limit is NaN, of a gradient with the norm 5.0: check the schedule, rule or parameters that give it.",
   ),
 ]
 KINDS = {ValueError: VALUES, TypeError: TYPES, FloatingPointError: RAISED}

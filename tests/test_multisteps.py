@@ -161,8 +161,8 @@ def test_a_threshold_that_is_nan_is_no_matter_of_the_accumulator():
   tx = optax.MultiSteps(clip, 1)
   _, said, _ = run(tx, GRADS[:1])
   assert said == [
-    "step 1 of 'grad' was not finite: norm 2.29129, threshold nan. 1 of 1 steps were not finite: lower the learning "
-    "rate or look at the batch."
+    "step 1 of 'grad' was not finite: norm 2.29129, threshold nan. 1 of 1 steps were not finite: check the schedule "
+    "or rule that gives it."
   ]
 
 

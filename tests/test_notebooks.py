@@ -111,19 +111,29 @@ def check_claims(claims):
   assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(claims.read_text(encoding="utf-8"))))
 
 
+def words_of(notebook):
+  """What each code cell prints, without its numbers, which depend on the machine, and its line breaks."""
+  for cell in code_cells(notebook):
+    said = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    yield " ".join(re.sub(r"[-+]?\d[\d.,e+-]*", "#", said).split())
+
+
 def execute(notebook, claims):
-  """Runs a copy of the notebook and, in the same kernel, the file of its claims.
+  """Runs a copy of the notebook and, in the same kernel, the file of its claims; gives the copy.
 
   Raises:
     CellExecutionError: with the traceback of the cell, or of the claim, that failed.
   """
   notebook = copy.deepcopy(notebook)
+  own = len(notebook.cells)
   file = str(claims)
   notebook.cells.append(
     nbformat.v4.new_code_cell(f"exec(compile(open({file!r}, encoding='utf-8').read(), {file!r}, 'exec'))")
   )
   client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}})
   client.execute(env=environment(notebook))
+  del notebook.cells[own:]
+  return notebook
 
 
 def environment(notebook):
@@ -168,8 +178,10 @@ def test_claims_have_notebooks():
 
 @pytest.mark.notebooks
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_notebook_says_holds(name):
-  execute(read(name)[1], CLAIMS / f"{name}.py")
+def test_what_the_notebook_says_holds_and_is_what_it_prints(name):
+  kept = read(name)[1]
+  again = execute(kept, CLAIMS / f"{name}.py")
+  assert list(words_of(again)) == list(words_of(kept))
 
 
 def test_notebook_over_several_devices_compiles_all_of_its_programs():
@@ -260,7 +272,10 @@ def test_claims_without_an_assert_claim_nothing(claims):
 def test_claims_see_the_variables_of_the_notebook(claims):
   _, executed = sound()
   before = copy.deepcopy(executed)
-  execute(executed, claims("def doubled():\n  return 2 * x\n\n\nassert doubled() == 2\n"))
+  executed.cells[1].source = "x = 1\nprint('x is', x)"
+  again = execute(executed, claims("def doubled():\n  return 2 * x\n\n\nassert doubled() == 2\n"))
+  assert list(words_of(again)) == ["x is #"]
+  executed.cells[1].source = before.cells[1].source
   assert executed == before
 
 

@@ -229,7 +229,7 @@ def test_a_child_that_was_forked_neither_writes_nor_waits_nor_keeps_the_path(pat
     try:
       recorder.push(1, None, loss=3.0)
     except ValueError as error:
-      assert str(error).endswith("got a fork of it: make another.")
+      assert str(error).endswith("got a fork of it: make one there, with another path.")
       recorder.flush()
       recorder.close()
       os._exit(0)

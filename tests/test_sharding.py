@@ -94,13 +94,14 @@ IN_OTHERS = {"percentile": "autoclip", "zscore": "zclip", "ema_ratio": "adagc", 
 BETWEEN_PROCESSES = ["clip_by_leaf_norm", "skip_steps"]  # This has a watch, a clip and a rule.
 RULES = [name for name in transformations() if name.startswith("rule_")]
 BY_TYPES = ["clip_by_global_norm", "clip_by_value", "watch", "clip_effect", *BETWEEN_PROCESSES]
+ELSEWHERE = ("clip_by_global_norm_3", "clip_by_global_norm_inf", "layers", "layers_inf")
 MODES = {
   "auto": [*BETWEEN_PROCESSES, "spread_layers"],
-  "explicit": [*BY_TYPES, "clip_by_global_norm_3", "clip_by_global_norm_inf", "clip_by_group_norm", *under_jit()],
+  "explicit": [*BY_TYPES, "clip_by_global_norm_inf", "clip_by_group_norm", *under_jit()],
   # A rule sees norms, which know of no mesh, but the types of its state must agree.
   "shard_map": [*BY_TYPES, "clip_by_global_norm_3", "clip_by_block_rms", "zclip", "adagc", *RULES, "layers_inf"],
   # A name goes its own way through each factory.
-  "unchecked": sorted({*transformations(())} - {*RULES, "clip_by_global_norm_3", "clip_by_global_norm_inf", "layers"}),
+  "unchecked": sorted({*transformations(())} - {*RULES, *ELSEWHERE}),
 }
 
 

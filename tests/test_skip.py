@@ -54,6 +54,16 @@ def test_without_a_spike_it_is_the_wrapped_transformation():
     chex.assert_trees_all_equal((updates, state.inner_state), (want, inner))
 
 
+def test_a_negative_limit_counts_as_0_for_the_norm_and_stays_for_the_loss():
+  def step(limit, scale, loss):
+    tx = clipjax.skip_steps(optax.identity(), norm_rule=limit, loss_rule=limit)
+    return tx.update(scaled(scale), tx.init(PARAMS), PARAMS, value=loss)[1]
+
+  states = [jax.jit(step)(-1.0, scale, loss) for scale, loss in ((0.0, -2.0), (0.0, -0.5), (1.0, -2.0))]
+  assert [int(state.skipped_steps) for state in states] == [0, 1, 1]
+  assert [(float(state.max_norm), float(state.max_loss)) for state in states] == [(0, -1)] * 3
+
+
 def test_norm_above_the_rule_is_seen_raw_though_the_chain_clips():
   factors = (1.0, 3.0, 2.0, 2.001)
   states = [state for _, state in steps_of(adam(norm_rule=10.0), list(map(scaled, factors)), PARAMS)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import NO_LIMIT, factories
+from helpers import NO_LIMIT, cases, factories
 
 import clipjax
 from clipjax import rules
@@ -82,13 +82,19 @@ STORED = {
 }
 
 
+# What is tested as another clip, or as the same rule in another clip, is slow.
+ALIKE = {
+  "clip_by_global_norm", "global, percentile", "global, percentile without the current", "global, zscore mean",
+  "global, zscore reciprocal", "global, minimum", "by leaf, percentile", "by leaf, zscore",
+}  # fmt: skip
 # One of each kind of state goes through every way.
 KINDS = ("clip_by_global_norm", "autoclip", "zclip", "watch", "skip_steps", "clip_effect", "exempt group")
 
 
 @pytest.mark.parametrize(
   ("name", "way"),
-  [(name, "as it is") for name in sorted(ALL)] + list(itertools.product(KINDS, ("flax", "numpy", "pickle"))),
+  cases([(name, "as it is") for name in sorted(ALL)], slow=lambda case: case[0] in ALIKE)
+  + list(itertools.product(KINDS, ("flax", "numpy", "pickle"))),
 )
 def test_a_state_from_before_x64_was_set_goes_on(name, way):
   tx = ALL[name]
@@ -103,7 +109,10 @@ def test_a_state_from_before_x64_was_set_goes_on(name, way):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, fresh)
 
 
-@pytest.mark.parametrize(("name", "jit"), [(name, True) for name in sorted(ALL)] + [(name, False) for name in KINDS])
+@pytest.mark.parametrize(
+  ("name", "jit"),
+  cases(itertools.product(sorted(ALL), [True]), lambda case: case[0] in ALIKE) + [(name, False) for name in KINDS],
+)
 def test_a_state_that_was_cast_with_the_rest_of_a_train_state_goes_on(name, jit):
   tx = ALL[name]
   _, state = steps(tx, tx.init(PARAMS), [1.0, 1.5, 1.0])

@@ -34,7 +34,7 @@ def unrolled(tree, axis_of, layers=None):
 def slices_of(state):
   """The names of all slices in each set of labels of a state, but for those of one global norm."""
   is_labels = lambda x: isinstance(x, Labels)  # noqa: E731
-  return [x.slices for x in jax.tree.leaves(state, is_leaf=is_labels) if is_labels(x) and x.unit != "global"]
+  return [x.slices for x in jax.tree.leaves(state, is_leaf=is_labels) if is_labels(x) and not x.is_whole]
 
 
 def assert_same_numbers(got, want, rtol=2e-6):

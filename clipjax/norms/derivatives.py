@@ -27,7 +27,10 @@ def measure(spec: NormSpec, leaves: Sequence[Any]) -> Measured:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _measure_beside_derivatives(spec: NormSpec, leaves: Sequence[Any]) -> Measured:
-  """`measure` without `custom_vmap`, which JAX cannot differentiate if it drops our rule: twice through a scan."""
+  """`measure` without `custom_vmap`.
+
+  JAX cannot differentiate that where it drops our rule, as in a second derivative through a scan.
+  """
   return sums.measure(spec, leaves, lazy_vmap=False)
 
 

@@ -17,8 +17,8 @@ def global_norm(tree: Any, ord: float | None = None, *, axis_name: Any = None) -
 
   Right to about 1e-6 if the true norm is a normal float32, for entries of any magnitude (1e-30, 1e30) and any dtype
   (16-bit leaves are summed in float32). 0 for an empty tree and for zeros, with derivative 0 there; inf for an inf
-  entry and for a true norm above the largest float32; NaN for a NaN entry. Inside `shard_map`, the shards of a leaf are
-  summed over the axes that it varies over.
+  entry and for a true norm above the largest number of its dtype; NaN for a NaN entry. Inside `shard_map`, the shards
+  of a leaf are summed over the axes that it varies over.
 
   Args:
     tree: pytree of floating or complex arrays of any shape; None and float0 leaves are ignored.

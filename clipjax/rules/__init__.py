@@ -6,8 +6,8 @@ A rule is a pair of pure functions, like an `optax.GradientTransformation`:
   update(norms, state, *, global_norm) -> (limit, target, state)
 
 `norms` has shape () for a clip of the global norm and (n,) for n leaves or groups; `limit` and `target` have that shape
-or (). A norm above `limit` is rescaled to `target`, which is at most `limit` and has no meaning for other norms. A rule
-made of `jnp` operations on a state of fixed shapes and dtypes works under jit, scan and vmap.
+or (). A norm above `limit` is rescaled to `target`, which is at most `limit` and is ignored for norms at or under the
+limit. A rule made of `jnp` operations on a state of fixed shapes and dtypes works under jit, scan and vmap.
 
 Norms of exactly 0 enter no statistic, except for the first 0 of `ema_ratio`: otherwise a leaf whose gradient comes late
 would be clipped to 0 for good. The largest number of the norms' dtype means no limit; your own rule may answer

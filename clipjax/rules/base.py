@@ -13,7 +13,7 @@ import optax
 from jax import export
 from jax.typing import ArrayLike
 
-from clipjax.checks import check_takes, check_threshold, describe, within_range
+from clipjax.checks import ZERO_OR_INF, check_takes, check_threshold, describe, within_range
 from clipjax.norms.sums import norm_dtype
 
 
@@ -86,8 +86,11 @@ def number(value: Any, dtype: Any) -> jax.Array:
   return out
 
 
-def as_rule(value: Any, argument: str) -> Rule:
-  """Turns a number, an array, a schedule or a rule into a rule: every threshold goes through here."""
+def as_rule(value: Any, argument: str, *, remedy: str = ZERO_OR_INF) -> Rule:
+  """Turns a number, an array, a schedule or a rule into a rule: every threshold goes through here.
+
+  `remedy` is for a number out of range.
+  """
   if isinstance(value, Rule):
     for field in value._fields:
       if not callable(getattr(value, field)):
@@ -106,7 +109,8 @@ def as_rule(value: Any, argument: str) -> Rule:
       f"`{argument}` must be a number, a scalar array, a schedule or a clipjax.rules.Rule, got "
       f"{describe(value)}: pass a float such as 1.0; a dict by label is for clip_by_group_norm."
     )
-  threshold = check_threshold(value, argument)
+  or_else = ", or use clip_by_group_norm" if argument == "max_norm" else ""
+  threshold = check_threshold(value, argument, remedy=remedy, or_else=or_else)
   return _of_count(lambda _: threshold)
 
 
@@ -234,7 +238,10 @@ def _of_count(fn: Callable[[jax.Array], ArrayLike]) -> Rule:
         "first, as in rules.zscore()."
       )
     if jnp.shape(value) != ():
-      raise ValueError(f"a schedule must return a scalar, got {describe(value)}: for a threshold by group pass a dict.")
+      raise ValueError(
+        f"a schedule must return a scalar, got {describe(value)}: for thresholds by group pass a dict to "
+        "clip_by_group_norm."
+      )
     limit = number(value, norms.dtype)
     return limit, limit, StepCount(optax.safe_increment(state.schedule_count))
 

@@ -64,7 +64,7 @@ def delayed(n: int, rule: Rule | ArrayLike) -> Rule:
     A `Rule` whose state is the number of steps so far, up to `n`, and the state of `rule`.
 
   Raises:
-    ValueError: if `n` is negative.
+    ValueError: if `n` is negative, or `rule` is a negative or NaN Python number.
     TypeError: if `n` is not a Python integer, or `rule` is not a threshold.
 
   Example:

@@ -36,8 +36,8 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
   clipped norm. A leaf without an EMA, because all its norms were 0, stays under the global rule until it has one:
   otherwise it would be clipped to 0 forever. After the warm-up, the first norm of 0 enters the EMA, as in the paper.
   Later zeros do not: a leaf whose gradient is 0 now and then would end up clipped to 0. After a lasting rise the EMA
-  grows by a share of at most `(1 - decay) * (ratio - 1)` per step: at the defaults of AdaGC, all of the 200 steps after
-  the rise are clipped (docs/methods.md).
+  grows by a share of at most `(1 - decay) * (ratio - 1)` per step: at AdaGC's ratio and decay, all of the 200 steps
+  after the rise are clipped (docs/methods.md).
 
   Args:
     ratio: how much larger than its EMA a norm may be, > 0.
@@ -50,7 +50,8 @@ def ema_ratio(ratio: float, *, decay: float, warmup_steps: int, max_norm: float)
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if an argument is not a Python number.
+    TypeError: if `ratio`, `decay` or `max_norm` is neither a Python number nor a JAX array, or `warmup_steps` is not a
+      Python integer.
 
   Example:
     >>> import jax.numpy as jnp, clipjax

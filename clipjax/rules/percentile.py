@@ -20,10 +20,11 @@ def percentile(percentile: float, *, window: int = 1000, include_current: bool =
 
   Args:
     percentile: between 0 and 100.
-    window: norms to look back on, the current one included; memory is `4 * window` bytes for each norm, 4 kB by
-      default, sorted at every step. `quantile_tracking` is the same idea in 4 bytes.
+    window: how many of the last norms count, >= 1; the current one is among them only with `include_current`. Memory is
+      `4 * window` bytes for each norm, 4 kB by default, sorted at every step. `quantile_tracking` is the same idea in 4
+      bytes.
     include_current: whether the percentile includes the current norm.
-    min_count: norms to see before the first clip, the current one included; at most `window`.
+    min_count: the fewest nonzero norms, the current one included, at which the rule clips, from 1 to `window`.
 
   Returns:
     A `Rule`.

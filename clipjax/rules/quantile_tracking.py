@@ -27,7 +27,7 @@ def quantile_tracking(quantile: float, *, learning_rate: float = 0.2, initial: f
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if an argument is not a Python number.
+    TypeError: if an argument is neither a Python number nor a JAX array.
 
   Example:
     >>> import jax.numpy as jnp, clipjax

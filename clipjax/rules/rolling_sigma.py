@@ -18,24 +18,25 @@ def rolling_sigma(
 ) -> Rule:
   """Clips norms above `mean + sigma * std` of the last norms, without the current one, to that limit.
 
-  The ring holds norms before the clip, which soon puts a lasting rise within the limit: 2 of the 200 steps after the
-  rise are clipped (docs/methods.md). For the same reason a spike widens the limit until it leaves the window. Constant
-  norms are never clipped. A norm of 0 takes a place in the ring and counts for nothing else.
+  The ring holds norms before the clip, which soon puts a lasting rise within the limit: with `window=50`, 2 of the 200
+  steps after the rise are clipped (docs/methods.md). For the same reason a spike widens the limit until it leaves the
+  window. Constant norms are never clipped. A norm of 0 takes a place in the ring and counts for nothing else.
 
   Args:
     sigma: standard deviations above the mean, >= 0 and finite.
-    window: norms to look back on; memory is `4 * window` bytes for each norm.
+    window: norms to look back on, >= 1 + `ddof`; memory is `4 * window` bytes for each norm.
     ddof: 1 for the sample's standard deviation, 0 for the population's.
     std_floor: the standard deviation is at least this, >= 0 and finite.
-    min_count: norms to see before the first clip, the current one included; None is `max(2, window // 2)`; at most
-      `window + 1`.
+    min_count: the fewest nonzero norms, the current one included, at which the rule clips, from 1 to `window + 1`; None
+      is `max(2, window // 2)`. Without `1 + ddof` nonzero norms before the current one it never clips.
 
   Returns:
     A `Rule`.
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if an argument is not a Python number.
+    TypeError: if `sigma` or `std_floor` is neither a Python number nor a JAX array, or `window`, `ddof` or `min_count`
+      is not a Python integer.
 
   Example:
     >>> import jax.numpy as jnp, clipjax

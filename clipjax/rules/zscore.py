@@ -42,10 +42,11 @@ def zscore(
 ) -> Rule:
   """The rule of ZClip: clips norms whose z-score, `(norm - mean) / (std + 1e-6)`, is above `z_thresh`.
 
-  The limit is `mean + z_thresh * std`. The target is `mean + z_thresh^2 / z * std` ("reciprocal": the larger the spike,
-  the closer to the mean), `mean` ("mean") or `mean + z_thresh * std` ("max"). The 1e-6 has the unit of the norm: much
-  smaller norms are never clipped. During the warm-up nothing is clipped: add a cap with `minimum(zscore(...), 1.0)`.
-  Constant norms are never clipped. A norm of 0 does not change the statistics, and is not a step of the warm-up.
+  The limit is `mean + z_thresh * (std + 1e-6)`. The target is `mean + z_thresh^2 / z * std` ("reciprocal": the larger
+  the spike, the closer to the mean), `mean` ("mean") or `mean + z_thresh * std` ("max"). The 1e-6 has the unit of the
+  norm: much smaller norms are never clipped. During the warm-up nothing is clipped: add a cap with
+  `minimum(zscore(...), 1.0)`. Constant norms are never clipped. A norm of 0 does not change the statistics, and is not
+  a step of the warm-up.
 
   With "clipped" statistics, a lasting rise of the norm beyond the limit locks the rule in: each step is clipped to
   about the old level, and the statistics see only that. In the experiment of docs/methods.md, norms of 1 with a
@@ -65,7 +66,8 @@ def zscore(
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if a number is not a Python number.
+    TypeError: if `z_thresh` or `decay` is neither a Python number nor a JAX array, or `warmup_steps` or `restart_after`
+      is not a Python integer.
 
   Example:
     >>> import jax.numpy as jnp, clipjax

@@ -47,7 +47,7 @@ class Course(NamedTuple):
 
   @property
   def loss(self) -> float:
-    """What it lost again: from the best up to the end."""
+    """How much of its fall it undid: from the best up to the end."""
     return self.last - self.best
 
 
@@ -88,12 +88,12 @@ def began_late(steps: Ints, first: int | None = None, rows: int | None = None) -
 
 
 def has_diverged(course: Course, *, learned: float = LEARNED, lost: float = LOST) -> bool:
-  """Whether a loss left for good: it ends above its start, or lost most of its fall again.
+  """Whether a loss left for good: it ends above its start, or undid most of its fall.
 
   Args:
     course: the course of the training loss.
     learned: smallest fall, relative to the first loss, that counts as learning.
-    lost: the share of the fall that must be lost.
+    lost: the share of the fall that must be undone.
   """
   if course.left is None:
     return False

@@ -80,7 +80,7 @@ def starved_of(run: Run, name: str, begin: int, least: float) -> Starved | None:
   others = np.sqrt(np.maximum(1 - shares[:, holder], 0))
   without = np.divide(of_rows, others, out=np.ones_like(of_rows), where=of_rows < others)
 
-  # The victims. `mean_kept` weighs the rows with leaves to represent all steps, since spikes are overrepresented.
+  # The victims. `mean_kept` weights the rows with leaves to represent all steps, since spikes are overrepresented.
   everywhere = left[np.isfinite(left) & (run.steps >= begin)]
   kept, [mean_without] = (mean_kept(x, of_rows, everywhere) for x in (ratios, without[:, None]))
   leaves = [i for i in np.argsort(kept).tolist() if i != holder and kept[i] < least]

@@ -21,8 +21,9 @@ class Run:
   """A recorded run, made by `read_run` or `from_arrays`. n is the number of steps, m the number with values by leaf.
 
   `run[key]` is a column. For a leaf, as in `run["grad/norm/w"]`, it spreads the recorded numbers over all steps, with
-  NaN at the others. `run.keys()` lists keys of both kinds; `key in run` and `len(run)`, the number of steps, work too.
-  A slice of stacked layers is a leaf, as in `run["grad/norm/blocks/w[3]"]`.
+  NaN at the others. A key that the run does not have raises a KeyError, which names similar ones. `run.keys()` lists
+  keys of both kinds; `key in run` and `len(run)`, the number of steps, work too. A slice of stacked layers is a leaf,
+  as in `run["grad/norm/blocks/w[3]"]`.
 
   Attributes:
     path: the file; empty if the run was not read from one.
@@ -39,7 +40,7 @@ class Run:
     batches: object, shape (n,): the caller's name for each batch, an int or a string; a tuple of them for several
       micro-batches; None for a row without one. None if no row has one.
     superseded: how many rows of the file are left out because the run went back to an earlier step.
-    unreadable: how many lines of the file a crash tore, or hold no row or header.
+    unreadable: how many lines of the file were torn by a crash, or hold neither a row nor a header.
     optimizer: the classes of the states that were pushed, such as "ScaleByAdamState", except those of this package;
       empty if unknown.
 

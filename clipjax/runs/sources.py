@@ -14,7 +14,6 @@ class Source(NamedTuple):
 
 
 PLAYBOOK = Source("Google's tuning playbook", "https://github.com/google-research/tuning_playbook")
-OLMO_CORE = Source("OLMo-core, skip-step optimizer", "https://github.com/allenai/OLMo-core")
 OLMO_2 = Source("OLMo 2, section 3", "https://arxiv.org/abs/2501.00656")
 PASCANU = Source("Pascanu et al. 2013", "https://arxiv.org/abs/1211.5063")
 CS231N_RATIO = Source("CS231n, ratio of updates to weights", "https://cs231n.github.io/neural-networks-3/#ratio")
@@ -23,5 +22,5 @@ PRECHELT = Source("Prechelt, Early stopping, but when?, 1998", "https://doi.org/
 HAMPEL = Source("Hampel 1974, the median deviation", "https://doi.org/10.1080/01621459.1974.10482962")
 MIXED_PRECISION = Source("Micikevicius et al. 2018, loss scaling", "https://arxiv.org/abs/1710.03740")
 
-_ALL = (PLAYBOOK, OLMO_CORE, OLMO_2, PASCANU, CS231N_RATIO, CS231N_RELU, PRECHELT, HAMPEL, MIXED_PRECISION)
+_ALL = (PLAYBOOK, OLMO_2, PASCANU, CS231N_RATIO, CS231N_RELU, PRECHELT, HAMPEL, MIXED_PRECISION)
 BY_TEXT = {str(source): source for source in _ALL}

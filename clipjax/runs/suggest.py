@@ -118,8 +118,10 @@ def suggest_max_norm(
 
   Raises:
     ValueError: if the norms are negative, empty, not one-dimensional, all nonfinite after the warm-up, or nearly all 0;
-      if only one learning rate is given, or one is not > 0; if `model` is unknown.
-    TypeError: if `norms_or_run` is neither a run nor real numbers.
+      if only one learning rate is given, or one is not > 0 and finite; if `model` is unknown or `warmup_steps` is
+      negative.
+    TypeError: if `norms_or_run` is neither a run nor real numbers; for a `learning_rate`, `new_learning_rate`,
+      `scale_free` or `warmup_steps` of the wrong type.
 
   Example:
     >>> import clipjax

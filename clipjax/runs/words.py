@@ -33,6 +33,7 @@ def percent(share: float) -> str:
 
 
 _MOST_STEPS, _MOST_BATCHES = 5, 3  # This many are listed, the rest are counted.
+_MOST_NAMES = 3  # This many leaves are listed, the rest are counted.
 _MOST_RANGES = 3  # This many ranges of layers are listed; if there are more, the layers are counted.
 
 
@@ -63,8 +64,8 @@ def in_stacks(names: Sequence[str]) -> list[Stack]:
   return out
 
 
-def several(names: Sequence[str], among: Sequence[str], most: int = 3) -> str:
-  """Lists names in quotes, with unprintable characters escaped, and counts those beyond `most`.
+def several(names: Sequence[str], among: Sequence[str]) -> str:
+  """Lists names in quotes, with unprintable characters escaped, and counts those beyond the third.
 
   The layers of a stack are listed together, and so is one layer of many stacks: "all 24 layers of 'blocks/w'",
   "'blocks/w[3..7]'", "layer 3 of all 12 stacks".
@@ -72,7 +73,6 @@ def several(names: Sequence[str], among: Sequence[str], most: int = 3) -> str:
   Args:
     names: some of `among`, in the same order.
     among: the names of all leaves or groups.
-    most: how many items are listed.
   """
   # Collect the layers of each leaf, then the leaves with the same layers.
   sizes = {stack.name: stack.size for stack in in_stacks(among) if stack.size > 1}
@@ -89,19 +89,19 @@ def several(names: Sequence[str], among: Sequence[str], most: int = 3) -> str:
   said: list[tuple[str, int]] = []  # Text, and how many names it covers.
   for (leaf, is_stack), some in layers.items():
     others = alike[tuple(some), len(some) == sizes[leaf]] if is_stack else []
-    if len(others) > most or 1 < len(others) == len(sizes):
+    if len(others) > _MOST_NAMES or 1 < len(others) == len(sizes):
       if leaf == others[0]:
-        said.append((_of_stacks(some, others, sizes, most), len(some) * len(others)))
+        said.append((_of_stacks(some, others, sizes), len(some) * len(others)))
     elif is_stack and len(some) == sizes[leaf]:
       said.append((f"all {len(some)} layers of {leaf!r}", len(some)))
     else:
       said.append((_of_stack(leaf, some) if is_stack else repr(leaf), len(some)))
-  shown = ", ".join(text for text, _ in said[:most])
-  left = sum(count for _, count in said[most:])
+  shown = ", ".join(text for text, _ in said[:_MOST_NAMES])
+  left = sum(count for _, count in said[_MOST_NAMES:])
   return f"{shown} and {left} more" if left else shown
 
 
-def _of_stacks(layers: Sequence[int], leaves: Sequence[str], sizes: dict[str, int], most: int) -> str:
+def _of_stacks(layers: Sequence[int], leaves: Sequence[str], sizes: dict[str, int]) -> str:
   """The same layers of many stacks."""
   ranges = _ranges(layers)
   which = f"layer{'s' if len(layers) > 1 else ''} {', '.join(ranges)}"
@@ -109,7 +109,8 @@ def _of_stacks(layers: Sequence[int], leaves: Sequence[str], sizes: dict[str, in
     which = f"{'all ' if len(layers) == sizes[leaves[0]] else ''}{len(layers)} layers"
   if len(leaves) == len(sizes):
     return f"{which} of all {len(leaves)} stacks"
-  return f"{which} of {len(leaves)} stacks ({', '.join(map(repr, leaves[:most]))} and {len(leaves) - most} more)"
+  shown = ", ".join(map(repr, leaves[:_MOST_NAMES]))
+  return f"{which} of {len(leaves)} stacks ({shown} and {len(leaves) - _MOST_NAMES} more)"
 
 
 def _layer(name: str) -> tuple[str, int]:

@@ -45,7 +45,7 @@ def adaptive_grad_clip(
   The units follow Optax: a scalar or vector is one unit; a leaf of rank 2 or 3 has one for each index of all axes but
   axis 0 (its columns); a leaf of rank 4 or 5 has one for each index of the last axis. A zero unit stays zero, and a
   unit at or under its limit keeps its bits. If any entry of the updates or any parameter norm is inf or NaN, or the
-  global norm is above the largest float32, `on_nonfinite` decides for every leaf.
+  global norm is above the largest number of its dtype, `on_nonfinite` decides for every leaf.
 
   Layers stacked for `lax.scan` have one more axis, which these rules would mistake for part of a unit: name it with
   `stacked`, and the rules apply to each slice. Sharded arrays under plain jit need no option; inside `shard_map`, a
@@ -83,7 +83,7 @@ def adaptive_grad_clip(
   """
   remedy = "pass a ratio such as 0.01"
   clipping = checks.check_threshold(clipping, "clipping", remedy=remedy)
-  eps = checks.check_eps(eps)
+  eps = checks.check_eps(eps, remedy="pass a norm of parameters such as 1e-3")
   checks.check_policy(on_nonfinite)
   axis = _checked_axis(axis)
   checks.check_track(track, "clipping")

@@ -34,16 +34,16 @@ def clip_by_global_norm(
 
   With `eps=0`, leaves keep their bits if `norm <= max_norm`, and 0 stays 0 for every `max_norm`, 0 included.
   `max_norm=inf` only measures. 16-bit leaves are multiplied in float32 and rounded once. If the norm is inf, NaN or
-  above the largest float32, or the threshold is NaN, `on_nonfinite` decides, and the state counts the step.
+  above the largest number of its dtype, or the threshold is NaN, `on_nonfinite` decides, and the state counts the step.
 
   Args:
     max_norm: number or scalar array >= 0, schedule `count -> number`, or `clipjax.rules.Rule`.
     ord: order of the norm, 2 when None; 1, `jnp.inf` or any p > 0.
     eps: added to the norm; `1e-6` gives the factor of torch.
-    on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit, "error" is a
-      check that two lines of the caller turn on: `err, out = jax.jit(checkify.checkify(step))(...)` and `err.throw()`,
-      with `jax.experimental.checkify`. `optax.MultiSteps` keeps a NaN in its accumulator, and "zero" inside it drops
-      every step from then on: put `clipjax.skip_steps` around MultiSteps instead.
+    on_nonfinite: "propagate" makes every leaf NaN, "zero" makes every leaf 0, "error" raises. Inside jit, "error" adds
+      a `jax.experimental.checkify` check; turn it on with `err, out = jax.jit(checkify.checkify(step))(...)` and
+      `err.throw()`. `optax.MultiSteps` keeps a NaN in its accumulator, and "zero" inside it drops every step from then
+      on: put `clipjax.skip_steps` around MultiSteps instead.
     axis_name: mesh axes to reduce over, see `global_norm`; not needed under jit or in `shard_map` with its checks on.
     name: first part of the keys of `clipjax.metrics`.
     track: False keeps `optax.EmptyState()` instead of statistics, which lets checkpoints of `optax.clip_by_global_norm`
@@ -53,9 +53,11 @@ def clip_by_global_norm(
     An `optax.GradientTransformationExtraArgs`. Its state is a `ClipState`: read it with `clipjax.metrics`.
 
   Raises:
-    ValueError: for a negative or NaN Python number, an `ord` not above 0, an unknown policy, `track=False` with a
-      schedule or rule; in `update`, for another number of leaves than `init` saw.
-    TypeError: for an `ord` that is not a Python number; in `update`, for an integer or bool leaf, with its path.
+    ValueError: for a negative or NaN Python number, an array that is not a scalar, an infinite `eps`, an `ord` not
+      above 0, an unknown policy, `track=False` with a schedule or rule; in `update`, for another number of leaves than
+      `init` saw.
+    TypeError: for an `ord` that is not a Python number; for a threshold, `eps`, `name`, `track` or `axis_name` of the
+      wrong type; in `update`, for another transformation's state, and for an integer or bool leaf, with its path.
     FloatingPointError: in an eager `update` with "error", for a nonfinite norm.
 
   Example:
@@ -93,7 +95,7 @@ def clip_by_leaf_norm(
   """Scales each leaf down by its own norm: `g_i * min(1, max_norm / (norm_i + eps))`.
 
   Each leaf follows `clip_by_global_norm` at 0, inf and NaN. One nonfinite leaf norm makes the whole step nonfinite, for
-  every leaf; so does a global norm above the largest float32, even if the norm of each leaf is finite.
+  every leaf; so does a global norm above the largest number of its dtype, even if the norm of each leaf is finite.
 
   Args:
     max_norm: one threshold for all leaves, see `clip_by_global_norm`. A rule sees the norms as a vector, with an entry
@@ -151,14 +153,15 @@ def clip_by_group_norm(
   """Scales each group of leaves down by its own norm: `g_i * min(1, max_norm / (norm_of_its_group + eps))`.
 
   Each group follows `clip_by_global_norm` at 0, inf and NaN. One nonfinite group norm makes the whole step nonfinite,
-  for every leaf, exempt ones included; so does a global norm above the largest float32, even if the norm of each group
-  is finite.
+  for every leaf, exempt ones included; so does a global norm above the largest number of its dtype, even if the norm of
+  each group is finite.
 
   Args:
     max_norm: one threshold for all groups, see `clip_by_global_norm`, or a dict from label to threshold, with None to
       exempt a group.
     groups: `(path, leaf) -> label`, with the leaf's name as the path, such as "encoder/w", or a tree of labels with the
-      structure of the parameters. Under `optax.inject_hyperparams` name it in `static_args`.
+      structure of the parameters, which may be a prefix tree. Under `optax.inject_hyperparams` name it in
+      `static_args`.
     stacked: see `clip_by_leaf_norm`; a function `groups` gets the shape and dtype of each slice as its leaf.
     ord, eps, on_nonfinite, axis_name, name, track: see `clip_by_global_norm`.
 
@@ -192,7 +195,7 @@ def clip_by_group_norm(
   rule = max_norm
   if isinstance(max_norm, Mapping):
     if None in max_norm:
-      raise TypeError("labels of groups must be strings, got a NoneType in `max_norm`: pass strings.")
+      raise TypeError("`max_norm` must have labels that are not None, got None as a key: pass a string.")
     known = tuple(map(str, max_norm))
     if len(set(known)) < len(known):
       raise ValueError(f"labels of groups must differ as strings, got {list(max_norm)} in `max_norm`: rename one.")

@@ -50,7 +50,7 @@ def clip_by_value(
     >>> print(updates, clipjax.metrics(state)["grad/norm"])
     [ 0.5 -1. ] 3.0
   """
-  label = partial(Labels.of, name=check_name(name), unit="global")
+  label = partial(Labels.of, name=check_name(name), unit="entry")
   rule = as_rule(max_value, "max_value")
   check_track(track, "max_value", max_value)
 
@@ -61,7 +61,7 @@ def clip_by_value(
     norm = measured.norms[0]
     limit, target, rule_state = asked(rule, norm, state.rule, norm)
     bad = nonfinite.is_bad(norm, [limit, target])
-    # The state reports a factor, although entries are clamped one by one.
+    # The state reports the factor of the largest entry, although entries are clamped one by one.
     whole = Limits(norm, limit, jnp.clip(target, 0, limit))
     fields = {
       "norm": norm,

@@ -48,6 +48,14 @@ class EffectState(NamedTuple):
     inner_state: the state of `optax.chain(clip, optimizer)`.
     unclipped_state: the state of the optimizer that sees the unclipped gradient.
     labels: names of the leaves; static, no arrays.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, clipjax
+    >>> tx = clipjax.clip_effect(clipjax.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> params = jnp.zeros(2)
+    >>> _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(params), params)
+    >>> print(f"{float(state.ratio):.2f}", int(state.steps))
+    0.20 1
   """
 
   grad_ratio: jax.Array
@@ -99,7 +107,7 @@ def clip_effect(
 
   Args:
     clip: the clip: any transformation of the gradient, from this package or from Optax.
-    optimizer: the optimizer behind it: any transformation, chains included.
+    optimizer: the optimizer after it: any transformation, chains included.
     stacked: see `clip_by_leaf_norm`; each layer of a stack has its own numbers.
     axis_name: see `global_norm`; used only for the comparison, since the clip has its own.
     name: see `clip_by_global_norm`.
@@ -171,8 +179,8 @@ def clip_effect(
 
     # Measure the gradient, and compare the two updates.
     gradient = _measured(_spec(grads), still(grads.measured))
-    a, b = (prepared(still(tree), "the updates of `optimizer`") for tree in (step, plain))
-    left = _left(of_clip, gradient, lambda: prepared(still(clipped), "the updates of `clip`"))
+    a, b = (prepared(still(tree), "updates of optimizer") for tree in (step, plain))
+    left = _left(of_clip, gradient, lambda: prepared(still(clipped), "updates of clip"))
     fields = _compared(_spec(a), gradient, left, a.measured, b.measured)
     bad = ~jnp.isfinite(gradient.norm)
     return step, EffectState(
@@ -208,7 +216,7 @@ def _empty_state(labels: Labels, inner_state: Any, unclipped_state: Any) -> Effe
 
 def _left(of_clip: Any, gradient: "_Norms", clipped: Callable[[], Prepared]) -> jax.Array:
   """The norm of the gradient after the clip over its norm before the clip."""
-  # A global clip keeps its factor in its state; any other clip needs a read of its result.
+  # A clip by the global norm keeps its factor in its state; any other clip needs a read of its result.
   if isinstance(of_clip, ClipState) and of_clip.labels.unit == "global":
     return lax.stop_gradient(of_clip.scale)
   after = clipped()

@@ -78,7 +78,7 @@ class Clip(NamedTuple):
   stacked: Any = None
 
 
-def transformation(clip: Clip, track: bool = True) -> optax.GradientTransformationExtraArgs:
+def transformation(clip: Clip, track: bool) -> optax.GradientTransformationExtraArgs:
   """The transformation of a clip; with `track=False` it keeps no state."""
   check_axis_name(clip.axis_name)
   unlabelled = clip.label(())
@@ -137,7 +137,7 @@ def clip_by_rule(
   def decide(prepared: Prepared, measured: Measured, state: ClipState, params: Any) -> Decision:
     del params
     # The norms that the rule sees, and the global norm, in the units of the limit.
-    labels, is_global = state.labels, state.labels.unit == "global"
+    labels, is_global = state.labels, state.labels.is_whole
     block_norms, norms = measured.norms, measured.norms[0] if is_global else together(measured.vector, labels, p)
     global_norm = norms if is_global else vector_norm(norms, p)
     if rms:

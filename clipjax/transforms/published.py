@@ -30,7 +30,8 @@ def autoclip(
 
   Args:
     percentile: between 0 and 100; the lower, the more steps are clipped.
-    window: norms to look back on, the current one included; 4 bytes each, sorted at every step.
+    window: how many of the last norms count, 4 bytes each, sorted at every step; the current one is among them only
+      with `include_current`.
     include_current: whether the percentile includes the current norm.
     eps, on_nonfinite, axis_name, name: see `clip_by_global_norm`.
 
@@ -96,7 +97,8 @@ def zclip(
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if one is no Python number, `warmup_steps` under `optax.inject_hyperparams` included.
+    TypeError: if a number is neither a Python number nor a JAX array, or `warmup_steps` or `restart_after` is not a
+      Python integer, a traced one under `optax.inject_hyperparams` included.
 
   Example:
     >>> import jax.numpy as jnp, clipjax
@@ -148,7 +150,8 @@ def adagc(
 
   Raises:
     ValueError: if an argument is out of its range.
-    TypeError: if one is no Python number, `warmup_steps` under `optax.inject_hyperparams` included.
+    TypeError: if a number is neither a Python number nor a JAX array, or `warmup_steps` is not a Python integer, a
+      traced one under `optax.inject_hyperparams` included.
 
   Example:
     >>> import jax.numpy as jnp, clipjax

@@ -21,10 +21,12 @@ from clipjax.mesh import check_axis_name, varying_axes
 from clipjax.norms.derivatives import measure_jit
 from clipjax.norms.sums import NormSpec, norm_dtype
 from clipjax.rules.base import Rule, StateCheck, as_rule, ask, keep_where, no_limit
+from clipjax.transforms.engine import asked
 from clipjax.transforms.inner import check_inner_state, check_transformation, kept_where
 from clipjax.trees import prepare
 
 _MOST_SKIPS = 2**31 - 1
+_REMEDY = "pass a limit above the usual numbers, or None for none"
 _DEFAULT_SKIPS = 10  # No run loses this many steps in a row by chance.
 
 
@@ -45,6 +47,14 @@ class SkipState(NamedTuple):
     loss_rule: state of the rule for losses.
     inner_state: state of the wrapped transformation.
     labels: names of the leaves; static, no arrays.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, clipjax
+    >>> tx = clipjax.skip_steps(optax.sgd(1.0), norm_rule=1.0)
+    >>> params = jnp.zeros(2)
+    >>> _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(params), params)
+    >>> print(float(state.norm), float(state.max_norm), int(state.skipped_steps))
+    5.0 1.0 1
   """
 
   norm: jax.Array
@@ -74,11 +84,11 @@ def skip_steps(
 ) -> optax.GradientTransformationExtraArgs:
   """Rejects steps that are nonfinite or above the limit of a rule: zero updates, and an unchanged wrapped state.
 
-  A step is rejected if its global norm is inf or NaN, if the norm is above the limit of `norm_rule` or, with a
-  `loss_rule`, if the loss is nonfinite or above its limit. A gradient of zeros is an ordinary step. Both rules see the
-  norm or loss of rejected steps too, unless norm or loss is nonfinite.
+  A step is rejected if its global norm is inf or NaN, if the norm is above the limit of `norm_rule`, if a limit is NaN
+  or, with a `loss_rule`, if the loss is nonfinite or above its limit. A gradient of zeros is an ordinary step. Both
+  rules see the norm or loss of rejected steps too, unless norm or loss is nonfinite or a limit is NaN.
 
-  Wrap the whole chain, clip included: `skip_steps(chain(clip, adam), norm_rule=...)`. Behind a clip it would see only
+  Wrap the whole chain, clip included: `skip_steps(chain(clip, adam), norm_rule=...)`. After a clip it would see only
   clipped norms, which no rule finds large. Wrap `optax.MultiSteps` too: outside it, a bad micro-batch is left out as if
   it had never existed. Inside it, one NaN rejects every later step, because MultiSteps keeps it in its accumulator;
   `optax.MultiSteps(tx, k, should_skip_update_fn=optax.skip_not_finite)` is the other way out.
@@ -96,10 +106,12 @@ def skip_steps(
     `skip/fraction`, `skip/consecutive` and more.
 
   Raises:
-    ValueError: for a negative or NaN Python number; in `update`, without `value=` for a `loss_rule`, and for another
-      number of leaves than `init` saw.
-    TypeError: for anything that is not a rule or not a transformation; in `update`, for an integer or bool leaf, with
-      its path, and for a `value` that is not a number.
+    ValueError: for a negative or NaN Python number, an array that is not a scalar, and a `max_consecutive_skips` below
+      1; in `update`, for another number of leaves than `init` saw, for an inner state of another transformation and,
+      with a `loss_rule`, without `value=` or for one that is not a scalar or varies over mesh axes.
+    TypeError: for anything that is not a rule or not a transformation, and for a `max_consecutive_skips` that is not a
+      Python integer; in `update`, for another transformation's state, for an integer or bool leaf, with its path, and,
+      with a `loss_rule`, for a `value` that is not a number.
 
   Example:
     >>> import jax.numpy as jnp, optax, clipjax
@@ -120,8 +132,8 @@ def skip_steps(
     check_whole(max_consecutive_skips, "max_consecutive_skips", 1, _MOST_SKIPS)
   protected = optax.with_extra_args_support(inner)
   # A missing rule is one without a limit.
-  norms = as_rule(jnp.inf if norm_rule is None else norm_rule, "norm_rule")
-  losses = as_rule(jnp.inf if loss_rule is None else loss_rule, "loss_rule")
+  norms = as_rule(jnp.inf if norm_rule is None else norm_rule, "norm_rule", remedy=_REMEDY)
+  losses = as_rule(jnp.inf if loss_rule is None else loss_rule, "loss_rule", remedy=_REMEDY)
   check_axis_name(axis_name)
   label = partial(Labels.of, name="skip", unit="global")
   norm_check, loss_check = StateCheck(norms, "norm_rule"), StateCheck(losses, "loss_rule")
@@ -153,7 +165,8 @@ def skip_steps(
     norm = measure_jit(NormSpec(2.0, state.labels.blocks, prepared.axes), prepared.measured).norms[0]
     loss = _loss(extra_args, loss_rule is not None, norm_dtype())
     # Decide: a nonfinite step is rejected and keeps the rules unchanged; a large one is only rejected.
-    max_norm, _, norm_state = ask(norms, norm, norm_rule_state, norm)
+    # A negative limit of the norm counts as 0; a loss may be negative.
+    max_norm, _, norm_state = asked(norms, norm, norm_rule_state, norm)
     max_loss, _, loss_state = ask(losses, loss, loss_rule_state, norm)
     bad = ~jnp.isfinite(norm) | jnp.isnan(max_norm) | jnp.isnan(max_loss)
     skip = norm > max_norm

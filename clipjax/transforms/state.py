@@ -25,7 +25,7 @@ class ClipState(NamedTuple):
     norm_clipped: shape (): global norm after the clip.
     max_norm: shape () for a global clip, else (n,): the limit in force at the last step; the largest number of the
       dtype, which no finite norm exceeds, if there is no limit.
-    scale: shape of `max_norm`: the factor that multiplied the gradient.
+    scale: shape of `max_norm`: the factor that multiplied the gradient; for `clip_by_value`, the largest entry.
     norms: shape (n,): norm of each group or leaf (rms for `clip_by_block_rms`), before the clip; () for a global clip.
     steps: int32, shape (): updates so far.
     clipped_steps: int32, shape (): updates in which anything was clipped.
@@ -35,6 +35,13 @@ class ClipState(NamedTuple):
       stacked one, with a NaN or, if there is none, with an inf or a sum of squares that overflowed; else -1.
     rule: the state of the rule.
     labels: names of leaves and groups; static, no arrays.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> tx, grads = clipjax.clip_by_global_norm(1.0), jnp.array([3.0, 4.0])
+    >>> _, state = tx.update(grads, tx.init(grads))
+    >>> print(float(state.norm), float(state.max_norm), int(state.clipped_steps))
+    5.0 1.0 1
   """
 
   norm: jax.Array

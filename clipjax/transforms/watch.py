@@ -54,6 +54,13 @@ class WatchState(NamedTuple):
     worst_norms: shape (n,): the norms of the worst step by leaf.
     history: shape (history,): the last norms; step i is at `(i - 1) % history`.
     labels: names of the leaves; static, no arrays.
+
+  Example:
+    >>> import jax.numpy as jnp, clipjax
+    >>> tx, grads = clipjax.watch(), jnp.array([3.0, 4.0])
+    >>> _, state = tx.update(grads, tx.init(grads))
+    >>> print(float(state.norm), int(state.steps))
+    5.0 1
   """
 
   norm: jax.Array
@@ -104,7 +111,7 @@ def watch(
 ) -> optax.GradientTransformationExtraArgs:
   """Measures updates and returns them unchanged: norms, zeros, nonfinite entries, the worst step, the last steps.
 
-  First in a chain, it sees the raw gradient and shares the norms with a clip behind it. Last in a chain, with another
+  First in a chain, it sees the raw gradient and shares the norms with a clip after it. Last in a chain, with another
   `name`, it sees the optimizer's updates, whose ratio to the parameters shows the effect of the learning rate. inf and
   NaN are counted by leaf and passed on. Parameter norms and the share of zeros are taken only at every 16th step from
   the first on, and at a nonfinite step, which saves a second read of the updates at the others.
@@ -263,7 +270,7 @@ def _measured(labels: Labels, axes: tuple[Axes, ...], leaves: Sequence[Any]) -> 
   """The global norm, and the norms of the leaves if they are kept."""
   spec = spec_of_slices(2.0, leaves, axes, labels.stacks) if labels.stacks else NormSpec(2.0, labels.blocks, axes)
   measured = measure(spec, leaves)
-  if labels.unit == "global":
+  if labels.is_whole:
     return measured.norms[0], ()
   return vector_norm(measured.vector, 2.0), measured.vector
 

@@ -8,7 +8,7 @@ assert series["no clip"]["grad/norm"][worst] > 1e6 > 1e5 * series[CLIPPED]["grad
 # "The loss ends above the cost of a blind guess."
 assert final["no clip"] > math.log(CHARACTERS) > 2 * final[CLIPPED]
 
-# "At most of its early steps"; "later most gradients are below the limit".
+# "In most of its early steps"; "later most gradients are below the limit".
 assert above[CLIPPED][-50:].mean() < 0.5 < above[CLIPPED][:50].mean()
 
 # "The curves on the left are nearly straight on the log axis."

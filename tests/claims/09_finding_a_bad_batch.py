@@ -1,6 +1,6 @@
 """Claims of notebooks/09_finding_a_bad_batch.py."""
 
-# "All of them are at the same file", which is one of the second delivery, after step 160.
+# "All of them are at the same file", which is from the second delivery, after step 160.
 assert (verdict.level, verdict.name) == ("WARN", "spikes")
 assert len(report.events) >= 2
 assert {event.batches for event in report.events} == {("part-35",)}

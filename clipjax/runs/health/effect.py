@@ -29,8 +29,8 @@ def clip_starves(view: View) -> Iterator[Finding]:
     message += f"{percent(found.kept)} of its step (mean). {found.holder!r} triggers the clip, which leaves "
     message += f"{percent(found.left)} of the gradient (mean) and would leave {percent(found.without)} without that "
     message += "leaf."
-    advice = f"Clip {found.holder!r} separately with clip_by_leaf_norm, or give it its own group in clip_by_group_norm."
-    advice += " Or raise max_norm."
+    advice = "Use clip_by_leaf_norm, which clips every leaf by its own norm, or give "
+    advice += f"{found.holder!r} its own group in clip_by_group_norm. Or raise max_norm."
     rule = f"every leaf keeps at least {percent(view.limits.starved)} of its step, a clipjax limit"
     yield Finding("WARN", "clip-starves", message, advice, rule, leaves=(*found.leaves, found.holder))
 

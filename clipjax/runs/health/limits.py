@@ -18,10 +18,10 @@ class HealthLimits(NamedTuple):
     min_steps: how many finite norms after the warm-up statistics need.
     spike_sigma: how many deviations above the median a spike is; a deviation is 1.4826 median absolute deviations.
     spike_window: how many previous values that median covers.
-    lost: share of its fall that a loss loses again by the end, for a FAIL.
+    lost: share of its fall that a loss undoes by the end, for a FAIL.
     rising_loss: the same share for a WARN.
     learned: smallest fall of a loss, relative to its first value, that counts as learning.
-    stopped: share of the run, at its end, in which nothing trains.
+    stopped: share of the run, at its end, in which nothing trains; 100 rows are enough, but for a learning rate of 0.
     clip_fraction: share of clipped steps; the tuning playbook calls more than 0.5 "extremely aggressive".
     clip_left: part of the gradient left in those steps; `clipped-often` needs both limits crossed.
     starved: smallest part of its step that a leaf keeps when another leaf triggers the clip.
@@ -42,6 +42,13 @@ class HealthLimits(NamedTuple):
     >>> limits = clipjax.runs.HealthLimits(clip_fraction=0.9)
     >>> limits.clip_fraction, limits.spike_sigma
     (0.9, 6.0)
+
+  References:
+    Godbole et al., Deep Learning Tuning Playbook, 2023, https://github.com/google-research/tuning_playbook:
+    `clip_fraction`.
+    CS231n, ratio of updates to weights, https://cs231n.github.io/neural-networks-3/#ratio: `ratio_low` and
+    `ratio_high`.
+    Prechelt, Early stopping, but when?, 1998, https://doi.org/10.1007/3-540-49430-8_3: `overfit`.
   """
 
   min_steps: int = 20
@@ -73,7 +80,10 @@ _NUMBER = int | float | np.integer | np.floating
 
 
 def check_limits(limits: Any) -> None:
-  """Raises unless `limits` is a `HealthLimits` with every field in its range; inf switches a finding off."""
+  """Raises unless `limits` is a `HealthLimits` with every field in its range.
+
+  inf switches off a finding about a number that is too large.
+  """
   if not isinstance(limits, HealthLimits):
     raise TypeError(
       f"`limits` must be a HealthLimits, got {described(limits)}: pass one such as HealthLimits(clip_fraction=0.9)."

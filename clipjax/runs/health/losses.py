@@ -31,7 +31,7 @@ _EXPLODED = 100.0  # Without a loss, norms that rise by this factor mean that th
 
 
 def diverged(view: View) -> Iterator[Finding]:
-  """FAIL for a loss that left for good: it ends above its start, or lost most of its fall again."""
+  """FAIL for a loss that left for good: it ends above its start, or undid most of its fall."""
   if view.loss is None:
     for of_state in views_of(view):
       yield from _exploded(of_state)
@@ -48,7 +48,7 @@ def diverged(view: View) -> Iterator[Finding]:
   if event is not None and event.first.key != key:
     message += f" First {moved(event.first)}."
   message += rates_at(view.run, step)
-  rule = f"at most {percent(view.limits.lost)} of the fall may be lost again by the end, a clipjax limit"
+  rule = f"at most {percent(view.limits.lost)} of the fall may be undone by the end, a clipjax limit"
   leaves = event.leaves if event is not None else ()
   yield Finding("FAIL", DIVERGED, message, _remedy(view, event, course, step), rule, steps=(step,), leaves=leaves)
 
@@ -109,7 +109,7 @@ def not_learning(view: View) -> Iterator[Finding]:
     return
   message = f"{key!r} hardly fell: {number(course.first)} at the start, "
   message += f"{f'{number(highest)} at its highest, ' if has_risen else ''}{number(course.best)} at its best, over "
-  message += f"{view.loss.total} steps."
+  message += f"{view.loss.total} recorded losses."
   rule = f"a fall of at least {percent(_HALF if has_risen else view.limits.learned)}, a clipjax limit"
   advice = "Check that labels match inputs and that the loss reaches every layer; then try learning rates ten times "
   advice += "lower and higher. This is fine when you fine-tune a trained model."
@@ -117,7 +117,7 @@ def not_learning(view: View) -> Iterator[Finding]:
 
 
 def rising_loss(view: View) -> Iterator[Finding]:
-  """WARN for a loss that loses a part of its fall again by the end."""
+  """WARN for a loss that undoes a part of its fall by the end."""
   if (course := _lost(view)) is None or view.loss is None:
     return
   event = lost_with(view)
@@ -128,7 +128,7 @@ def rising_loss(view: View) -> Iterator[Finding]:
   message += f"{course.best_step}."
   if event is not None:
     message += f" At step {step} {moved(event.first)}."
-  rule = f"at most {percent(view.limits.rising_loss)} of the fall may be lost again, a clipjax limit"
+  rule = f"at most {percent(view.limits.rising_loss)} of the fall may be undone by the end, a clipjax limit"
   advice = f"Keep the checkpoint near step {course.best_step}; decay the learning rate earlier, or lower it."
   if event is not None:
     advice = f"{restore([step])} Look at {batches_of(event)}."

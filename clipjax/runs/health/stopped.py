@@ -3,6 +3,7 @@
 `stopped` has four causes, each with its own remedy; the earliest is reported.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ class _End(NamedTuple):
   why: str
   advice: str
   what: str = "Nothing"  # Or only a part of the model.
+  most: float = _MOST  # As many rows are enough.
 
 
 def stopped(view: View) -> Iterator[Finding]:
@@ -41,11 +43,12 @@ def stopped(view: View) -> Iterator[Finding]:
   end = min(ends, key=lambda end: end.step)
   verb = "has trained" if end.what == "Nothing" else "has not trained"
   message = f"{end.what} {verb} since step {end.step}: {end.why}."
-  rule = f"for less than {percent(view.limits.stopped)} of the run, a clipjax limit"
+  rule = f"training stands still for less than {percent(view.limits.stopped)} of the run"
+  rule += f" and for less than {end.most:.0f} rows" * (end.most < len(view.run)) + ", a clipjax limit"
   yield Finding("FAIL", "stopped", message, end.advice, rule, steps=(end.step,))
 
 
-def _since(view: View, is_still: Bools, known: Bools, most: int = _MOST) -> int | None:
+def _since(view: View, is_still: Bools, known: Bools, most: float = _MOST) -> int | None:
   """The step since which every known row stands still; None if that part of the run is short."""
   # Rows without the number say nothing, so only known rows are counted.
   rows = np.flatnonzero(known)
@@ -68,7 +71,7 @@ def _all_rejected(view: View) -> _End | None:
     advice = f"{restore([step])} Every gradient from there on is inf or NaN, as the parameters or an accumulator are. "
     advice += "optax.MultiSteps keeps a NaN forever, so wrap it in skip_steps."
   else:
-    advice = f"{restore([step])} If the gradients are sound, raise the rule's sigma: its limit is below all of them."
+    advice = f"{restore([step])} If the gradients are sound, raise the limit of the rule: it is below all of them."
   return _End(step, "skip_steps has rejected every step", advice)
 
 
@@ -87,7 +90,7 @@ def _no_rate(view: View) -> _End | None:
   """Every learning rate is 0; a single one may be, for a part that is frozen on purpose."""
   columns = {key: column(view.run, key) for key in keys_with(view.run.columns, Role.RATE)}
   rates = {key: rate for key, rate in columns.items() if np.isfinite(rate).any()}
-  ends = [_since(view, rate == 0, np.isfinite(rate), len(view.run) + 1) for rate in rates.values()]
+  ends = [_since(view, rate == 0, np.isfinite(rate), math.inf) for rate in rates.values()]
   known = [step for step in ends if step is not None]
   if not known or len(known) < len(ends):
     return None
@@ -95,7 +98,7 @@ def _no_rate(view: View) -> _End | None:
   ran = "" if step > view.run.steps[0] else " from the start"
   advice = "Check the schedule: it ends before the run does." if not ran else "Check the schedule."
   verb = "is" if len(rates) == 1 else "are"
-  return _End(step, f"{several(tuple(rates), tuple(rates))} {verb} 0{ran}", advice)
+  return _End(step, f"{several(tuple(rates), tuple(rates))} {verb} 0{ran}", advice, most=math.inf)
 
 
 def _no_update(view: View) -> _End | None:
@@ -124,6 +127,6 @@ def skipped(view: View) -> Iterator[Finding]:
     level = "WARN"
     if share >= limits.skip_most:
       level, limit = "FAIL", limits.skip_most
-    advice = f"Look at the {view.batches(steps)}; if they are ordinary, raise the rule's sigma."
+    advice = f"Look at the {view.batches(steps)}; if they are ordinary, raise the limit of the rule."
   rule = f"at most {percent(limit)}, a clipjax limit"
   yield Finding(level, "skipped", message, advice, rule, steps=tuple(steps.tolist()))

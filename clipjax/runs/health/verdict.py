@@ -36,7 +36,7 @@ LEVELS = ("FAIL", "WARN", "INFO")
 
 Check: TypeAlias = Callable[[View], Iterator[Finding]]
 
-# Checks that may find the end of a training; what comes after it is aftermath and is not judged.
+# Checks that may find the end of training; what comes after it is aftermath and is not judged.
 ENDS: tuple[Check, ...] = (nonfinite_norm, nonfinite_loss, diverged, stopped)
 NONFINITE = frozenset({"nonfinite", "nonfinite-loss"})
 # Checks of the rows before that, strongest first. Those in `OF_STATES` run once per judged state.
@@ -162,7 +162,7 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
   the step, percentiles of the norm, step time, throughput, and which series are not fully judged.
 
   Every state and every loss is judged. Spikes at one time form one event, in `events`. Nothing is judged after the end
-  of a training, such as the step that made its parameters NaN, and a finding hides its consequences. Within a level the
+  of training, such as the step that made the parameters NaN, and a finding hides its consequences. Within a level the
   strongest finding comes first.
 
   Update ratios are judged only for a watch whose name begins with "update", such as `clipjax.watch(name="update")` last
@@ -172,7 +172,7 @@ def diagnose(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int 
   verdict is right.
 
   Args:
-    run: a run from `read_run`.
+    run: a run from `read_run` or `Run.from_arrays`.
     limits: where findings begin; None: the defaults of `HealthLimits`.
     warmup_steps: how many steps to leave out at the start; None: those of a tenth of the rows, at most 100 rows.
 
@@ -232,7 +232,7 @@ def _end(view: View, finding: Finding) -> int | None:
     return None
   if finding.name not in NONFINITE:
     return finding.steps[0]
-  # Nonfinite numbers end a training only if they last to the end of the record: the last unbroken stretch counts.
+  # Nonfinite numbers end training only if they last to the end of the record: the last unbroken stretch counts.
   rows = np.searchsorted(view.run.steps, finding.steps)
   if rows[-1] < len(view.run) - 1:
     return None

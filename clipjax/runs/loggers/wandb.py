@@ -30,7 +30,7 @@ class WandbRows:
     self._keeps_up = False
     self._first_waiting: int | None = None
 
-  def offer(self, entry: Any, pushed: tuple[int, int] | None, waiting: int, at_any_step: bool = False) -> bool:
+  def offer(self, entry: Any, pushed: tuple[int, int] | None, waiting: int, at_any_step: bool) -> bool:
     """Logs a row if there is a step for it; returns whether it did.
 
     Args:

@@ -1,7 +1,8 @@
 """The recorders that are open in this process: one per file, and all of them are written when the process ends.
 
 A process ends when Python exits, with or without an exception, or by SIGTERM, which schedulers send before they take a
-machine away. We handle SIGTERM only if nobody else does; once the rows are written, the process dies of it.
+machine away. We handle SIGTERM only if nothing else does: we write the rows, give loggers ten seconds, and then let
+SIGTERM end the process.
 """
 
 import atexit

@@ -109,12 +109,18 @@ class Pipeline:
   def put(self, pushed: Pushed) -> None:
     """Accepts a push; waits only while two batches are in flight."""
     if self._is_elsewhere():
-      raise ValueError("`push` must be called in the process that made the Recorder, got a fork of it: make another.")
+      raise ValueError(
+        "`push` must be called in the process that made the Recorder, got a fork of it: make one there, with another "
+        "path."
+      )
     self._pending.append(pushed)
     if self._is_ending:  # Another thread closes. Once ours has ended, we know whether this push came in time.
       self._thread.join()
       if any(late is pushed for late in list(self._pending)):
-        raise ValueError("`push` must be called before `close`, got a push while another thread closed the Recorder.")
+        raise ValueError(
+          "`push` must be called before `close`, got a push while another thread closed the Recorder: join the threads "
+          "that push before you close it."
+        )
     elif len(self._pending) >= self._every:  # Waking the thread for each push would cost more than the push.
       self._queue.put(None)
       _wait_until(lambda: len(self._pending) + len(self._batch) < 2 * self._every or not self._thread.is_alive())

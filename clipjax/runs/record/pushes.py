@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax.checks import describe
+from clipjax.checks import describe, describe_size
 from clipjax.runs.record.packing import Layout, Packer
 
 _LONGEST_BATCH = 100  # Characters: enough for the name of a batch, not for its content.
@@ -65,7 +65,9 @@ def step_of(step: Any) -> int | None:
   check_outside_jit(step, "step")
   if isinstance(step, numbers.Integral) and not isinstance(step, bool):
     if abs(int(step)) >= _INT64:
-      raise ValueError("`step` must be in the range of an int64, got a larger integer: pass the number of the step.")
+      raise ValueError(
+        f"`step` must be in the range of an int64, got {describe_size(step)}: pass the number of the step."
+      )
     return int(step)
   # A numpy step is on the host already; a JAX one may still be being computed.
   if isinstance(step, jax.Array | np.ndarray) and step.shape == () and jnp.issubdtype(step.dtype, jnp.integer):
@@ -86,7 +88,7 @@ def batch_of(batch: Any) -> Batch | None:
     return batch
   if isinstance(batch, numbers.Integral) and not isinstance(batch, bool):
     if abs(int(batch)) >= _INT64:
-      raise ValueError("`batch` must be in the range of an int64, got a larger integer: pass it as a string.")
+      raise ValueError(f"`batch` must be in the range of an int64, got {describe_size(batch)}: pass it as a string.")
     return int(batch)
   raise TypeError(
     f"`batch` must be an integer or a short string, got {describe(batch)}: pass the name you look the batch up by."
@@ -109,7 +111,7 @@ def _python_number(key: str, value: Any) -> int | float:
   try:
     return float(number)
   except OverflowError:
-    raise ValueError(f"`{key}` must be in the range of a float, got a larger integer: scale it.") from None
+    raise ValueError(f"`{key}` must be in the range of a float, got {describe_size(number)}: scale it.") from None
 
 
 def _no_number(key: str, value: Any) -> TypeError:

@@ -32,9 +32,9 @@ from clipjax.runs.schema import RESERVED, USER_STEP
 class Recorder:
   """Writes what the clips and watches of an optimizer state measured, and your own scalars, row by row.
 
-  `push` never waits for the device. It packs everything into one new vector there, which outlives a step that donates
-  the optimizer state, and returns. A thread reads the vectors, `every` at a time, writes the rows and hands them to the
-  writers. The loop waits only if the device is more than `2 * every` steps behind.
+  `push` packs everything into one new vector on the device, which outlives a step that donates the optimizer state, and
+  returns. A thread reads the vectors, `every` at a time, writes the rows and hands them to the writers. `push` waits
+  only if the device is more than `2 * every` steps behind.
 
   The file is JSON Lines with one row per step; `read_run` reads it. A row has the step number that you pushed; "update"
   counts the updates that the optimizer had seen. Several pushes of one step become one row, in which the later number
@@ -52,9 +52,10 @@ class Recorder:
   last one written. Slices of stacked layers count as leaves here, and so do more than 64 groups. Numbers of fewer
   groups are in every row.
 
-  An exception, Ctrl-C, SIGTERM or a script that ends without `close` loses nothing that was pushed. SIGTERM is handled
-  if nobody else does: the file is written, loggers get ten seconds, and the process dies of it. A killed process loses
-  what was not yet read, at most twice `every` rows. `push` may be called from several threads.
+  An exception, Ctrl-C, SIGTERM or a script that ends without `close` loses nothing that was pushed. The Recorder
+  handles SIGTERM only if nothing else does: it writes the file, gives loggers ten seconds, and then lets SIGTERM end
+  the process. A killed process loses what was not yet read, at most twice `every` rows. `push` may be called from
+  several threads.
 
   A full disk or a logger that raises causes one warning, and training continues. Up to 16 MiB of rows wait until they
   can be written; beyond that the oldest are dropped, and `close` says how many were never written. Only one recorder
@@ -76,7 +77,7 @@ class Recorder:
   Raises:
     OSError: if the file cannot be written to.
     ValueError: if no Recorder wrote the file, it is not a regular file, or another process records to it; for an
-      `every` below 1 or limits out of range.
+      `every` below 1 or limits out of range; for wandb, mlflow or trackio without a run.
     TypeError: for a writer that takes no rows, or an argument of another type.
 
   Example:
@@ -105,7 +106,7 @@ class Recorder:
   ):
     check_whole(every, "every", 1)
     if not isinstance(writers, Iterable):
-      raise TypeError(f"`writers` must be a sequence, got {type(writers).__name__}: pass [writer].")
+      raise TypeError(f"`writers` must be an iterable of writers, got {type(writers).__name__}: pass [writer].")
     _check_callable(on_finding)
     limits = HealthLimits() if limits is None else limits
     check_limits(limits)
@@ -140,15 +141,15 @@ class Recorder:
         optimizers, push a dict of their states.
       params: the parameters, to record their number and, once in `every` pushes, a histogram of log10|w|. Only the part
         on the first device counts if an array is spread over several. May be donated afterwards.
-      batch: the name you look the batch up by: an integer or a short string. Findings quote it.
+      batch: the name you look the batch up by: an integer, or a string of at most 100 characters. Findings quote it.
       scalars: anything else to record, such as `loss=`, `learning_rate=`, or `tokens=` of this step for the throughput:
         Python numbers or arrays of shape (), which `push` does not wait for. May be inf or NaN.
 
     Raises:
       TypeError: for a value that is not a number, anything but an optimizer state, `params` without a floating leaf, or
         a call inside jit.
-      ValueError: for an array that is not a scalar, a step beyond int64, a key of `clipjax.metrics` or of the file
-        itself, an optimizer state with leading axes, or a call after `close`.
+      ValueError: for an array that is not a scalar, a step or batch beyond int64, a batch of more than 100 characters,
+        a key of `clipjax.metrics` or of the file itself, an optimizer state with leading axes, or a call after `close`.
     """
     if self._is_closed:
       raise ValueError("`push` must be called before `close`, got a closed Recorder: make another with the same path.")

@@ -1,7 +1,7 @@
 """Shared parts of the figures: colours, lines, marks, axes, ticks and legends.
 
 They never use pyplot, which keeps global state. Figures come in two widths, as the page has each for a screen and for
-a phone. Text and axes take the colours of the caller's matplotlib style; the page sets them to `page.INK`. Lines are
+a phone. Text and axes take the colours of the caller's matplotlib style; the page sets them to `html.INK`. Lines are
 thinned by `series.thin`.
 """
 
@@ -59,7 +59,7 @@ def ink() -> Any:
   return mpl.rcParams["axes.edgecolor"]
 
 
-def label_of(name: str, length: int = 30) -> str:
+def label_of(name: str, length: int) -> str:
   """A short label without math mode; its leading space keeps matplotlib from hiding a name that begins with "_"."""
   return " " + short(name, length).replace("$", r"\$")
 

@@ -50,10 +50,10 @@ class Steps(NamedTuple):
     return self.first, self.last
 
 
-def steps_of(steps: Ints, span: tuple[int, int] | None = None) -> Steps:
-  """The axis of a run with these steps, or of its part `span`."""
+def steps_of(steps: Ints) -> Steps:
+  """The axis of a run with these steps."""
   unit = float(np.median(np.diff(steps))) if steps.size > 1 else 1.0
-  first, last = span if span is not None else (int(steps[0]), int(steps[-1])) if steps.size else (0, 0)
+  first, last = (int(steps[0]), int(steps[-1])) if steps.size else (0, 0)
   return Steps(first, last, unit)
 
 

@@ -118,7 +118,7 @@ def _ratios(run: Run, band: tuple[float, float]) -> Section:
     middle = medians(found.values)
     count = int(((middle >= band[0]) & (middle <= band[1])).sum())
     alt += f" {count:,} of {len(found.names):,} layers have a median in the range {figures.band_words(band)}."
-  caption = "Update norm over parameter norm. About 1e-3 is usual for Adam-like optimizers. Far below it, the layer "
+  caption = "Update norm over parameter norm. About 1e-3 is usual for each set of parameters. Far below it, the layer "
   caption += "hardly learns; far above it, the layer is overwritten."
   return section(title, partial(figures.ratios, (run.steps, total), found, band), alt, caption)
 

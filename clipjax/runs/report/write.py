@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 def plot_norms(run: Run, *, limits: HealthLimits | None = None, warmup_steps: int | None = None) -> "Figure":
   r"""Plots the norm before the clip and the threshold against the step, on a log axis, with bad steps marked.
 
-  Triangles mark clipped steps, rings spikes, crosses norms of inf or NaN, and dots at the bottom norms of 0; a gap in
-  the line is a step without a finite norm. The warm-up is grey. A long run is thinned for drawing, but every spike
-  stays.
+  Triangles mark clipped steps, rings spikes, crosses norms of inf or NaN, squares rejected steps, and dots at the
+  bottom norms of 0; a gap in the line is a step without a finite norm. The warm-up is grey. A long run is thinned for
+  drawing, but every spike stays.
 
   Args:
-    run: from `clipjax.runs.read_run`.
+    run: from `clipjax.runs.read_run` or `Run.from_arrays`.
     limits: limits for `clipjax.runs.diagnose`, which decide which norms are spikes.
     warmup_steps: number of warm-up steps at the start, as in `diagnose`.
 
@@ -80,7 +80,7 @@ def write_report(
   the file larger than about 10 MB is left out, and the page names it.
 
   Args:
-    run: from `clipjax.runs.read_run`.
+    run: from `clipjax.runs.read_run` or `Run.from_arrays`.
     path: path of the file. An existing page is replaced in one step: a reader never sees half a page.
     limits: limits for `clipjax.runs.diagnose`, used by the verdict and the figures; None: the defaults.
     warmup_steps: number of steps at the start to leave out, as in `diagnose`.
