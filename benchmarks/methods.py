@@ -24,7 +24,7 @@ import optax
 
 import clipjax
 from clipjax import rules
-from clipjax.demo import model
+from clipjax.demo import model as rnn
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 96, 2, 4, 64, 8
 WITHIN = 1.01  # Medians up to 1% above the lowest of a row are bold too: three seeds cannot tell them apart.
@@ -99,11 +99,11 @@ def init_transformer(key: jax.Array) -> Params:
     return {**matrices, "attention_gain": jnp.ones(WIDTH), "mlp_gain": jnp.ones(WIDTH)}
 
   return {
-    "embed": normal((model.CHARACTERS, WIDTH), 0.5),
+    "embed": normal((rnn.CHARACTERS, WIDTH), 0.5),
     "positions": normal((CONTEXT, WIDTH), 0.5),
     "blocks": [block() for _ in range(LAYERS)],
     "gain": jnp.ones(WIDTH),
-    "out": normal((WIDTH, model.CHARACTERS), 0.01),
+    "out": normal((WIDTH, rnn.CHARACTERS), 0.01),
   }
 
 
@@ -128,12 +128,12 @@ def _normed(x: jax.Array, gain: jax.Array) -> jax.Array:
 
 MODELS = {
   "rnn": Model(
-    f"Tanh RNN of {model.HIDDEN} units, SGD with momentum {model.MOMENTUM:g}",
-    model.init_params,
-    model.loss_fn,
-    model.BATCH,
-    model.LENGTH,
-    lambda rate: optax.sgd(rate, momentum=model.MOMENTUM),
+    f"Tanh RNN of {rnn.HIDDEN} units, SGD with momentum {rnn.MOMENTUM:g}",
+    rnn.init_params,
+    rnn.loss_fn,
+    rnn.BATCH,
+    rnn.LENGTH,
+    lambda rate: optax.sgd(rate, momentum=rnn.MOMENTUM),
     (0.5, 1.0, 1.5, 2.0),
     250,
   ),
@@ -187,7 +187,7 @@ def trainer(model: Model, wrap: Callable[[Optimizer], Optimizer], steps: int) ->
 
 def compare(model: Model, steps: int, seeds: int) -> dict[tuple[float, str], Result]:
   """Every method at every learning rate, by (learning rate, method)."""
-  text = jnp.asarray(model.read_text())
+  text = jnp.asarray(rnn.read_text())
   results = {}
   for name, wrap in METHODS.items():
     train = trainer(model, wrap, steps)

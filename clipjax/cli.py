@@ -2,8 +2,7 @@
 
 Exit status: 0 for success; 1 if the verdict on a run has a FAIL; 2 for wrong arguments, a missing extra, or a file that
 cannot be read or written, each with one line on stderr; 130 after an interrupt; 141 if the reader of its output has
-closed the pipe. Control characters are escaped in all output, as the name of a
-file or a leaf may contain them.
+closed the pipe. Control characters are escaped in all output, as the name of a file or a leaf may contain them.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Strict promotion, eight CPU devices and no warnings, for every test."""
 
+import gc
 import os
 from unittest import mock
 
@@ -12,6 +13,10 @@ import jax
 import pytest
 from jax._src import compilation_cache, compiler
 
+# There are thousands of small programs: to walk the whole heap for cycles, and to note where each operation was traced,
+# would take a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

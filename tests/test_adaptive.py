@@ -44,7 +44,7 @@ def clipped_steps(rule, norms):
 
 @every_rule
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("at", [0, 1, 6])
+@pytest.mark.parametrize("at", cases([0, 1, 6], slow=[1]))
 def test_a_norm_that_is_not_finite_changes_nothing_later(name, bad, at):
   norms = [1.0, 1.2, 0.9, 1.1, 3.0, 1.0, 1.3, 0.7, 1.0]
   clean = run(RULES[name](), norms)[-1]
@@ -85,8 +85,19 @@ def test_global_leaf_and_group_agree(name):
     assert state.clipped_steps == by_global.clipped_steps
 
 
-@every_rule
-def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, x64):
+@pytest.mark.parametrize(
+  ("name", "wide"),
+  cases(
+    itertools.product(sorted(RULES), [False, True]),
+    slow=lambda case: case[1] and case[0] not in ("ema_ratio", "percentile"),
+  ),
+)
+def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, wide):
+  with jax.enable_x64(wide):
+    check_that_leaves_do_not_mix(name)
+
+
+def check_that_leaves_do_not_mix(name):
   rng = np.random.default_rng(0)
   norms = rng.lognormal(size=(12, 3)).astype(np.float32)
   rule = ALONE[name]()

@@ -306,7 +306,14 @@ EXPORTED = {
   "after": clipjax.clip_by_leaf_norm(rules.delayed(1, 1.0)),
   "layers": clipjax.clip_by_leaf_norm(rules.zscore(warmup_steps=1), stacked={"w": 0, "b": None}),
 }
-ALIKE = {"clip_by_block_rms", "clip_by_group_norm", "autoclip"}  # What takes the same operations as another is slow.
+ALIKE = {
+  "clip_by_block_rms",
+  "clip_by_group_norm",
+  "autoclip",
+  "adagc",
+  "units of layers",
+  "an infinite threshold",
+}  # What takes the same operations as another is slow.
 LOOKED_AT = {
   **EXPORTED,
   "a threshold of 0": clipjax.clip_by_global_norm(0.0),

@@ -247,9 +247,11 @@ def test_every_platform_has_the_norms_of_the_oracle(platform, dtype, p):
         np.testing.assert_allclose(norm, oracle_norm([x], p), rtol=RTOL[platform])
 
 
-@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("size", [4, 90_000])
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize(
+  ("platform", "p"),
+  cases(itertools.product(PLATFORMS, [0.5, 1.0, 2.0, 3.0]), slow=lambda case: case[0] == "gpu" and case[1] != 2),
+)
 def test_with_x64_the_norm_of_float32_leaves_may_be_above_float32(platform, size, p):
   with jax.enable_x64(True):
     leaves = [jnp.full(size, 3e38, jnp.float32), jnp.zeros(3, jnp.float32)]
@@ -365,7 +367,7 @@ def test_second_derivatives_at_zero_and_beside_it_are_no_nan(ord):
       assert np.isfinite(outer(jax.jacrev(norm))(x)).all()
 
 
-@pytest.mark.parametrize("p", cases([1.0, 2.0, math.inf, -math.inf, 0.5, 3.0], {-math.inf, 0.5}))
+@pytest.mark.parametrize("p", cases([1.0, 2.0, math.inf, -math.inf, 0.5, 3.0], {1.0, -math.inf, 0.5}))
 def test_with_x64_a_norm_of_32_bit_leaves_may_be_above_the_largest_float32(p):
   leaves = {"complex": np.array([3e38 + 3e38j, 1e38], np.complex64), "float": np.full(8, 3e38, np.float32)}
 

@@ -220,7 +220,9 @@ FLAT = {name: (PAIRS[name][0], GLOBAL) for name in NAMES if "leaf" in name} | {"
 
 
 @every
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+  "wrapper", cases(WRAPPERS, slow=["masked by a prefix", "masked within a mask", "MultiSteps by a schedule"])
+)
 def test_in_a_wrapper_of_optax(name, wrapper):
   wrap, grads, counted, leaves, extras = WRAPPERS[wrapper]
   states = both(FLAT.get(name, PAIRS[name]) if wrapper == "flatten" else PAIRS[name], wrap, grads, extras)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import NO_LIMIT
+from helpers import NO_LIMIT, cases
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from processes import outputs_of_processes
 
@@ -68,7 +68,7 @@ def test_metrics_moves_nothing_and_a_nan_or_inf_is_no_error(name, place, entry):
       np.testing.assert_array_equal(value, want[key], err_msg=key)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", cases(TRANSFORMS, slow=["rms", "value", "leaf"]))
 def test_metrics_inside_jit_and_of_many_models_moves_nothing(name):
   tx = TRANSFORMS[name]()
   grads = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), PARAMS)

@@ -121,7 +121,7 @@ def with_bad(steps, bad):
   return out
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", cases(ALL, slow=["leaf with eps", "leaf, zero", "rms"]))
 def test_stacked_is_as_unrolled(name):
   pair, steps = Pair(named(name)), list(gradients("float32"))
   state = pair.check(steps)
@@ -181,8 +181,13 @@ def test_norms_are_those_of_the_oracle(p, magnitude):
   np.testing.assert_allclose(np.concatenate([np.ravel(norms[name]) for name in sorted(norms)]), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
-@pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 3.0])
+@pytest.mark.parametrize(
+  ("p", "platform"),  # A GPU sums what is no square as a TPU does.
+  cases(
+    itertools.product([2.0, 1.0, math.inf, 3.0], ["cpu", "tpu", "gpu"]),
+    slow=lambda case: case[1] == "gpu" and case[0] != 2,
+  ),
+)
 def test_every_platform_has_the_norms_of_slices(platform, p):
   shapes = {"a": (3, 70, 1000), "b": (4,), "c": (40, 3, 5)}
   (grads,) = gradients("float32", steps=1, shapes=shapes)
