@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from compiled import cache_folder
 from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
@@ -199,7 +200,8 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as name:
     folder = copy_of_project(Path(name))
     sys.path.insert(0, str(folder))
-    os.environ.setdefault("CLIPJAX_TESTS_CACHE", str(folder / "cache"))
+    if "CLIPJAX_TESTS_CACHE" not in os.environ:  # A copy: programs of broken code are of no use later.
+      os.environ["CLIPJAX_TESTS_CACHE"] = shutil.copytree(cache_folder(), str(folder / "cache"))
     sys.dont_write_bytecode = True  # Two mutants of one second and size would share it.
     import optax  # noqa: F401, PLC0415  (before the fork)
 
