@@ -47,8 +47,7 @@ def claim(fast: Sequence[At]) -> str:
     return f"`{best}` holds most often there, in {lead} cells more than training without a clip."
   return (
     f"No rule beats training without a clip by more than {max(lead, 0)} cells, too few to recommend one for a "
-    "higher rate than the "
-    "recorded one."
+    "higher rate than the recorded one."
   )
 
 

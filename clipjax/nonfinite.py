@@ -4,6 +4,7 @@
 "error" raises if values are known, and adds a check for `checkify` if they are traced.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -50,9 +51,9 @@ def _raise(prepared: Prepared, bad: jax.Array, norm: jax.Array) -> None:
     where_to_look = ': see `on_nonfinite="error"` in the docstring of clipjax.clip_by_global_norm'
     checkify.check(~bad | jnp.isfinite(norm), text + where_to_look, norm=norm)
     checkify.check(~bad | ~jnp.isfinite(norm), limit, norm=norm)
-  elif bool(bad) and bool(jnp.isfinite(norm)):
-    raise FloatingPointError(limit.format(norm=float(norm)))
   elif bool(bad):
+    if math.isfinite(norm):
+      raise FloatingPointError(limit.format(norm=float(norm)))
     # Look for the leaves only now: a finite step never pays for it.
     finite = list(map(_finite_slices, prepared.measured, by_leaf(prepared.stacks, len(prepared.measured))))
     slices = slice_names(prepared.names(), prepared.stacks)
