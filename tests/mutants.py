@@ -72,6 +72,7 @@ OPERATORS = (
   *(f"ReplaceUnaryOperator_{pair}" for pair in ("USub_UAdd", "Delete_Invert", "Delete_Not")),
   *OTHERS.split(),
 )
+DURATIONS = ("--durations=0", "--durations-min=0")
 UNSEEN = re.compile(r"\b(strict|inline)=True")  # Lengths are always equal; a program is the same, told in another way.
 TWINS = [("minimum", "maximum"), ("max", "min"), ("isnan", "isinf"), ("any", "all"), ("pmax", "pmin")]
 TWIN = {**dict(TWINS), **{b: a for a, b in TWINS}, "isfinite": "isnan", "psum": "pmax", "argmax": "argmin"}
@@ -162,9 +163,8 @@ def outcome(folder: Path, tests: list[str], limit: float) -> tuple[int | None, s
     try:
       import pytest  # noqa: PLC0415
 
-      without = [x for plugin in ("cacheprovider", "xdist") for x in ("-p", f"no:{plugin}")]
       # What starts processes of its own takes a minute.
-      code = int(pytest.main(["-x", "-q", *without, "-k", "not two_processes", *tests]))
+      code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", "not two_processes", *tests]))
     except BaseException:  # It would be lost, and with it the reason.
       traceback.print_exc()
     finally:
@@ -205,12 +205,14 @@ def main() -> None:
     sys.dont_write_bytecode = True  # Two mutants of one second and size would share it.
     import optax  # noqa: F401, PLC0415  (before the fork)
 
+    every_file = sorted({file for module in args.modules for file in files_of(module)})
+    if outcome(folder, [*DURATIONS, "-n", str(os.cpu_count()), *every_file], 20 * args.limit)[0] != 0:
+      raise SystemExit("the tests must pass before anything is broken\n" + (folder / "log").read_text())
+    every_test = quickest_first((folder / "log").read_text())
     for module in args.modules:
       source = (ROOT / "clipjax" / module).read_text()
-      files = [f"tests/test_{subject}.py" for subject in TESTS[module].split()]
-      if outcome(folder, ["--durations=0", "--durations-min=0", *files], 10 * args.limit)[0] != 0:
-        raise SystemExit("the tests must pass before anything is broken\n" + (folder / "log").read_text())
-      tests = quickest_first((folder / "log").read_text())
+      files = files_of(module)
+      tests = [test for test in every_test if test.partition("::")[0] in files]
       found, times = [], Counter()
       for line, operator, code in mutants(source):
         diff = "\n".join(list(difflib.unified_diff(source.splitlines(), code.splitlines(), lineterm="", n=0))[3:])
@@ -236,6 +238,11 @@ def main() -> None:
   survived, late = (sum(x["status"] == status for x in known.values()) for status in (0, None))
   print(f"{len(known)} mutants: {survived} survived, {late} ran into the limit")
   sys.exit(survived > args.most * len(known))
+
+
+def files_of(module: str) -> list[str]:
+  """The files whose tests should notice a mutant of the module."""
+  return [f"tests/test_{subject}.py" for subject in TESTS[module].split()]
 
 
 def quickest_first(log: str) -> list[str]:

@@ -79,6 +79,8 @@ VALUES = [
   ),
   (lambda: by_norm(jnp.ones(2)), f"{THRESHOLD}, got float32[2]: pass one number, or use clip_by_group_norm."),
   (lambda: by_norm(np.ones(2)), f"{THRESHOLD}, got float64[2]: pass one number, or use clip_by_group_norm."),
+  (lambda: by_group(jnp.ones(2)), f"{THRESHOLD}, got float32[2]: pass one number, or a dict by label."),
+  (lambda: clipjax.zclip(max_norm=jnp.ones(2)), f"{THRESHOLD}, got float32[2]: pass one number."),
   (lambda: by_norm(1.0, 0), "`ord` must be > 0, got 0: pass 2 for the Euclidean norm."),
   (lambda: now(TREE, 1.0, -math.inf), "`ord` must be > 0, got -inf: pass 2 for the Euclidean norm."),
   (

@@ -86,10 +86,10 @@ def number(value: Any, dtype: Any) -> jax.Array:
   return out
 
 
-def as_rule(value: Any, argument: str, *, remedy: str = ZERO_OR_INF) -> Rule:
+def as_rule(value: Any, argument: str, *, remedy: str = ZERO_OR_INF, or_else: str = "") -> Rule:
   """Turns a number, an array, a schedule or a rule into a rule: every threshold goes through here.
 
-  `remedy` is for a number out of range.
+  `remedy` is for a number out of range; `or_else` extends the remedy for an array of numbers.
   """
   if isinstance(value, Rule):
     for field in value._fields:
@@ -109,7 +109,6 @@ def as_rule(value: Any, argument: str, *, remedy: str = ZERO_OR_INF) -> Rule:
       f"`{argument}` must be a number, a scalar array, a schedule or a clipjax.rules.Rule, got "
       f"{describe(value)}: pass a float such as 1.0; a dict by label is for clip_by_group_norm."
     )
-  or_else = ", or use clip_by_group_norm" if argument == "max_norm" else ""
   threshold = check_threshold(value, argument, remedy=remedy, or_else=or_else)
   return _of_count(lambda _: threshold)
 

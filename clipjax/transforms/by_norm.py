@@ -19,6 +19,8 @@ from clipjax.norms.sums import stack
 from clipjax.rules.base import Rule, as_rule, ask
 from clipjax.transforms.engine import MaxNorm, clip_by_rule
 
+_BY_GROUP = ", or use clip_by_group_norm"  # What to do with a threshold for each leaf.
+
 
 def clip_by_global_norm(
   max_norm: MaxNorm,
@@ -78,7 +80,7 @@ def clip_by_global_norm(
   label = partial(Labels.of, name=check_name(name), unit="global")
   check_track(track, "max_norm", max_norm)
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name}
-  return clip_by_rule(max_norm, "max_norm", label, ord=ord, **options)
+  return clip_by_rule(max_norm, "max_norm", label, ord=ord, or_else=_BY_GROUP, **options)
 
 
 def clip_by_leaf_norm(
@@ -135,7 +137,7 @@ def clip_by_leaf_norm(
   label = partial(Labels.of, name=check_name(name), unit="leaf", stacked=stacked, axis_name=axis_name)
   check_track(track, "max_norm", max_norm)
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name, "stacked": stacked}
-  return clip_by_rule(max_norm, "max_norm", label, ord=ord, **options)
+  return clip_by_rule(max_norm, "max_norm", label, ord=ord, or_else=_BY_GROUP, **options)
 
 
 def clip_by_group_norm(
@@ -205,7 +207,7 @@ def clip_by_group_norm(
   )
   check_track(track, "max_norm", *(max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]))
   options = {"track": track, "eps": eps, "on_nonfinite": on_nonfinite, "axis_name": axis_name, "stacked": stacked}
-  return clip_by_rule(rule, "max_norm", label, ord=ord, **options)
+  return clip_by_rule(rule, "max_norm", label, ord=ord, or_else=", or a dict by label", **options)
 
 
 def clip_by_block_rms(

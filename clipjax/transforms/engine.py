@@ -127,9 +127,13 @@ def clip_by_rule(
   stacked: Any = None,
   ord: float | None = None,
   rms: bool = False,
+  or_else: str = "",
 ) -> optax.GradientTransformationExtraArgs:
-  """The clip of norms to the limits of a rule; `rms` divides each norm by the root of its number of entries."""
-  rule = as_rule(threshold, argument)
+  """The clip of norms to the limits of a rule; `rms` divides each norm by the root of its number of entries.
+
+  `or_else` extends the remedy for an array of thresholds.
+  """
+  rule = as_rule(threshold, argument, or_else=or_else)
   p = checks.check_ord(ord, for_clip=True)
   checks.check_policy(on_nonfinite)
   eps = checks.check_eps(eps)
