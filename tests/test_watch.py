@@ -142,6 +142,7 @@ def test_under_vmap_and_map_params():
   assert optax.tree.map_params(tx, lambda x: x + 1, state).labels == state.labels
 
 
+@pytest.mark.one_version
 def test_odd_trees():
   for tree in ({}, {"a": None}, {"a": jnp.zeros((0, 3))}, {"a": jnp.zeros(2, jnp.int32)}):
     tx = clipjax.watch(history=2)
