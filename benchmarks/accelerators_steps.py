@@ -61,7 +61,7 @@ def transformer(width: int, blocks: int, vocabulary: int, positions: int, *, sta
 
 def cases(quick: bool = False) -> dict[str, Case]:
   """The cases by key; a quick run has fewer leaves, as compile time grows with them."""
-  count, blocks, layers, depth = (60, 1, 6, 2) if quick else (300, 4, 24, 8)
+  count, blocks, layers, depth = (30, 1, 6, 2) if quick else (300, 4, 24, 8)
   whole = transformer(512, depth, 8192, 512)
   return {
     "one": Case("one leaf of 16M", {"w": (4096, 4096)}),

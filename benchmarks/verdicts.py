@@ -56,6 +56,7 @@ def train(conditions: Iterable[Condition], half: str, folder: pathlib.Path, seed
       write_truths([truth], folder / TRUTHS)
       _note(f"{truth.file}, {time.perf_counter() - start:.1f} s{'' if truth.is_so else ', is not what it should be'}")
       yield truth
+    jax.clear_caches()  # The programs of 300 runs are more memory maps than Linux gives a process.
 
 
 def truth_of(condition: Condition, draw: Draw, made: Made) -> Truth:

@@ -15,7 +15,7 @@ from clipjax import arithmetic, cpu_branch
 from clipjax.norms import sums
 from clipjax.norms.sums import NormSpec, measure_on
 
-ORDERS = (0.5, 1.0, 1.5, 2.0, 3.0, 7.3, math.inf)
+ORDERS = (0.9, 1.0, 1.5, 2.0, 3.0, 7.3, math.inf)
 COUNTS = (0.0, -math.inf)  # Of which a norm can be taken, but not a clip.
 
 
