@@ -1,6 +1,7 @@
 """Strict promotion, eight CPU devices and no warnings, for every test."""
 
 import gc
+import itertools
 import os
 from unittest import mock
 
@@ -43,6 +44,16 @@ def keep_no_program_over_several_devices():
 
 
 keep_no_program_over_several_devices()
+
+
+finished = itertools.count(1)
+
+
+def pytest_runtest_logfinish():
+  """Lets go of all programs now and then: those of all tests take 10 GB, and as many maps as Linux gives a process."""
+  if next(finished) % 300 == 0:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])

@@ -77,6 +77,7 @@ def test_an_interrupt_while_push_waits_loses_no_row(path):
   assert run.steps.tolist() == run["loss"].tolist() == [*range(len(run))]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Of an interrupt in a finalizer.
 def test_twenty_interrupts_and_no_row_lost(path):
   is_armed, seen, done, losses = [False], 0, 0, [jnp.float32(step) for step in range(2000)]
 
