@@ -72,7 +72,6 @@ OPERATORS = (
   *(f"ReplaceUnaryOperator_{pair}" for pair in ("USub_UAdd", "Delete_Invert", "Delete_Not")),
   *OTHERS.split(),
 )
-DURATIONS = ("--durations=0", "--durations-min=0")
 UNSEEN = re.compile(r"\b(strict|inline)=True")  # Lengths are always equal; a program is the same, told in another way.
 TWINS = [("minimum", "maximum"), ("max", "min"), ("isnan", "isinf"), ("any", "all"), ("pmax", "pmin")]
 TWIN = {**dict(TWINS), **{b: a for a, b in TWINS}, "isfinite": "isnan", "psum": "pmax", "argmax": "argmin"}
@@ -206,7 +205,7 @@ def main() -> None:
     import optax  # noqa: F401, PLC0415  (before the fork)
 
     every_file = sorted({file for module in args.modules for file in files_of(module)})
-    if outcome(folder, [*DURATIONS, "-n", str(os.cpu_count()), *every_file], 20 * args.limit)[0] != 0:
+    if outcome(folder, ["--durations=0", "--durations-min=0", "-n", "auto", *every_file], 20 * args.limit)[0] != 0:
       raise SystemExit("the tests must pass before anything is broken\n" + (folder / "log").read_text())
     every_test = quickest_first((folder / "log").read_text())
     for module in args.modules:

@@ -374,8 +374,8 @@ def test_a_gpu_adds_no_long_row_one_after_the_other(dtype):
 @functools.cache
 def compiled(target):
   """The cases of a target that compile in a minute, each program once on a machine."""
-  dtypes = ["float32"] if target == "pod" else ["float32", "bfloat16"]  # Chips differ by what they exchange.
-  asked = (["tf"], dtypes), (["many", "stack"], ["float32"])
+  widths = ["float32"] if target == "pod" else ["float32", "bfloat16"]  # A pod differs by what its chips exchange.
+  asked = (["tf"], widths), (["many", "stack"], ["float32"])
   options = {"quick": True, "kept": os.environ["CLIPJAX_TESTS_CACHE"]}
   return [case for only, dtypes in asked for case in accelerators.compile_cases(target, only, dtypes, **options)]
 

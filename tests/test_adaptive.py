@@ -86,18 +86,14 @@ def test_global_leaf_and_group_agree(name):
 
 
 @pytest.mark.parametrize(
-  ("name", "wide"),
+  ("name", "x64"),
   cases(
     itertools.product(sorted(RULES), [False, True]),
     slow=lambda case: case[1] and case[0] not in ("ema_ratio", "percentile"),
   ),
+  indirect=["x64"],
 )
-def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, wide):
-  with jax.enable_x64(wide):
-    check_that_leaves_do_not_mix(name)
-
-
-def check_that_leaves_do_not_mix(name):
+def test_leaves_do_not_mix_and_scan_and_vmap_agree(name, x64):
   rng = np.random.default_rng(0)
   norms = rng.lognormal(size=(12, 3)).astype(np.float32)
   rule = ALONE[name]()

@@ -417,6 +417,7 @@ def test_the_examples_of_the_page_run(block, tmp_path, monkeypatch):
     for step in range(3):
       recorder.push(step, None, loss=1.0)
     recorder.close()
+  assert len(clipjax.runs.read_run("run.jsonl")) == 3
   for module, end in (("wandb", "finish"), ("trackio", "finish"), ("mlflow", "end_run")):
     if module in names:
       getattr(names[module], end)()

@@ -212,7 +212,7 @@ def test_sigterm_is_ours_while_a_recorder_is_open_and_nobody_else_takes_it(path)
     time.sleep(0.1)
   assert seen == [1]
   """
-  program(code, path, expect=0)
+  assert program(code, path, expect=0) == ""
 
 
 def test_a_recorder_that_nobody_holds_is_closed(path):
